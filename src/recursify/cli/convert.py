@@ -1,0 +1,170 @@
+"""``recursify convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import JsonOption, ModelArgument, OverwriteOption, TrustOption
+from .report import print_data, print_json, progress_report, talk
+
+EXAMPLES = """
+Make a pretrained model recursive.
+
+**Examples**
+
+`recursify convert smollm2-135m -o smollm2-r2 --prelude 4 --coda 4 --lora-rank 64`
+
+`recursify convert ./Llama-3.2-1B -o llama-r2 --recursions 2 --sharing middle_cycle --dtype bfloat16`
+
+`recursify convert ./Qwen3-0.6B -o qwen-r4 --recursions 4 --calibration-data notes.md --calibration-data chats.jsonl`
+
+`recursify convert Qwen/Qwen3-0.6B --recursions 4 --dry-run`
+"""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("convert", help=EXAMPLES)(convert_command)
+
+
+def convert_command(
+    model: ModelArgument,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.", show_default=False)] = None,
+    recursions: Annotated[
+        int | None,
+        typer.Option("--recursions", help="How often the shared block runs. [default: 2]", show_default=False),
+    ] = None,
+    sharing: Annotated[
+        str | None,
+        typer.Option(
+            "--sharing",
+            help="cycle, sequence, middle_cycle, middle_sequence. [default: middle_cycle]",
+            show_default=False,
+        ),
+    ] = None,
+    prelude: Annotated[
+        int | None, typer.Option("--prelude", help="Unshared layers before the block.", show_default=False)
+    ] = None,
+    coda: Annotated[
+        int | None, typer.Option("--coda", help="Unshared layers after the block.", show_default=False)
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            "--init",
+            help="Shared weights: auto, calibrated, average, stepwise, lower, upper, random_choice, random, fisher. [default: auto]",
+            show_default=False,
+        ),
+    ] = None,
+    lora_rank: Annotated[
+        str | None,
+        typer.Option(
+            "--lora-rank", help="Rank of each depth's residual; 0 for none, or full. [default: 64]", show_default=False
+        ),
+    ] = None,
+    relaxation: Annotated[
+        str | None,
+        typer.Option(
+            "--relaxation", help="Residuals: auto, calibrated, svd, zero. [default: auto]", show_default=False
+        ),
+    ] = None,
+    rank_allocation: Annotated[
+        str | None,
+        typer.Option(
+            "--rank-allocation",
+            help="uniform, or tail: rank where the weighted tail is heaviest. [default: uniform]",
+            show_default=False,
+        ),
+    ] = None,
+    calibration_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibration-data",
+            help="Text to calibrate on (txt, md, jsonl, parquet, or a folder; repeatable), or none. [default: Python's own help topics]",
+            show_default=False,
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None,
+        typer.Option("--calibration-tokens", help="How many tokens of it. [default: 16384]", show_default=False),
+    ] = None,
+    tie_norms: Annotated[bool, typer.Option("--tie-norms", help="One norm for all depths, as in the papers.")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype", help="float32, bfloat16, float16; auto keeps the model's. [default: auto]", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Seed of everything random. [default: 0]", show_default=False)
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="YAML with any of these settings, and per-module ranks; flags win.", show_default=False
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.", show_default=False)
+    ] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare with the dense model when done.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    overwrite: OverwriteOption = False,
+    trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
+) -> None:
+    if output is None and not dry_run:
+        raise typer.BadParameter("give the folder to write, or --dry-run", param_hint="--output / -o")
+    flags = {
+        "num_recursions": recursions,
+        "sharing": sharing,
+        "num_prelude_layers": prelude,
+        "num_coda_layers": coda,
+        "initialization": init,
+        "lora_rank": lora_rank,
+        "relaxation": relaxation,
+        "rank_allocation": rank_allocation,
+        "calibration_data": None if calibration_data is None else [d for d in calibration_data if d != "none"],
+        "calibration_tokens": calibration_tokens,
+        "tie_norms": tie_norms or None,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    from recursify.convert.check import check_conversion, make_conversion
+
+    with progress_report() as progress:
+        conversion = make_conversion(
+            model,
+            {name: value for name, value in flags.items() if value is not None},
+            config_file=config,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        if not json:
+            (print_data if dry_run else talk.print)(str(conversion.plan))
+        if dry_run:
+            if json:
+                print_json(conversion.plan.to_dict())
+            return
+        assert output is not None
+        record = conversion.write(output, overwrite=overwrite, progress=progress)
+        outcome = check_conversion(conversion, output, progress=progress) if check else {}
+    if json:
+        print_json({"output": str(output), **record, "check": outcome})
+        return
+    print_data(_summary(output, outcome))
+
+
+def _summary(output: Path, outcome: dict[str, Any]) -> str:
+    lines = [f"wrote {output}"]
+    if outcome:
+        lines += [
+            f"perplexity  {outcome['model']['perplexity']:,.2f} (dense {outcome['control']['perplexity']:,.2f}) on "
+            f"{outcome['model']['num_tokens']:,} tokens of {outcome['text']}",
+            f"agreement   {outcome['top1_agreement']:.1%} of first choices, KL {outcome['kl']:.3f} nats",
+            f"sample      {outcome['sample']!r}",
+        ]
+    lines.append(f'next        recursify generate {output} "Once upon a time"')
+    return "\n".join(lines)

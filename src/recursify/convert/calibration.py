@@ -1,0 +1,262 @@
+"""Calibrated initialization: shared weights and residuals fitted on what the model computes, not on its weights alone.
+
+Two passes over the text, each with one slot's dense layers and the hidden states in memory (docs/calibration.md):
+
+1. **Share.** One cursor per recursion walks the dense model, so that the layers tied to a slot are met together. Their
+   inputs' second moments give the norm in which shared weight and residuals are solved, together
+   (:func:`~recursify.convert.low_rank.share_for_residuals`).
+2. **Correct drift.** The converted model's own hidden states walk beside the dense ones. Each residual is refitted, stage
+   by stage (q/k/v, o, gate/up, down), as the reduced-rank regression of the dense layer's outputs on the inputs that
+   the converted layer really sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recursify.evaluation.text import Text, token_windows
+
+from .converter import Names, Progress, StoredModule, write_factors
+from .dense_checkpoint import DenseCheckpoint, load_tokenizer
+from .initialization import average
+from .layerwise import Layerwise
+from .low_rank import Metric, regress, share, share_for_residuals
+from .plan import ConversionPlan
+from .relaxation import find_relaxation
+from .writer import ShardedCheckpoint
+
+MIN_WINDOWS = 2
+"""Fewer windows than this say nothing about a model."""
+
+
+class Calibration:
+    """Fits the shared block of one conversion on text.
+
+    Args:
+        checkpoint: The dense model.
+        plan: The plan, its ``auto`` resolved.
+        text: What to calibrate on.
+        progress: Told of every layer done.
+
+    Raises:
+        TextError: The text is too short.
+        CheckpointError: The model has no tokenizer.
+    """
+
+    def __init__(self, checkpoint: DenseCheckpoint, plan: ConversionPlan, text: Text, progress: Progress):
+        self.checkpoint = checkpoint
+        self.layout = plan.layout
+        self.names = Names(plan)
+        self.text = text
+        self.progress = progress
+        settings = plan.settings
+        length = min(settings.calibration_length, plan.config.max_position_embeddings)
+        self.windows = token_windows(
+            load_tokenizer(checkpoint), text, length, max_tokens=settings.calibration_tokens, min_windows=MIN_WINDOWS
+        )
+        self.dense = Layerwise(checkpoint, plan.config, self.windows)
+        self._fisher: dict[str, Tensor] | None = None
+
+    @torch.no_grad()
+    def run(self, plan: ConversionPlan, output: ShardedCheckpoint) -> dict[str, Any]:
+        """Make every shared weight and residual of ``plan`` and write them into ``output``.
+
+        Returns:
+            What was done, for the record.
+        """
+        starts, prelude = self._walk_to_starts()
+        self._share(plan, output, starts)
+        corrects = plan.has_residuals and find_relaxation(plan.settings.relaxation).needs_text
+        corrects = corrects and plan.settings.drift_correction
+        if corrects:
+            self._correct_drift(output, prelude)
+        return {
+            "text": self.text.name,
+            "num_tokens": self.windows.numel(),
+            "window": self.windows.shape[1],
+            "drift_correction": corrects,
+        }
+
+    # --- Pass 1: share -------------------------------------------------------------------------------------------
+
+    def _walk_to_starts(self) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """Dense hidden states where each cursor starts, and where the block does.
+
+        In a cycle, cursor ``d`` starts at recursion ``d``; in a sequence one cursor meets all depths of a slot in turn.
+        """
+        layout = self.layout
+        first_positions = [layout.position(0, depth) for depth in range(layout.num_recursions)]
+        if layout.order == "sequence":
+            first_positions = first_positions[:1]
+        hidden = self.dense.embed()
+        starts = []
+        for position in range(first_positions[-1] + 1):
+            if position in first_positions:
+                starts.append(hidden)
+            if position < first_positions[-1]:
+                layer = self.dense.load(position)
+                hidden = [self.dense.run(layer, position, batch) for batch in hidden]
+                self.progress("walk", position + 1, first_positions[-1])
+        return starts, starts[0]
+
+    def _share(self, plan: ConversionPlan, output: ShardedCheckpoint, starts: list[list[Tensor]]) -> None:
+        cursors = list(starts)
+        for index in range(self.layout.block_size):
+            layers, moments = [], []
+            for depth, position in enumerate(self.layout.positions(index)):
+                cursor = 0 if self.layout.order == "sequence" else depth
+                layer = self.dense.load(position)
+                moments.append(self._moments(layer, position, cursors[cursor]))
+                cursors[cursor] = [self.dense.run(layer, position, batch) for batch in cursors[cursor]]
+                layers.append(layer)
+            modules = {module.path: module for module in self.names.stored_modules(index) if module.is_linear}
+            for stage in self.dense.stages:
+                metrics = [Metric(moment.pop(stage[0])) for moment in moments]
+                for path in stage:
+                    self._share_linear(plan, output, modules[path], layers, metrics)
+            self.progress("share", index + 1, self.layout.block_size)
+
+    def _moments(self, layer: nn.Module, position: int, hidden: list[Tensor]) -> dict[str, Tensor]:
+        """Second moments of the inputs of a layer's linear maps, by the first path of each stage."""
+        firsts = [stage[0] for stage in self.dense.stages]
+        totals: dict[str, Tensor] = {}
+        for batch in hidden:
+            for path, rows in self.dense.inputs(layer, position, batch, firsts).items():
+                totals[path] = totals.get(path, 0) + _products(rows, rows)
+        return totals
+
+    def _share_linear(
+        self,
+        plan: ConversionPlan,
+        output: ShardedCheckpoint,
+        module: StoredModule,
+        layers: list[nn.Module],
+        metrics: list[Metric],
+    ) -> None:
+        """Write the shared weight of one module, and its residuals against what then lies on disk."""
+        weights = [layer.get_submodule(module.path).weight for layer in layers]
+        settings = plan.settings
+        calibrated_residuals = find_relaxation(settings.relaxation).needs_text and module.rank > 0
+        if settings.initialization == "calibrated":
+            shared = (
+                share_for_residuals(weights, metrics, module.rank) if calibrated_residuals else share(weights, metrics)
+            )
+        elif settings.initialization == "fisher":
+            importances = [
+                self._fisher_information()[self.names.dense(position, module.path, "weight")]
+                for position in self.layout.positions(module.index)
+            ]
+            shared = average(weights, importances)
+        else:
+            sources = plan.sources[module.index]
+            shared = average([self.checkpoint.read(self.names.dense(p, module.path, "weight")) for p in sources])
+        output.write(f"{module.name}.linear.weight", shared)
+        if not module.rank:
+            return
+        on_disk = output.read(f"{module.name}.linear.weight").float()
+        factors = find_relaxation(settings.relaxation).factors
+        generator = torch.Generator().manual_seed(settings.seed)
+        pairs = [
+            metric.low_rank(weight - on_disk, module.rank)
+            if factors is None
+            else factors(weight - on_disk, module.rank, generator)
+            for weight, metric in zip(weights, metrics, strict=True)
+        ]
+        write_factors(output, module, pairs)
+
+    # --- Pass 2: correct drift -----------------------------------------------------------------------------------
+
+    def _correct_drift(self, output: ShardedCheckpoint, start: list[Tensor]) -> None:
+        layout = self.layout
+        dense_hidden, own_hidden = start, start
+        first = layout.num_prelude_layers
+        last = layout.num_layers - layout.num_coda_layers - 1
+        for position in range(first, last + 1):
+            slot = layout.slot(position)
+            dense_layer = self.dense.load(position)
+            own_layer = self._converted(output, position)
+            modules = {m.path: m for m in self.names.stored_modules(slot.index) if m.is_linear}
+            for stage in self.dense.stages:
+                metric, cross = self._regressors(dense_layer, own_layer, position, dense_hidden, own_hidden, stage[0])
+                for path in stage:
+                    self._refit(output, modules[path], slot.depth, dense_layer, own_layer, metric, cross)
+            if position < last:
+                dense_hidden = [self.dense.run(dense_layer, position, batch) for batch in dense_hidden]
+                own_hidden = [self.dense.run(own_layer, position, batch) for batch in own_hidden]
+            self.progress("correct", position - first + 1, last - first + 1)
+
+    def _converted(self, output: ShardedCheckpoint, position: int) -> nn.Module:
+        """The converted layer at ``position`` as a dense one: weights merged, norms as written."""
+        slot = self.layout.slot(position)
+        layer = self.dense.load(position)
+        for module in self.names.stored_modules(slot.index):
+            part = layer.get_submodule(module.path)
+            for parameter in module.parameters:
+                if module.is_linear and parameter == "weight":
+                    part.weight.copy_(self._merged(output, module, slot.depth))
+                elif module.is_linear:
+                    biases = output.read(f"{module.name}.bias")
+                    part.bias.copy_(biases[slot.depth % len(biases)])
+                else:
+                    tied = f"{module.name}.copies.{slot.depth}.{parameter}" not in output.tensors
+                    depth = 0 if tied else slot.depth
+                    getattr(part, parameter).copy_(output.read(f"{module.name}.copies.{depth}.{parameter}"))
+        return layer
+
+    @staticmethod
+    def _merged(output: ShardedCheckpoint, module: StoredModule, depth: int) -> Tensor:
+        weight = output.read(f"{module.name}.linear.weight").float()
+        if module.rank:
+            left = output.read(f"{module.name}.lora_b")[depth].float()
+            right = output.read(f"{module.name}.lora_a")[depth].float()
+            weight += left @ right
+        return weight
+
+    def _regressors(
+        self,
+        dense_layer: nn.Module,
+        own_layer: nn.Module,
+        position: int,
+        dense_hidden: list[Tensor],
+        own_hidden: list[Tensor],
+        path: str,
+    ) -> tuple[Metric, Tensor]:
+        """Metric of the converted layer's inputs at ``path``, and ``Σ y xᵀ`` of the dense ones ``y`` with them."""
+        moment: Tensor = torch.zeros(())
+        cross: Tensor = torch.zeros(())
+        for theirs, mine in zip(dense_hidden, own_hidden, strict=True):
+            y = self.dense.inputs(dense_layer, position, theirs, [path])[path]
+            x = self.dense.inputs(own_layer, position, mine, [path])[path]
+            moment = moment + _products(x, x)
+            cross = cross + _products(y, x)
+        return Metric(moment), cross
+
+    def _refit(
+        self,
+        output: ShardedCheckpoint,
+        module: StoredModule,
+        depth: int,
+        dense_layer: nn.Module,
+        own_layer: nn.Module,
+        metric: Metric,
+        cross: Tensor,
+    ) -> None:
+        """Refit one residual, on disk and in the layer that the next stage runs through."""
+        if not module.rank:
+            return
+        wanted = regress(dense_layer.get_submodule(module.path).weight, cross, metric)
+        shared = output.read(f"{module.name}.linear.weight").double()
+        left, right = metric.low_rank(wanted - shared, module.rank)
+        for name, factor in ((f"{module.name}.lora_b", left), (f"{module.name}.lora_a", right)):
+            stacked = output.read(name)
+            stacked[depth] = factor.to(stacked.dtype)
+            output.write(name, stacked)
+        own_layer.get_submodule(module.path).weight.copy_(self._merged(output, module, depth))
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """``Σ l rᵀ`` over rows ``[n, I]``: products in float32, to be summed in float64. ``[I, I]``."""
+    return (left.mT @ right).double().cpu()

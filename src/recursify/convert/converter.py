@@ -1,0 +1,251 @@
+"""Runs a plan: dense checkpoint in, recursive checkpoint out, a few layers in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import recursify.modeling
+from recursify.evaluation.text import Text
+from recursify.modeling import TRAVELLING_FILES, RecursiveForCausalLM, RelaxedLinear
+from recursify.modeling.configuration_recursive import AUTO_MAP
+
+from .dense_checkpoint import DenseCheckpoint
+from .initialization import average, find_initialization
+from .plan import ConversionPlan
+from .relaxation import find_relaxation
+from .writer import ShardedCheckpoint, atomic_folder, check_target
+
+RECORD_FILE = "recursify.json"
+"""How the model was made: enough to make it again."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, steps done and steps in all."""
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """A module of the shared block, and where its dense originals are.
+
+    Attributes:
+        name: Its name in the recursive model (``model.block.3.self_attn.q_proj``).
+        index: Block layer.
+        path: Its path inside the family's layer.
+        rank: LoRA rank; 0 for norms.
+        is_linear: A relaxed linear, or a per-depth norm.
+        parameters: Names of its dense parameters (``weight``, ``bias``).
+    """
+
+    name: str
+    index: int
+    path: str
+    rank: int
+    is_linear: bool
+    parameters: tuple[str, ...]
+
+
+class Names:
+    """Maps between parameter names of the recursive model and of the dense checkpoint it is made from."""
+
+    def __init__(self, plan: ConversionPlan):
+        with torch.device("meta"):
+            self.model = RecursiveForCausalLM(plan.config)
+        self.layout = plan.layout
+        family = self.model.model._family_skeleton()
+        self.prefix = type(family).base_model_prefix
+        self.dense_stem = f"{self.prefix}.layers"
+
+    def stored_modules(self, index: int) -> Iterator[StoredModule]:
+        """The stored modules of block layer ``index``."""
+        for path, module in self.model.model.block[index].stored_modules():
+            linear = isinstance(module, RelaxedLinear)
+            parameters = (
+                ("weight",) + (("bias",) if module.bias is not None else ())
+                if linear
+                else tuple(name for name, _ in module.copies[0].named_parameters())
+            )
+            yield StoredModule(
+                f"model.block.{index}.{path}", index, path, module.rank if linear else 0, linear, parameters
+            )
+
+    def dense(self, position: int, path: str, parameter: str) -> str:
+        """Dense name of a parameter of the layer at ``position``."""
+        return f"{self.dense_stem}.{position}.{path}.{parameter}"
+
+    def unshared(self, dense_names: list[str]) -> dict[str, str]:
+        """Recursive name -> dense name of everything outside the shared block."""
+        names = {}
+        for part, first in (("prelude", 0), ("coda", self.layout.num_layers - self.layout.num_coda_layers)):
+            for index, layer in enumerate(getattr(self.model.model, part)):
+                for name, _ in layer.named_parameters():
+                    names[f"model.{part}.{index}.{name}"] = f"{self.dense_stem}.{first + index}.{name}"
+        outside = [name for name in dense_names if not name.startswith(self.dense_stem + ".")]
+        own = {
+            "model.embed_tokens": ("embed_tokens", "embed_in"),
+            "model.norm": ("norm", "final_layer_norm", "final_layernorm"),
+            "lm_head": ("lm_head", "embed_out"),
+        }
+        for mine, theirs in own.items():
+            for name in outside:
+                module, _, parameter = name.rpartition(".")
+                if module.rpartition(".")[2] in theirs:
+                    names[f"{mine}.{parameter}"] = name
+        return names
+
+
+def convert(
+    checkpoint: DenseCheckpoint,
+    plan: ConversionPlan,
+    target: Path,
+    *,
+    text: Text | None = None,
+    overwrite: bool = False,
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Write the recursive model that ``plan`` describes into ``target``.
+
+    Args:
+        checkpoint: The dense model the plan was made for.
+        plan: From :func:`recursify.convert.plan.make_plan`.
+        target: Folder to make. It appears when it is whole.
+        text: What to calibrate on; needed if ``plan.needs_text``.
+        overwrite: Replace an existing target.
+        progress: Told of every step.
+
+    Returns:
+        What was written into ``recursify.json``.
+
+    Raises:
+        OutputError: The target cannot be written; nothing was.
+        CheckpointError: A tensor cannot be read or holds NaN; nothing was written.
+        TextError: The text is too short.
+    """
+    check_target(target, checkpoint.location, overwrite=overwrite, num_bytes=int(plan.recursive.num_bytes * 1.02))
+    with atomic_folder(target, overwrite=overwrite) as folder:
+        calibration: dict[str, Any] = {}
+        if plan.needs_text:
+            from .calibration import Calibration
+
+            assert text is not None, "plans that need text are refused without it"
+            calibrator = Calibration(checkpoint, plan, text, progress)
+            plan = calibrator.allocate_ranks(plan)
+            output = ShardedCheckpoint(folder, plan.tensors)
+            _write_unshared(checkpoint, plan, output, progress)
+            calibration = calibrator.run(plan, output)
+        else:
+            output = ShardedCheckpoint(folder, plan.tensors)
+            _write_unshared(checkpoint, plan, output, progress)
+            _write_block(checkpoint, plan, output, progress)
+        output.finish()
+        checkpoint.save_passengers(folder)
+        record = {
+            "recursify_version": version("recursify"),
+            "format_version": plan.config.format_version,
+            "made_with": {name: version(name) for name in ("torch", "transformers", "safetensors")},
+            "plan": plan.to_dict(),
+            "settings": {**vars(plan.settings)},
+            "calibration": calibration,
+            "history": [],
+        }
+        write_model_files(folder, plan.config, record)
+    return record
+
+
+def write_model_files(folder: Path, config, record: dict[str, Any]) -> None:
+    """Write ``config.json``, ``recursify.json`` and the modeling files that travel along."""
+    config.architectures = [AUTO_MAP["AutoModelForCausalLM"].rpartition(".")[2]]
+    config.save_pretrained(folder)
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    home = Path(recursify.modeling.__file__).parent
+    for file in TRAVELLING_FILES:
+        shutil.copyfile(home / file, folder / file)
+
+
+def _write_unshared(
+    checkpoint: DenseCheckpoint, plan: ConversionPlan, output: ShardedCheckpoint, progress: Progress
+) -> None:
+    """Copy embedding, prelude, coda, final norm, head, and the norms and biases of the shared block."""
+    names = Names(plan)
+    copies = {
+        mine: theirs for mine, theirs in names.unshared(list(checkpoint.parameters)).items() if mine in output.tensors
+    }
+    for done, (mine, theirs) in enumerate(copies.items()):
+        output.write(mine, checkpoint.read(theirs))
+        progress("copy", done + 1, len(copies))
+    for index in range(plan.layout.block_size):
+        positions = plan.layout.positions(index)
+        for module in names.stored_modules(index):
+            for parameter in module.parameters:
+                if module.is_linear and parameter == "weight":
+                    continue
+                if plan.settings.tie_norms:
+                    sources = plan.sources[index]
+                    originals = [checkpoint.read(names.dense(p, module.path, parameter)) for p in sources]
+                    depths = [average(originals).to(originals[0].dtype)]
+                else:
+                    depths = [checkpoint.read(names.dense(p, module.path, parameter)) for p in positions]
+                if module.is_linear:
+                    output.write(f"{module.name}.bias", torch.stack(depths))
+                else:
+                    for depth, vector in enumerate(depths):
+                        output.write(f"{module.name}.copies.{depth}.{parameter}", vector)
+
+
+def _write_block(
+    checkpoint: DenseCheckpoint, plan: ConversionPlan, output: ShardedCheckpoint, progress: Progress
+) -> None:
+    """Make shared weights and residuals without text: one linear map of one shared layer at a time."""
+    names = Names(plan)
+    generator = torch.Generator().manual_seed(plan.settings.seed)
+    for index in range(plan.layout.block_size):
+        for module in names.stored_modules(index):
+            if module.is_linear:
+                _write_linear(checkpoint, plan, names, module, output, generator)
+        progress("share", index + 1, plan.layout.block_size)
+
+
+def _write_linear(
+    checkpoint: DenseCheckpoint,
+    plan: ConversionPlan,
+    names: Names,
+    module: StoredModule,
+    output: ShardedCheckpoint,
+    generator: torch.Generator,
+) -> None:
+    sources = [checkpoint.read(names.dense(p, module.path, "weight")) for p in plan.sources[module.index]]
+    if find_initialization(plan.settings.initialization).from_scratch:
+        std = getattr(plan.config, "initializer_range", 0.02)
+        shared = torch.randn(sources[0].shape, generator=generator) * std
+    else:
+        shared = sources[0] if len(sources) == 1 else average(sources)
+    output.write(f"{module.name}.linear.weight", shared)
+    if not module.rank:
+        return
+    # The residual is that of the weight as it lies on disk: rounding of the shared weight is then corrected, too.
+    shared = output.read(f"{module.name}.linear.weight").float()
+    del sources
+    factors = find_relaxation(plan.settings.relaxation).factors
+    assert factors is not None, "relaxations without factors are made by the calibration"
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for position in plan.layout.positions(module.index):
+        dense = checkpoint.read(names.dense(position, module.path, "weight")).float()
+        pairs.append(factors(dense - shared, module.rank, generator))
+    write_factors(output, module, pairs)
+
+
+def write_factors(output: ShardedCheckpoint, module: StoredModule, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Write the LoRA factors ``(B, A)`` of all depths of one module."""
+    output.write(f"{module.name}.lora_b", torch.stack([left for left, _ in pairs]))
+    output.write(f"{module.name}.lora_a", torch.stack([right for _, right in pairs]))

@@ -1,0 +1,118 @@
+"""How the shared weights come to be: the papers' strategies, and ours.
+
+Each strategy says which dense layers feed a shared layer, and how their weights become one. To add one, add an entry to
+:data:`INITIALIZATIONS`; the tests run over the registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recursify.errors import PlanError
+from recursify.modeling import LayerLayout
+
+Sources = Callable[[LayerLayout, torch.Generator], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """A way to make shared weights.
+
+    Attributes:
+        name: What the user types.
+        sources: Layout and generator -> for each block layer, the dense positions that feed it, by depth or alone.
+        needs_text: Statistics of the dense model's activations are needed.
+        from_scratch: Shared weights are drawn anew, whatever the sources are.
+        reference: Where it is from.
+    """
+
+    name: str
+    sources: Sources
+    needs_text: bool = False
+    from_scratch: bool = False
+    reference: str = "Relaxed Recursive Transformers, arXiv 2410.20672"
+
+
+def _stepwise(layout: LayerLayout, generator: torch.Generator) -> list[list[int]]:
+    """Evenly spaced layers, first and last included; halves round to even, as in the authors' later code.
+
+    A block of one layer takes the first.
+    """
+    first, last = _inner(layout)
+    return [[round(x)] for x in np.linspace(first, last, layout.block_size).tolist()]
+
+
+def _tied(layout: LayerLayout, generator: torch.Generator) -> list[list[int]]:
+    """All the layers that are tied together."""
+    return [layout.positions(index) for index in range(layout.block_size)]
+
+
+def _lower(layout: LayerLayout, generator: torch.Generator) -> list[list[int]]:
+    """The first layers after the prelude."""
+    first, _ = _inner(layout)
+    return [[first + index] for index in range(layout.block_size)]
+
+
+def _upper(layout: LayerLayout, generator: torch.Generator) -> list[list[int]]:
+    """The last layers before the coda."""
+    _, last = _inner(layout)
+    return [[last - layout.block_size + 1 + index] for index in range(layout.block_size)]
+
+
+def _random_choice(layout: LayerLayout, generator: torch.Generator) -> list[list[int]]:
+    """A random sample of the inner layers, in their order."""
+    first, last = _inner(layout)
+    drawn = torch.randperm(last - first + 1, generator=generator)[: layout.block_size]
+    return [[first + offset] for offset in sorted(drawn.tolist())]
+
+
+def _inner(layout: LayerLayout) -> tuple[int, int]:
+    """First and last position of the shared block."""
+    return layout.num_prelude_layers, layout.num_layers - layout.num_coda_layers - 1
+
+
+INITIALIZATIONS = {
+    entry.name: entry
+    for entry in (
+        Initialization("stepwise", _stepwise),
+        Initialization("average", _tied),
+        Initialization("lower", _lower),
+        Initialization("upper", _upper, reference="Mixture-of-Recursions, arXiv 2507.10524, table 12"),
+        Initialization("random_choice", _random_choice, reference="Mixture-of-Recursions, arXiv 2507.10524, table 12"),
+        Initialization("random", _tied, from_scratch=True),
+        Initialization("calibrated", _tied, needs_text=True, reference="recursify, docs/calibration.md"),
+        Initialization("fisher", _tied, needs_text=True, reference="after CAMP-HiVe, arXiv 2511.06265"),
+    )
+}
+
+
+def find_initialization(name: str) -> Initialization:
+    """The strategy ``name``.
+
+    Raises:
+        PlanError: There is none; the message lists those that exist.
+    """
+    if name not in INITIALIZATIONS:
+        raise PlanError(f"Unknown initialization '{name}'. Use one of: auto, {', '.join(INITIALIZATIONS)}.")
+    return INITIALIZATIONS[name]
+
+
+def average(weights: list[Tensor], importances: list[Tensor] | None = None) -> Tensor:
+    """Mean of ``weights``, taken in float32 and in the order of depth; weighted elementwise if importances are given.
+
+    Args:
+        weights: Dense tensors of one shape, any float dtype.
+        importances: Non-negative tensors of that shape (Fisher information); uniform ones give the plain mean.
+    """
+    stacked = torch.stack([weight.float() for weight in weights])
+    if importances is None:
+        return stacked.mean(dim=0)
+    weighting = torch.stack([importance.float() for importance in importances])
+    # The floor keeps elements that no depth uses at their plain mean instead of 0/0.
+    weighting = weighting + 1e-6 * weighting.mean().clamp_min(1e-30)
+    return (stacked * weighting).sum(dim=0) / weighting.sum(dim=0)

@@ -1,0 +1,158 @@
+"""Running a dense model one layer at a time, and looking at what its linear maps are fed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_masks_for_generate
+
+from recursify.modeling import RecursiveConfig
+from recursify.modeling.modeling_recursive import DenseFamily
+
+from .dense_checkpoint import DenseCheckpoint
+
+TOKENS_PER_BATCH = 4096
+
+
+class _Reached(Exception):
+    """Ends a layer's forward once the inputs looked for have been seen."""
+
+
+class Layerwise:
+    """A dense model whose layers are loaded, run in float32 over all of a text, and dropped, one by one.
+
+    Held throughout: the token ids, RoPE and nothing else. Hidden states are the caller's, as a list of batches
+    ``[b, T, D]``.
+
+    Args:
+        checkpoint: The dense model.
+        config: The recursive config made from it (layers are built as the recursive model builds them).
+        windows: Token ids ``[N, T]``.
+        device: Where layers run.
+    """
+
+    def __init__(self, checkpoint: DenseCheckpoint, config: RecursiveConfig, windows: Tensor, device: str = "cpu"):
+        self.checkpoint = checkpoint
+        # Eager and sdpa differ in rounding only; a private copy keeps the caller's config as it is.
+        self.config = copy.deepcopy(config)
+        self.device = device
+        family = DenseFamily(self.config)
+        self._layers = family.layers
+        self._embed = family.embed_tokens
+        self._initialize = family.skeleton._init_weights
+        self.stem = f"{family.model_class.base_model_prefix}.layers"
+        self.rotary_emb = self._computed(family.rotary_emb)
+        self._rope_by_layer_type = family.rope_by_layer_type
+        self._cache_argument = family.cache_argument
+        self.batches = list(windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1])))
+        self.num_tokens = windows.numel()
+        self._arguments: dict[tuple[int, int], dict[str, Any]] = {}
+        self.stages = self._find_stages()
+
+    def _computed(self, module: nn.Module) -> nn.Module:
+        """A module without stored weights (RoPE), its buffers computed."""
+        module = module.to_empty(device=self.device)
+        self._initialize(module)
+        return module
+
+    def embed(self) -> list[Tensor]:
+        """Hidden states before the first layer."""
+        module = copy.deepcopy(self._embed).to_empty(device=self.device)
+        self._initialize(module)
+        module.weight = nn.Parameter(
+            self.checkpoint.read(self.checkpoint.embedding_name).to(self.device, torch.float32), requires_grad=False
+        )
+        return [module(batch.to(self.device)) for batch in self.batches]
+
+    def load(self, position: int) -> nn.Module:
+        """The dense layer at ``position``, float32."""
+        layer = copy.deepcopy(self._layers[position])
+        state = {
+            name: self.checkpoint.read(f"{self.stem}.{position}.{name}").to(self.device, torch.float32)
+            for name, _ in layer.named_parameters()
+        }
+        layer.load_state_dict(state, assign=True)
+        return layer.requires_grad_(False).eval()
+
+    def run(self, layer: nn.Module, position: int, hidden: Tensor) -> Tensor:
+        """``[b, T, D] -> [b, T, D]``."""
+        return layer(hidden, **self._layer_arguments(position, hidden))
+
+    def inputs(self, layer: nn.Module, position: int, hidden: Tensor, paths: list[str]) -> dict[str, Tensor]:
+        """What the linear maps at ``paths`` are fed, each ``[b·T, I]``; the layer runs only until all were seen."""
+        seen: dict[str, Tensor] = {}
+
+        def look(path: str):
+            def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+                seen[path] = arguments[0].flatten(0, -2)
+                if len(seen) == len(paths):
+                    raise _Reached
+
+            return hook
+
+        hooks = [layer.get_submodule(path).register_forward_pre_hook(look(path)) for path in paths]
+        try:
+            self.run(layer, position, hidden)
+        except _Reached:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
+
+    def _layer_arguments(self, position: int, hidden: Tensor) -> dict[str, Any]:
+        key = (hidden.shape[0], position)
+        if key not in self._arguments:
+            self._arguments = {}  # one position and batch size at a time: masks are as large as hidden states
+            positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+            masks = create_masks_for_generate(
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=None,
+                past_key_values=None,
+                position_ids=positions,
+            )
+            kinds = getattr(self.config, "layer_types", None)
+            kind = kinds[position] if kinds else None
+            rope = (positions, kind) if self._rope_by_layer_type else (positions,)
+            self._arguments[key] = {
+                "attention_mask": masks[kind] if isinstance(masks, dict) else masks,
+                "position_embeddings": self.rotary_emb(hidden, *rope),
+                "position_ids": positions,
+                "use_cache": False,
+                self._cache_argument: None,
+            }
+        return self._arguments[key]
+
+    def _find_stages(self) -> list[list[str]]:
+        """Linear maps of a layer in the order in which they run, those fed the same tensor together.
+
+        For Llama: q/k/v, o, gate/up, down. Found by running the first layer, so that fused and parallel layouts need
+        no table.
+        """
+        layer = copy.deepcopy(self._layers[0]).to_empty(device=self.device)
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        layer.requires_grad_(False).eval()
+        stages: list[list[str]] = []
+        fed: list[Tensor] = []  # kept alive, so that identity means the same tensor
+        hooks = []
+        for path, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+
+                def hook(module: nn.Module, arguments: tuple[Tensor, ...], path: str = path) -> None:
+                    for stage, tensor in zip(stages, fed, strict=True):
+                        if tensor is arguments[0]:
+                            stage.append(path)
+                            return
+                    stages.append([path])
+                    fed.append(arguments[0])
+
+                hooks.append(module.register_forward_pre_hook(hook))
+        self.run(layer, 0, torch.randn(1, 4, self.config.hidden_size, device=self.device))
+        for handle in hooks:
+            handle.remove()
+        return stages

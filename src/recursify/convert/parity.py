@@ -1,0 +1,126 @@
+"""Equality of a recursive model with the dense model it must equal: what a family has to pass to be converted."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from recursify.errors import UnsupportedModelError
+from recursify.modeling import (
+    LayerLayout,
+    LayoutError,
+    PerDepth,
+    RecursiveConfig,
+    RecursiveForCausalLM,
+    RelaxedLinear,
+    UnsupportedFamily,
+)
+
+LOGIT_TOLERANCE = 1e-4
+"""Largest difference of float32 logits between two models that compute the same function (DESIGN: 1e-4)."""
+
+TRIAL_LAYERS = 4
+TRIAL_VOCABULARY = 256
+
+
+def require_family_parity(config: PreTrainedConfig) -> None:
+    """Try a family that is not in the tested list: a small random model of it, made recursive, must equal itself.
+
+    Four layers of the model's own width are drawn, folded into one recursion and into two with residuals of full rank,
+    and compared with the dense model uncached, left-padded and in decoding.
+
+    Raises:
+        UnsupportedModelError: It cannot be built, or its logits differ.
+    """
+    from .plan import SUPPORTED_FAMILIES
+
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = min(TRIAL_LAYERS, config.num_hidden_layers)
+    small.vocab_size = min(TRIAL_VOCABULARY, config.vocab_size)
+    for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
+        if isinstance(getattr(small, name, None), list):
+            setattr(small, name, getattr(small, name)[: small.num_hidden_layers])
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(small, name, None)
+    known = f"Supported families: {', '.join(SUPPORTED_FAMILIES)}."
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            dense = MODEL_FOR_CAUSAL_LM_MAPPING[type(small)](small).float().eval()
+        for recursions in (1, 2):
+            difference = _difference(dense, fold_exactly(dense, recursions))
+            if not difference <= LOGIT_TOLERANCE:
+                raise UnsupportedModelError(
+                    f"Family '{config.model_type}' is not supported: with {recursions} recursions its logits differ "
+                    f"from the dense model's by {difference:.2g}, and at most {LOGIT_TOLERANCE:g} is allowed. Its model "
+                    f"does something around its layers that looping does not reproduce. {known}"
+                )
+    except (UnsupportedFamily, LayoutError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        raise UnsupportedModelError(f"Family '{config.model_type}' is not supported: {error} {known}") from error
+
+
+def fold_exactly(dense: PreTrainedModel, num_recursions: int) -> RecursiveForCausalLM:
+    """``dense`` as a recursive model that computes the same: shared weights zero, residuals of full rank.
+
+    Only for small models: it is larger than the dense one.
+    """
+    layout = LayerLayout.fold(dense.config.num_hidden_layers, num_recursions, "cycle")
+    config = RecursiveConfig.from_dense(dense.config, layout, lora_rank=0 if num_recursions == 1 else 2**20)
+    model = RecursiveForCausalLM(config).to(dense.dtype).eval()
+    base = dense.base_model
+    state = dict(dense.named_parameters())
+    stem = f"{dense.base_model_prefix}.layers"
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(base.get_input_embeddings().weight)
+        for name, parameter in model.lm_head.named_parameters():
+            parameter.copy_(dense.get_output_embeddings().get_parameter(name))
+        norm = next(
+            getattr(base, name) for name in ("norm", "final_layer_norm", "final_layernorm") if hasattr(base, name)
+        )
+        model.model.norm.load_state_dict(norm.state_dict())
+        for index, layer in enumerate(model.model.block):
+            for depth, position in enumerate(layout.positions(index)):
+                for path, module in layer.stored_modules():
+                    _copy_depth(module, depth, f"{stem}.{position}.{path}", state)
+    return model
+
+
+def _copy_depth(module: RelaxedLinear | PerDepth, depth: int, name: str, state: dict[str, Tensor]) -> None:
+    """Give ``module`` at ``depth`` the dense weights called ``name``."""
+    if isinstance(module, PerDepth):
+        for parameter_name, parameter in module.copies[depth].named_parameters():
+            parameter.copy_(state[f"{name}.{parameter_name}"])
+        return
+    weight = state[f"{name}.weight"]
+    if module.lora_a is None:
+        module.linear.weight.copy_(weight)
+    else:
+        module.linear.weight.zero_()
+        rows, columns = weight.shape
+        identity = torch.eye(module.rank, dtype=weight.dtype)
+        module.lora_b[depth] = weight if columns <= rows else identity
+        module.lora_a[depth] = identity if columns <= rows else weight
+    if module.bias is not None:
+        module.bias[depth] = state[f"{name}.bias"]
+
+
+@torch.inference_mode()
+def _difference(dense: PreTrainedModel, model: PreTrainedModel) -> float:
+    """Largest difference of logits: plain, left-padded, and over cached decoding steps."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, dense.config.vocab_size, (2, 13), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    worst = float((dense(ids).logits - model(ids).logits).abs().max())
+    theirs, mine = dense(ids, attention_mask=mask), model(ids, attention_mask=mask)
+    worst = max(worst, float((theirs.logits - mine.logits)[mask.bool()].abs().max()))
+    caches = [dense(ids[:, :9], use_cache=True).past_key_values, model(ids[:, :9], use_cache=True).past_key_values]
+    for step in range(9, 13):
+        token = ids[:, step : step + 1]
+        steps = [run(token, past_key_values=cache).logits for run, cache in zip((dense, model), caches, strict=True)]
+        worst = max(worst, float((steps[0] - steps[1]).abs().max()))
+    return worst

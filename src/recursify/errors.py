@@ -1,0 +1,47 @@
+"""What a user can cause, as one tree.
+
+::
+
+    RecursifyError                 the command line prints the message and exits with 1
+    ├── CheckpointError            a dense or recursive checkpoint that is missing, damaged or not what it says
+    ├── UnsupportedModelError      a family, or a part of one, that cannot be made recursive
+    ├── PlanError                  a layout, rank or strategy that does not fit the model
+    ├── TextError                  calibration or evaluation text that cannot be used
+    ├── SettingsError              a settings file with an unknown key or a value out of range
+    ├── OutputError                a target that exists, lies inside the source, or has no room
+    └── ParityError                a converted or exported model whose logits differ where they must not
+
+Each message says what happened, with which values, and what to do.
+"""
+
+
+class RecursifyError(Exception):
+    """Base of every error that a user can cause."""
+
+
+class CheckpointError(RecursifyError):
+    """A checkpoint is missing, damaged, or not what it says it is."""
+
+
+class UnsupportedModelError(RecursifyError):
+    """A model family, or a part of one, cannot be made recursive."""
+
+
+class PlanError(RecursifyError):
+    """The asked layout, rank or strategy does not fit the model."""
+
+
+class TextError(RecursifyError):
+    """Calibration or evaluation text is empty, too short, or unreadable."""
+
+
+class SettingsError(RecursifyError):
+    """A settings file has an unknown key or a value out of range."""
+
+
+class OutputError(RecursifyError):
+    """The output cannot be written where it was asked for."""
+
+
+class ParityError(RecursifyError):
+    """Two models whose logits must be equal differ."""

@@ -1,0 +1,147 @@
+"""Text from files, and text that every Python carries."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from recursify.errors import TextError
+
+PLAIN_SUFFIXES = (".txt", ".md", ".rst", ".text")
+SUFFIXES = (*PLAIN_SUFFIXES, ".jsonl", ".json", ".parquet")
+HELD_OUT_EVERY = 5
+"""Of Python's own help topics, in alphabetical order, each fifth is held out for measuring."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents and what to call them in a report."""
+
+    name: str
+    documents: list[str]
+
+
+def default_text(split: Literal["calibration", "held_out"]) -> Text:
+    """The help topics inside CPython (``pydoc_data.topics``): 700 kB of English prose and grammar, PSF licence.
+
+    Calibration and held-out topics are disjoint.
+    """
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    held_out = split == "held_out"
+    chosen = [name for index, name in enumerate(names) if (index % HELD_OUT_EVERY == 0) == held_out]
+    which = f"each {HELD_OUT_EVERY}th topic" if held_out else f"all but each {HELD_OUT_EVERY}th topic"
+    return Text(f"pydoc_data.topics of Python {platform.python_version()}, {which}", [topics[n] for n in chosen])
+
+
+def read_text(paths: Iterable[str | Path]) -> Text:
+    """Documents from files, or from all text files under a folder.
+
+    A plain file is one document; a row of JSONL or Parquet is one, its ``text`` (or ``content``, or the joined contents
+    of ``messages``).
+
+    Raises:
+        TextError: Nothing there, not UTF-8, binary, no text field, or empty.
+    """
+    documents: list[str] = []
+    names = []
+    for path in map(Path, paths):
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in SUFFIXES)
+            if not files:
+                raise TextError(f"'{path}' holds no text file ({', '.join(SUFFIXES)}).")
+        elif not path.exists():
+            raise TextError(f"There is no text at '{path}'.")
+        for file in files:
+            documents += _read_file(file)
+        names.append(path.name)
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise TextError(f"{', '.join(map(str, paths))}: empty. Give a file with some thousand words of running text.")
+    return Text(", ".join(names), documents)
+
+
+def _read_file(file: Path) -> list[str]:
+    if file.suffix == ".parquet":
+        return _read_parquet(file)
+    data = file.read_bytes()
+    if b"\0" in data[:65536]:
+        raise TextError(f"'{file}' is binary. Give plain text, JSONL or Parquet.")
+    try:
+        content = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"'{file}' is not UTF-8 (byte {error.start}: 0x{data[error.start]:02x}). Convert it first, for instance "
+            f"with: iconv -t UTF-8"
+        ) from error
+    if file.suffix in (".jsonl", ".json"):
+        return [
+            _text_of(_parse(line, file, number), f"{file}:{number}")
+            for number, line in enumerate(content.splitlines(), start=1)
+            if line.strip()
+        ]
+    return [content]
+
+
+def _parse(line: str, file: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise TextError(f"{file}:{number} is not JSON ({error}). JSONL has one object per line.") from error
+
+
+def _read_parquet(file: Path) -> list[str]:
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except Exception as error:  # pyarrow's errors for a damaged file are its own, not exported as one class
+        raise TextError(f"'{file}' cannot be read as Parquet: {error}") from error
+    return [_text_of(row, f"{file}, row {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _text_of(row: Any, where: str) -> str:
+    if isinstance(row, str):
+        return row
+    if isinstance(row, dict):
+        for key in ("text", "content"):
+            if isinstance(row.get(key), str):
+                return row[key]
+        messages = row.get("messages")
+        if isinstance(messages, list) and all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages
+        ):
+            return "\n".join(message["content"] for message in messages)
+    fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    raise TextError(f"{where} has no 'text' string (nor 'content', nor 'messages'); it has: {fields}.")
+
+
+def token_windows(tokenizer, text: Text, length: int, *, max_tokens: int | None = None, min_windows: int = 1) -> Tensor:
+    """``text`` as token ids cut into windows, ``[N, length]`` int64; a rest shorter than ``length`` is left out.
+
+    Raises:
+        TextError: Fewer than ``min_windows`` windows.
+    """
+    # A token is at least a byte, so this much text is enough and a large corpus is not tokenized whole.
+    joined = "\n\n".join(text.documents)
+    if max_tokens is not None:
+        joined = joined[: 16 * max_tokens]
+    ids = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
+    if max_tokens is not None:
+        ids = ids[: max(max_tokens, length)]
+    count = len(ids) // length
+    if count < min_windows:
+        raise TextError(
+            f"{text.name} is too short: {len(ids)} tokens, and {min_windows} windows of {length} are needed. Give more "
+            f"text, or a shorter length."
+        )
+    return torch.tensor(ids[: count * length]).view(count, length)

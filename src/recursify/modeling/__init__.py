@@ -1,0 +1,42 @@
+"""What a recursive model is. Importing this package registers it with transformers' Auto classes.
+
+The files beside this one are copied into every checkpoint, flat, and import nothing of recursify.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_recursive import FORMAT_VERSION, RecursiveConfig
+from .modeling_recursive import (
+    DepthView,
+    PerDepth,
+    RecursiveForCausalLM,
+    RecursiveModel,
+    RelaxedLinear,
+    SharedLayer,
+    UnsupportedFamily,
+)
+from .recursive_layout import SHARINGS, LayerLayout, LayoutError, Slot
+
+AutoConfig.register("recursive", RecursiveConfig, exist_ok=True)
+AutoModel.register(RecursiveConfig, RecursiveModel, exist_ok=True)
+AutoModelForCausalLM.register(RecursiveConfig, RecursiveForCausalLM, exist_ok=True)
+
+TRAVELLING_FILES = ("configuration_recursive.py", "recursive_layout.py", "modeling_recursive.py")
+"""Files of this package that a checkpoint carries, so that it loads where recursify is not installed."""
+
+__all__ = [
+    "FORMAT_VERSION",
+    "SHARINGS",
+    "TRAVELLING_FILES",
+    "DepthView",
+    "LayerLayout",
+    "LayoutError",
+    "PerDepth",
+    "RecursiveConfig",
+    "RecursiveForCausalLM",
+    "RecursiveModel",
+    "RelaxedLinear",
+    "SharedLayer",
+    "Slot",
+    "UnsupportedFamily",
+]

@@ -1,0 +1,170 @@
+"""Configuration of a recursive model: the dense model's own fields, verbatim and flat, plus the layout.
+
+Everything that reads a config by field name (caches, vLLM, lm-eval, memory estimators) finds the dense model's true
+values. ``num_hidden_layers`` is the *effective* depth, since every KV cache is sized by it.
+
+This file travels inside every checkpoint: it imports transformers only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .recursive_layout import LayerLayout, LayoutError
+
+FORMAT_VERSION = 1
+"""Version of the on-disk format. Raised when an older recursify could not read a newer folder."""
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_recursive.RecursiveConfig",
+    "AutoModel": "modeling_recursive.RecursiveModel",
+    "AutoModelForCausalLM": "modeling_recursive.RecursiveForCausalLM",
+}
+# vLLM's Transformers backend builds `AutoModel.from_config`, and `register_for_auto_class` never writes that key.
+
+
+class RecursiveConfig(PreTrainedConfig):
+    """Configuration of :class:`RecursiveForCausalLM`.
+
+    Args:
+        dense_model_type: ``model_type`` of the dense family whose decoder layers this model runs (``"llama"``, ...).
+        num_recursions: How often the shared block is applied, at least 1.
+        num_prelude_layers: Unshared layers before the block.
+        num_coda_layers: Unshared layers after the block.
+        sharing: ``"cycle"`` (the block, then again) or ``"sequence"`` (each layer repeated in place).
+        lora_rank: Rank of the per-depth residual on every shared linear; 0 for none. Clamped to each matrix.
+        lora_rank_pattern: Ranks that differ from ``lora_rank``: ``{"mlp.down_proj": 128, "3.self_attn.q_proj": 32}``.
+            A key is a module path inside the shared layer, optionally preceded by the block layer's index; the most
+            specific one wins.
+        tie_norms: One norm (and bias) for all depths, as in the papers, instead of one per depth.
+        format_version: Version of the on-disk format.
+        dense_fields: Every field of the dense family's config, ``num_hidden_layers`` being the effective depth.
+
+    Raises:
+        ValueError: An unknown ``dense_model_type``, a newer ``format_version``, or a misspelt field of our own.
+        LayoutError: The effective depth does not fold as the other fields say.
+    """
+
+    model_type = "recursive"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        dense_model_type: str = "llama",
+        num_recursions: int = 1,
+        num_prelude_layers: int = 0,
+        num_coda_layers: int = 0,
+        sharing: str = "cycle",
+        lora_rank: int = 0,
+        lora_rank_pattern: dict[str, int] | None = None,
+        tie_norms: bool = False,
+        format_version: int = FORMAT_VERSION,
+        **dense_fields: Any,
+    ):
+        if dense_model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"Unknown dense_model_type '{dense_model_type}': the installed transformers has no such family."
+            )
+        if format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This checkpoint has format_version {format_version}, newer than {FORMAT_VERSION}, the newest this "
+                f"code reads. Upgrade recursify, or load with the code in the checkpoint (trust_remote_code=True)."
+            )
+        if sharing not in ("cycle", "sequence"):
+            raise ValueError(f"Unknown sharing '{sharing}' in the config. Use 'cycle' or 'sequence'.")
+        if lora_rank < 0 or any(rank < 0 for rank in (lora_rank_pattern or {}).values()):
+            raise ValueError(f"LoRA ranks cannot be negative, got {lora_rank} and {lora_rank_pattern}.")
+        derived = {key: dense_fields.pop(key, None) for key in ("num_unique_layers", "layer_to_block", "block_size")}
+        for key in ("model_type", "auto_map"):
+            dense_fields.pop(key, None)
+
+        dense = CONFIG_MAPPING[dense_model_type](**dense_fields)
+        self._refuse_misspelt(dense_fields, dense)
+        super().__init__(**{key: value for key, value in dense.to_dict().items() if key not in _NOT_COPIED})
+        # PreTrainedConfig.__init__ is a dataclass one: it does not know what is ours, so set it after.
+        self._attn_implementation = dense_fields.get("attn_implementation")
+        self.dense_model_type = dense_model_type
+        self.num_recursions = num_recursions
+        self.num_prelude_layers = num_prelude_layers
+        self.num_coda_layers = num_coda_layers
+        self.sharing = sharing
+        self.lora_rank = lora_rank
+        self.lora_rank_pattern = dict(lora_rank_pattern or {})
+        self.tie_norms = tie_norms
+        self.format_version = format_version
+        self.auto_map = dict(AUTO_MAP)
+
+        layout = self.layout
+        self.block_size = layout.block_size
+        self.num_unique_layers = layout.num_unique_layers
+        self.layer_to_block = layout.layer_to_block()
+        for key, given in derived.items():
+            if given is not None and given != getattr(self, key):
+                raise LayoutError(
+                    f"config.{key} is {given}, but {self.num_hidden_layers} layers with num_recursions={num_recursions}, "
+                    f"num_prelude_layers={num_prelude_layers}, num_coda_layers={num_coda_layers} and sharing="
+                    f"'{sharing}' make it {getattr(self, key)}. The config was edited by hand: convert again instead."
+                )
+
+    @classmethod
+    def from_dense(cls, dense: PreTrainedConfig, layout: LayerLayout, **fields: Any) -> RecursiveConfig:
+        """The config of ``dense`` folded by ``layout``; ``fields`` are this class's own (``lora_rank``, ...)."""
+        return cls(
+            dense_model_type=dense.model_type,
+            num_recursions=layout.num_recursions,
+            num_prelude_layers=layout.num_prelude_layers,
+            num_coda_layers=layout.num_coda_layers,
+            sharing=layout.order,
+            **fields,
+            **{key: value for key, value in dense.to_dict().items() if key not in _NOT_COPIED},
+        )
+
+    @property
+    def layout(self) -> LayerLayout:
+        """The map between positions, stored layers and depths."""
+        return LayerLayout.fold(
+            self.num_hidden_layers,
+            self.num_recursions,
+            self.sharing,
+            num_prelude_layers=self.num_prelude_layers,
+            num_coda_layers=self.num_coda_layers,
+        )
+
+    def dense_config(self) -> PreTrainedConfig:
+        """The dense family's own config, of the effective depth: what the unrolled model has."""
+        dense_class = CONFIG_MAPPING[self.dense_model_type]
+        own = set(inspect.signature(RecursiveConfig.__init__).parameters) | _DERIVED
+        fields = {key: value for key, value in self.to_dict().items() if key not in own | _NOT_COPIED}
+        return dense_class(**fields)
+
+    def rank_of(self, index: int, path: str, in_features: int, out_features: int) -> int:
+        """LoRA rank of the shared linear ``path`` (``"self_attn.q_proj"``) in block layer ``index``."""
+        rank = self.lora_rank
+        names = path.split(".")
+        for start in reversed(range(len(names))):
+            rank = self.lora_rank_pattern.get(".".join(names[start:]), rank)
+        rank = self.lora_rank_pattern.get(f"{index}.{path}", rank)
+        return min(rank, in_features, out_features)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All fields: readers of ``config.json`` outside transformers do not know the dense family's defaults."""
+        return self.to_dict()
+
+    @staticmethod
+    def _refuse_misspelt(fields: dict[str, Any], dense: PreTrainedConfig) -> None:
+        """transformers keeps any unknown key as an attribute, so a misspelt field of ours would vanish silently."""
+        own = set(inspect.signature(RecursiveConfig.__init__).parameters) - {"self", "dense_fields"}
+        known = set(type(dense)().to_dict())
+        for key in fields.keys() - known:
+            if nearest := difflib.get_close_matches(key, own, n=1, cutoff=0.8):
+                raise ValueError(f"Unknown config key '{key}'. Did you mean '{nearest[0]}'?")
+
+
+_DERIVED = {"num_unique_layers", "layer_to_block", "block_size", "auto_map"}
+_NOT_COPIED = {"model_type", "architectures", "transformers_version", "auto_map", "quantization_config"}

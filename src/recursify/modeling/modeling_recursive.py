@@ -1,0 +1,489 @@
+"""The recursive model: prelude, a shared block applied several times, coda.
+
+transformers' own decoder layers do the physics. For every position the family's layer is built *at that position*, so
+it carries what is not a weight (RoPE or NoPE, window, layer type, ``layer_idx``); inside the shared block each of its
+weight-owning submodules is then replaced by a :class:`DepthView`, which calls the one stored submodule at its depth.
+Caches, masks, paged attention and activation checkpointing see an ordinary model of ``num_hidden_layers`` layers; the
+checkpoint sees every weight once.
+
+Shape legend: B batch, T tokens, D hidden size, V vocabulary, I/O in/out features, R recursions (depths), r LoRA rank.
+
+This file travels inside every checkpoint: it imports torch and transformers only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_recursive import RecursiveConfig
+from .recursive_layout import LayoutError, Slot
+
+
+class UnsupportedFamily(ValueError):
+    """A dense family whose layers cannot be shared; the message says which part and why."""
+
+
+class RelaxedLinear(nn.Module):
+    """A linear map shared by all depths, plus a low-rank residual and a bias of each depth.
+
+    ``y = x Wᵀ + (x A[depth]ᵀ) B[depth]ᵀ + b[depth]`` (Relaxed Recursive Transformers, arXiv 2410.20672, section 2.2;
+    LoRA scale 1). It *contains* an ``nn.Linear`` and is not one: tools that swap every ``nn.Linear`` (quantizers,
+    vLLM) swap the shared weight and leave the residual standing.
+
+    Parameters: ``linear.weight [O, I]``, ``lora_a [R, r, I]``, ``lora_b [R, O, r]`` (absent for rank 0), and
+    ``bias [R, O]``, or ``[1, O]`` when tied, or absent.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, num_depths: int, rank: int, num_biases: int = 0):
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=False)
+        self.rank = rank
+        self.lora_a = nn.Parameter(torch.empty(num_depths, rank, in_features)) if rank else None
+        self.lora_b = nn.Parameter(torch.empty(num_depths, out_features, rank)) if rank else None
+        self.bias = nn.Parameter(torch.empty(num_biases, out_features)) if num_biases else None
+
+    def forward(self, x: Tensor, depth: int) -> Tensor:
+        """``[..., I] -> [..., O]`` at ``depth``."""
+        y = self.linear(x)
+        if self.lora_a is not None:
+            y = y + F.linear(F.linear(x, self.lora_a[depth]), self.lora_b[depth])
+        if self.bias is not None:
+            y = y + self.bias[depth if len(self.bias) > 1 else 0]
+        return y
+
+    def merged_weight(self, depth: int) -> Tensor:
+        """``W + B[depth] A[depth]``, ``[O, I]`` in float32 or better: what a dense layer would hold at ``depth``."""
+        weight = self.linear.weight.to(torch.promote_types(self.linear.weight.dtype, torch.float32))
+        if self.lora_a is None:
+            return weight
+        return weight + self.lora_b[depth].to(weight.dtype) @ self.lora_a[depth].to(weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}"
+
+
+class PerDepth(nn.Module):
+    """A small submodule (a norm) of which every depth keeps its own copy, or all depths one when tied."""
+
+    def __init__(self, copies: list[nn.Module]):
+        super().__init__()
+        self.copies = nn.ModuleList(copies)
+
+    def forward(self, x: Tensor, depth: int) -> Tensor:
+        return self.copies[depth if len(self.copies) > 1 else 0](x)
+
+
+class DepthView(nn.Module):
+    """Stands in a family's layer for a submodule that owns weights, and calls the stored one at its depth.
+
+    The stored module is deliberately not registered here. A weight has one owner, so that safetensors, FSDP and
+    adapters meet it once. Depth is a constant of the view and an argument of the call, never mutable state: with a
+    depth set from outside, activation checkpointing recomputes every recursion at the last one, and the gradients are
+    silently wrong (tests/modeling/test_checkpointing.py).
+    """
+
+    def __init__(self, stored: nn.Module, depth: int):
+        super().__init__()
+        object.__setattr__(self, "stored", stored)
+        self.depth = depth
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stored(x, self.depth)
+
+    def extra_repr(self) -> str:
+        return f"{type(self.stored).__name__}, depth={self.depth}"
+
+
+class SharedLayer(nn.Module):
+    """One layer of the shared block: its weights once, and one weightless view of the family's layer per depth.
+
+    This is the unit that FSDP wraps (with ``reshard_after_forward=False``, or each recursion gathers again).
+
+    Args:
+        config: The model's config.
+        index: Which layer of the block this is.
+        layers: The family's decoder layers, built on the meta device at this layer's positions, by depth. They become
+            the views.
+
+    Raises:
+        LayoutError: The layers differ in kind or shape.
+        UnsupportedFamily: A submodule whose weights are neither a linear map nor vectors.
+    """
+
+    def __init__(self, config: RecursiveConfig, index: int, layers: list[nn.Module]):
+        super().__init__()
+        _check_alike(layers, config.layout.positions(index))
+        self.shared_paths: list[str] = []
+        for path, module in list(weight_owners(layers[0])):
+            stored = self._stored(config, index, path, module, [layer.get_submodule(path) for layer in layers])
+            _nest(self, path, stored)
+            self.shared_paths.append(path)
+            for depth, layer in enumerate(layers):
+                layer.set_submodule(path, DepthView(stored, depth))
+        self.views = nn.ModuleList(layers)
+
+    @staticmethod
+    def _stored(
+        config: RecursiveConfig, index: int, path: str, module: nn.Module, at_depths: list[nn.Module]
+    ) -> nn.Module:
+        """The one stored module that replaces ``module`` at all depths."""
+        num_own = 1 if config.tie_norms else len(at_depths)
+        if isinstance(module, nn.Linear):
+            return RelaxedLinear(
+                module.in_features,
+                module.out_features,
+                num_depths=len(at_depths),
+                rank=config.rank_of(index, path, module.in_features, module.out_features),
+                num_biases=0 if module.bias is None else num_own,
+            )
+        return PerDepth([materialize(copy) for copy in at_depths[:num_own]])
+
+    def forward(self, hidden_states: Tensor, depth: int, **layer_arguments: Any) -> Tensor:
+        """``[B, T, D] -> [B, T, D]`` at ``depth``; ``layer_arguments`` are those of the family's own layer."""
+        return self.views[depth](hidden_states, **layer_arguments)
+
+    def stored_modules(self) -> Iterator[tuple[str, RelaxedLinear | PerDepth]]:
+        """The stored modules with their paths inside the family's layer."""
+        return ((path, self.get_submodule(path)) for path in self.shared_paths)
+
+
+def weight_owners(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Submodules of a dense layer that own weights, each of which can be shared.
+
+    Raises:
+        UnsupportedFamily: One of them cannot: it is neither ``nn.Linear`` nor made of vectors (a norm).
+    """
+    for path, module in layer.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if any(True for _ in module.buffers(recurse=False)):
+            raise UnsupportedFamily(
+                f"'{path}' ({type(module).__name__}) keeps state in buffers, which cannot be shared."
+            )
+        if not own:
+            continue
+        vectors_only = all(weight.ndim <= 1 for weight in own.values())
+        if not path or any(True for _ in module.children()) or not (isinstance(module, nn.Linear) or vectors_only):
+            shapes = ", ".join(f"{name} {list(weight.shape)}" for name, weight in own.items())
+            raise UnsupportedFamily(
+                f"'{path}' ({type(module).__name__}: {shapes}) is neither a linear map nor a norm, and only those can "
+                f"be shared."
+            )
+        yield path, module
+
+
+def _check_alike(layers: list[nn.Module], positions: list[int]) -> None:
+    """Layers that share weights must own the same ones."""
+    described = [
+        {
+            path: (type(module).__name__, {name: list(p.shape) for name, p in module.named_parameters(recurse=False)})
+            for path, module in layer.named_modules()
+            if any(True for _ in module.parameters(recurse=False))
+        }
+        for layer in layers
+    ]
+    for other in range(1, len(layers)):
+        for path in described[0].keys() | described[other].keys():
+            first, second = described[0].get(path, "nothing"), described[other].get(path, "nothing")
+            if first != second:
+                raise LayoutError(
+                    f"Layers {positions[0]} and {positions[other]} cannot share weights: '{path}' is {first} in one "
+                    f"and {second} in the other. Choose a prelude, coda or number of recursions that ties like layers."
+                )
+
+
+def _nest(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Register ``module`` under a dotted path, making the containers in between."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root.get_submodule(parent)
+    root.add_module(name, module)
+
+
+def materialize(module: nn.Module) -> nn.Module:
+    """Move a module built on the meta device to the ambient one, its weights unset until ``post_init``."""
+    return module.to_empty(device=torch.empty(0).device)
+
+
+class DenseFamily:
+    """The parts of a dense family's model, built on the meta device from a recursive config.
+
+    Raises:
+        UnsupportedFamily: The family's model has parts beyond embedding, decoder layers, final norm and RoPE.
+    """
+
+    def __init__(self, config: RecursiveConfig):
+        self.model_class: type[PreTrainedModel] = MODEL_MAPPING[type(config.dense_config())]
+        with torch.device("meta"):
+            skeleton = self.model_class(config)
+        self.skeleton = skeleton
+        parts = dict(skeleton.named_children())
+        self.embed_tokens = skeleton.get_input_embeddings()
+        self.layers = list(parts.get("layers", ()))
+        self.rotary_emb = parts.get("rotary_emb")
+        norms = [name for name in ("norm", "final_layer_norm", "final_layernorm") if name in parts]
+        if len(self.layers) != config.num_hidden_layers or not norms or self.rotary_emb is None:
+            raise UnsupportedFamily(
+                f"Family '{config.dense_model_type}' is not built as embedding, RoPE, decoder layers, final norm: it "
+                f"has {', '.join(parts)}."
+            )
+        self.norm = parts[norms[0]]
+        known = {id(part) for part in (self.embed_tokens, self.rotary_emb, self.norm, parts["layers"])}
+        others = [
+            name for name, part in parts.items() if id(part) not in known and any(True for _ in part.parameters())
+        ]
+        if others:
+            raise UnsupportedFamily(
+                f"Family '{config.dense_model_type}' feeds its layers from {', '.join(others)}, outside the decoder "
+                f"layers: looping them would feed every recursion the wrong input."
+            )
+        arguments = inspect.signature(self.layers[0].forward).parameters
+        self.cache_argument = "layer_past" if "layer_past" in arguments else "past_key_values"
+        self.rope_by_layer_type = "layer_type" in inspect.signature(self.rotary_emb.forward).parameters
+
+    def strip(self) -> PreTrainedModel:
+        """The skeleton without its parts: what is left knows how the family initializes a module."""
+        for name in list(self.skeleton._modules):
+            del self.skeleton._modules[name]
+        return self.skeleton
+
+
+class RecursivePreTrainedModel(PreTrainedModel):
+    """What :class:`RecursiveModel` and :class:`RecursiveForCausalLM` have in common."""
+
+    config_class = RecursiveConfig
+    config: RecursiveConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values", "layer_past"]
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: RecursiveConfig):
+        family = MODEL_MAPPING[type(config.dense_config())]
+        # PreTrainedModel.__init__ reads these from the instance: what the family's layers can do is what we can do.
+        for flag in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_can_record_outputs"):
+            self.__dict__[flag] = getattr(family, flag)
+        self.__dict__["_no_split_modules"] = ["SharedLayer", *(family._no_split_modules or [])]
+        super().__init__(config)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any):
+        """Checkpoint every (block layer, depth) by itself, non-reentrantly.
+
+        Raises:
+            ValueError: ``use_reentrant=True``: under DDP a shared weight would be marked ready once per depth.
+        """
+        checkpoint_arguments = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if checkpoint_arguments["use_reentrant"]:
+            raise ValueError(
+                "Reentrant activation checkpointing runs a shared layer's backward once per recursion, and DDP then "
+                "fails with 'marked ready twice'. Leave use_reentrant at False."
+            )
+        super().gradient_checkpointing_enable(checkpoint_arguments, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The family's own initialization; LoRA starts at zero (A as ``nn.Linear``, B zero)."""
+        if isinstance(module, RelaxedLinear):
+            if module.lora_a is not None:
+                bound = 1 / math.sqrt(module.linear.in_features)
+                init.uniform_(module.lora_a, -bound, bound)
+                init.zeros_(module.lora_b)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            self._family_skeleton()._init_weights(module)
+
+    def _family_skeleton(self) -> PreTrainedModel:
+        raise AssertionError("defined by both models")
+
+
+class RecursiveModel(RecursivePreTrainedModel):
+    """Embedding, prelude, shared block, coda and final norm: ``input_ids [B, T] -> last_hidden_state [B, T, D]``."""
+
+    def __init__(self, config: RecursiveConfig):
+        super().__init__(config)
+        family = DenseFamily(config)
+        layout = config.layout
+        self.layout = layout
+        self.embed_tokens = materialize(family.embed_tokens)
+        self.rotary_emb = materialize(family.rotary_emb)
+        start_of_coda = layout.num_layers - layout.num_coda_layers
+        self.prelude = nn.ModuleList(materialize(layer) for layer in family.layers[: layout.num_prelude_layers])
+        self.block = nn.ModuleList(
+            SharedLayer(config, index, [family.layers[position] for position in layout.positions(index)])
+            for index in range(layout.block_size)
+        )
+        self.coda = nn.ModuleList(materialize(layer) for layer in family.layers[start_of_coda:])
+        self.norm = materialize(family.norm)
+
+        self.cache_argument = family.cache_argument
+        self.rope_by_layer_type = family.rope_by_layer_type
+        self.gradient_checkpointing = False
+        object.__setattr__(self, "_skeleton", family.strip())
+        self.post_init()
+
+    def _family_skeleton(self) -> PreTrainedModel:
+        return self._skeleton
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run all recursions.
+
+        Args:
+            input_ids: ``[B, T]``; or give ``inputs_embeds [B, T, D]``.
+            attention_mask: ``[B, past + T]`` with 0 at padding, a prepared 4-D mask, or a dict of those by layer type.
+            position_ids: ``[B, T]``; counted from the cache's length if absent.
+            past_key_values: A cache with one slot per effective position.
+            use_cache: Make and return a cache.
+            kwargs: Passed to every attention function.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + seen
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = create_masks_for_generate(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        rotations = self.rotations(inputs_embeds, position_ids)
+
+        hidden_states = inputs_embeds
+        for position, slot in enumerate(self.layout.slots()):
+            layer_type = self.layer_type(position)
+            hidden_states = self.run_slot(
+                slot,
+                hidden_states,
+                attention_mask=masks[layer_type] if isinstance(masks, dict) else masks,
+                position_embeddings=rotations[layer_type] if isinstance(rotations, dict) else rotations,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **{self.cache_argument: past_key_values},
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def run_slot(self, slot: Slot, hidden_states: Tensor, **layer_arguments: Any) -> Tensor:
+        """Run the layer at ``slot``: ``[B, T, D] -> [B, T, D]``."""
+        if slot.part == "block":
+            return self.block[slot.index](hidden_states, slot.depth, **layer_arguments)
+        layer = self.prelude[slot.index] if slot.part == "prelude" else self.coda[slot.index]
+        return layer(hidden_states, **layer_arguments)
+
+    def layer_type(self, position: int) -> str | None:
+        """Attention type at ``position`` (``"full_attention"``, ``"sliding_attention"``), if the family tells them apart."""
+        layer_types = getattr(self.config, "layer_types", None)
+        return layer_types[position] if layer_types else None
+
+    def rotations(self, hidden_states: Tensor, position_ids: Tensor) -> Any:
+        """RoPE's cosines and sines, by layer type where the family has several bases (Gemma 3)."""
+        if not self.rope_by_layer_type:
+            return self.rotary_emb(hidden_states, position_ids)
+        return {
+            kind: self.rotary_emb(hidden_states, position_ids, kind) for kind in dict.fromkeys(self.config.layer_types)
+        }
+
+
+class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
+    """A recursive model with its language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: RecursiveConfig):
+        super().__init__(config)
+        self.model = RecursiveModel(config)
+        with torch.device("meta"):
+            head = _dense_head(config)
+        self.lm_head = materialize(head)
+        self.post_init()
+
+    def _family_skeleton(self) -> PreTrainedModel:
+        return self.model._skeleton
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``[B, T, V]`` (or of the last ``logits_to_keep`` tokens), and the loss where ``labels [B, T]`` are given."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _dense_head(config: RecursiveConfig) -> nn.Linear:
+    """The family's own LM head (some have a bias)."""
+    head_only = config.dense_config()
+    head_only.num_hidden_layers = 0
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(head_only)](head_only).get_output_embeddings()
+
+
+RecursiveConfig.register_for_auto_class()
+RecursiveModel.register_for_auto_class("AutoModel")
+RecursiveForCausalLM.register_for_auto_class("AutoModelForCausalLM")
