@@ -7,11 +7,14 @@ Two passes over the text, each with one slot's dense layers and the hidden state
    (:func:`~recursify.convert.low_rank.share_for_residuals`).
 2. **Correct drift.** The converted model's own hidden states walk beside the dense ones. Each residual is refitted, stage
    by stage (q/k/v, o, gate/up, down), as the reduced-rank regression of the dense layer's outputs on the inputs that
-   the converted layer really sees.
+   the converted layer really sees. Where the map writes to the residual stream, it is also asked to make up for what
+   the stream has lost so far.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +22,18 @@ from torch import Tensor, nn
 
 from recursify.evaluation.text import Text, token_windows
 
-from .converter import Names, Progress, StoredModule, write_factors
+from .converter import Progress, write_factors
 from .dense_checkpoint import DenseCheckpoint, load_tokenizer
+from .dense_names import DenseNames, StoredModule
 from .initialization import average
 from .layerwise import Layerwise
 from .low_rank import Metric, regress, share, share_for_residuals
 from .plan import ConversionPlan
 from .relaxation import find_relaxation
 from .writer import ShardedCheckpoint
+
+Moments = dict[str, Tensor]
+"""Second moments ``Σ x xᵀ [I, I]`` of a layer's linear maps' inputs, by the first path of each stage."""
 
 MIN_WINDOWS = 2
 """Fewer windows than this say nothing about a model."""
@@ -49,7 +56,7 @@ class Calibration:
     def __init__(self, checkpoint: DenseCheckpoint, plan: ConversionPlan, text: Text, progress: Progress):
         self.checkpoint = checkpoint
         self.layout = plan.layout
-        self.names = Names(plan)
+        self.names = DenseNames(plan.config)
         self.text = text
         self.progress = progress
         settings = plan.settings
@@ -102,7 +109,10 @@ class Calibration:
                 self.progress("walk", position + 1, first_positions[-1])
         return starts, starts[0]
 
-    def _share(self, plan: ConversionPlan, output: ShardedCheckpoint, starts: list[list[Tensor]]) -> None:
+    def _slots(
+        self, starts: list[list[Tensor]], stage_name: str
+    ) -> Iterator[tuple[int, list[nn.Module], list[Moments]]]:
+        """Each slot with its dense layers by depth, and the second moments of their inputs."""
         cursors = list(starts)
         for index in range(self.layout.block_size):
             layers, moments = [], []
@@ -112,17 +122,53 @@ class Calibration:
                 moments.append(self._moments(layer, position, cursors[cursor]))
                 cursors[cursor] = [self.dense.run(layer, position, batch) for batch in cursors[cursor]]
                 layers.append(layer)
+            yield index, layers, moments
+            self.progress(stage_name, index + 1, self.layout.block_size)
+
+    def _share(self, plan: ConversionPlan, output: ShardedCheckpoint, starts: list[list[Tensor]]) -> None:
+        for index, layers, moments in self._slots(starts, "share"):
             modules = {module.path: module for module in self.names.stored_modules(index) if module.is_linear}
             for stage in self.dense.stages:
                 metrics = [Metric(moment.pop(stage[0])) for moment in moments]
                 for path in stage:
                     self._share_linear(plan, output, modules[path], layers, metrics)
-            self.progress("share", index + 1, self.layout.block_size)
 
-    def _moments(self, layer: nn.Module, position: int, hidden: list[Tensor]) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def allocate_ranks(self, plan: ConversionPlan) -> ConversionPlan:
+        """The plan with its residuals' parameters spent where they remove most error, if it asks for that.
+
+        Each further rank of a module removes the next singular values of what sharing costs its depths, in the metric
+        of its inputs and relative to the energy of its output, and costs ``R (I + O)`` parameters. Ranks are bought in
+        order of gain per parameter until the uniform allocation's budget is spent.
+        """
+        if plan.settings.rank_allocation != "tail" or not plan.has_residuals:
+            return plan
+        starts, _ = self._walk_to_starts()
+        gains: dict[str, Tensor] = {}
+        costs: dict[str, int] = {}
+        budget = 0
+        for index, layers, moments in self._slots(starts, "allocate"):
+            modules = {module.path: module for module in self.names.stored_modules(index) if module.is_linear}
+            for stage in self.dense.stages:
+                metrics = [Metric(moment.pop(stage[0])) for moment in moments]
+                for path in stage:
+                    weights = [layer.get_submodule(path).weight for layer in layers]
+                    shared = share(weights, metrics)
+                    key = f"{index}.{path}"
+                    gains[key] = sum(
+                        (m.tail(w.double() - shared) / m.error(w) for w, m in zip(weights, metrics, strict=True)),
+                        torch.zeros(()),
+                    )
+                    costs[key] = len(weights) * sum(weights[0].shape)
+                    budget += modules[path].rank * costs[key]
+        plan = plan.with_rank_pattern(_spend(gains, costs, budget))
+        self.names = DenseNames(plan.config)
+        return plan
+
+    def _moments(self, layer: nn.Module, position: int, hidden: list[Tensor]) -> Moments:
         """Second moments of the inputs of a layer's linear maps, by the first path of each stage."""
         firsts = [stage[0] for stage in self.dense.stages]
-        totals: dict[str, Tensor] = {}
+        totals: Moments = {}
         for batch in hidden:
             for path, rows in self.dense.inputs(layer, position, batch, firsts).items():
                 totals[path] = totals.get(path, 0) + _products(rows, rows)
@@ -179,10 +225,10 @@ class Calibration:
             dense_layer = self.dense.load(position)
             own_layer = self._converted(output, position)
             modules = {m.path: m for m in self.names.stored_modules(slot.index) if m.is_linear}
-            for stage in self.dense.stages:
-                metric, cross = self._regressors(dense_layer, own_layer, position, dense_hidden, own_hidden, stage[0])
+            for index, stage in enumerate(self.dense.stages):
+                evidence = self._evidence(dense_layer, own_layer, position, dense_hidden, own_hidden, index)
                 for path in stage:
-                    self._refit(output, modules[path], slot.depth, dense_layer, own_layer, metric, cross)
+                    self._refit(output, modules[path], slot.depth, dense_layer, own_layer, evidence)
             if position < last:
                 dense_hidden = [self.dense.run(dense_layer, position, batch) for batch in dense_hidden]
                 own_hidden = [self.dense.run(own_layer, position, batch) for batch in own_hidden]
@@ -215,24 +261,25 @@ class Calibration:
             weight += left @ right
         return weight
 
-    def _regressors(
+    def _evidence(
         self,
         dense_layer: nn.Module,
         own_layer: nn.Module,
         position: int,
         dense_hidden: list[Tensor],
         own_hidden: list[Tensor],
-        path: str,
-    ) -> tuple[Metric, Tensor]:
-        """Metric of the converted layer's inputs at ``path``, and ``Σ y xᵀ`` of the dense ones ``y`` with them."""
-        moment: Tensor = torch.zeros(())
-        cross: Tensor = torch.zeros(())
+        stage: int,
+    ) -> Evidence:
+        """Run both layers up to a stage over the whole text."""
+        moment = cross = drift = torch.zeros(())
         for theirs, mine in zip(dense_hidden, own_hidden, strict=True):
-            y = self.dense.inputs(dense_layer, position, theirs, [path])[path]
-            x = self.dense.inputs(own_layer, position, mine, [path])[path]
+            y, their_stream = self.dense.input_and_rest(dense_layer, position, theirs, stage)
+            x, my_stream = self.dense.input_and_rest(own_layer, position, mine, stage)
             moment = moment + _products(x, x)
             cross = cross + _products(y, x)
-        return Metric(moment), cross
+            if their_stream is not None and my_stream is not None:
+                drift = drift + _products(their_stream - my_stream, x)
+        return Evidence(Metric(moment), cross, drift if self.dense.writes[stage] else None)
 
     def _refit(
         self,
@@ -241,20 +288,47 @@ class Calibration:
         depth: int,
         dense_layer: nn.Module,
         own_layer: nn.Module,
-        metric: Metric,
-        cross: Tensor,
+        evidence: Evidence,
     ) -> None:
         """Refit one residual, on disk and in the layer that the next stage runs through."""
         if not module.rank:
             return
-        wanted = regress(dense_layer.get_submodule(module.path).weight, cross, metric)
+        wanted = regress(dense_layer.get_submodule(module.path).weight, evidence.cross, evidence.metric, evidence.drift)
         shared = output.read(f"{module.name}.linear.weight").double()
-        left, right = metric.low_rank(wanted - shared, module.rank)
+        left, right = evidence.metric.low_rank(wanted - shared, module.rank)
         for name, factor in ((f"{module.name}.lora_b", left), (f"{module.name}.lora_a", right)):
             stacked = output.read(name)
             stacked[depth] = factor.to(stacked.dtype)
             output.write(name, stacked)
         own_layer.get_submodule(module.path).weight.copy_(self._merged(output, module, depth))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a residual is refitted on; ``x`` are the converted layer's inputs at a stage, ``y`` the dense one's.
+
+    Attributes:
+        metric: The metric of ``Σ x xᵀ``.
+        cross: ``Σ y xᵀ``, ``[I, I]``.
+        drift: ``Σ (s_dense − s_own) xᵀ``, ``[D, I]``, where the stage adds to a residual stream ``s``: a map that writes
+            there can take back what earlier layers got wrong. None elsewhere.
+    """
+
+    metric: Metric
+    cross: Tensor
+    drift: Tensor | None
+
+
+def _spend(gains: dict[str, Tensor], costs: dict[str, int], budget: int) -> dict[str, int]:
+    """Ranks by module, at least 1 each: the best gains per parameter that ``budget`` parameters buy."""
+    ranks = dict.fromkeys(gains, 1)
+    left = budget - sum(costs.values())
+    offers = sorted(((float(gain) / costs[key], key) for key, tail in gains.items() for gain in tail[1:]), reverse=True)
+    for _, key in offers:
+        if costs[key] <= left:
+            ranks[key] += 1
+            left -= costs[key]
+    return ranks
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:

@@ -92,12 +92,7 @@ def check_conversion(conversion: Conversion, target: Path, *, progress: Progress
     text = default_text("held_out")
     length = min(CHECK_LENGTH, model.config.max_position_embeddings)
     windows = token_windows(tokenizer, text, length, max_tokens=CHECK_WINDOWS * length)
-    parts = windows.split(2)
-    comparisons = []
-    for done, part in enumerate(parts):
-        comparisons.append(compare(model, control, part))
-        progress("check", done + 1, len(parts))
-    comparison = comparisons[0].merged(comparisons[1:])
+    comparison = compare(model, control, windows, progress=progress)
     prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
     return {

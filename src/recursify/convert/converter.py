@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from torch import Tensor
 
 import recursify.modeling
 from recursify.evaluation.text import Text
-from recursify.modeling import TRAVELLING_FILES, RecursiveForCausalLM, RelaxedLinear
+from recursify.modeling import TRAVELLING_FILES
 from recursify.modeling.configuration_recursive import AUTO_MAP
 
 from .dense_checkpoint import DenseCheckpoint
+from .dense_names import DenseNames, StoredModule
 from .initialization import average, find_initialization
 from .plan import ConversionPlan
 from .relaxation import find_relaxation
@@ -33,76 +33,6 @@ Progress = Callable[[str, int, int], None]
 
 def _silent(stage: str, done: int, total: int) -> None:
     pass
-
-
-@dataclass(frozen=True)
-class StoredModule:
-    """A module of the shared block, and where its dense originals are.
-
-    Attributes:
-        name: Its name in the recursive model (``model.block.3.self_attn.q_proj``).
-        index: Block layer.
-        path: Its path inside the family's layer.
-        rank: LoRA rank; 0 for norms.
-        is_linear: A relaxed linear, or a per-depth norm.
-        parameters: Names of its dense parameters (``weight``, ``bias``).
-    """
-
-    name: str
-    index: int
-    path: str
-    rank: int
-    is_linear: bool
-    parameters: tuple[str, ...]
-
-
-class Names:
-    """Maps between parameter names of the recursive model and of the dense checkpoint it is made from."""
-
-    def __init__(self, plan: ConversionPlan):
-        with torch.device("meta"):
-            self.model = RecursiveForCausalLM(plan.config)
-        self.layout = plan.layout
-        family = self.model.model._family_skeleton()
-        self.prefix = type(family).base_model_prefix
-        self.dense_stem = f"{self.prefix}.layers"
-
-    def stored_modules(self, index: int) -> Iterator[StoredModule]:
-        """The stored modules of block layer ``index``."""
-        for path, module in self.model.model.block[index].stored_modules():
-            linear = isinstance(module, RelaxedLinear)
-            parameters = (
-                ("weight",) + (("bias",) if module.bias is not None else ())
-                if linear
-                else tuple(name for name, _ in module.copies[0].named_parameters())
-            )
-            yield StoredModule(
-                f"model.block.{index}.{path}", index, path, module.rank if linear else 0, linear, parameters
-            )
-
-    def dense(self, position: int, path: str, parameter: str) -> str:
-        """Dense name of a parameter of the layer at ``position``."""
-        return f"{self.dense_stem}.{position}.{path}.{parameter}"
-
-    def unshared(self, dense_names: list[str]) -> dict[str, str]:
-        """Recursive name -> dense name of everything outside the shared block."""
-        names = {}
-        for part, first in (("prelude", 0), ("coda", self.layout.num_layers - self.layout.num_coda_layers)):
-            for index, layer in enumerate(getattr(self.model.model, part)):
-                for name, _ in layer.named_parameters():
-                    names[f"model.{part}.{index}.{name}"] = f"{self.dense_stem}.{first + index}.{name}"
-        outside = [name for name in dense_names if not name.startswith(self.dense_stem + ".")]
-        own = {
-            "model.embed_tokens": ("embed_tokens", "embed_in"),
-            "model.norm": ("norm", "final_layer_norm", "final_layernorm"),
-            "lm_head": ("lm_head", "embed_out"),
-        }
-        for mine, theirs in own.items():
-            for name in outside:
-                module, _, parameter = name.rpartition(".")
-                if module.rpartition(".")[2] in theirs:
-                    names[f"{mine}.{parameter}"] = name
-        return names
 
 
 def convert(
@@ -177,13 +107,10 @@ def _write_unshared(
     checkpoint: DenseCheckpoint, plan: ConversionPlan, output: ShardedCheckpoint, progress: Progress
 ) -> None:
     """Copy embedding, prelude, coda, final norm, head, and the norms and biases of the shared block."""
-    names = Names(plan)
-    copies = {
-        mine: theirs for mine, theirs in names.unshared(list(checkpoint.parameters)).items() if mine in output.tensors
-    }
-    for done, (mine, theirs) in enumerate(copies.items()):
+    names = DenseNames(plan.config)
+    for done, (mine, theirs) in enumerate(names.unshared.items()):
         output.write(mine, checkpoint.read(theirs))
-        progress("copy", done + 1, len(copies))
+        progress("copy", done + 1, len(names.unshared))
     for index in range(plan.layout.block_size):
         positions = plan.layout.positions(index)
         for module in names.stored_modules(index):
@@ -207,7 +134,7 @@ def _write_block(
     checkpoint: DenseCheckpoint, plan: ConversionPlan, output: ShardedCheckpoint, progress: Progress
 ) -> None:
     """Make shared weights and residuals without text: one linear map of one shared layer at a time."""
-    names = Names(plan)
+    names = DenseNames(plan.config)
     generator = torch.Generator().manual_seed(plan.settings.seed)
     for index in range(plan.layout.block_size):
         for module in names.stored_modules(index):
@@ -219,7 +146,7 @@ def _write_block(
 def _write_linear(
     checkpoint: DenseCheckpoint,
     plan: ConversionPlan,
-    names: Names,
+    names: DenseNames,
     module: StoredModule,
     output: ShardedCheckpoint,
     generator: torch.Generator,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 import shutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -56,8 +57,12 @@ class TensorInfo:
     dtype: torch.dtype
 
     @property
+    def num_parameters(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
+        return self.num_parameters * self.dtype.itemsize
 
 
 class DenseCheckpoint(ABC):
@@ -106,7 +111,7 @@ class DenseCheckpoint(ABC):
 
     @property
     def num_parameters(self) -> int:
-        return sum(int(np.prod(info.shape)) for info in self.parameters.values())
+        return sum(info.num_parameters for info in self.parameters.values())
 
     @property
     def num_bytes(self) -> int:
@@ -190,15 +195,8 @@ class SafetensorsFolder(DenseCheckpoint):
         self.source = source
         self.folder = folder
         self.config = _read_config(folder, trust_remote_code)
-        shard_of = _shards(folder)
-        stored = {}
-        for shard in sorted(set(shard_of.values())):
-            stored.update(_read_header(folder / shard))
-        if absent := sorted(name for name in shard_of if name not in stored):
-            raise CheckpointError(
-                f"{INDEX_FILE} names {len(absent)} tensors that the shards do not hold, first '{absent[0]}' in "
-                f"{shard_of[absent[0]]}. The download is incomplete or mixed: fetch the model again."
-            )
+        shard_of = shard_files(folder)
+        stored = _read_headers(folder, shard_of)
         self._stored_names, self.parameters = _match(self.config, stored, folder)
         self._shard_of = {name: shard_of.get(stored_name) for name, stored_name in self._stored_names.items()}
 
@@ -217,12 +215,17 @@ class SafetensorsFolder(DenseCheckpoint):
         return _refuse_non_finite(tensor, name, str(shard))
 
     def save_passengers(self, folder: Path) -> None:
-        for pattern in PASSENGERS:
-            for file in sorted(self.folder.glob(pattern)):
-                if file.is_dir():
-                    shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
-                else:
-                    shutil.copy2(file, folder / file.name)
+        copy_passengers(self.folder, folder)
+
+
+def copy_passengers(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template, generation config and licences from one model folder to another."""
+    for pattern in PASSENGERS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_dir():
+                shutil.copytree(file, target / file.name, dirs_exist_ok=True)
+            else:
+                shutil.copy2(file, target / file.name)
 
 
 class GgufCheckpoint(DenseCheckpoint):
@@ -322,8 +325,12 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     return config
 
 
-def _shards(folder: Path) -> dict[str, str]:
-    """Tensor name on disk -> shard file name, checked for existence."""
+def shard_files(folder: Path) -> dict[str, str]:
+    """Tensor name on disk -> shard file name.
+
+    Raises:
+        CheckpointError: A shard is missing, the index is damaged, or there are no safetensors at all.
+    """
     index = folder / INDEX_FILE
     if index.exists():
         try:
@@ -347,6 +354,28 @@ def _shards(folder: Path) -> dict[str, str]:
             f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
         )
     raise CheckpointError(f"'{folder}' holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}.")
+
+
+def folder_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Every floating-point tensor in a folder of safetensors, from the headers.
+
+    Raises:
+        CheckpointError: A shard is missing, truncated, or does not hold what the index says.
+    """
+    infos = _read_headers(folder, shard_files(folder))
+    return {name: info for name, info in infos.items() if isinstance(info, TensorInfo)}
+
+
+def _read_headers(folder: Path, shard_of: dict[str, str]) -> dict[str, TensorInfo | str]:
+    stored: dict[str, TensorInfo | str] = {}
+    for shard in sorted(set(shard_of.values())):
+        stored.update(_read_header(folder / shard))
+    if absent := sorted(name for name in shard_of if name not in stored):
+        raise CheckpointError(
+            f"{INDEX_FILE} names {len(absent)} tensors that the shards do not hold, first '{absent[0]}' in "
+            f"{shard_of[absent[0]]}. The download is incomplete or mixed: fetch the model again."
+        )
+    return stored
 
 
 _DTYPES = {

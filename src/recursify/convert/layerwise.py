@@ -21,11 +21,28 @@ class _Reached(Exception):
     """Ends a layer's forward once the inputs looked for have been seen."""
 
 
+class _Silent(nn.Module):
+    """Stands for a linear map, remembers what it was fed, and returns zeros."""
+
+    def __init__(self, replaced: nn.Module):
+        super().__init__()
+        self.out_features = replaced.out_features
+        self.fed: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fed = x.flatten(0, -2)
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
 class Layerwise:
     """A dense model whose layers are loaded, run in float32 over all of a text, and dropped, one by one.
 
     Held throughout: the token ids, RoPE and nothing else. Hidden states are the caller's, as a list of batches
     ``[b, T, D]``.
+
+    Attributes:
+        stages: Paths of a layer's linear maps, in groups that are fed the same tensor, in the order in which they run.
+        writes: Per stage, whether its output is added to the residual stream as it is.
 
     Args:
         checkpoint: The dense model.
@@ -50,7 +67,7 @@ class Layerwise:
         self.batches = list(windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1])))
         self.num_tokens = windows.numel()
         self._arguments: dict[tuple[int, int], dict[str, Any]] = {}
-        self.stages = self._find_stages()
+        self.stages, self.writes = self._find_stages()
 
     def _computed(self, module: nn.Module) -> nn.Module:
         """A module without stored weights (RoPE), its buffers computed."""
@@ -103,6 +120,29 @@ class Layerwise:
                 hook.remove()
         return seen
 
+    def input_and_rest(
+        self, layer: nn.Module, position: int, hidden: Tensor, stage: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a stage is fed, ``[b·T, I]``, and the residual stream it adds to, ``[b·T, D]``.
+
+        The latter is the layer's output with this stage and all later ones silenced; None where the stage does not
+        write to the stream as it is (q/k/v, or an output that a norm follows).
+        """
+        path = self.stages[stage][0]
+        if not self.writes[stage]:
+            return self.inputs(layer, position, hidden, [path])[path], None
+        silenced = {p: layer.get_submodule(p) for later in self.stages[stage:] for p in later}
+        recorder = _Silent(silenced[path])
+        for p, module in silenced.items():
+            layer.set_submodule(p, recorder if p == path else _Silent(module))
+        try:
+            rest = self.run(layer, position, hidden)
+        finally:
+            for p, module in silenced.items():
+                layer.set_submodule(p, module)
+        assert recorder.fed is not None
+        return recorder.fed, rest.flatten(0, -2)
+
     def _layer_arguments(self, position: int, hidden: Tensor) -> dict[str, Any]:
         key = (hidden.shape[0], position)
         if key not in self._arguments:
@@ -127,32 +167,51 @@ class Layerwise:
             }
         return self._arguments[key]
 
-    def _find_stages(self) -> list[list[str]]:
-        """Linear maps of a layer in the order in which they run, those fed the same tensor together.
+    def _find_stages(self) -> tuple[list[list[str]], list[bool]]:
+        """Linear maps of a layer in the order in which they run, and which of them write to the residual stream.
 
-        For Llama: q/k/v, o, gate/up, down. Found by running the first layer, so that fused and parallel layouts need
-        no table.
+        Maps fed the same tensor form one stage; for Llama: q/k/v, o, gate/up, down. Found by running a random layer, so
+        that fused, parallel and sandwich-normed layouts need no table.
         """
         layer = copy.deepcopy(self._layers[0]).to_empty(device=self.device)
         for parameter in layer.parameters():
-            nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=0.1)
         layer.requires_grad_(False).eval()
         stages: list[list[str]] = []
         fed: list[Tensor] = []  # kept alive, so that identity means the same tensor
-        hooks = []
-        for path, module in layer.named_modules():
-            if isinstance(module, nn.Linear):
+        wrote: dict[str, Tensor] = {}
 
-                def hook(module: nn.Module, arguments: tuple[Tensor, ...], path: str = path) -> None:
-                    for stage, tensor in zip(stages, fed, strict=True):
-                        if tensor is arguments[0]:
-                            stage.append(path)
-                            return
-                    stages.append([path])
-                    fed.append(arguments[0])
+        def look(path: str):
+            def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+                wrote[path] = output
+                for stage, tensor in zip(stages, fed, strict=True):
+                    if tensor is arguments[0]:
+                        stage.append(path)
+                        return
+                stages.append([path])
+                fed.append(arguments[0])
 
-                hooks.append(module.register_forward_pre_hook(hook))
-        self.run(layer, 0, torch.randn(1, 4, self.config.hidden_size, device=self.device))
-        for handle in hooks:
-            handle.remove()
-        return stages
+            return hook
+
+        linears = [(path, module) for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
+        hooks = [module.register_forward_hook(look(path)) for path, module in linears]
+        hidden = torch.randn(1, 4, self.config.hidden_size, device=self.device)
+        self.run(layer, 0, hidden)
+        for hook in hooks:
+            hook.remove()
+        return stages, [self._writes(layer, hidden, stages, index, wrote) for index in range(len(stages))]
+
+    def _writes(
+        self, layer: nn.Module, hidden: Tensor, stages: list[list[str]], index: int, wrote: dict[str, Tensor]
+    ) -> bool:
+        """Whether a stage's output is added to the residual stream as it is."""
+        stage = stages[index]
+        if len(stage) != 1 or wrote[stage[0]].shape != hidden.shape:
+            return False
+        outputs = []
+        for first_silenced in (index, index + 1):
+            silent = copy.deepcopy(layer)
+            for path in [path for later in stages[first_silenced:] for path in later]:
+                silent.set_submodule(path, _Silent(layer.get_submodule(path)))
+            outputs.append(self.run(silent, 0, hidden))
+        return torch.allclose(outputs[1] - outputs[0], wrote[stage[0]], rtol=1e-4, atol=1e-5)

@@ -79,17 +79,24 @@ def _leading_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return matrix @ right, right.mT.contiguous()
 
 
-def regress(weight: Tensor, cross: Tensor, metric: Metric) -> Tensor:
-    """The map that does on inputs ``x`` what ``weight [O, I]`` does on inputs ``y``: ``min_M Σ ‖W y − M x‖²``, float64.
+def regress(weight: Tensor, cross: Tensor, metric: Metric, offset: Tensor | None = None) -> Tensor:
+    """The map that does on inputs ``x`` what ``weight [O, I]`` does on inputs ``y``: ``min_M Σ ‖W y + e − M x‖²``.
 
     Args:
         weight: ``W``.
         cross: ``Σ y xᵀ``, ``[I, I]``.
         metric: The metric of ``Σ x xᵀ``; its ridge draws ``M`` towards ``W``.
+        offset: ``Σ e xᵀ``, ``[O, I]``, for a further target ``e``.
+
+    Returns:
+        ``M [O, I]``, float64.
     """
     scaled = cross.double() / metric.scale
     scaled.diagonal().add_(RIDGE)
-    return torch.cholesky_solve((weight.double() @ scaled).mT, metric.factor).mT
+    wanted = weight.double() @ scaled
+    if offset is not None:
+        wanted += offset.double() / metric.scale
+    return torch.cholesky_solve(wanted.mT, metric.factor).mT
 
 
 def share(weights: list[Tensor], metrics: list[Metric]) -> Tensor:

@@ -202,7 +202,7 @@ def make_plan(checkpoint: DenseCheckpoint, settings: ConversionSettings, *, text
     config.dtype = dtype
     tensors = recursive_tensors(config, dtype)
     generator = torch.Generator().manual_seed(settings.seed)
-    dense_kv = _kv_bytes_per_token(checkpoint.config, checkpoint.dtype)
+    dense_kv = kv_bytes_per_token(checkpoint.config, checkpoint.dtype)
     return ConversionPlan(
         source=checkpoint.source,
         config=config,
@@ -278,13 +278,14 @@ def recursive_tensors(config: RecursiveConfig, dtype: torch.dtype) -> dict[str, 
 def _size(config: RecursiveConfig, tensors: dict[str, TensorInfo]) -> Size:
     dtype = next(iter(tensors.values())).dtype
     return Size(
-        num_parameters=sum(torch.Size(info.shape).numel() for info in tensors.values()),
+        num_parameters=sum(info.num_parameters for info in tensors.values()),
         num_bytes=sum(info.num_bytes for info in tensors.values()),
-        kv_bytes_per_token=_kv_bytes_per_token(config, dtype),
+        kv_bytes_per_token=kv_bytes_per_token(config, dtype),
     )
 
 
-def _kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one token over all effective layers."""
     num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * num_heads * head_dim * dtype.itemsize

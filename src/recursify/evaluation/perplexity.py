@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-TOKENS_PER_BATCH = 4096
+from recursify.errors import CheckpointError
+
+TOKENS_PER_BATCH = 2048
+"""Two sets of float32 logits over 49 152 words of this many tokens are 0.8 GB."""
+
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -51,54 +57,76 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def merged(self, others: list[Comparison]) -> Comparison:
-        """This and ``others`` over all their tokens together."""
-        parts = [self, *others]
-        counts = [part.model.num_tokens for part in parts]
-        total = sum(counts)
 
-        def mean(values: list[float]) -> float:
-            return sum(value * count for value, count in zip(values, counts, strict=True)) / total
-
-        return Comparison(
-            _perplexity(mean([part.model.loss for part in parts]) * total, total),
-            _perplexity(mean([part.control.loss for part in parts]) * total, total),
-            mean([part.top1_agreement for part in parts]),
-            mean([part.kl for part in parts]),
-        )
+def measure(
+    model: PreTrainedModel,
+    windows: Tensor,
+    control: PreTrainedModel | None = None,
+    *,
+    progress: Progress = lambda stage, done, total: None,
+) -> Perplexity | Comparison:
+    """:func:`perplexity`, or :func:`compare` where there is a control."""
+    if control is None:
+        return perplexity(model, windows, progress=progress)
+    return compare(model, control, windows, progress=progress)
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, windows: Tensor) -> Perplexity:
+def perplexity(
+    model: PreTrainedModel, windows: Tensor, *, progress: Progress = lambda stage, done, total: None
+) -> Perplexity:
     """Perplexity of ``model`` over token windows ``[N, T]``, logits taken in float32."""
     total, count = 0.0, 0
-    for batch in _batches(windows):
-        batch = batch.to(model.device)
-        logits = model(batch).logits[:, :-1].float()
-        total += float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+    batches = _batches(windows)
+    for done, batch in enumerate(batches):
+        total -= float(_chosen(_log_probabilities(model, batch), batch).double().sum())
         count += batch[:, 1:].numel()
+        progress("measure", done + 1, len(batches))
     return _perplexity(total, count)
 
 
 @torch.inference_mode()
-def compare(model: PreTrainedModel, control: PreTrainedModel, windows: Tensor) -> Comparison:
-    """Run both models over token windows ``[N, T]``."""
-    totals = torch.zeros(4, dtype=torch.float64)
+def compare(
+    model: PreTrainedModel,
+    control: PreTrainedModel,
+    windows: Tensor,
+    *,
+    progress: Progress = lambda stage, done, total: None,
+) -> Comparison:
+    """Run both models over token windows ``[N, T]``.
+
+    Raises:
+        CheckpointError: Their vocabularies differ, so that their predictions are not about the same tokens.
+    """
+    if model.config.vocab_size != control.config.vocab_size:
+        raise CheckpointError(
+            f"The model has {model.config.vocab_size} tokens in its vocabulary and the control "
+            f"{control.config.vocab_size}: their predictions cannot be compared token by token."
+        )
+    mine_total = theirs_total = agreed = divergence = 0.0
     count = 0
-    for batch in _batches(windows):
-        targets = batch[:, 1:].flatten()
-        mine = model(batch.to(model.device)).logits[:, :-1].float().flatten(0, 1).log_softmax(-1).cpu()
-        theirs = control(batch.to(control.device)).logits[:, :-1].float().flatten(0, 1).log_softmax(-1).cpu()
-        rows = torch.arange(len(targets))
-        totals[0] -= float(mine[rows, targets].double().sum())
-        totals[1] -= float(theirs[rows, targets].double().sum())
-        totals[2] += float((mine.argmax(-1) == theirs.argmax(-1)).sum())
-        totals[3] += float(F.kl_div(mine, theirs, log_target=True, reduction="sum"))
-        count += len(targets)
-    mine_total, theirs_total, agreed, divergence = totals.tolist()
+    batches = _batches(windows)
+    for done, batch in enumerate(batches):
+        mine, theirs = _log_probabilities(model, batch), _log_probabilities(control, batch)
+        mine_total -= float(_chosen(mine, batch).double().sum())
+        theirs_total -= float(_chosen(theirs, batch).double().sum())
+        agreed += float((mine.argmax(-1) == theirs.argmax(-1)).sum())
+        divergence += float(F.kl_div(mine, theirs, log_target=True, reduction="sum"))
+        count += batch[:, 1:].numel()
+        progress("measure", done + 1, len(batches))
     return Comparison(
         _perplexity(mine_total, count), _perplexity(theirs_total, count), agreed / count, divergence / count
     )
+
+
+def _log_probabilities(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """``[b, T] -> [b · (T-1), V]`` on the CPU, float32."""
+    logits = model(batch.to(model.device), use_cache=False).logits[:, :-1].float().cpu()
+    return logits.flatten(0, 1).log_softmax(-1)
+
+
+def _chosen(log_probabilities: Tensor, batch: Tensor) -> Tensor:
+    return log_probabilities.gather(-1, batch[:, 1:].reshape(-1, 1))
 
 
 def _perplexity(total: float, count: int) -> Perplexity:
@@ -106,5 +134,5 @@ def _perplexity(total: float, count: int) -> Perplexity:
     return Perplexity(math.exp(loss) if loss < 700 else math.inf, loss, count)
 
 
-def _batches(windows: Tensor):
+def _batches(windows: Tensor) -> tuple[Tensor, ...]:
     return windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))

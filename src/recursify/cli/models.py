@@ -1,0 +1,80 @@
+"""Opening whatever a command was pointed at: a recursive folder, a dense folder, a ``.gguf``, a Hub id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import recursify.modeling  # noqa: F401  (registers recursive models)
+from recursify.convert.converter import RECORD_FILE
+from recursify.convert.dense_checkpoint import load_tokenizer, locate, open_checkpoint
+from recursify.errors import CheckpointError, SettingsError
+
+
+def is_recursive(path: Path) -> bool:
+    """Whether ``path`` is the folder of a recursive model."""
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") == "recursive"
+    except (OSError, ValueError):
+        return False
+
+
+def require_recursive(path: Path) -> None:
+    """Raises:
+    CheckpointError: ``path`` is not the folder of a recursive model.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"There is no model folder at '{path}'.")
+    if not is_recursive(path):
+        raise CheckpointError(
+            f"'{path}' is no recursive model (its config.json does not say model_type 'recursive'). Make one with: "
+            f"recursify convert {path} -o OUTPUT"
+        )
+
+
+def load_model(
+    source: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Any]:
+    """A model in eval mode, and its tokenizer.
+
+    Raises:
+        CheckpointError: It cannot be loaded.
+        SettingsError: Unknown dtype or device.
+    """
+    if dtype != "auto" and dtype not in ("float32", "bfloat16", "float16"):
+        raise SettingsError(f"Unknown dtype '{dtype}'. Use float32, bfloat16, float16 or auto.")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"Cannot run on '{device}': {str(error).splitlines()[0]}") from error
+    path = locate(source)
+    if is_recursive(path):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise CheckpointError(f"'{path}' does not load: {str(error).splitlines()[0]}") from error
+        return model.to(place).eval(), tokenizer
+    checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    return checkpoint.load_model(wanted).to(place), load_tokenizer(checkpoint)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """``recursify.json`` of a folder; empty where it has none.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    file = path / RECORD_FILE
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"'{file}' is not valid JSON: {error}.") from error

@@ -1,0 +1,90 @@
+"""Which dense parameter is which recursive one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from recursify.modeling import RecursiveConfig, RecursiveForCausalLM, RelaxedLinear
+
+OUTSIDE = {
+    "model.embed_tokens": ("embed_tokens", "embed_in"),
+    "model.norm": ("norm", "final_layer_norm", "final_layernorm"),
+    "lm_head": ("lm_head", "embed_out"),
+}
+"""Modules outside the layers: recursive name -> last part of their dense names in the families."""
+
+
+@dataclass(frozen=True)
+class StoredModule:
+    """A module of the shared block, and where its dense originals are.
+
+    Attributes:
+        name: Its name in the recursive model (``model.block.3.self_attn.q_proj``).
+        index: Block layer.
+        path: Its path inside the family's layer.
+        rank: LoRA rank; 0 for norms.
+        is_linear: A relaxed linear, or a per-depth norm.
+        parameters: Names of its dense parameters (``weight``, ``bias``).
+    """
+
+    name: str
+    index: int
+    path: str
+    rank: int
+    is_linear: bool
+    parameters: tuple[str, ...]
+
+
+class DenseNames:
+    """Maps between parameter names of a recursive model and of its dense family.
+
+    Attributes:
+        parameters: Recursive parameter names with their shapes; a tied head is not among them.
+        dense_parameters: Dense parameter names with their shapes, likewise.
+        unshared: Recursive name -> dense name of everything outside the shared block.
+    """
+
+    def __init__(self, config: RecursiveConfig):
+        dense_config = config.dense_config()
+        with torch.device("meta"):
+            self._model = RecursiveForCausalLM(config)
+            dense = MODEL_FOR_CAUSAL_LM_MAPPING[type(dense_config)](dense_config)
+        self.layout = config.layout
+        self.parameters = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
+        self.dense_parameters = {name: tuple(p.shape) for name, p in dense.named_parameters()}
+        self.stem = f"{dense.base_model_prefix}.layers"
+        self.unshared = self._unshared()
+
+    def stored_modules(self, index: int) -> Iterator[StoredModule]:
+        """The stored modules of block layer ``index``."""
+        for path, module in self._model.model.block[index].stored_modules():
+            name = f"model.block.{index}.{path}"
+            if isinstance(module, RelaxedLinear):
+                parameters = ("weight",) if module.bias is None else ("weight", "bias")
+                yield StoredModule(name, index, path, module.rank, True, parameters)
+            else:
+                parameters = tuple(name for name, _ in module.copies[0].named_parameters())
+                yield StoredModule(name, index, path, 0, False, parameters)
+
+    def dense(self, position: int, path: str, parameter: str) -> str:
+        """Dense name of a parameter of the layer at ``position``."""
+        return f"{self.stem}.{position}.{path}.{parameter}"
+
+    def _unshared(self) -> dict[str, str]:
+        names = {}
+        for name in self.dense_parameters:
+            if name.startswith(self.stem + "."):
+                position, _, rest = name.removeprefix(self.stem + ".").partition(".")
+                slot = self.layout.slot(int(position))
+                if slot.part != "block":
+                    names[f"model.{slot.part}.{slot.index}.{rest}"] = name
+                continue
+            module, _, parameter = name.rpartition(".")
+            for mine, theirs in OUTSIDE.items():
+                if module.rpartition(".")[2] in theirs:
+                    names[f"{mine}.{parameter}"] = name
+        return names

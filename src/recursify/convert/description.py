@@ -1,0 +1,78 @@
+"""What a recursive checkpoint is, read from its headers: layout, sizes, history."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from recursify.errors import CheckpointError
+from recursify.modeling import RecursiveConfig
+
+from .dense_checkpoint import folder_tensors
+from .plan import kv_bytes_per_token
+
+
+def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """A recursive folder as JSON-ready data; no weight is read.
+
+    Raises:
+        CheckpointError: The config or a shard is damaged.
+    """
+    try:
+        config = RecursiveConfig.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"'{folder}' has a config that does not load: {error}") from error
+    tensors = folder_tensors(folder)
+    layout = config.layout
+    stored = sum(info.num_parameters for info in tensors.values())
+    block = {name: info for name, info in tensors.items() if name.startswith("model.block.")}
+    once = sum(info.num_parameters for name, info in block.items() if name.endswith(".linear.weight"))
+    residuals = sum(info.num_parameters for name, info in block.items() if ".lora_" in name)
+    dtype = max(tensors.values(), key=lambda info: info.num_bytes).dtype
+    return {
+        "family": config.dense_model_type,
+        "layout": {
+            "effective_layers": layout.num_layers,
+            "unique_layers": layout.num_unique_layers,
+            "prelude": layout.num_prelude_layers,
+            "block_size": layout.block_size,
+            "num_recursions": layout.num_recursions,
+            "coda": layout.num_coda_layers,
+            "order": layout.order,
+            "layer_to_block": layout.layer_to_block(),
+        },
+        "lora_rank": config.lora_rank,
+        "lora_rank_pattern": config.lora_rank_pattern,
+        "tie_norms": config.tie_norms,
+        "parameters": {
+            "stored": stored,
+            "effective": stored + (layout.num_recursions - 1) * once - residuals,
+            "shared": once,
+            "residuals": residuals,
+        },
+        "bytes": sum(info.num_bytes for info in tensors.values()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
+        "made_from": record.get("plan", {}).get("source"),
+        "initialization": record.get("plan", {}).get("initialization"),
+        "relaxation": record.get("plan", {}).get("relaxation"),
+        "calibration": record.get("calibration") or None,
+        "history": record.get("history", []),
+        "recursify_version": record.get("recursify_version"),
+    }
+
+
+def draw_layout(description: dict[str, Any]) -> str:
+    """The layers as text, one line per part."""
+    layout = description["layout"]
+    first, last = layout["prelude"], layout["effective_layers"] - layout["coda"]
+    lines = []
+    if layout["prelude"]:
+        lines.append(f"prelude   layers 0-{first - 1}, once")
+    repeated = (
+        f"× {layout['num_recursions']}" if layout["order"] == "cycle" else f"each × {layout['num_recursions']} in place"
+    )
+    lines.append(f"block     {layout['block_size']} shared layers {repeated}: positions {first}-{last - 1}")
+    if layout["coda"]:
+        lines.append(f"coda      layers {last}-{layout['effective_layers'] - 1}, once")
+    return "\n".join(lines)
