@@ -33,7 +33,7 @@ DEFAULT_CACHE = Path.home() / ".cache" / "recursify" / "bigbench"
 TASKS = {"general_knowledge": 70, "phrase_relatedness": 100, "social_iqa": 120}
 """Task -> how many of its examples are taken, from the first on: all of them, but for social_iqa (1954)."""
 
-PROMPT = "Question: {question}\nAnswer:"
+PROMPT = "Q: {question}\nA:"
 """The choices are not listed: each is scored as the continuation, zero-shot."""
 
 METRICS = ("acc", "acc_norm")

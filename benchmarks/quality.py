@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bigbench_tasks import DEFAULT_CACHE, TASKS, chance, evaluate_tasks, fetch_tasks
-from dense_controls import Control, count_parameters, drop_layers, factorize
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from bigbench_tasks import DEFAULT_CACHE, TASKS, chance, evaluate_tasks, fetch_tasks
+from dense_controls import Control, count_parameters, drop_layers, factorize
 from recursify.convert.check import make_conversion
 from recursify.convert.dense_checkpoint import load_tokenizer, open_checkpoint
 from recursify.convert.settings import ConversionSettings
@@ -42,8 +42,6 @@ from recursify.modeling import RecursiveForCausalLM
 
 MODEL = "smollm2-135m"
 WINDOW = 512
-WINDOWS_PER_STEP = 2
-"""Windows compared at once: the logits of both models are held in float32."""
 
 PROMPTS = (
     "The capital of France is",
@@ -57,6 +55,9 @@ NEW_TOKENS = 40
 ENDS = {"num_prelude_layers": 4, "num_coda_layers": 4}
 CYCLE = {"sharing": "cycle"}
 PUBLISHED = {"initialization": "average", "relaxation": "svd"}
+CALIBRATED = {"initialization": "calibrated", "relaxation": "calibrated"}
+MAIN = {**ENDS, **CALIBRATED, "lora_rank": 64}
+"""The conversion whose parameter count the controls get."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,6 @@ class Row:
     description: str
     settings: dict[str, Any] = field(default_factory=dict)
     control: Callable[[PreTrainedModel, int, Tensor], Control] | None = None
-
-
-CALIBRATED = {"initialization": "calibrated", "relaxation": "calibrated"}
-MAIN = {**ENDS, **CALIBRATED, "lora_rank": 64}
-"""The conversion whose parameter count the controls get."""
 
 
 ROWS = {
@@ -224,11 +220,8 @@ class Bench:
         """The figures of ``row``, by column, and what it writes after the prompts."""
         say(f"{row.name}: making")
         made, seconds = self.make(row)
-        say(
-            f"{row.name}: {made.num_parameters / 1e6:.1f}M parameters in {seconds:.0f} s ({made.description}); measuring"
-        )
-        parts = [compare(made.model, self.dense, part) for part in self.windows.split(WINDOWS_PER_STEP)]
-        comparison = parts[0].merged(parts[1:])
+        say(f"{row.name}: {made.num_parameters / 1e6:.1f}M in {seconds:.0f} s ({made.description}); measuring")
+        comparison = compare(made.model, self.dense, self.windows)
         figures = {
             "row": row.name,
             "description": row.description,

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from recursify.convert.check import make_conversion
+from recursify.modeling import RecursiveForCausalLM
 
 SMALL = {
-    "vocab_size": 128,
+    "vocab_size": 260,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 6,
@@ -63,3 +75,28 @@ def random_ids(batch: int, length: int, seed: int = 0, vocab_size: int = SMALL["
     """Token ids ``[batch, length]``, none of them the pad token."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, vocab_size, (batch, length), generator=generator)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of 256 bytes and a few special tokens, made on the spot."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<s>": 1} | {character: index + 2 for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", padding_side="left")
+
+
+def save_tiny(folder: Path, family: str = "llama", *, max_shard_size: str = "5GB", **overrides) -> PreTrainedModel:
+    """Write a tiny dense model with its tokenizer into ``folder``."""
+    dense = tiny_dense(family, **overrides)
+    dense.save_pretrained(folder, max_shard_size=max_shard_size)
+    byte_tokenizer().save_pretrained(folder)
+    return dense
+
+
+def convert_tiny(source: Path, target: Path, **settings) -> RecursiveForCausalLM:
+    """Convert without text unless asked, and load the result."""
+    chosen = {"initialization": "average", "relaxation": "svd", "calibration_data": [], **settings}
+    make_conversion(str(source), chosen).write(target, overwrite=True, progress=lambda *_: None)
+    return RecursiveForCausalLM.from_pretrained(target).eval()

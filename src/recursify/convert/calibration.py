@@ -119,9 +119,9 @@ class Calibration:
             for depth, position in enumerate(self.layout.positions(index)):
                 cursor = 0 if self.layout.order == "sequence" else depth
                 layer = self.dense.load(position)
-                moments.append(self._moments(layer, position, cursors[cursor]))
-                cursors[cursor] = [self.dense.run(layer, position, batch) for batch in cursors[cursor]]
+                cursors[cursor], measured = self._run_and_measure(layer, position, cursors[cursor])
                 layers.append(layer)
+                moments.append(measured)
             yield index, layers, moments
             self.progress(stage_name, index + 1, self.layout.block_size)
 
@@ -165,14 +165,18 @@ class Calibration:
         self.names = DenseNames(plan.config)
         return plan
 
-    def _moments(self, layer: nn.Module, position: int, hidden: list[Tensor]) -> Moments:
-        """Second moments of the inputs of a layer's linear maps, by the first path of each stage."""
+    def _run_and_measure(
+        self, layer: nn.Module, position: int, hidden: list[Tensor]
+    ) -> tuple[list[Tensor], Moments]:
+        """A layer's outputs over the whole text, and the second moments of its linear maps' inputs."""
         firsts = [stage[0] for stage in self.dense.stages]
-        totals: Moments = {}
+        outputs, totals = [], {}
         for batch in hidden:
-            for path, rows in self.dense.inputs(layer, position, batch, firsts).items():
+            output, fed = self.dense.observe(layer, position, batch, firsts)
+            outputs.append(output)
+            for path, rows in fed.items():
                 totals[path] = totals.get(path, 0) + _products(rows, rows)
-        return totals
+        return outputs, totals
 
     def _share_linear(
         self,

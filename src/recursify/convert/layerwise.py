@@ -18,19 +18,22 @@ TOKENS_PER_BATCH = 4096
 
 
 class _Reached(Exception):
-    """Ends a layer's forward once the inputs looked for have been seen."""
+    """Ends a layer's forward once the input looked for has been seen."""
 
 
 class _Silent(nn.Module):
-    """Stands for a linear map, remembers what it was fed, and returns zeros."""
+    """Stands for a linear map, remembers what it was fed, and returns zeros or stops the layer."""
 
-    def __init__(self, replaced: nn.Module):
+    def __init__(self, replaced: nn.Linear, *, stops: bool = False):
         super().__init__()
         self.out_features = replaced.out_features
+        self.stops = stops
         self.fed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         self.fed = x.flatten(0, -2)
+        if self.stops:
+            raise _Reached
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
@@ -98,27 +101,24 @@ class Layerwise:
         """``[b, T, D] -> [b, T, D]``."""
         return layer(hidden, **self._layer_arguments(position, hidden))
 
-    def inputs(self, layer: nn.Module, position: int, hidden: Tensor, paths: list[str]) -> dict[str, Tensor]:
-        """What the linear maps at ``paths`` are fed, each ``[b·T, I]``; the layer runs only until all were seen."""
+    def observe(
+        self, layer: nn.Module, position: int, hidden: Tensor, paths: list[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`run`, and what the linear maps at ``paths`` were fed, each ``[b·T, I]``."""
         seen: dict[str, Tensor] = {}
 
         def look(path: str):
             def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
                 seen[path] = arguments[0].flatten(0, -2)
-                if len(seen) == len(paths):
-                    raise _Reached
 
             return hook
 
         hooks = [layer.get_submodule(path).register_forward_pre_hook(look(path)) for path in paths]
         try:
-            self.run(layer, position, hidden)
-        except _Reached:
-            pass
+            return self.run(layer, position, hidden), seen
         finally:
             for hook in hooks:
                 hook.remove()
-        return seen
 
     def input_and_rest(
         self, layer: nn.Module, position: int, hidden: Tensor, stage: int
@@ -129,19 +129,20 @@ class Layerwise:
         write to the stream as it is (q/k/v, or an output that a norm follows).
         """
         path = self.stages[stage][0]
-        if not self.writes[stage]:
-            return self.inputs(layer, position, hidden, [path])[path], None
         silenced = {p: layer.get_submodule(p) for later in self.stages[stage:] for p in later}
-        recorder = _Silent(silenced[path])
+        recorder = _Silent(silenced[path], stops=not self.writes[stage])
         for p, module in silenced.items():
             layer.set_submodule(p, recorder if p == path else _Silent(module))
+        rest = None
         try:
-            rest = self.run(layer, position, hidden)
+            rest = self.run(layer, position, hidden).flatten(0, -2)
+        except _Reached:
+            pass
         finally:
             for p, module in silenced.items():
                 layer.set_submodule(p, module)
         assert recorder.fed is not None
-        return recorder.fed, rest.flatten(0, -2)
+        return recorder.fed, rest
 
     def _layer_arguments(self, position: int, hidden: Tensor) -> dict[str, Any]:
         key = (hidden.shape[0], position)

@@ -109,7 +109,7 @@ def share(weights: list[Tensor], metrics: list[Metric]) -> Tensor:
     return torch.linalg.solve(total, weighted.mT).mT
 
 
-def share_for_residuals(weights: list[Tensor], metrics: list[Metric], rank: int, *, num_sweeps: int = 2) -> Tensor:
+def share_for_residuals(weights: list[Tensor], metrics: list[Metric], rank: int, *, num_sweeps: int = 1) -> Tensor:
     """The shared map of ``min Σ_ℓ ‖W_ℓ − W − B_ℓ A_ℓ‖²``, solved together with the residuals it will be given.
 
     Averaging first and truncating the residuals after is a saddle point of this problem: with two layers both
@@ -121,7 +121,8 @@ def share_for_residuals(weights: list[Tensor], metrics: list[Metric], rank: int,
         weights: Dense weights by depth, each ``[O, I]``.
         metrics: Their metrics.
         rank: Rank of each residual; 0 gives :func:`share`.
-        num_sweeps: Rounds of alternating minimization. None of them raises the error.
+        num_sweeps: Rounds of alternating minimization. None of them raises the error. After the start for two layers
+            the first takes 2 % off it on SmolLM2-135M, and the second 0.6 %.
 
     Returns:
         ``W [O, I]``, float64; the residuals are :meth:`Metric.low_rank` of what it leaves.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -51,7 +51,7 @@ class RecursiveConfig(PreTrainedConfig):
     """
 
     model_type = "recursive"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     has_no_defaults_at_init = True
 
     def __init__(
@@ -86,8 +86,12 @@ class RecursiveConfig(PreTrainedConfig):
 
         dense = CONFIG_MAPPING[dense_model_type](**dense_fields)
         self._refuse_misspelt(dense_fields, dense)
-        super().__init__(**{key: value for key, value in dense.to_dict().items() if key not in _NOT_COPIED})
-        # PreTrainedConfig.__init__ is a dataclass one: it does not know what is ours, so set it after.
+        verbatim = {key: value for key, value in dense.to_dict().items() if key not in _NOT_COPIED}
+        super().__init__(**verbatim)
+        for key, value in verbatim.items():
+            # PreTrainedConfig drops fields that it takes for generation settings, use_cache among them.
+            if key not in self.__dict__ and key != "dtype":
+                setattr(self, key, value)
         self._attn_implementation = dense_fields.get("attn_implementation")
         self.dense_model_type = dense_model_type
         self.num_recursions = num_recursions

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_recursive import RecursiveConfig
 from .recursive_layout import LayoutError, Slot
@@ -270,14 +271,19 @@ class RecursivePreTrainedModel(PreTrainedModel):
     config: RecursiveConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values", "layer_past"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "layer_past"]
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # By role, not by family: transformers keeps this per class, and one process may hold several families.
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": OutputRecorder(GradientCheckpointingLayer),
+        "attentions": [OutputRecorder(None, 1, class_name=name) for name in (".self_attn", ".attention")],
+    }
 
     def __init__(self, config: RecursiveConfig):
         family = MODEL_MAPPING[type(config.dense_config())]
         # PreTrainedModel.__init__ reads these from the instance: what the family's layers can do is what we can do.
-        for flag in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_can_record_outputs"):
+        for flag in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"):
             self.__dict__[flag] = getattr(family, flag)
         self.__dict__["_no_split_modules"] = ["SharedLayer", *(family._no_split_modules or [])]
         super().__init__(config)
@@ -424,7 +430,7 @@ class RecursiveModel(RecursivePreTrainedModel):
 class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
     """A recursive model with its language-modelling head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: RecursiveConfig):
         super().__init__(config)

