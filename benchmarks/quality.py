@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from bigbench_tasks import DEFAULT_CACHE, TASKS, chance, evaluate_tasks, fetch_tasks
+from bigbench_tasks import DEFAULT_CACHE, PROMPT, TASKS, chance, evaluate_tasks, fetch_tasks
 from dense_controls import Control, count_parameters, drop_layers, factorize
 from recursify.convert.check import make_conversion
 from recursify.convert.dense_checkpoint import load_tokenizer, open_checkpoint
@@ -84,12 +84,20 @@ ROWS = {
             "dense", "dense", control=lambda dense, budget, windows: Control(dense, count_parameters(dense), "as it is")
         ),
         Row("ends4-r64", "prelude 4, coda 4, rank 64, calibrated", MAIN),
-        Row("ends4-r64-no-drift", "the same without drift correction", {**MAIN, "drift_correction": False}),
-        Row("ends4-r64-tail", "the same, ranks given by tail", {**MAIN, "rank_allocation": "tail"}),
-        Row("ends4-r64-published", "the same, average + SVD (published)", {**MAIN, **PUBLISHED}),
+        Row(
+            "ends4-r64-no-drift",
+            "prelude 4, coda 4, rank 64, calibrated without drift correction",
+            {**MAIN, "drift_correction": False},
+        ),
+        Row(
+            "ends4-r64-tail",
+            "prelude 4, coda 4, rank 64 on average (tail allocation), calibrated",
+            {**MAIN, "rank_allocation": "tail"},
+        ),
+        Row("ends4-r64-published", "prelude 4, coda 4, rank 64, average + SVD (published)", {**MAIN, **PUBLISHED}),
         Row(
             "ends4-r64-fisher",
-            "the same, Fisher-weighted average + SVD",
+            "prelude 4, coda 4, rank 64, Fisher-weighted average + SVD",
             {**MAIN, "initialization": "fisher", "relaxation": "svd"},
         ),
         Row(
@@ -181,11 +189,12 @@ class Bench:
 
     def setup(self) -> dict[str, Any]:
         """What the figures of all rows of one output have in common."""
-        packages = ("recursify", "torch", "transformers", *(("lm_eval",) if self.task_cache is not None else ()))
-        tasks = {}
+        packages = ("recursify", "torch", "transformers")
+        tasks: dict[str, Any] = {}
         if self.task_cache is not None:
             guesses = chance(self.task_cache)
             tasks = {name: {"examples": self.task_limit or TASKS[name], "chance": guesses[name]} for name in TASKS}
+            tasks |= {"prompt": PROMPT, "lm_eval": version("lm_eval")}
         return {
             "model": MODEL,
             "held_out_text": self.held_out.name,
@@ -196,7 +205,6 @@ class Bench:
             "tasks": tasks,
             "new_tokens": NEW_TOKENS,
             "device": "cpu",
-            "threads": torch.get_num_threads(),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         }
 
@@ -243,15 +251,18 @@ class Bench:
         say(
             f"{row.name}: perplexity {figures['perplexity']}, agreement {figures['top1_agreement']}, KL {figures['kl']}"
         )
-        return figures, [self._continue(made.model, prompt) for prompt in PROMPTS]
+        return figures, self._continue(made.model)
 
-    def _continue(self, model: PreTrainedModel, prompt: str) -> str:
-        """The greedy continuation of ``prompt``, without the prompt."""
-        ids = self.tokenizer(prompt, return_tensors="pt")
+    def _continue(self, model: PreTrainedModel) -> list[str]:
+        """The greedy continuations of the prompts, without the prompts; one left-padded batch."""
         end = self.tokenizer.eos_token_id
+        rows = [self.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+        length = max(map(len, rows))
+        ids = torch.tensor([[end] * (length - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=end)
-        written = model.generate(**ids, generation_config=greedy)
-        return self.tokenizer.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        written = model.generate(ids, attention_mask=mask, generation_config=greedy)
+        return self.tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)
 
 
 def commit() -> str:
@@ -285,6 +296,8 @@ class Results:
             self.rows = {row["row"]: row for row in csv.DictReader(file)}
         self.metadata = json.loads(self.metadata_file.read_text(encoding="utf-8"))
         known = self.metadata["setup"]
+        known["tasks"] = known["tasks"] or setup["tasks"]
+        setup = {**setup, "tasks": setup["tasks"] or known["tasks"]}  # rows with and without tasks may be mixed
         if differing := [key for key in setup if known.get(key) != setup[key]]:
             lines = [f"  {key}: {known.get(key)} there, {setup[key]} here" for key in differing]
             raise SystemExit("\n".join([f"'{output}' was made otherwise; give another --output:", *lines]))
@@ -292,7 +305,11 @@ class Results:
     def add(self, row: Row, figures: dict[str, Any], continuations: list[str]) -> None:
         """Put a row in, in place of an older one of its name, and write all three files."""
         self.rows[row.name] = figures
-        self.metadata["rows"][row.name] = {"settings": row.settings, "continuations": continuations}
+        self.metadata["rows"][row.name] = {
+            "settings": row.settings,
+            "threads": torch.get_num_threads(),
+            "continuations": continuations,
+        }
         self.rows = {name: self.rows[name] for name in ROWS if name in self.rows}
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.metadata_file.write_text(json.dumps(self.metadata, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

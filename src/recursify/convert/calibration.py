@@ -137,11 +137,13 @@ class Calibration:
     def allocate_ranks(self, plan: ConversionPlan) -> ConversionPlan:
         """The plan with its residuals' parameters spent where they remove most error, if it asks for that.
 
-        Each further rank of a module removes the next singular values of what sharing costs its depths, in the metric
-        of its inputs and relative to the energy of its output, and costs ``R (I + O)`` parameters. Ranks are bought in
-        order of gain per parameter until the uniform allocation's budget is spent.
+        Each further rank of a module costs ``R (I + O)`` parameters and removes the next singular values of what
+        sharing costs its depths: ``tail`` takes them in the metric of the module's inputs, relative to the energy of
+        its output; ``fisher`` takes plain ones times the matrix's mean curvature, an estimate of the loss. Ranks are
+        bought in order of gain per parameter until the uniform allocation's budget is spent.
         """
-        if plan.settings.rank_allocation != "tail" or not plan.has_residuals:
+        allocation = plan.settings.rank_allocation
+        if allocation == "uniform" or not plan.has_residuals:
             return plan
         starts, _ = self._walk_to_starts()
         gains: dict[str, Tensor] = {}
@@ -153,12 +155,12 @@ class Calibration:
                 metrics = [Metric(moment.pop(stage[0])) for moment in moments]
                 for path in stage:
                     weights = [layer.get_submodule(path).weight for layer in layers]
-                    shared = share(weights, metrics)
                     key = f"{index}.{path}"
-                    gains[key] = sum(
-                        (m.tail(w.double() - shared) / m.error(w) for w, m in zip(weights, metrics, strict=True)),
-                        torch.zeros(()),
-                    )
+                    if allocation == "fisher":
+                        curvatures = self._curvatures(modules[path])
+                        gains[key] = _plain_gains(weights, [float(curvature.mean()) for curvature in curvatures])
+                    else:
+                        gains[key] = _weighted_gains(weights, metrics)
                     costs[key] = len(weights) * sum(weights[0].shape)
                     budget += modules[path].rank * costs[key]
         plan = plan.with_rank_pattern(_spend(gains, costs, budget))
@@ -195,11 +197,7 @@ class Calibration:
                 share_for_residuals(weights, metrics, module.rank) if calibrated_residuals else share(weights, metrics)
             )
         elif settings.initialization == "fisher":
-            importances = [
-                self._fisher_information()[self.names.dense(position, module.path, "weight")]
-                for position in self.layout.positions(module.index)
-            ]
-            shared = average(weights, importances)
+            shared = average(weights, self._curvatures(module))
         else:
             sources = plan.sources[module.index]
             shared = average([self.checkpoint.read(self.names.dense(p, module.path, "weight")) for p in sources])
@@ -216,6 +214,31 @@ class Calibration:
             for weight, metric in zip(weights, metrics, strict=True)
         ]
         write_factors(output, module, pairs)
+
+    def _curvatures(self, module: StoredModule) -> list[Tensor]:
+        """Fisher information of a module's dense weights, by depth, each ``[O, I]``."""
+        positions = self.layout.positions(module.index)
+        return [self._fisher_information()[self.names.dense(p, module.path, "weight")] for p in positions]
+
+    def _fisher_information(self) -> dict[str, Tensor]:
+        """Diagonal Fisher information of every dense linear weight: mean squared gradient over windows of the text.
+
+        Unlike the rest of the calibration this holds the whole dense model, its gradients and their squares.
+        """
+        if self._fisher is None:
+            model = self.checkpoint.load_model(torch.float32)
+            linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+            watched = {n: p for n, p in model.named_parameters() if n in linears and n.startswith(self.names.stem)}
+            self._fisher = {name: torch.zeros_like(parameter) for name, parameter in watched.items()}
+            with torch.enable_grad():
+                for done, window in enumerate(self.windows):
+                    model.zero_grad()
+                    model(window[None], labels=window[None]).loss.backward()
+                    for name, parameter in watched.items():
+                        assert parameter.grad is not None
+                        self._fisher[name] += parameter.grad.square() / len(self.windows)
+                    self.progress("fisher", done + 1, len(self.windows))
+        return self._fisher
 
     # --- Pass 2: correct drift -----------------------------------------------------------------------------------
 
@@ -321,6 +344,20 @@ class Evidence:
     metric: Metric
     cross: Tensor
     drift: Tensor | None
+
+
+def _weighted_gains(weights: list[Tensor], metrics: list[Metric]) -> Tensor:
+    """What each rank of all depths' residuals removes, as a fraction of the energy of the output: ``[min(O, I)]``."""
+    shared = share(weights, metrics)
+    tails = [m.tail(w.double() - shared) / m.error(w) for w, m in zip(weights, metrics, strict=True)]
+    return torch.stack(tails).sum(dim=0)
+
+
+def _plain_gains(weights: list[Tensor], curvatures: list[float]) -> Tensor:
+    """The same in plain Frobenius norm, times each depth's mean curvature: ``[min(O, I)]``."""
+    shared = average(weights)
+    tails = [c * torch.linalg.svdvals(w - shared).square() for w, c in zip(weights, curvatures, strict=True)]
+    return torch.stack(tails).sum(dim=0)
 
 
 def _spend(gains: dict[str, Tensor], costs: dict[str, int], budget: int) -> dict[str, int]:

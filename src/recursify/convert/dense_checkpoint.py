@@ -126,7 +126,9 @@ class DenseCheckpoint(ABC):
         state = {name: self.read(name).to(dtype or self.dtype) for name in self.parameters}
         model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
-        for module in model.modules():  # buffers that are computed, not stored
+        for parameter in model.parameters():  # transformers' mark for "leave as it is"
+            parameter._is_hf_initialized = True
+        for module in model.modules():  # buffers are computed, not stored
             if any(True for _ in module.buffers(recurse=False)):
                 model._init_weights(module)
         return model.eval()
@@ -440,9 +442,10 @@ def _match(
 
 
 def _refuse_non_finite(tensor: Tensor, name: str, where: str) -> Tensor:
-    # The sum is finite iff all terms are, unless it overflows: only then is each element looked at.
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
+    # One pass without a copy: the extremes are NaN or Inf iff an element is. (float8 has no aminmax.)
+    checked = tensor if tensor.dtype.itemsize > 1 else tensor.float()
+    if tensor.numel() and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(checked)):
+        bad = int((~torch.isfinite(checked)).sum())
         raise CheckpointError(
             f"'{name}' in {where} holds {bad} NaN or Inf values, and every layer tied to it would inherit them. Fetch "
             f"the model again, or convert an intact checkpoint."

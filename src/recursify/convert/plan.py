@@ -94,7 +94,7 @@ class ConversionPlan:
         return (
             find_initialization(self.settings.initialization).needs_text
             or find_relaxation(self.settings.relaxation).needs_text
-            or self.settings.rank_allocation == "tail"
+            or self.settings.rank_allocation != "uniform"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def _resolve(settings: ConversionSettings, layout: LayerLayout, *, text_at_hand:
     needs_text = find_initialization(initialization).needs_text or (
         has_residuals and find_relaxation(relaxation).needs_text
     )
-    if (needs_text or settings.rank_allocation == "tail") and not text_at_hand:
+    if (needs_text or settings.rank_allocation != "uniform") and not text_at_hand:
         raise PlanError(
             f"initialization '{initialization}', relaxation '{relaxation}' and rank allocation "
             f"'{settings.rank_allocation}' need text to calibrate on. Give --calibration-data, or use "

@@ -37,8 +37,9 @@ class ConversionSettings:
     """Rank of every residual, clamped to the matrix; 0 for none."""
     lora_rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks that differ, by module path: ``{mlp.down_proj: 128, "3.self_attn.q_proj": 32}``."""
-    rank_allocation: Literal["uniform", "tail"] = "uniform"
-    """``tail`` spends the same number of parameters where the weighted singular values fall off slowest."""
+    rank_allocation: Literal["uniform", "tail", "fisher"] = "uniform"
+    """``tail`` spends the same number of parameters where the weighted singular values are largest, ``fisher`` where the
+    curvature-weighted ones are."""
     tie_norms: bool = False
     """One norm and bias for all depths, as in the papers, instead of one per depth."""
     dtype: str = "auto"
@@ -63,8 +64,8 @@ class ConversionSettings:
                 raise SettingsError(f"The rank of {name} must be a whole number of at least 0, or 'full'; got {rank}.")
         if self.dtype not in DTYPES:
             raise SettingsError(f"Unknown dtype '{self.dtype}'. Use one of: {', '.join(DTYPES)}.")
-        if self.rank_allocation not in ("uniform", "tail"):
-            raise SettingsError(f"Unknown rank allocation '{self.rank_allocation}'. Use 'uniform' or 'tail'.")
+        if self.rank_allocation not in ("uniform", "tail", "fisher"):
+            raise SettingsError(f"Unknown rank allocation '{self.rank_allocation}'. Use uniform, tail or fisher.")
         if self.calibration_tokens < 1 or self.calibration_length < 2:
             raise SettingsError(
                 f"Calibration needs at least 1 token in sequences of at least 2, got {self.calibration_tokens} and "
