@@ -9,10 +9,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from tiny_models import FAMILIES, save_tiny
 from transformers.utils import logging
 
 from recursify.convert.dense_checkpoint import DenseCheckpoint, open_checkpoint
+from tiny_models import FAMILIES, save_tiny
 
 logging.disable_progress_bar()
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))

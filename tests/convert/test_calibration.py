@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from tiny_models import byte_tokenizer, convert_tiny, random_ids, save_tiny, tiny_config
 
 from recursify.convert.calibration import _spend
 from recursify.convert.check import make_conversion
@@ -15,6 +14,7 @@ from recursify.convert.layerwise import Layerwise
 from recursify.errors import PlanError, TextError
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import LayerLayout, RecursiveConfig
+from tiny_models import byte_tokenizer, convert_tiny, random_ids, save_tiny, tiny_config
 
 SMALL = {
     "calibration_data": None,
@@ -125,7 +125,9 @@ def test_allocation_keeps_the_budget(tmp_path, allocation):
     uniform = convert_tiny(tmp_path / "dense", tmp_path / "u", sharing="cycle", lora_rank=6)
     settings = {**SMALL, "sharing": "cycle", "lora_rank": 6, "rank_allocation": allocation}
     model = convert_tiny(tmp_path / "dense", tmp_path / "t", **settings)
-    ranks = {module.rank for layer in model.model.block for _, module in layer.stored_modules() if hasattr(module, "rank")}
+    ranks = {
+        module.rank for layer in model.model.block for _, module in layer.stored_modules() if hasattr(module, "rank")
+    }
     assert len(ranks) > 1
     sizes = [sum(p.numel() for p in m.parameters()) for m in (model, uniform)]
     assert 0.97 * sizes[1] <= sizes[0] <= sizes[1]

@@ -9,12 +9,12 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import byte_tokenizer, save_tiny, tiny_config
 from transformers import AutoModelForCausalLM
 
 from recursify.convert.check import make_conversion
 from recursify.convert.dense_checkpoint import INDEX_FILE, open_checkpoint
 from recursify.errors import CheckpointError, RecursifyError, UnsupportedModelError
+from tiny_models import byte_tokenizer, save_tiny, tiny_config
 
 
 @pytest.fixture
@@ -89,7 +89,12 @@ def test_index_that_names_an_absent_tensor(sharded, tmp_path):
     index = json.loads((sharded / INDEX_FILE).read_text())
     index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = next(iter(index["weight_map"].values()))
     (sharded / INDEX_FILE).write_text(json.dumps(index))
-    refuse(sharded, tmp_path / "out", CheckpointError, r"names 1 tensors that the shards do not hold, first 'model.layers.9")
+    refuse(
+        sharded,
+        tmp_path / "out",
+        CheckpointError,
+        r"names 1 tensors that the shards do not hold, first 'model.layers.9",
+    )
 
 
 def test_missing_tensor(folder, tmp_path):
@@ -173,7 +178,9 @@ def test_no_such_model(tmp_path):
 
 def test_hub_that_does_not_answer(tmp_path):
     """Offline, with the reason."""
-    refuse("nobody/nothing", tmp_path / "out", CheckpointError, r"'nobody/nothing' is no local folder, and the Hub did not")
+    refuse(
+        "nobody/nothing", tmp_path / "out", CheckpointError, r"'nobody/nothing' is no local folder, and the Hub did not"
+    )
 
 
 def test_file_that_is_no_gguf(folder, tmp_path):
@@ -227,7 +234,13 @@ def test_passengers_travel(folder, tmp_path):
     (folder / "optimizer.pt").write_bytes(b"no")
     convert(folder, tmp_path / "out")
     written = {file.name for file in (tmp_path / "out").iterdir()}
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE", "generation_config.json"} <= written
+    assert {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "LICENSE",
+        "generation_config.json",
+    } <= written
     assert "optimizer.pt" not in written
     assert byte_tokenizer()("abc")["input_ids"] == _tokenizer(tmp_path / "out")("abc")["input_ids"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import convert_tiny, random_ids, save_tiny
 
 from recursify.convert.low_rank import Metric, share, share_for_residuals, truncated_svd
 from recursify.convert.relaxation import RELAXATIONS, find_relaxation
 from recursify.errors import PlanError
+from tiny_models import convert_tiny, random_ids, save_tiny
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -130,7 +130,9 @@ def test_svd_beats_zero_at_every_rank(tmp_path):
         wanted = dense(ids).logits
         for rank in (8, 16):
             distances = [
-                (convert_tiny(tmp_path / "dense", tmp_path / "o", lora_rank=rank, relaxation=r)(ids).logits - wanted).norm()
+                (
+                    convert_tiny(tmp_path / "dense", tmp_path / "o", lora_rank=rank, relaxation=r)(ids).logits - wanted
+                ).norm()
                 for r in ("svd", "zero")
             ]
             assert distances[0] < distances[1]

@@ -13,12 +13,12 @@ from collections import namedtuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import save_tiny
 
 from recursify.convert import writer
 from recursify.convert.dense_checkpoint import INDEX_FILE, TensorInfo, folder_tensors
 from recursify.convert.writer import ShardedCheckpoint, atomic_folder, check_target
 from recursify.errors import OutputError
+from tiny_models import save_tiny
 
 
 def tensors(dtype=torch.float32) -> dict[str, torch.Tensor]:

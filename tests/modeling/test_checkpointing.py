@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_config
 
 from recursify.modeling import LayerLayout, RecursiveConfig, RecursiveForCausalLM
+from tiny_models import random_ids, tiny_config
 
 
 def relaxed(family: str) -> RecursiveForCausalLM:

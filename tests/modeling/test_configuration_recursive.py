@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from tiny_models import tiny_config
 
 from recursify.modeling import LayerLayout, LayoutError, RecursiveConfig
+from tiny_models import tiny_config
 
 
 def make(family: str = "llama", **fields) -> RecursiveConfig:

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-from tiny_models import convert_tiny, random_ids, save_tiny, tiny_dense
-from tolerances import LOGITS
 from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache
 
 from recursify.convert.parity import fold_exactly
 from recursify.convert.unroll import check_export, export_dense
+from tiny_models import convert_tiny, random_ids, save_tiny, tiny_dense
+from tolerances import LOGITS
 
 TOLERANCE = LOGITS[torch.float32]
 

@@ -6,8 +6,6 @@ import copy
 
 import pytest
 import torch
-from tiny_models import byte_tokenizer, convert_tiny, random_ids, save_tiny, tiny_config, tiny_dense
-from tolerances import LOGITS
 from torch import nn
 from transformers import AutoModelForCausalLM, pipeline
 
@@ -21,6 +19,8 @@ from recursify.modeling import (
     UnsupportedFamily,
 )
 from recursify.modeling.modeling_recursive import SharedLayer
+from tiny_models import byte_tokenizer, convert_tiny, random_ids, save_tiny, tiny_config, tiny_dense
+from tolerances import LOGITS
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import recursify.modeling  # noqa: F401  (registers recursive models)
@@ -57,7 +58,7 @@ def load_model(
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"'{path}' does not load: {str(error).splitlines()[0]}") from error
         return model.to(place).eval(), tokenizer
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)

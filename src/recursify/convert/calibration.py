@@ -167,9 +167,7 @@ class Calibration:
         self.names = DenseNames(plan.config)
         return plan
 
-    def _run_and_measure(
-        self, layer: nn.Module, position: int, hidden: list[Tensor]
-    ) -> tuple[list[Tensor], Moments]:
+    def _run_and_measure(self, layer: nn.Module, position: int, hidden: list[Tensor]) -> tuple[list[Tensor], Moments]:
         """A layer's outputs over the whole text, and the second moments of its linear maps' inputs."""
         firsts = [stage[0] for stage in self.dense.stages]
         outputs, totals = [], {}

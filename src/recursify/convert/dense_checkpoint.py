@@ -82,7 +82,7 @@ class DenseCheckpoint(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """The tensor ``name``, in the dtype on disk.
+        """The tensor ``name``, in the dtype on disk; the caller's own, to change as it likes.
 
         Raises:
             CheckpointError: It holds NaN or Inf, or its bytes cannot be read.
@@ -255,7 +255,8 @@ class GgufCheckpoint(DenseCheckpoint):
         return self.file
 
     def read(self, name: str) -> Tensor:
-        return _refuse_non_finite(self._tensors[name].detach(), name, str(self.file))
+        # A copy, as from a file: whoever reads may write into it.
+        return _refuse_non_finite(self._tensors[name].detach().clone(), name, str(self.file))
 
     def save_passengers(self, folder: Path) -> None:
         AutoTokenizer.from_pretrained(self.file.parent, gguf_file=self.file.name).save_pretrained(folder)
