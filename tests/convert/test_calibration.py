@@ -175,7 +175,7 @@ def test_text_too_short(tmp_path):
 def test_calibration_without_text_is_refused(tmp_path):
     """Asked for by name, and no text allowed."""
     save_tiny(tmp_path / "dense")
-    with pytest.raises(PlanError, match="need text to calibrate on. Give --calibration-data"):
+    with pytest.raises(PlanError, match=r"need text to calibrate on\. Give --calibration-data"):
         make_conversion(str(tmp_path / "dense"), {"initialization": "calibrated", "calibration_data": []})
 
 

@@ -86,7 +86,7 @@ def test_every_strategy_feeds_every_block_layer(name):
 
 def test_unknown_strategy_lists_those_that_exist():
     """A misspelt name is answered with the names."""
-    with pytest.raises(PlanError, match="Unknown initialization 'mean'. Use one of: auto, stepwise, average"):
+    with pytest.raises(PlanError, match=r"Unknown initialization 'mean'\. Use one of: auto, stepwise, average"):
         find_initialization("mean")
 
 

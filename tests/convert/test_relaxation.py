@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -83,7 +85,7 @@ def test_sharing_with_residuals_in_mind_beats_averaging_first(num_depths):
         for sweeps in (1, 2, 4, 8)
     ]
     assert errors[0] < averaged
-    assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-9) for earlier, later in pairwise(errors))
 
 
 def test_two_residuals_cover_twice_the_rank():
@@ -153,6 +155,6 @@ def test_ranks_by_module(tmp_path):
 
 def test_unknown_relaxation_lists_those_that_exist():
     """A misspelt name is answered with the names."""
-    with pytest.raises(PlanError, match="Unknown relaxation 'pca'. Use one of: auto, svd, zero, calibrated"):
+    with pytest.raises(PlanError, match=r"Unknown relaxation 'pca'\. Use one of: auto, svd, zero, calibrated"):
         find_relaxation("pca")
     assert set(RELAXATIONS) == {"svd", "zero", "calibrated"}

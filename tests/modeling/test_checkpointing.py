@@ -58,5 +58,5 @@ def test_each_block_and_depth_is_checkpointed_by_itself():
 
 def test_reentrant_checkpointing_is_refused():
     """DDP fails with it on shared weights."""
-    with pytest.raises(ValueError, match="Reentrant activation checkpointing .* Leave use_reentrant at False"):
+    with pytest.raises(ValueError, match=r"Reentrant activation checkpointing .* Leave use_reentrant at False"):
         relaxed("llama").gradient_checkpointing_enable({"use_reentrant": True})

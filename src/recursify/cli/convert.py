@@ -54,7 +54,8 @@ def convert_command(
         str | None,
         typer.Option(
             "--init",
-            help="Shared weights: auto, calibrated, average, stepwise, lower, upper, random_choice, random, fisher. [default: auto]",
+            help="Shared weights: auto, calibrated, average, stepwise, lower, upper, random_choice, random, fisher. "
+            "[default: auto]",
             show_default=False,
         ),
     ] = None,
@@ -74,7 +75,7 @@ def convert_command(
         str | None,
         typer.Option(
             "--rank-allocation",
-            help="uniform, or tail: rank where the weighted tail is heaviest. [default: uniform]",
+            help="uniform; tail or fisher: rank where it removes most error. [default: uniform]",
             show_default=False,
         ),
     ] = None,
@@ -82,7 +83,8 @@ def convert_command(
         list[str] | None,
         typer.Option(
             "--calibration-data",
-            help="Text to calibrate on (txt, md, jsonl, parquet, or a folder; repeatable), or none. [default: Python's own help topics]",
+            help="Text to calibrate on (txt, md, jsonl, parquet, or a folder; repeatable), or none. "
+            "[default: Python's own help topics]",
             show_default=False,
         ),
     ] = None,

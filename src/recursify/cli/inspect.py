@@ -40,8 +40,10 @@ def inspect_command(folder: RecursiveArgument, json: JsonOption = False) -> None
                 draw_layout(facts),
                 f"family    {facts['family']}, made from {facts['made_from'] or 'unknown'} ({made or 'unknown'})",
                 f"stored    {parameters['stored'] / 1e6:,.1f}M parameters, {facts['bytes'] / 1e6:,.1f} MB of "
-                f"{facts['dtype']}; {parameters['shared'] / 1e6:,.1f}M shared, {parameters['residuals'] / 1e6:,.1f}M LoRA",
-                f"runs as   {parameters['effective'] / 1e6:,.1f}M parameters, {facts['layout']['effective_layers']} layers",
+                f"{facts['dtype']}; {parameters['shared'] / 1e6:,.1f}M shared, "
+                f"{parameters['residuals'] / 1e6:,.1f}M LoRA",
+                f"runs as   {parameters['effective'] / 1e6:,.1f}M parameters, "
+                f"{facts['layout']['effective_layers']} layers",
                 f"KV cache  {facts['kv_bytes_per_token']:,} bytes per token",
                 f"LoRA      rank {facts['lora_rank']}"
                 + (f", {len(facts['lora_rank_pattern'])} of its own" if facts["lora_rank_pattern"] else ""),

@@ -5,10 +5,10 @@ Two passes over the text, each with one slot's dense layers and the hidden state
 1. **Share.** One cursor per recursion walks the dense model, so that the layers tied to a slot are met together. Their
    inputs' second moments give the norm in which shared weight and residuals are solved, together
    (:func:`~recursify.convert.low_rank.share_for_residuals`).
-2. **Correct drift.** The converted model's own hidden states walk beside the dense ones. Each residual is refitted, stage
-   by stage (q/k/v, o, gate/up, down), as the reduced-rank regression of the dense layer's outputs on the inputs that
-   the converted layer really sees. Where the map writes to the residual stream, it is also asked to make up for what
-   the stream has lost so far.
+2. **Correct drift.** The converted model's own hidden states walk beside the dense ones. Each residual is refitted,
+   stage by stage (q/k/v, o, gate/up, down), as the reduced-rank regression of the dense layer's outputs on the inputs
+   that the converted layer really sees. Where the map writes to the residual stream, it is also asked to make up for
+   what the stream has lost so far.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Calibration:
             for stage in self.dense.stages:
                 metrics = [Metric(moment.pop(stage[0])) for moment in moments]
                 for path in stage:
-                    weights = [layer.get_submodule(path).weight for layer in layers]
+                    weights = [_weight(layer, path) for layer in layers]
                     key = f"{index}.{path}"
                     if allocation == "fisher":
                         curvatures = self._curvatures(modules[path])
@@ -170,7 +170,8 @@ class Calibration:
     def _run_and_measure(self, layer: nn.Module, position: int, hidden: list[Tensor]) -> tuple[list[Tensor], Moments]:
         """A layer's outputs over the whole text, and the second moments of its linear maps' inputs."""
         firsts = [stage[0] for stage in self.dense.stages]
-        outputs, totals = [], {}
+        outputs: list[Tensor] = []
+        totals: Moments = {}
         for batch in hidden:
             output, fed = self.dense.observe(layer, position, batch, firsts)
             outputs.append(output)
@@ -187,7 +188,7 @@ class Calibration:
         metrics: list[Metric],
     ) -> None:
         """Write the shared weight of one module, and its residuals against what then lies on disk."""
-        weights = [layer.get_submodule(module.path).weight for layer in layers]
+        weights = [_weight(layer, module.path) for layer in layers]
         settings = plan.settings
         calibrated_residuals = find_relaxation(settings.relaxation).needs_text and module.rank > 0
         if settings.initialization == "calibrated":
@@ -264,17 +265,18 @@ class Calibration:
         slot = self.layout.slot(position)
         layer = self.dense.load(position)
         for module in self.names.stored_modules(slot.index):
-            part = layer.get_submodule(module.path)
             for parameter in module.parameters:
                 if module.is_linear and parameter == "weight":
-                    part.weight.copy_(self._merged(output, module, slot.depth))
+                    _weight(layer, module.path).copy_(self._merged(output, module, slot.depth))
                 elif module.is_linear:
                     biases = output.read(f"{module.name}.bias")
-                    part.bias.copy_(biases[slot.depth % len(biases)])
+                    layer.get_parameter(f"{module.path}.bias").copy_(biases[slot.depth % len(biases)])
                 else:
                     tied = f"{module.name}.copies.{slot.depth}.{parameter}" not in output.tensors
                     depth = 0 if tied else slot.depth
-                    getattr(part, parameter).copy_(output.read(f"{module.name}.copies.{depth}.{parameter}"))
+                    layer.get_parameter(f"{module.path}.{parameter}").copy_(
+                        output.read(f"{module.name}.copies.{depth}.{parameter}")
+                    )
         return layer
 
     @staticmethod
@@ -318,14 +320,14 @@ class Calibration:
         """Refit one residual, on disk and in the layer that the next stage runs through."""
         if not module.rank:
             return
-        wanted = regress(dense_layer.get_submodule(module.path).weight, evidence.cross, evidence.metric, evidence.drift)
+        wanted = regress(_weight(dense_layer, module.path), evidence.cross, evidence.metric, evidence.drift)
         shared = output.read(f"{module.name}.linear.weight").double()
         left, right = evidence.metric.low_rank(wanted - shared, module.rank)
         for name, factor in ((f"{module.name}.lora_b", left), (f"{module.name}.lora_a", right)):
             stacked = output.read(name)
             stacked[depth] = factor.to(stacked.dtype)
             output.write(name, stacked)
-        own_layer.get_submodule(module.path).weight.copy_(self._merged(output, module, depth))
+        _weight(own_layer, module.path).copy_(self._merged(output, module, depth))
 
 
 @dataclass(frozen=True)
@@ -335,8 +337,8 @@ class Evidence:
     Attributes:
         metric: The metric of ``Σ x xᵀ``.
         cross: ``Σ y xᵀ``, ``[I, I]``.
-        drift: ``Σ (s_dense − s_own) xᵀ``, ``[D, I]``, where the stage adds to a residual stream ``s``: a map that writes
-            there can take back what earlier layers got wrong. None elsewhere.
+        drift: ``Σ (s_dense − s_own) xᵀ``, ``[D, I]``, where the stage adds to a residual stream ``s``: a map that
+            writes there can take back what earlier layers got wrong. None elsewhere.
     """
 
     metric: Metric
@@ -368,6 +370,10 @@ def _spend(gains: dict[str, Tensor], costs: dict[str, int], budget: int) -> dict
             ranks[key] += 1
             left -= costs[key]
     return ranks
+
+
+def _weight(layer: nn.Module, path: str) -> Tensor:
+    return layer.get_parameter(f"{path}.weight")
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:

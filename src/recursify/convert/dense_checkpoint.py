@@ -396,7 +396,7 @@ def _read_header(shard: Path) -> dict[str, TensorInfo | str]:
     try:
         with safe_open(shard, framework="pt") as file:
             infos: dict[str, TensorInfo | str] = {}
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118  (no mapping: it has keys and nothing else)
                 view = file.get_slice(name)
                 dtype = _DTYPES.get(view.get_dtype())
                 infos[name] = TensorInfo(tuple(view.get_shape()), dtype) if dtype else view.get_dtype()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from recursify.modeling import RecursiveConfig, RecursiveForCausalLM, RelaxedLinear
+from recursify.modeling import RecursiveConfig, RecursiveForCausalLM, RelaxedLinear, SharedLayer
 
 OUTSIDE = {
     "model.embed_tokens": ("embed_tokens", "embed_in"),
@@ -61,10 +61,12 @@ class DenseNames:
 
     def stored_modules(self, index: int) -> Iterator[StoredModule]:
         """The stored modules of block layer ``index``."""
-        for path, module in self._model.model.block[index].stored_modules():
+        layer = self._model.model.block[index]
+        assert isinstance(layer, SharedLayer)
+        for path, module in layer.stored_modules():
             name = f"model.block.{index}.{path}"
             if isinstance(module, RelaxedLinear):
-                parameters = ("weight",) if module.bias is None else ("weight", "bias")
+                parameters: tuple[str, ...] = ("weight",) if module.bias is None else ("weight", "bias")
                 yield StoredModule(name, index, path, module.rank, True, parameters)
             else:
                 parameters = tuple(name for name, _ in module.copies[0].named_parameters())

@@ -24,8 +24,9 @@ class _Reached(Exception):
 class _Silent(nn.Module):
     """Stands for a linear map, remembers what it was fed, and returns zeros or stops the layer."""
 
-    def __init__(self, replaced: nn.Linear, *, stops: bool = False):
+    def __init__(self, replaced: nn.Module, *, stops: bool = False):
         super().__init__()
+        assert isinstance(replaced, nn.Linear)
         self.out_features = replaced.out_features
         self.stops = stops
         self.fed: Tensor | None = None

@@ -70,8 +70,8 @@ class Metric:
 
 
 SINGLE_THREAD_LIMIT = 2048
-"""Eigenproblems up to this size run on one thread: at 576 a second one gains nothing, and on a busy machine its spinning
-costs a factor of 30 (0.046 s against 1.5 s, 2 cores, another process on one of them)."""
+"""Eigenproblems up to this size run on one thread: at 576 a second one gains nothing, and on a busy machine its
+spinning costs a factor of 30 (0.046 s against 1.5 s, 2 cores, another process on one of them)."""
 
 
 def _eigh(gram: Tensor) -> Tensor:

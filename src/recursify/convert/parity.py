@@ -56,7 +56,7 @@ def require_family_parity(config: PreTrainedConfig) -> None:
             if not difference <= LOGIT_TOLERANCE:
                 raise UnsupportedModelError(
                     f"Family '{config.model_type}' is not supported: with {recursions} recursions its logits differ "
-                    f"from the dense model's by {difference:.2g}, and at most {LOGIT_TOLERANCE:g} is allowed. Its model "
+                    f"from the dense model's by {difference:.2g}, and at most {LOGIT_TOLERANCE:g} is allowed. It "
                     f"does something around its layers that looping does not reproduce. {known}"
                 )
     except (UnsupportedFamily, LayoutError, TypeError, AttributeError, KeyError, RuntimeError) as error:
@@ -96,7 +96,7 @@ def _copy_depth(module: RelaxedLinear | PerDepth, depth: int, name: str, state: 
             parameter.copy_(state[f"{name}.{parameter_name}"])
         return
     weight = state[f"{name}.weight"]
-    if module.lora_a is None:
+    if module.lora_a is None or module.lora_b is None:
         module.linear.weight.copy_(weight)
     else:
         module.linear.weight.zero_()

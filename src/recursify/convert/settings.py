@@ -24,13 +24,13 @@ class ConversionSettings:
     num_recursions: int = 2
     """How often the shared block is applied."""
     sharing: str | None = None
-    """``cycle``, ``sequence``, ``middle_cycle`` or ``middle_sequence``; None: ``middle_cycle``, or ``cycle`` with ends given."""
+    """One of ``SHARINGS``; None is ``middle_cycle``, or ``cycle`` with a prelude or coda given."""
     num_prelude_layers: int | None = None
     """Unshared layers before the block; None takes the scheme's own."""
     num_coda_layers: int | None = None
     """Unshared layers after the block; None takes the scheme's own."""
     initialization: str = "auto"
-    """How the shared weights come to be; ``auto`` is ``calibrated`` with text, else ``average`` (``stepwise`` for rank 0)."""
+    """How shared weights come to be; ``auto``: ``calibrated`` with text, else ``average`` (``stepwise`` for rank 0)."""
     relaxation: str = "auto"
     """How the residuals come to be; ``auto`` is ``calibrated`` with text, else ``svd``."""
     lora_rank: int = 64
@@ -38,8 +38,8 @@ class ConversionSettings:
     lora_rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks that differ, by module path: ``{mlp.down_proj: 128, "3.self_attn.q_proj": 32}``."""
     rank_allocation: Literal["uniform", "tail", "fisher"] = "uniform"
-    """``tail`` spends the same number of parameters where the weighted singular values are largest, ``fisher`` where the
-    curvature-weighted ones are."""
+    """``tail`` spends the same parameters where the singular values, weighted by the inputs, are largest; ``fisher``
+    where those weighted by curvature are."""
     tie_norms: bool = False
     """One norm and bias for all depths, as in the papers, instead of one per depth."""
     dtype: str = "auto"

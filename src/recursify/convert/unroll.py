@@ -25,8 +25,8 @@ OLD_NAMES_ON_DISK = ("gpt_neox",)
 """Families whose files keep names older than transformers' current ones, so that every version reads them."""
 
 PEFT_FAMILIES = ("llama", "mistral", "gemma", "phi3")
-"""Families that peft's layer_replication repeats rightly. The others read ``config.layer_types`` by position, which peft
-does not repeat, or keep their layers where it does not look."""
+"""Families that peft's layer_replication repeats rightly. The others read ``config.layer_types`` by position, which
+peft does not repeat, or keep their layers where it does not look."""
 
 CHECK_TOKENS = 24
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-1}
@@ -35,7 +35,7 @@ additions differs (measured 2e-5); in half precision the merged weight is rounde
 
 
 def export_dense(folder: Path, target: Path, *, overwrite: bool, progress: Progress) -> dict[str, Any]:
-    """Unroll the recursion and merge each depth's residual: a checkpoint of the dense family, as large as the dense one.
+    """Unroll the recursion and merge each depth's residual into a checkpoint of the dense family, of the dense size.
 
     Returns:
         What was written.

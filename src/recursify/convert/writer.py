@@ -88,7 +88,7 @@ class ShardedCheckpoint:
         data = tensor.detach().to("cpu", info.dtype).contiguous().reshape(-1).view(torch.uint8)
         with open(file, "r+b") as stream:
             stream.seek(offset)
-            stream.write(memoryview(data.numpy()))
+            stream.write(data.numpy().data)
         self._unwritten.discard(name)
 
     def read(self, name: str) -> Tensor:
@@ -99,7 +99,7 @@ class ShardedCheckpoint:
         data = torch.empty(info.num_bytes, dtype=torch.uint8)
         with open(file, "rb") as stream:
             stream.seek(offset)
-            stream.readinto(memoryview(data.numpy()))
+            stream.readinto(data.numpy().data)
         return data.view(info.dtype).reshape(info.shape)
 
     def finish(self) -> None:

@@ -111,9 +111,9 @@ class RecursiveConfig(PreTrainedConfig):
         for key, given in derived.items():
             if given is not None and given != getattr(self, key):
                 raise LayoutError(
-                    f"config.{key} is {given}, but {self.num_hidden_layers} layers with num_recursions={num_recursions}, "
-                    f"num_prelude_layers={num_prelude_layers}, num_coda_layers={num_coda_layers} and sharing="
-                    f"'{sharing}' make it {getattr(self, key)}. The config was edited by hand: convert again instead."
+                    f"config.{key} is {given}, but {self.num_hidden_layers} layers with {num_recursions} recursions, a "
+                    f"prelude of {num_prelude_layers}, a coda of {num_coda_layers} and sharing '{sharing}' make it "
+                    f"{getattr(self, key)}. The config was edited by hand: convert again instead."
                 )
 
     @classmethod

@@ -60,7 +60,7 @@ class RelaxedLinear(nn.Module):
     def forward(self, x: Tensor, depth: int) -> Tensor:
         """``[..., I] -> [..., O]`` at ``depth``."""
         y = self.linear(x)
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             y = y + F.linear(F.linear(x, self.lora_a[depth]), self.lora_b[depth])
         if self.bias is not None:
             y = y + self.bias[depth if len(self.bias) > 1 else 0]
@@ -69,7 +69,7 @@ class RelaxedLinear(nn.Module):
     def merged_weight(self, depth: int) -> Tensor:
         """``W + B[depth] A[depth]``, ``[O, I]`` in float32 or better: what a dense layer would hold at ``depth``."""
         weight = self.linear.weight.to(torch.promote_types(self.linear.weight.dtype, torch.float32))
-        if self.lora_a is None:
+        if self.lora_a is None or self.lora_b is None:
             return weight
         return weight + self.lora_b[depth].to(weight.dtype) @ self.lora_a[depth].to(weight.dtype)
 
@@ -96,6 +96,8 @@ class DepthView(nn.Module):
     depth set from outside, activation checkpointing recomputes every recursion at the last one, and the gradients are
     silently wrong (tests/modeling/test_checkpointing.py).
     """
+
+    stored: nn.Module
 
     def __init__(self, stored: nn.Module, depth: int):
         super().__init__()
@@ -159,7 +161,10 @@ class SharedLayer(nn.Module):
 
     def stored_modules(self) -> Iterator[tuple[str, RelaxedLinear | PerDepth]]:
         """The stored modules with their paths inside the family's layer."""
-        return ((path, self.get_submodule(path)) for path in self.shared_paths)
+        for path in self.shared_paths:
+            stored = self.get_submodule(path)
+            assert isinstance(stored, RelaxedLinear | PerDepth)
+            yield path, stored
 
 
 def weight_owners(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -236,14 +241,14 @@ class DenseFamily:
         parts = dict(skeleton.named_children())
         self.embed_tokens = skeleton.get_input_embeddings()
         self.layers = list(parts.get("layers", ()))
-        self.rotary_emb = parts.get("rotary_emb")
         norms = [name for name in ("norm", "final_layer_norm", "final_layernorm") if name in parts]
-        if len(self.layers) != config.num_hidden_layers or not norms or self.rotary_emb is None:
+        if len(self.layers) != config.num_hidden_layers or not norms or "rotary_emb" not in parts:
             raise UnsupportedFamily(
                 f"Family '{config.dense_model_type}' is not built as embedding, RoPE, decoder layers, final norm: it "
                 f"has {', '.join(parts)}."
             )
         self.norm = parts[norms[0]]
+        self.rotary_emb = parts["rotary_emb"]
         known = {id(part) for part in (self.embed_tokens, self.rotary_emb, self.norm, parts["layers"])}
         others = [
             name for name, part in parts.items() if id(part) not in known and any(True for _ in part.parameters())
@@ -378,7 +383,7 @@ class RecursiveModel(RecursivePreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + seen
-        masks = attention_mask
+        masks: Any = attention_mask
         if not isinstance(masks, dict):
             masks = create_masks_for_generate(
                 config=self.config,
@@ -414,7 +419,7 @@ class RecursiveModel(RecursivePreTrainedModel):
         return layer(hidden_states, **layer_arguments)
 
     def layer_type(self, position: int) -> str | None:
-        """Attention type at ``position`` (``"full_attention"``, ``"sliding_attention"``), if the family tells them apart."""
+        """Attention type at ``position`` (``"sliding_attention"``, ...), if the family tells them apart."""
         layer_types = getattr(self.config, "layer_types", None)
         return layer_types[position] if layer_types else None
 
@@ -456,7 +461,7 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits ``[B, T, V]`` (or of the last ``logits_to_keep`` tokens), and the loss where ``labels [B, T]`` are given."""
+        """Logits ``[B, T, V]``, or of the last ``logits_to_keep`` tokens; and the loss, given ``labels [B, T]``."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

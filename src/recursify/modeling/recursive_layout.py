@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 SHARINGS = ("cycle", "sequence", "middle_cycle", "middle_sequence")
-"""Sharing schemes by their papers' names (RRT section 2, MoR table 1). ``middle_*`` is one prelude and one coda layer."""
+"""Sharing schemes by their papers' names (RRT section 2, MoR table 1); ``middle_*``: one prelude and one coda layer."""
 
 Part = Literal["prelude", "block", "coda"]
 
@@ -26,7 +26,8 @@ class LayoutError(ValueError):
     """A depth that does not fold as asked, or layers that cannot be tied."""
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Slot:
     """Where one position lives: ``part``, the layer's ``index`` in that part, and the ``depth`` it runs at."""
 
     part: Part
@@ -76,7 +77,7 @@ class LayerLayout:
             num_layers: Depth of the dense model.
             num_recursions: How often the shared block is applied, at least 1.
             sharing: One of :data:`SHARINGS`.
-            num_prelude_layers: Unshared layers before the block; ``None`` takes the scheme's own (0, or 1 for ``middle_*``).
+            num_prelude_layers: Unshared layers before the block; ``None`` takes the scheme's own, 0 or 1.
             num_coda_layers: Unshared layers after the block; ``None`` likewise.
 
         Raises:
