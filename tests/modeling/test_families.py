@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from recursify.convert.parity import fold_exactly
 from recursify.convert.unroll import check_export, export_dense
@@ -106,11 +107,11 @@ def test_generate_batch_equals_generate(converted):
     wanted = [greedy(model, torch.tensor([prompt]))[0, len(prompt) :].tolist() for prompt in prompts]
     config = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=-1)
     before = model.config._attn_implementation
-    if before == "sdpa":
-        outputs = model.generate_batch(prompts, generation_config=config, progress_bar=False)
-    else:  # eager families: their softcap has no sdpa form
+    if before != "sdpa":  # Gemma 2: its softcap has no sdpa form
         model.set_attn_implementation("paged|eager")
-        outputs = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+    # Small pages: by default most of the machine's memory is taken, and touched.
+    pages = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=pages)
     model.set_attn_implementation(before)
     written = [outputs[key].generated_tokens for key in sorted(outputs, key=lambda k: int(k.split("_")[-1]))]
     assert written == wanted

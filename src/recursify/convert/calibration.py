@@ -244,17 +244,25 @@ class Calibration:
     def _correct_drift(self, output: ShardedCheckpoint, start: list[Tensor]) -> None:
         layout = self.layout
         dense_hidden, own_hidden = start, start
-        first = layout.num_prelude_layers
-        last = layout.num_layers - layout.num_coda_layers - 1
+        first, last = layout.num_prelude_layers, layout.num_layers - 1
         for position in range(first, last + 1):
             slot = layout.slot(position)
             dense_layer = self.dense.load(position)
-            own_layer = self._converted(output, position)
-            modules = {m.path: m for m in self.names.stored_modules(slot.index) if m.is_linear}
+            in_block = slot.part == "block"
+            own_layer = self._converted(output, position) if in_block else self.dense.load(position)
+            modules = {m.path: m for m in self.names.stored_modules(slot.index)} if in_block else {}
             for index, stage in enumerate(self.dense.stages):
                 evidence = self._evidence(dense_layer, own_layer, position, dense_hidden, own_hidden, index)
                 for path in stage:
-                    self._refit(output, modules[path], slot.depth, dense_layer, own_layer, evidence)
+                    wanted = regress(_weight(dense_layer, path), evidence.cross, evidence.metric, evidence.drift)
+                    if in_block:
+                        self._refit_residual(output, modules[path], slot.depth, wanted, evidence.metric)
+                        got = self._merged(output, modules[path], slot.depth)
+                    else:
+                        name = f"model.coda.{slot.index}.{path}.weight"
+                        output.write(name, wanted)
+                        got = output.read(name)
+                    _weight(own_layer, path).copy_(got)  # the next stage runs through it
             if position < last:
                 dense_hidden = [self.dense.run(dense_layer, position, batch) for batch in dense_hidden]
                 own_hidden = [self.dense.run(own_layer, position, batch) for batch in own_hidden]
@@ -308,26 +316,19 @@ class Calibration:
                 drift = drift + _products(their_stream - my_stream, x)
         return Evidence(Metric(moment), cross, drift if self.dense.writes[stage] else None)
 
-    def _refit(
-        self,
-        output: ShardedCheckpoint,
-        module: StoredModule,
-        depth: int,
-        dense_layer: nn.Module,
-        own_layer: nn.Module,
-        evidence: Evidence,
+    @staticmethod
+    def _refit_residual(
+        output: ShardedCheckpoint, module: StoredModule, depth: int, wanted: Tensor, metric: Metric
     ) -> None:
-        """Refit one residual, on disk and in the layer that the next stage runs through."""
+        """Give one depth the residual that is nearest to the map ``wanted [O, I]``."""
         if not module.rank:
             return
-        wanted = regress(_weight(dense_layer, module.path), evidence.cross, evidence.metric, evidence.drift)
         shared = output.read(f"{module.name}.linear.weight").double()
-        left, right = evidence.metric.low_rank(wanted - shared, module.rank)
+        left, right = metric.low_rank(wanted - shared, module.rank)
         for name, factor in ((f"{module.name}.lora_b", left), (f"{module.name}.lora_a", right)):
             stacked = output.read(name)
             stacked[depth] = factor.to(stacked.dtype)
             output.write(name, stacked)
-        _weight(own_layer, module.path).copy_(self._merged(output, module, depth))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from recursify.modeling import (
     UnsupportedFamily,
 )
 
+from .low_rank import whole_factors
+
 LOGIT_TOLERANCE = 1e-4
 """Largest difference of float32 logits between two models that compute the same function (DESIGN: 1e-4)."""
 
@@ -100,10 +102,7 @@ def _copy_depth(module: RelaxedLinear | PerDepth, depth: int, name: str, state: 
         module.linear.weight.copy_(weight)
     else:
         module.linear.weight.zero_()
-        rows, columns = weight.shape
-        identity = torch.eye(module.rank, dtype=weight.dtype)
-        module.lora_b[depth] = weight if columns <= rows else identity
-        module.lora_a[depth] = identity if columns <= rows else weight
+        module.lora_b[depth], module.lora_a[depth] = whole_factors(weight)
     if module.bias is not None:
         module.bias[depth] = state[f"{name}.bias"]
 
