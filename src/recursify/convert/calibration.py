@@ -244,25 +244,22 @@ class Calibration:
     def _correct_drift(self, output: ShardedCheckpoint, start: list[Tensor]) -> None:
         layout = self.layout
         dense_hidden, own_hidden = start, start
-        first, last = layout.num_prelude_layers, layout.num_layers - 1
+        first = layout.num_prelude_layers
+        # The coda stays as it is: refitted in full on 16k tokens it learned the text, and held-out perplexity on
+        # SmolLM2-135M rose from 22.2 to 23.2.
+        last = layout.num_layers - layout.num_coda_layers - 1
         for position in range(first, last + 1):
             slot = layout.slot(position)
             dense_layer = self.dense.load(position)
-            in_block = slot.part == "block"
-            own_layer = self._converted(output, position) if in_block else self.dense.load(position)
-            modules = {m.path: m for m in self.names.stored_modules(slot.index)} if in_block else {}
+            own_layer = self._converted(output, position)
+            modules = {module.path: module for module in self.names.stored_modules(slot.index)}
             for index, stage in enumerate(self.dense.stages):
                 evidence = self._evidence(dense_layer, own_layer, position, dense_hidden, own_hidden, index)
                 for path in stage:
                     wanted = regress(_weight(dense_layer, path), evidence.cross, evidence.metric, evidence.drift)
-                    if in_block:
-                        self._refit_residual(output, modules[path], slot.depth, wanted, evidence.metric)
-                        got = self._merged(output, modules[path], slot.depth)
-                    else:
-                        name = f"model.coda.{slot.index}.{path}.weight"
-                        output.write(name, wanted)
-                        got = output.read(name)
-                    _weight(own_layer, path).copy_(got)  # the next stage runs through it
+                    self._refit_residual(output, modules[path], slot.depth, wanted, evidence.metric)
+                    # The next stage runs through it.
+                    _weight(own_layer, path).copy_(self._merged(output, modules[path], slot.depth))
             if position < last:
                 dense_hidden = [self.dense.run(dense_layer, position, batch) for batch in dense_hidden]
                 own_hidden = [self.dense.run(own_layer, position, batch) for batch in own_hidden]
