@@ -117,6 +117,7 @@ def test_settings_file_and_flags(models, tmp_path, capsys):
         (["--relaxation", "pca"], "Unknown relaxation 'pca'"),
         (["--rank-allocation", "best"], "Unknown rank allocation 'best'"),
         (["--dtype", "int4"], "Unknown dtype 'int4'. Use one of: auto, float32"),
+        (["--device", "warp"], "Cannot run on 'warp'"),
         (["--prelude", 3, "--coda", 3], "6 layers less a prelude of 3 and a coda of 3 leave 0"),
         (["--prelude", "-1"], "prelude of -1"),
         (["--calibration-data", "nowhere.txt"], "There is no text at 'nowhere.txt'"),

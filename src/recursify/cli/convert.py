@@ -92,6 +92,10 @@ def convert_command(
         int | None,
         typer.Option("--calibration-tokens", help="How many tokens of it. [default: 16384]", show_default=False),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Where dense layers run during calibration. [default: cpu]", show_default=False),
+    ] = None,
     tie_norms: Annotated[bool, typer.Option("--tie-norms", help="One norm for all depths, as in the papers.")] = False,
     dtype: Annotated[
         str | None,
@@ -130,6 +134,7 @@ def convert_command(
         "rank_allocation": rank_allocation,
         "calibration_data": None if calibration_data is None else [d for d in calibration_data if d != "none"],
         "calibration_tokens": calibration_tokens,
+        "device": device,
         "tie_norms": tie_norms or None,
         "dtype": dtype,
         "seed": seed,

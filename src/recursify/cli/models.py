@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import recursify.modeling  # noqa: F401  (registers recursive models)
 from recursify.convert.converter import RECORD_FILE
 from recursify.convert.dense_checkpoint import load_tokenizer, locate, open_checkpoint
+from recursify.convert.settings import require_device
 from recursify.errors import CheckpointError, SettingsError
 
 
@@ -48,11 +49,7 @@ def load_model(
     """
     if dtype != "auto" and dtype not in ("float32", "bfloat16", "float16"):
         raise SettingsError(f"Unknown dtype '{dtype}'. Use float32, bfloat16, float16 or auto.")
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"Cannot run on '{device}': {str(error).splitlines()[0]}") from error
+    place = require_device(device)
     path = locate(source)
     if is_recursive(path):
         try:

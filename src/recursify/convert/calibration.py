@@ -64,7 +64,7 @@ class Calibration:
         self.windows = token_windows(
             load_tokenizer(checkpoint), text, length, max_tokens=settings.calibration_tokens, min_windows=MIN_WINDOWS
         )
-        self.dense = Layerwise(checkpoint, plan.config, self.windows)
+        self.dense = Layerwise(checkpoint, plan.config, self.windows, settings.device)
         self._fisher: dict[str, Tensor] | None = None
 
     @torch.no_grad()
@@ -154,7 +154,7 @@ class Calibration:
             for stage in self.dense.stages:
                 metrics = [Metric(moment.pop(stage[0])) for moment in moments]
                 for path in stage:
-                    weights = [_weight(layer, path) for layer in layers]
+                    weights = [_weight(layer, path).cpu() for layer in layers]
                     key = f"{index}.{path}"
                     if allocation == "fisher":
                         curvatures = self._curvatures(modules[path])
@@ -188,7 +188,7 @@ class Calibration:
         metrics: list[Metric],
     ) -> None:
         """Write the shared weight of one module, and its residuals against what then lies on disk."""
-        weights = [_weight(layer, module.path) for layer in layers]
+        weights = [_weight(layer, module.path).cpu() for layer in layers]
         settings = plan.settings
         calibrated_residuals = find_relaxation(settings.relaxation).needs_text and module.rank > 0
         if settings.initialization == "calibrated":
@@ -256,7 +256,7 @@ class Calibration:
             for index, stage in enumerate(self.dense.stages):
                 evidence = self._evidence(dense_layer, own_layer, position, dense_hidden, own_hidden, index)
                 for path in stage:
-                    wanted = regress(_weight(dense_layer, path), evidence.cross, evidence.metric, evidence.drift)
+                    wanted = regress(_weight(dense_layer, path).cpu(), evidence.cross, evidence.metric, evidence.drift)
                     self._refit_residual(output, modules[path], slot.depth, wanted, evidence.metric)
                     # The next stage runs through it.
                     _weight(own_layer, path).copy_(self._merged(output, modules[path], slot.depth))

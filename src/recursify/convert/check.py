@@ -16,7 +16,7 @@ from .converter import Progress, convert
 from .dense_checkpoint import DenseCheckpoint, load_tokenizer, open_checkpoint
 from .parity import require_family_parity
 from .plan import SUPPORTED_FAMILIES, ConversionPlan, make_plan
-from .settings import ConversionSettings, read_settings
+from .settings import ConversionSettings, read_settings, require_device
 
 CHECK_WINDOWS = 8
 CHECK_LENGTH = 512
@@ -59,6 +59,7 @@ def make_conversion(
     """
     from_file = read_settings(config_file) if config_file else {}
     chosen = ConversionSettings.from_mapping({**from_file, **settings}, str(config_file or "the settings"))
+    require_device(chosen.device)
     checkpoint = open_checkpoint(source, revision=revision, trust_remote_code=trust_remote_code)
     text = None
     if chosen.calibration_data is None:

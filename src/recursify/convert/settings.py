@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from recursify.errors import SettingsError
@@ -52,6 +53,8 @@ class ConversionSettings:
     """How much of the text is used, in tokens."""
     calibration_length: int = 512
     """Length of the sequences the text is cut into, in tokens."""
+    device: str = "cpu"
+    """Where dense layers run during calibration; the algebra stays on the CPU, in float64."""
     drift_correction: bool = True
     """Refit every residual on the inputs it will really see (calibrated relaxation only)."""
 
@@ -111,6 +114,20 @@ def parse_rank(value: Any) -> int:
     if rank < 0:
         raise SettingsError(f"A LoRA rank is a whole number of at least 0, or 'full'; got '{value}'.")
     return rank
+
+
+def require_device(device: str) -> torch.device:
+    """The device called ``device``.
+
+    Raises:
+        SettingsError: There is none on this machine.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"Cannot run on '{device}': {str(error).splitlines()[0]}") from error
+    return place
 
 
 def read_settings(file: Path) -> dict[str, Any]:
