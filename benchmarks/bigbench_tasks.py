@@ -209,7 +209,7 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
-    from recursify.convert.dense_checkpoint import load_tokenizer, open_checkpoint
+    from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
     from recursify.modeling import RecursiveForCausalLM
 
     if (Path(arguments.model) / "recursify.json").exists():

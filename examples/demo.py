@@ -15,9 +15,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
 from recursify.cli.report import format_table, print_data, progress_report, talk
 from recursify.convert.check import make_conversion
-from recursify.convert.dense_checkpoint import load_tokenizer, open_checkpoint
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import RecursiveForCausalLM

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from recursify.convert.dense_checkpoint import DenseCheckpoint, open_checkpoint
+from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, open_checkpoint
 from tiny_models import FAMILIES, save_tiny
 
 logging.disable_progress_bar()

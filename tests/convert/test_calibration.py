@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
+from recursify.checkpoint.dense_checkpoint import open_checkpoint
+from recursify.checkpoint.layerwise import Layerwise
 from recursify.convert.calibration import _spend
 from recursify.convert.check import make_conversion
-from recursify.convert.dense_checkpoint import open_checkpoint
-from recursify.convert.layerwise import Layerwise
 from recursify.errors import PlanError, TextError
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import LayerLayout, RecursiveConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from recursify.checkpoint.dense_checkpoint import load_tokenizer
 from recursify.convert.check import make_conversion
-from recursify.convert.dense_checkpoint import load_tokenizer
 from recursify.convert.low_rank import truncated_svd
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import default_text, token_windows

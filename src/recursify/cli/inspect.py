@@ -23,9 +23,10 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect_command(folder: RecursiveArgument, json: JsonOption = False) -> None:
+    from recursify.checkpoint.record import read_record
     from recursify.convert.description import describe, draw_layout
 
-    from .models import read_record, require_recursive
+    from .models import require_recursive
 
     require_recursive(folder)
     facts = describe(folder, read_record(folder))

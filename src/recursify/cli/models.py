@@ -11,10 +11,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import recursify.modeling  # noqa: F401  (registers recursive models)
-from recursify.convert.converter import RECORD_FILE
-from recursify.convert.dense_checkpoint import load_tokenizer, locate, open_checkpoint
-from recursify.convert.settings import require_device
+from recursify.checkpoint.dense_checkpoint import load_tokenizer, locate, open_checkpoint
 from recursify.errors import CheckpointError, SettingsError
+from recursify.settings import require_device
 
 
 def is_recursive(path: Path) -> bool:
@@ -61,18 +60,3 @@ def load_model(
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     return checkpoint.load_model(wanted).to(place), load_tokenizer(checkpoint)
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """``recursify.json`` of a folder; empty where it has none.
-
-    Raises:
-        CheckpointError: It is damaged.
-    """
-    file = path / RECORD_FILE
-    if not file.exists():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"'{file}' is not valid JSON: {error}.") from error

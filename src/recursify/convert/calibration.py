@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, load_tokenizer
+from recursify.checkpoint.dense_names import DenseNames, StoredModule
+from recursify.checkpoint.layerwise import Layerwise
+from recursify.checkpoint.writer import ShardedCheckpoint
 from recursify.evaluation.text import Text, token_windows
 
 from .converter import Progress, write_factors
-from .dense_checkpoint import DenseCheckpoint, load_tokenizer
-from .dense_names import DenseNames, StoredModule
 from .initialization import average
-from .layerwise import Layerwise
 from .low_rank import Metric, regress, share, share_for_residuals
 from .plan import ConversionPlan
 from .relaxation import find_relaxation
-from .writer import ShardedCheckpoint
 
 Moments = dict[str, Tensor]
 """Second moments ``Σ x xᵀ [I, I]`` of a layer's linear maps' inputs, by the first path of each stage."""

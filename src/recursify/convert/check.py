@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
+from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, load_tokenizer, open_checkpoint
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import Text, default_text, read_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
+from recursify.settings import read_settings, require_device
 
 from .converter import Progress, convert
-from .dense_checkpoint import DenseCheckpoint, load_tokenizer, open_checkpoint
 from .parity import require_family_parity
 from .plan import SUPPORTED_FAMILIES, ConversionPlan, make_plan
-from .settings import ConversionSettings, read_settings, require_device
+from .settings import ConversionSettings
 
 CHECK_WINDOWS = 8
 CHECK_LENGTH = 512

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -12,20 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import recursify.modeling
+from recursify.checkpoint.dense_checkpoint import DenseCheckpoint
+from recursify.checkpoint.dense_names import DenseNames, StoredModule
+from recursify.checkpoint.record import write_model_files
+from recursify.checkpoint.writer import ShardedCheckpoint, atomic_folder, check_target
 from recursify.evaluation.text import Text
-from recursify.modeling import TRAVELLING_FILES
-from recursify.modeling.configuration_recursive import AUTO_MAP
 
-from .dense_checkpoint import DenseCheckpoint
-from .dense_names import DenseNames, StoredModule
 from .initialization import average, find_initialization
 from .plan import ConversionPlan
 from .relaxation import find_relaxation
-from .writer import ShardedCheckpoint, atomic_folder, check_target
-
-RECORD_FILE = "recursify.json"
-"""How the model was made: enough to make it again."""
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, steps done and steps in all."""
@@ -91,16 +84,6 @@ def convert(
         }
         write_model_files(folder, plan.config, record)
     return record
-
-
-def write_model_files(folder: Path, config, record: dict[str, Any]) -> None:
-    """Write ``config.json``, ``recursify.json`` and the modeling files that travel along."""
-    config.architectures = [AUTO_MAP["AutoModelForCausalLM"].rpartition(".")[2]]
-    config.save_pretrained(folder)
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    home = Path(recursify.modeling.__file__).parent
-    for file in TRAVELLING_FILES:
-        shutil.copyfile(home / file, folder / file)
 
 
 def _write_unshared(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from recursify.checkpoint.dense_checkpoint import folder_tensors
 from recursify.errors import CheckpointError
 from recursify.modeling import RecursiveConfig
 
-from .dense_checkpoint import folder_tensors
 from .plan import kv_bytes_per_token
 
 

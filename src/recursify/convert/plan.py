@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, TensorInfo
 from recursify.errors import PlanError, UnsupportedModelError
 from recursify.modeling import LayerLayout, LayoutError, RecursiveConfig, RecursiveForCausalLM, UnsupportedFamily
 
-from .dense_checkpoint import DenseCheckpoint, TensorInfo
 from .initialization import find_initialization
 from .relaxation import find_relaxation
 from .settings import FULL_RANK, ConversionSettings

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import yaml
-
 from recursify.errors import SettingsError
+from recursify.settings import check_keys
 
 FULL_RANK = 2**31 - 1
 """``--lora-rank full``: clamped to each matrix, so that every residual is stored whole."""
@@ -82,13 +78,8 @@ class ConversionSettings:
         Raises:
             SettingsError: An unknown key (the nearest is named) or a value out of range.
         """
-        known = [entry.name for entry in fields(cls)]
+        check_keys(mapping, [entry.name for entry in fields(cls)], where)
         values = dict(mapping)
-        for key in values:
-            if key not in known:
-                nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
-                hint = f"Did you mean '{nearest[0]}'?" if nearest else f"Known keys: {', '.join(known)}."
-                raise SettingsError(f"Unknown key '{key}' in {where}. {hint}")
         if "lora_rank" in values:
             values["lora_rank"] = parse_rank(values["lora_rank"])
         if "lora_rank_pattern" in values:
@@ -114,32 +105,3 @@ def parse_rank(value: Any) -> int:
     if rank < 0:
         raise SettingsError(f"A LoRA rank is a whole number of at least 0, or 'full'; got '{value}'.")
     return rank
-
-
-def require_device(device: str) -> torch.device:
-    """The device called ``device``.
-
-    Raises:
-        SettingsError: There is none on this machine.
-    """
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingsError(f"Cannot run on '{device}': {str(error).splitlines()[0]}") from error
-    return place
-
-
-def read_settings(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        SettingsError: It is missing, no YAML, or no mapping.
-    """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"Cannot read settings from '{file}': {error}") from error
-    if not isinstance(content, dict):
-        raise SettingsError(f"'{file}' must hold a mapping of settings, found {type(content).__name__}.")
-    return content

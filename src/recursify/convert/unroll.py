@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from recursify.checkpoint.dense_checkpoint import RENAMED, TensorInfo, copy_passengers
+from recursify.checkpoint.recursive_checkpoint import RecursiveCheckpoint
+from recursify.checkpoint.writer import ShardedCheckpoint, atomic_folder, check_target
 from recursify.errors import ParityError, PlanError
 from recursify.modeling import RecursiveForCausalLM
 
 from .converter import Progress
-from .dense_checkpoint import RENAMED, TensorInfo, copy_passengers
-from .recursive_checkpoint import RecursiveCheckpoint
-from .writer import ShardedCheckpoint, atomic_folder, check_target
 
 OLD_NAMES_ON_DISK = ("gpt_neox",)
 """Families whose files keep names older than transformers' current ones, so that every version reads them."""

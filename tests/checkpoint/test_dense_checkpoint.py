@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from recursify.checkpoint.dense_checkpoint import INDEX_FILE, open_checkpoint
 from recursify.convert.check import make_conversion
-from recursify.convert.dense_checkpoint import INDEX_FILE, open_checkpoint
 from recursify.errors import CheckpointError, RecursifyError, UnsupportedModelError
 from tiny_models import byte_tokenizer, save_tiny, tiny_config
 

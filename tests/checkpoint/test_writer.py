@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recursify.convert import writer
-from recursify.convert.dense_checkpoint import INDEX_FILE, TensorInfo, folder_tensors
-from recursify.convert.writer import ShardedCheckpoint, atomic_folder, check_target
+from recursify.checkpoint import writer
+from recursify.checkpoint.dense_checkpoint import INDEX_FILE, TensorInfo, folder_tensors
+from recursify.checkpoint.writer import ShardedCheckpoint, atomic_folder, check_target
 from recursify.errors import OutputError
 from tiny_models import save_tiny
 
@@ -128,7 +128,7 @@ def test_target_that_is_a_file(tmp_path):
 
 CONVERT = """
 import sys
-from recursify.convert import converter, writer
+from recursify.checkpoint import writer
 from recursify.convert.check import make_conversion
 write = writer.ShardedCheckpoint.write
 def slowly(self, name, tensor):

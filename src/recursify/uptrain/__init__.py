@@ -1,0 +1,1 @@
+"""Training after conversion: heal the model, and teach it to exit."""
