@@ -9,6 +9,7 @@
     ├── TextError                  calibration or evaluation text that cannot be used
     ├── SettingsError              a settings file with an unknown key or a value out of range
     ├── OutputError                a target that exists, lies inside the source, or has no room
+    ├── TrainingError              a training run that cannot start, go on or be resumed
     └── ParityError                a converted or exported model whose logits differ where they must not
 
 Each message says what happened, with which values, and what to do.
@@ -41,6 +42,10 @@ class SettingsError(RecursifyError):
 
 class OutputError(RecursifyError):
     """The output cannot be written where it was asked for."""
+
+
+class TrainingError(RecursifyError):
+    """A training run cannot start, go on, or be resumed."""
 
 
 class ParityError(RecursifyError):

@@ -42,13 +42,13 @@ def test_help_is_instant():
         "heavy = [m for m in ('torch', 'transformers', 'datasets', 'peft', 'numpy') if m in sys.modules]\n"
         "assert not heavy, heavy\n"
     )
-    for command in ([], ["convert"], ["inspect"], ["perplexity"], ["generate"], ["export"]):
+    for command in ([], ["convert"], ["inspect"], ["perplexity"], ["generate"], ["export"], ["uptrain"]):
         done = subprocess.run([sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "Usage" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "perplexity", "generate", "export"])
+@pytest.mark.parametrize("command", ["convert", "inspect", "perplexity", "generate", "export", "uptrain"])
 def test_help_has_examples(command, capsys):
     """Each command shows how it is used."""
     assert run(command, "--help") == 0

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -362,9 +362,10 @@ class RecursiveModel(RecursivePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        num_recursions: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Run all recursions.
+        """Run all recursions, or the first ``num_recursions``.
 
         Args:
             input_ids: ``[B, T]``; or give ``inputs_embeds [B, T, D]``.
@@ -372,8 +373,17 @@ class RecursiveModel(RecursivePreTrainedModel):
             position_ids: ``[B, T]``; counted from the cache's length if absent.
             past_key_values: A cache with one slot per effective position.
             use_cache: Make and return a cache.
+            num_recursions: How often to apply the shared block before the coda, 1 .. R; all R if absent.
             kwargs: Passed to every attention function.
+
+        Raises:
+            ValueError: ``num_recursions`` outside its range.
         """
+        recursions = self.layout.num_recursions if num_recursions is None else num_recursions
+        if not 1 <= recursions <= self.layout.num_recursions:
+            raise ValueError(
+                f"num_recursions={num_recursions} is outside 1 .. {self.layout.num_recursions}: the model has no more."
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
@@ -396,6 +406,8 @@ class RecursiveModel(RecursivePreTrainedModel):
 
         hidden_states = inputs_embeds
         for position, slot in enumerate(self.layout.slots()):
+            if slot.depth >= recursions:
+                continue
             layer_type = self.layer_type(position)
             hidden_states = self.run_slot(
                 slot,
@@ -459,9 +471,15 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        objective: Callable[[RecursiveForCausalLM, BaseModelOutputWithPast], Any] | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits ``[B, T, V]``, or of the last ``logits_to_keep`` tokens; and the loss, given ``labels [B, T]``."""
+    ) -> Any:
+        """Logits ``[B, T, V]``, or of the last ``logits_to_keep`` tokens; and the loss, given ``labels [B, T]``.
+
+        With an ``objective``, what it makes of this model and its last hidden states is returned, and no logits are
+        computed here: a training loss that reads weights (a head, chunk by chunk) has to run inside this call, since
+        FSDP holds them together no longer than that.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -471,11 +489,10 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        if objective is not None:
+            return objective(self, outputs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        softcap = getattr(self.config, "final_logit_softcapping", None)
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
+        logits = self.read_out(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -486,6 +503,12 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def read_out(self, hidden_states: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of normed hidden states ``[..., D]``, soft-capped where the family does so."""
+        logits = self.lm_head(hidden_states)
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def _dense_head(config: RecursiveConfig) -> nn.Linear:

@@ -1,0 +1,239 @@
+"""``recursify uptrain``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recursify.errors import RecursifyError, SettingsError, TrainingError
+
+from .options import JsonOption, OutputOption, OverwriteOption, RecursiveArgument
+from .report import format_table, print_data, print_json, progress_report
+
+EXAMPLES = """
+Train a recursive model on your own data.
+
+A run that was killed goes on where it was with the same command and `--resume`.
+
+**Examples**
+
+`recursify uptrain smollm2-r2 -o smollm2-healed --max-tokens 30000`
+
+`recursify uptrain smollm2-r2 -o healed --data notes/ --data chats.jsonl --completions-only --max-tokens 5000000`
+
+`recursify uptrain qwen-r4 -o healed --data roneneldan/TinyStories --streaming --eval-data held_out.txt`
+
+`recursify uptrain llama-r2 -o healed --data corpus/ --num-processes 4 --config uptrain.yaml`
+
+`accelerate launch -m recursify uptrain llama-r2 -o healed --data corpus/ --resume`
+"""
+
+
+def register(app: typer.Typer) -> None:
+    app.command("uptrain", help=EXAMPLES)(uptrain_command)
+
+
+def uptrain_command(
+    model: RecursiveArgument,
+    output: OutputOption,
+    stage: Annotated[
+        str | None,
+        typer.Option("--stage", help="What to train for: heal. [default: heal]", show_default=False),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            help="Text, JSONL, Parquet or CSV files, folders of them, or Hub data sets (repeatable). "
+            "[default: Python's own help topics]",
+            show_default=False,
+        ),
+    ] = None,
+    eval_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--eval-data", help="Held-out text (repeatable). [default: a part of the data]", show_default=False
+        ),
+    ] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read rows as they are needed.")] = False,
+    completions_only: Annotated[
+        bool, typer.Option("--completions-only", help="Learn completions and what the assistant says, nothing else.")
+    ] = False,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", help="Tokens to train on. [default: 1000000]", show_default=False),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", help="Tokens per sequence. [default: 512]", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", help="Sequences per device and micro-batch. [default: 4]", show_default=False),
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option("--accumulate", help="Micro-batches per step. [default: 1]", show_default=False)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Peak. [default: 3e-4]", show_default=False)
+    ] = None,
+    trainable: Annotated[
+        str | None,
+        typer.Option("--trainable", help="What is trained: all, lora, shared. [default: all]", show_default=False),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher", help="Dense model to distil from. [default: the one it was made from]", show_default=False
+        ),
+    ] = None,
+    kl_weight: Annotated[
+        float | None,
+        typer.Option("--kl-weight", help="Weight of the distillation; 0 for none. [default: 1]", show_default=False),
+    ] = None,
+    ce_weight: Annotated[
+        float | None,
+        typer.Option("--ce-weight", help="Weight of the cross-entropy. [default: 1]", show_default=False),
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option("--eval-every", help="Steps between evaluations. [default: 100]", show_default=False)
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option("--save-every", help="Steps between checkpoints. [default: 100]", show_default=False)
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Seed of everything random. [default: 0]", show_default=False)
+    ] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option("--report-to", help="tensorboard, trackio, wandb, ... (repeatable)", show_default=False),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML with any of these settings and more; flags win.", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    num_processes: Annotated[
+        int | None, typer.Option("--num-processes", help="Start so many on this machine.", min=1, show_default=False)
+    ] = None,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    if resume and overwrite:
+        raise typer.BadParameter("give --resume or --overwrite, not both", param_hint="--resume")
+    flags = {
+        "stage": stage,
+        "data": data,
+        "eval_data": eval_data,
+        "streaming": streaming or None,
+        "completions_only": completions_only or None,
+        "max_tokens": max_tokens,
+        "length": length,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "learning_rate": learning_rate,
+        "trainable": trainable,
+        "teacher": teacher,
+        "kl_weight": kl_weight,
+        "ce_weight": ce_weight,
+        "eval_every": eval_every,
+        "save_every": save_every,
+        "gradient_checkpointing": gradient_checkpointing or None,
+        "seed": seed,
+        "report_to": report_to,
+    }
+    from recursify.settings import read_settings
+    from recursify.uptrain.settings import UptrainSettings
+
+    from .models import require_recursive
+
+    require_recursive(model)
+    given = {name: value for name, value in flags.items() if value is not None}
+    from_file = read_settings(config) if config else {}
+    settings = UptrainSettings.from_mapping({**from_file, **given}, str(config or "the settings"))
+    if num_processes is not None and "LOCAL_RANK" not in os.environ:
+        _launch(num_processes)
+        return
+
+    from transformers.utils import logging
+
+    from recursify.uptrain.uptraining import uptrain
+
+    logging.disable_progress_bar()
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        with progress_report() as progress:
+            outcome = uptrain(model, output, settings, resume=resume, overwrite=overwrite, progress=progress)
+    except RecursifyError as error:
+        if not is_main:
+            raise type(error)(f"rank {os.environ['RANK']}: {error}") from error
+        raise
+    if not is_main:
+        return
+    facts = outcome.to_dict()
+    if json:
+        print_json(facts)
+        return
+    print_data(_summary(facts))
+
+
+def _launch(num_processes: int) -> None:
+    """Run this command in ``num_processes`` processes; when one dies, the others are ended.
+
+    Raises:
+        TrainingError: One of them failed; the message names its rank.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    arguments = ["-m", "recursify", *sys.argv[1:]]
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=1,
+    )
+    try:
+        elastic_launch(launch, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise TrainingError(
+            f"Rank {rank} of {num_processes} ended with exit code {failure.exitcode}, and the others were ended. Its "
+            f"own message stands above. Checkpoints are whole: go on with --resume."
+        ) from error
+    except ValueError as error:
+        raise SettingsError(f"Cannot start {num_processes} processes: {error}") from error
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    """The held-out figures before and after, beside the dense model's where it taught."""
+    after, before = facts["after"], facts["before"]
+    rows = []
+    for name, figures in (("before", before), ("after", after)):
+        if figures:
+            agreement = f"{figures['agreement']:.1%}" if "agreement" in figures else "–"
+            kl = f"{figures['kl']:.3f}" if "kl" in figures else "–"
+            rows.append([name, f"{figures['perplexity']:,.2f}", agreement, kl])
+    if "dense_ce" in after:
+        import math
+
+        rows.append(["dense", f"{math.exp(after['dense_ce']):,.2f}", "100.0%", "0.000"])
+    lines = [
+        f"wrote {facts['output']} after {facts['tokens']:,} tokens in {facts['steps']:,} steps",
+        "",
+        format_table(["held-out", "perplexity", "same token", "KL"], rows),
+        "",
+    ]
+    if facts["curves"]:
+        lines.append(f"curves      {facts['curves']}")
+    lines.append(f'next        recursify generate {facts["output"]} "Once upon a time"')
+    return "\n".join(lines)

@@ -1,0 +1,358 @@
+"""Rows from files or the Hub, tokenized and packed so that no document sees another.
+
+Reading is ``datasets``', packing TRL's. A row is plain text (``text`` or ``content``), a ``prompt`` with a
+``completion``, or a chat (``messages``). Packed sequences carry position ids that restart with every document, and
+transformers' masks keep documents apart wherever positions restart.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from recursify.errors import TextError
+from recursify.evaluation.text import PLAIN_SUFFIXES, default_text
+
+from .settings import UptrainSettings
+
+IGNORED = -100
+"""Label of a token that is not learnt."""
+
+BUILDERS = dict.fromkeys(PLAIN_SUFFIXES, "text") | {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
+"""File suffix -> builder of ``datasets``."""
+
+MAX_EVAL_SEQUENCES = 64
+EVAL_FRACTION = 0.05
+SHUFFLE_BUFFER = 10_000
+"""Rows among which a stream is shuffled."""
+
+Rows: TypeAlias = Dataset | IterableDataset
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Packed sequences to train on and to measure with.
+
+    Attributes:
+        train: Rows with ``input_ids``, ``labels`` and ``seq_lengths``.
+        evaluation: The same, held out.
+        name: What was read, for a report.
+    """
+
+    train: Rows
+    evaluation: Dataset
+    name: str
+
+
+def prepare_data(settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase) -> TextData:
+    """Read, tokenize, shuffle and pack what the settings name.
+
+    Raises:
+        TextError: Nothing there, unreadable, a row of the wrong form (named by file and line), or too little.
+    """
+    pack = _Packer(settings, tokenizer)
+    if settings.data is None:
+        text = default_text("calibration")
+        held_out = default_text("held_out")
+        train = pack([_Source(Dataset.from_dict({"text": text.documents}), text.name, ())], shuffle=True)
+        evaluation = pack([_Source(Dataset.from_dict({"text": held_out.documents}), held_out.name, ())], shuffle=False)
+        if settings.eval_data is None:
+            return TextData(train, _first(evaluation), text.name)
+    else:
+        train = pack(_open(settings.data, settings), shuffle=True)
+    name = ", ".join(settings.data or ("pydoc_data.topics",))
+    if settings.eval_data is not None:
+        evaluation = _first(pack(_open(settings.eval_data, settings), shuffle=False))
+    elif isinstance(train, IterableDataset):
+        raise TextError(f"{name} is a stream, of which no part can be held out. Give --eval-data.")
+    else:
+        if len(train) < 2:
+            raise TextError(
+                f"{name} fills {len(train)} sequences of {settings.length} tokens, and at least 2 are needed, one of "
+                f"them held out. Give more text, a shorter length, or evaluation text of its own (--eval-data)."
+            )
+        held = max(1, min(MAX_EVAL_SEQUENCES, round(EVAL_FRACTION * len(train))))
+        evaluation, train = train.select(range(held)), train.select(range(held, len(train)))
+    return TextData(train, evaluation, name)
+
+
+def _first(rows: Rows) -> Dataset:
+    """At most ``MAX_EVAL_SEQUENCES`` of ``rows``, in memory."""
+    found = list(rows.take(MAX_EVAL_SEQUENCES))
+    if not found:
+        raise TextError("The held-out text fills no sequence. Give more of it.")
+    return Dataset.from_list(found)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Rows of one form, and the files they lie in, to name a row that is wrong."""
+
+    rows: Rows
+    name: str
+    files: tuple[Path, ...]
+
+
+def _open(names: Iterable[str], settings: UptrainSettings) -> list[_Source]:
+    """Open files, folders and Hub data sets; the files of one kind become one source."""
+    by_builder: dict[str, list[Path]] = {}
+    sources = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in BUILDERS)
+            if not files:
+                raise TextError(f"'{path}' holds no text ({', '.join(BUILDERS)}).")
+        elif path.exists():
+            files = [path]
+        elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix not in BUILDERS:
+            sources.append(_Source(_from_hub(name, settings), name, ()))
+            continue
+        else:
+            raise TextError(f"There is no text at '{name}', and it does not look like a Hub data set (owner/name).")
+        for file in files:
+            if file.suffix not in BUILDERS:
+                raise TextError(f"'{file}' is none of {', '.join(BUILDERS)}. Convert it, or rename it if it is text.")
+            if file.stat().st_size:
+                by_builder.setdefault(BUILDERS[file.suffix], []).append(file)
+    for builder, files in by_builder.items():
+        options = {"sample_by": "document"} if builder == "text" else {}
+        try:
+            rows = load_dataset(
+                builder,
+                data_files={"train": [str(file) for file in files]},
+                split="train",
+                streaming=settings.streaming,
+                **options,
+            )
+        except (DatasetGenerationError, ValueError, UnicodeDecodeError, OSError) as error:
+            raise TextError(_why_unreadable(files, error)) from error
+        sources.append(_Source(rows, ", ".join(file.name for file in files[:3]), tuple(files)))
+    if not sources:
+        raise TextError(f"{', '.join(names)}: empty. Give files with some thousand words of running text.")
+    return sources
+
+
+def _from_hub(name: str, settings: UptrainSettings) -> Rows:
+    try:
+        return load_dataset(name, split=settings.data_split, streaming=settings.streaming)
+    except (DatasetNotFoundError, ValueError, OSError) as error:
+        raise TextError(
+            f"'{name}' is no local file, and the Hub did not deliver split '{settings.data_split}' of it: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _why_unreadable(files: list[Path], error: Exception) -> str:
+    """Name the file, and the line where there is one: ``datasets`` says neither."""
+    for file in files:
+        if file.suffix == ".parquet":
+            continue
+        data = file.read_bytes()
+        try:
+            content = data.decode("utf-8-sig")
+        except UnicodeDecodeError as wrong:
+            return f"'{file}' is not UTF-8 (byte {wrong.start}: 0x{data[wrong.start]:02x}). Convert it first."
+        if file.suffix != ".jsonl":
+            continue
+        for number, line in enumerate(content.splitlines(), start=1):
+            try:
+                if line.strip():
+                    json.loads(line)
+            except ValueError as wrong:
+                return f"{file}:{number} is not JSON ({wrong}). JSONL has one object per line."
+    reason = str(error.__cause__ or error).splitlines()[0]
+    return f"{', '.join(map(str, files[:5]))} cannot be read: {reason}"
+
+
+def _place(files: tuple[Path, ...], index: int) -> str:
+    """File and line of row ``index`` of a source."""
+    for file in files:
+        if file.suffix in (".jsonl", ".csv"):
+            with open(file, newline="", encoding="utf-8-sig") as stream:
+                if file.suffix == ".csv":
+                    lines = [0, *range(2, 2 + sum(1 for _ in csv.reader(stream)) - 1)][1:]
+                else:
+                    lines = [number for number, line in enumerate(stream, start=1) if line.strip()]
+        elif file.suffix == ".parquet":
+            import pyarrow.parquet
+
+            lines = list(range(1, 1 + pyarrow.parquet.ParquetFile(file).metadata.num_rows))
+        else:
+            lines = [1]
+        if index < len(lines):
+            return f"{file}:{lines[index]}"
+        index -= len(lines)
+    return f"row {index + 1}"
+
+
+class _Packer:
+    """Tokenizes rows of any known form and packs them."""
+
+    def __init__(self, settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase):
+        self.settings = settings
+        self.tokenizer = tokenizer
+
+    def __call__(self, sources: list[_Source], *, shuffle: bool) -> Rows:
+        from trl import pack_dataset
+
+        packed = []
+        for source in sources:
+            rows = source.rows
+            if shuffle and isinstance(rows, IterableDataset):
+                rows = rows.shuffle(seed=self.settings.seed, buffer_size=SHUFFLE_BUFFER)
+            columns = rows.column_names or list(next(iter(rows.take(1)), {}))
+            encode, is_chat = self._encoder(columns, source)
+            tokenized = rows.map(encode, with_indices=True, remove_columns=columns)
+            # A conversation cut in two teaches answers without their questions; running text loses nothing.
+            packed.append(pack_dataset(tokenized, self.settings.length, "bfd" if is_chat else "bfd_split"))
+        together = packed[0] if len(packed) == 1 else concatenate_datasets(packed)
+        if shuffle and isinstance(together, Dataset):  # a source at a time, longest first, is how packing leaves them
+            return together.shuffle(seed=self.settings.seed)
+        return together
+
+    def _encoder(self, columns: list[str], source: _Source) -> tuple[Callable[[dict, int], dict], bool]:
+        """The function from a row to its tokens, by the columns that there are."""
+        if "messages" in columns:
+            if not self.tokenizer.chat_template:
+                raise TextError(
+                    f"{source.name} holds chats, and the model's tokenizer has no chat template. Give text or "
+                    f"prompt/completion rows, or put a chat_template.jinja into the model's folder."
+                )
+            return self._guarded(self._encode_chat, source), True
+        if "prompt" in columns and "completion" in columns:
+            return self._guarded(self._encode_completion, source), True
+        if "text" in columns or "content" in columns:
+            return self._guarded(self._encode_text, source), False
+        raise TextError(
+            f"{source.name} has the fields {', '.join(columns)}. Give rows with 'text', with 'prompt' and "
+            f"'completion', or with 'messages'."
+        )
+
+    @staticmethod
+    def _guarded(encode: Callable[[dict], dict], source: _Source) -> Callable[[dict, int], dict]:
+        def with_place(row: dict, index: int) -> dict:
+            try:
+                return encode(row)
+            except TextError as error:
+                raise TextError(f"{_place(source.files, index) if source.files else source.name}: {error}") from error
+
+        return with_place
+
+    def _encode_text(self, row: dict) -> dict[str, list[int]]:
+        text = row.get("text", row.get("content"))
+        if not isinstance(text, str):
+            raise TextError(f"the text is {type(text).__name__}, not a string.")
+        ids = self._with_end(self.tokenizer(text, verbose=False)["input_ids"])
+        return {"input_ids": ids, "labels": list(ids)}
+
+    def _encode_completion(self, row: dict) -> dict[str, list[int]]:
+        for field in ("prompt", "completion"):
+            if isinstance(row[field], list):
+                return self._encode_chat({"messages": [*_messages(row["prompt"]), *_messages(row["completion"])]})
+            if not isinstance(row[field], str):
+                raise TextError(f"'{field}' is {type(row[field]).__name__}, not a string.")
+        whole = self.tokenizer(row["prompt"] + row["completion"], return_offsets_mapping=True, verbose=False)
+        ids = self._with_end(whole["input_ids"])
+        starts = [start for start, _ in whole["offset_mapping"]] + [len(row["prompt"])] * (
+            len(ids) - len(whole["input_ids"])
+        )
+        return self._labelled(ids, [start >= len(row["prompt"]) for start in starts])
+
+    def _encode_chat(self, row: dict) -> dict[str, list[int]]:
+        """The chat template's text; with ``completions_only``, what the assistant says in it is what is learnt."""
+        messages = _messages(row["messages"])
+        text = self._render(messages)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        learnt = [True] * len(encoded["input_ids"])
+        if self.settings.completions_only:
+            spans = self._assistant_spans(messages, text)
+            learnt = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
+        return self._labelled(encoded["input_ids"], learnt)
+
+    def _assistant_spans(self, messages: list[dict], text: str) -> list[tuple[int, int]]:
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:index], add_generation_prompt=True)
+            until = self._render(messages[: index + 1])
+            if not (text.startswith(before) and text.startswith(until)):
+                raise TextError(
+                    "the chat template writes earlier turns differently once later ones follow, so what the assistant "
+                    "says cannot be told apart. Give prompt/completion rows, or learn whole chats."
+                )
+            spans.append((len(before), len(until)))
+        return spans
+
+    def _render(self, messages: list[dict], **options: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:  # a template raises what its author chose: jinja's, ValueError, TypeError
+            raise TextError(f"the chat template refuses it: {error}") from error
+
+    def _labelled(self, ids: list[int], learnt: list[bool]) -> dict[str, list[int]]:
+        if not self.settings.completions_only:
+            return {"input_ids": ids, "labels": list(ids)}
+        return {
+            "input_ids": ids,
+            "labels": [token if keep else IGNORED for token, keep in zip(ids, learnt, strict=True)],
+        }
+
+    def _with_end(self, ids: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+def _messages(value: Any) -> list[dict]:
+    if not isinstance(value, list) or not value:
+        raise TextError("'messages' is not a list with at least one message.")
+    for message in value:
+        for field in ("role", "content"):
+            if not isinstance(message, dict) or not isinstance(message.get(field), str):
+                raise TextError(f"a message has no string '{field}'.")
+    return value
+
+
+class Collator:
+    """Packed rows as tensors: ``input_ids``, ``labels`` and ``position_ids``, each ``[B, T]``.
+
+    A document's first token is predicted from nothing, so its label is ``IGNORED``. A row that is not full ends in
+    padding that is a document of its own, so no attention mask is needed.
+
+    Args:
+        length: ``T``.
+        pad: Token id of padding.
+    """
+
+    def __init__(self, length: int, pad: int):
+        self.length = length
+        self.pad = pad
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = torch.full((len(rows), self.length), self.pad)
+        labels = torch.full((len(rows), self.length), IGNORED)
+        positions = torch.empty((len(rows), self.length), dtype=torch.int64)
+        for index, row in enumerate(rows):
+            used = len(row["input_ids"])
+            ids[index, :used] = torch.as_tensor(row["input_ids"])
+            labels[index, :used] = torch.as_tensor(row["labels"])
+            lengths = [int(length) for length in row["seq_lengths"]] + [self.length - used]
+            positions[index] = torch.cat([torch.arange(length) for length in lengths])
+        labels[positions == 0] = IGNORED
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}

@@ -1,0 +1,239 @@
+"""An uptraining run from the settings to the finished folder: what the command line calls, once per process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoTokenizer, PreTrainedModel, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from recursify.checkpoint.dense_checkpoint import open_checkpoint
+from recursify.checkpoint.record import read_record, write_model_files
+from recursify.checkpoint.writer import check_target
+from recursify.errors import CheckpointError, OutputError, RecursifyError, SettingsError, TrainingError
+from recursify.modeling import RecursiveConfig, RecursiveForCausalLM
+
+from . import checkpoints
+from .data import prepare_data
+from .objectives import Heal
+from .settings import UptrainSettings
+from .trainer import RecursiveTrainer, choose_trained, training_arguments
+from .watching import Progress, Watcher, draw_curves
+
+STAGES = {"heal": Heal}
+"""Stage -> its objective."""
+
+CHECKPOINT_FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        output: The finished model's folder.
+        steps: Steps in all.
+        tokens: Tokens in all, on all ranks.
+        before: Figures on the held-out sequences before the first step; empty for a resumed run.
+        after: The same after the last.
+        curves: The plot, if one could be drawn.
+    """
+
+    output: Path
+    steps: int
+    tokens: int
+    before: dict[str, float]
+    after: dict[str, float]
+    curves: Path | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        return {
+            "output": str(self.output),
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "before": self.before,
+            "after": self.after,
+            "curves": None if self.curves is None else str(self.curves),
+        }
+
+
+def uptrain(
+    source: Path,
+    output: Path,
+    settings: UptrainSettings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress,
+) -> Outcome:
+    """Train the recursive model in ``source`` and write the result into ``output``.
+
+    ``output`` holds the run's checkpoints and metrics while it goes on, and the model when it is done.
+
+    Raises:
+        RecursifyError: Anything wrong with the model, the settings or the data; or a run that cannot go on.
+    """
+    if settings.stage not in STAGES:
+        raise SettingsError(f"Unknown stage '{settings.stage}'. Use one of: {', '.join(STAGES)}.")
+    # Without an accelerator it has to be told that processes are many on CPUs.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    folder = output / CHECKPOINT_FOLDER
+    run = {"model": str(source.absolute()), "num_processes": state.num_processes, **settings.to_dict()}
+    resumed = _find_resumed(folder, run) if resume else None
+    weights = source if resumed is None else resumed
+    if not resume:
+        with state.main_process_first():
+            if state.is_main_process:
+                _begin(source, output, folder, run, overwrite)
+    model, tokenizer = _load(weights, settings)
+    teacher = _load_teacher(source, model, settings, state)
+    with state.main_process_first():
+        data = prepare_data(settings, tokenizer)
+    choose_trained(model, settings.trainable)
+    arguments = training_arguments(settings, folder, world_size=state.num_processes, resumes=resumed is not None)
+    per_step = settings.batch_size * settings.accumulate * settings.length * state.num_processes
+    trainer = RecursiveTrainer(
+        model,
+        STAGES[settings.stage](settings, teacher),
+        settings,
+        data,
+        arguments,
+        tokenizer,
+        [Watcher(output, per_step, progress)],
+    )
+    try:
+        if resumed is not None and checkpoints.step_of(resumed) >= arguments.max_steps:
+            # Nothing is left but to write the model; the Trainer would train one more step.
+            trainer.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
+        else:
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"Out of memory at {settings.batch_size} sequences of {settings.length} tokens: "
+            f"{str(error).splitlines()[0]} Lower batch_size (raise accumulate to make up for it), or turn on "
+            f"gradient_checkpointing."
+        ) from error
+    history = [line for line in trainer.state.log_history if "eval_loss" in line]
+    if not history or history[-1]["step"] != trainer.state.global_step:
+        trainer.evaluate()
+        history = [line for line in trainer.state.log_history if "eval_loss" in line]
+    before = _figures(history[0]) if history[0]["step"] == 0 else {}
+    outcome = Outcome(
+        output,
+        trainer.state.global_step,
+        trainer.state.global_step * per_step,
+        before,
+        _figures(history[-1]),
+        draw_curves(output) if state.is_main_process else None,
+    )
+    _finish(trainer, source, outcome, settings, data.name)
+    return outcome
+
+
+def _find_resumed(folder: Path, run: dict[str, Any]) -> Path | None:
+    checkpoints.check_run(folder, run)
+    return checkpoints.newest_intact(folder)
+
+
+def _begin(source: Path, output: Path, folder: Path, run: dict[str, Any], overwrite: bool) -> None:
+    """Make the output folder, refusing one that holds something."""
+    if folder.exists() and not overwrite:
+        raise OutputError(
+            f"'{output}' holds a run already. Go on with it (--resume), replace it (--overwrite), or choose another -o."
+        )
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    # Weights and AdamW's two moments, in float32, per checkpoint kept, and the model at the end.
+    check_target(output, source, overwrite=overwrite, num_bytes=4 * size)
+    shutil.rmtree(output, ignore_errors=True)
+    checkpoints.write_run(folder, run)
+
+
+def _load(source: Path, settings: UptrainSettings) -> tuple[RecursiveForCausalLM, Any]:
+    """The model, in float32, and its tokenizer."""
+    try:
+        model = RecursiveForCausalLM.from_pretrained(source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"'{source}' does not load: {str(error).splitlines()[0]}") from error
+    context = model.config.max_position_embeddings
+    if settings.length > context:
+        raise SettingsError(
+            f"length {settings.length} is longer than the model's context of {context} tokens. Use at most {context}."
+        )
+    return model, tokenizer
+
+
+def _load_teacher(
+    source: Path, model: RecursiveForCausalLM, settings: UptrainSettings, state: PartialState
+) -> PreTrainedModel | None:
+    """The dense teacher, frozen, in eval mode.
+
+    Raises:
+        CheckpointError: There is none, or it has another vocabulary.
+    """
+    if not settings.kl_weight:
+        return None
+    name = settings.teacher or read_record(source).get("plan", {}).get("source")
+    if name is None:
+        raise CheckpointError(
+            f"'{source}' does not say which dense model it was made from. Give --teacher, or --kl-weight 0 to learn "
+            f"from the data alone."
+        )
+    try:
+        checkpoint = open_checkpoint(name)
+    except RecursifyError as error:
+        raise CheckpointError(f"The teacher does not open: {error} Or give --kl-weight 0.") from error
+    if checkpoint.config.vocab_size != model.config.vocab_size:
+        raise CheckpointError(
+            f"The teacher '{name}' has {checkpoint.config.vocab_size} tokens in its vocabulary, and the model "
+            f"{model.config.vocab_size}: their predictions are not about the same tokens. Give the dense model that "
+            f"the recursive one was made from."
+        )
+    dtype = None if settings.teacher_dtype == "auto" else getattr(torch, settings.teacher_dtype)
+    return checkpoint.load_model(dtype).to(state.device).requires_grad_(False)
+
+
+def _figures(line: dict[str, Any]) -> dict[str, float]:
+    return {key.removeprefix("eval_"): value for key, value in line.items() if key.startswith("eval_")}
+
+
+def _finish(trainer: RecursiveTrainer, source: Path, outcome: Outcome, settings: UptrainSettings, data: str) -> None:
+    """Write the finished model into the output folder, in the dtype it came in, and the run into its history."""
+    scratch = outcome.output / ".model"
+    trainer.save_model(str(scratch), _internal_call=True)
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        return
+    dtype = RecursiveConfig.from_pretrained(source).dtype or torch.float32
+    model = RecursiveForCausalLM.from_pretrained(scratch, dtype=dtype)
+    shutil.rmtree(scratch)
+    scratch.mkdir()
+    model.save_pretrained(scratch)
+    record = read_record(source)
+    run = {
+        "recursify_version": version("recursify"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data_name": data,
+        "tokens": outcome.tokens,
+        "steps": outcome.steps,
+        "num_processes": trainer.args.world_size,
+        "settings": settings.to_dict(),
+        "before": outcome.before,
+        "after": outcome.after,
+    }
+    record["history"] = [*record.get("history", []), run]
+    write_model_files(scratch, model.config, record)
+    trainer.processing_class.save_pretrained(scratch)
+    for file in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
+        # config.json comes last: a folder without it is no model, so none is ever half one.
+        os.replace(file, outcome.output / file.name)
+    scratch.rmdir()

@@ -1,0 +1,112 @@
+"""What a run shows of itself: ``metrics.jsonl``, ``curves.png``, and progress with tokens per second."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+METRICS_FILE = "metrics.jsonl"
+CURVES_FILE = "curves.png"
+
+Progress = Callable[[str, int, int], None]
+
+logger = logging.getLogger(__name__)
+
+
+class Watcher(TrainerCallback):
+    """Writes every log line to ``metrics.jsonl`` and tells ``progress`` of every step.
+
+    Args:
+        folder: The output folder.
+        tokens_per_step: Tokens that one step takes from the data, on all ranks.
+        progress: Told of the stage and its steps.
+    """
+
+    def __init__(self, folder: Path, tokens_per_step: int, progress: Progress):
+        self.file = folder / METRICS_FILE
+        self.tokens_per_step = tokens_per_step
+        self.progress = progress
+        self._began = time.monotonic()
+        self._began_at = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop what a run that died had logged after the checkpoint it is resumed from."""
+        self._began, self._began_at = time.monotonic(), state.global_step
+        if state.is_world_process_zero:
+            kept = (
+                [line for line in read_metrics(self.file) if line["step"] <= state.global_step]
+                if self._began_at
+                else []
+            )
+            self.file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        line = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step, **logs}
+        line.pop("epoch", None)
+        with open(self.file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            seconds = time.monotonic() - self._began
+            speed = (state.global_step - self._began_at) * self.tokens_per_step / max(seconds, 1e-9)
+            self.progress(f"uptrain ({speed:,.0f} tokens/s)", state.global_step, state.max_steps)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a last line that was cut off is left out."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def draw_curves(folder: Path) -> Path | None:
+    """``curves.png`` from ``metrics.jsonl``; None, with a warning, where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("No curves.png: matplotlib is not installed. Run: pip install 'recursify[plot]'")
+        return None
+    lines = read_metrics(folder / METRICS_FILE)
+    panels = {
+        "nats per token": [name for name in ("ce", "kl", "eval_ce", "eval_dense_ce", "eval_kl") if _has(lines, name)],
+        "same first token as the dense model": [n for n in ("agreement", "eval_agreement") if _has(lines, n)],
+    }
+    panels = {title: names for title, names in panels.items() if names}
+    figure = Figure(figsize=(7, 3.2 * len(panels)), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
+        for name in names:
+            points = [(line["tokens"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
+            style = {"marker": "o", "markersize": 3} if name.startswith("eval_") else {"alpha": 0.6, "linewidth": 1}
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(title)
+        axes.legend()
+    figure.savefig(folder / CURVES_FILE, dpi=150)
+    return folder / CURVES_FILE
+
+
+def _has(lines: list[dict[str, Any]], name: str) -> bool:
+    return any(math.isfinite(line.get(name, math.nan)) for line in lines)

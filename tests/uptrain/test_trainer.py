@@ -1,0 +1,252 @@
+"""Uptraining runs on tiny models: what must not change the result, and what must stop a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from processes import run, start_run
+from safetensors.torch import load_file
+
+from recursify.errors import CheckpointError, OutputError, SettingsError, TrainingError
+from recursify.modeling import RecursiveForCausalLM
+from recursify.uptrain import checkpoints
+from recursify.uptrain.settings import UptrainSettings
+from recursify.uptrain.uptraining import uptrain
+from recursify.uptrain.watching import read_metrics
+from tiny_models import convert_tiny, save_tiny
+
+pytestmark = pytest.mark.xdist_group("uptraining")
+
+BASE = UptrainSettings(
+    length=32, batch_size=4, max_tokens=6 * 4 * 32, learning_rate=5e-3, eval_every=3, save_every=2, warmup_fraction=0.2
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A recursive model with its dense teacher beside it."""
+    folder = tmp_path_factory.mktemp("uptrain")
+    save_tiny(folder / "dense")
+    convert_tiny(folder / "dense", folder / "recursive", lora_rank=4)
+    return folder / "recursive"
+
+
+def silent(*_):
+    """No progress."""
+
+
+def losses(output) -> dict[int, float]:
+    """The loss of every step."""
+    return {line["step"]: line["loss"] for line in read_metrics(output / "metrics.jsonl") if "loss" in line}
+
+
+def weights(output) -> dict[str, torch.Tensor]:
+    return load_file(output / "model.safetensors")
+
+
+def assert_same(first, second, tolerance=2e-5):
+    """The same losses and weights. Adam divides by gradients' sizes, so rounding shows in 1e-5 of the weights."""
+    assert losses(first).keys() == losses(second).keys()
+    for step, loss in losses(first).items():
+        assert losses(second)[step] == pytest.approx(loss, rel=1e-5), step
+    mine, theirs = weights(first), weights(second)
+    assert mine.keys() == theirs.keys()
+    for name, weight in mine.items():
+        torch.testing.assert_close(weight, theirs[name], atol=tolerance, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture(scope="module")
+def plain(source, tmp_path_factory):
+    """The run that the others are compared with."""
+    output = tmp_path_factory.mktemp("runs") / "plain"
+    outcome = uptrain(source, output, BASE, progress=silent)
+    return output, outcome
+
+
+def test_heals(source, plain):
+    """Loss falls; the folder is a model with its record, metrics and curves; the source is untouched."""
+    output, outcome = plain
+    assert outcome.steps == 6
+    assert outcome.tokens == 6 * 4 * 32
+    assert outcome.after["perplexity"] < 0.8 * outcome.before["perplexity"]
+    assert outcome.after["dense_ce"] == outcome.before["dense_ce"]
+    model = RecursiveForCausalLM.from_pretrained(output)
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+    run_record = json.loads((output / "recursify.json").read_text())["history"][-1]
+    assert run_record["tokens"] == outcome.tokens
+    assert run_record["after"] == outcome.after
+    assert json.loads((source / "recursify.json").read_text())["history"] == []
+    assert (output / "curves.png").stat().st_size > 10_000
+    steps = [line["step"] for line in read_metrics(output / "metrics.jsonl") if "eval_loss" in line]
+    assert steps == [0, 3, 6]
+
+
+def test_accumulation_changes_nothing(source, plain, tmp_path):
+    """Four micro-batches of one sequence are one batch of four, although documents differ in length."""
+    uptrain(source, tmp_path / "out", replace(BASE, batch_size=1, accumulate=4), progress=silent)
+    assert_same(plain[0], tmp_path / "out")
+
+
+def test_checkpointing_changes_nothing(source, plain, tmp_path):
+    """Recomputed activations, the same losses and weights."""
+    uptrain(source, tmp_path / "out", replace(BASE, gradient_checkpointing=True), progress=silent)
+    assert_same(plain[0], tmp_path / "out")
+
+
+def test_two_processes_are_one(source, plain, tmp_path):
+    """DDP over two ranks with half the batch each."""
+    run(tmp_path / "log", source, tmp_path / "out", replace(BASE, batch_size=2), world_size=2)
+    assert_same(plain[0], tmp_path / "out")
+
+
+def test_random_recursions_do_not_hang_and_agree(source, tmp_path):
+    """Two ranks draw the same counts as one; some steps run fewer recursions."""
+    settings = replace(BASE, random_recursions=True, recursion_curriculum=0.0, seed=3)
+    uptrain(source, tmp_path / "one", settings, progress=silent)
+    run(tmp_path / "log", source, tmp_path / "two", replace(settings, batch_size=2), world_size=2)
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+def test_only_what_is_asked_is_trained(source, plain, tmp_path):
+    """``lora``: residuals, per-depth norms; ``shared``: the shared weights."""
+    before = weights(source)
+    for trainable, belongs in (
+        ("lora", lambda name: ".block." in name and not name.endswith(".linear.weight")),
+        ("shared", lambda name: ".block." in name and name.endswith(".linear.weight")),
+    ):
+        uptrain(source, tmp_path / trainable, replace(BASE, trainable=trainable), progress=silent)
+        after = weights(tmp_path / trainable)
+        changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+        assert changed == {name for name in before if belongs(name)}
+
+
+def test_killed_ten_times_at_random_moments(source, tmp_path):
+    """``kill -9``: the losses are those of a run that was not killed, step for step."""
+    settings = replace(BASE, max_tokens=40 * 4 * 32, save_every=3, eval_every=20)
+    uptrain(source, tmp_path / "whole", settings, progress=silent)
+    moments = random.Random(time.time_ns())
+    kills = attempts = 0
+    while kills < 10:
+        output, begun, finished = tmp_path / f"killed-{attempts}", False, False
+        attempts += 1
+        while not finished:
+            process = start_run(tmp_path / "log", source, output, settings, resume=begun)
+            process.join(moments.uniform(0.5, 2.0) if kills < 10 else 120)
+            finished = process.exitcode is not None
+            if not finished:
+                os.kill(process.pid, signal.SIGKILL)
+                process.join()
+                kills += 1
+            begun = (output / "checkpoints" / "run.json").exists()
+        assert process.exitcode == 0, (tmp_path / "log").read_text()
+        assert losses(output) == losses(tmp_path / "whole")
+        mine, theirs = weights(output), weights(tmp_path / "whole")
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_damaged_checkpoint_is_skipped(source, plain, tmp_path, caplog):
+    """With a warning; the run goes on from the one before and ends the same."""
+    output = tmp_path / "out"
+    uptrain(source, output, BASE, progress=silent)
+    newest = checkpoints.list_checkpoints(output / "checkpoints")[-1]
+    data = bytearray((newest / "optimizer.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (newest / "optimizer.pt").write_bytes(bytes(data))
+    uptrain(source, output, BASE, resume=True, progress=silent)
+    assert "is damaged (optimizer.pt is not what was written)" in caplog.text
+    assert_same(plain[0], output, tolerance=0)
+
+
+def test_resume_with_other_settings(source, plain, tmp_path):
+    """The key is named, with both values."""
+    with pytest.raises(SettingsError, match=r"'learning_rate' was 0\.005 when the run .* and is 0\.1 now"):
+        uptrain(source, plain[0], replace(BASE, learning_rate=0.1), resume=True, progress=silent)
+    with pytest.raises(TrainingError, match="no run to resume"):
+        uptrain(source, tmp_path / "nowhere", BASE, resume=True, progress=silent)
+    with pytest.raises(OutputError, match="holds a run already"):
+        uptrain(source, plain[0], BASE, progress=silent)
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(source, tmp_path):
+    """The message says at which step and names the checkpoint, which holds no NaN."""
+    output = tmp_path / "out"
+    settings = replace(BASE, learning_rate=1e30, warmup_fraction=0.0, max_tokens=20 * 4 * 32)
+    settings = replace(settings, schedule="constant", save_every=1, eval_every=100)
+    with pytest.raises(TrainingError, match=r"The loss is (nan|inf) at step \d+, micro-batch \d+") as caught:
+        uptrain(source, output, settings, progress=silent)
+    kept = checkpoints.list_checkpoints(output / "checkpoints")[-1]
+    assert str(kept) in str(caught.value)
+    assert all(torch.isfinite(weight).all() for weight in load_file(kept / "model.safetensors").values())
+    assert not (output / "config.json").exists()
+
+
+def test_weights_that_are_nan_are_never_saved(source, tmp_path, monkeypatch):
+    """A gradient can be NaN where the loss is not: the checkpoint before it stays the newest."""
+    output = tmp_path / "out"
+    clip = torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def poisoned(parameters, *arguments, **options):
+        parameters = list(parameters)
+        calls.append(parameters)
+        if len(calls) == 4:
+            parameters[-1].grad.fill_(math.nan)
+        return clip(parameters, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    with pytest.raises(TrainingError, match=r"The weights after step 4 hold NaN .*The last good checkpoint is .*-2'"):
+        uptrain(source, output, BASE, progress=silent)
+
+
+def test_full_disk_in_mid_checkpoint(source, tmp_path, monkeypatch):
+    """Earlier checkpoints stay whole, nothing half-written stays, and the run can go on."""
+    output = tmp_path / "out"
+    save, calls = torch.save, []
+
+    def full(content, file, *arguments, **options):
+        if str(file).endswith("optimizer.pt"):
+            calls.append(file)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+        return save(content, file, *arguments, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match=r"step 4 could not be written .*No space left.* go on with --resume"):
+        uptrain(source, output, BASE, progress=silent)
+    assert [entry.name for entry in sorted((output / "checkpoints").iterdir())] == ["checkpoint-2", "run.json"]
+    monkeypatch.undo()
+    assert uptrain(source, output, BASE, resume=True, progress=silent).steps == 6
+
+
+def test_wrong_teachers_and_lengths(source, tmp_path):
+    """Another vocabulary, none to be found, and sequences beyond the context."""
+    save_tiny(tmp_path / "other", vocab_size=300)
+    with pytest.raises(CheckpointError, match="has 300 tokens in its vocabulary, and the model 260"):
+        uptrain(source, tmp_path / "a", replace(BASE, teacher=str(tmp_path / "other")), progress=silent)
+    with pytest.raises(CheckpointError, match=r"The teacher does not open.*--kl-weight 0"):
+        uptrain(source, tmp_path / "b", replace(BASE, teacher="nowhere"), progress=silent)
+    with pytest.raises(SettingsError, match="length 512 is longer than the model's context of 256"):
+        uptrain(source, tmp_path / "c", replace(BASE, length=512), progress=silent)
+    with pytest.raises(SettingsError, match="Unknown stage 'exit'"):
+        uptrain(source, tmp_path / "d", replace(BASE, stage="exit"), progress=silent)
+
+
+def test_settings_are_strict():
+    """A misspelt key names the nearest; a number that YAML reads as text is a number."""
+    assert UptrainSettings.from_mapping({"learning_rate": "3e-4"}, "here").learning_rate == 3e-4
+    with pytest.raises(SettingsError, match=r"Unknown key 'learnin_rate' in here\. Did you mean 'learning_rate'"):
+        UptrainSettings.from_mapping({"learnin_rate": 1}, "here")
+    with pytest.raises(SettingsError, match="must be a number, got 'fast'"):
+        UptrainSettings.from_mapping({"learning_rate": "fast"}, "here")
+    with pytest.raises(SettingsError, match="batch_size must be above 0, got 0"):
+        UptrainSettings(batch_size=0)
+    with pytest.raises(SettingsError, match="both 0, so there is nothing to learn"):
+        UptrainSettings(ce_weight=0, kl_weight=0)
