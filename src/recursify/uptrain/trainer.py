@@ -117,9 +117,9 @@ class RecursiveTrainer(Trainer):
 
     def _diverged(self, total: Tensor) -> str:
         return (
-            f"The loss is {float(total)} at step {self.state.global_step + 1}, micro-batch {self._micro_batch} of this "
-            f"run, rank {self.args.process_index}. {self._last_good()}. Try a lower learning rate, or look for broken "
-            f"rows in the data."
+            f"The loss is {float(total.detach())} at step {self.state.global_step + 1}, micro-batch {self._micro_batch}, "
+            f"rank {self.args.process_index}. {self._last_good()}. Try a lower learning rate, or look for broken rows "
+            f"in the data."
         )
 
     def _last_good(self) -> str:
@@ -277,8 +277,6 @@ def training_arguments(settings: UptrainSettings, folder: Path, *, world_size: i
         "optim": settings.optimizer,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "gradient_checkpointing": settings.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         # A count that changes leaves the norms of deeper depths without gradients for a step.
         "ddp_find_unused_parameters": settings.random_recursions,
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),

@@ -99,6 +99,9 @@ def uptrain(
     with state.main_process_first():
         data = prepare_data(settings, tokenizer)
     choose_trained(model, settings.trainable)
+    if settings.gradient_checkpointing:
+        # The model's own: per block layer and depth, never reentrant. The Trainer's argument changes its name in v6.
+        model.gradient_checkpointing_enable()
     arguments = training_arguments(settings, folder, world_size=state.num_processes, resumes=resumed is not None)
     per_step = settings.batch_size * settings.accumulate * settings.length * state.num_processes
     trainer = RecursiveTrainer(
@@ -145,14 +148,15 @@ def _find_resumed(folder: Path, run: dict[str, Any]) -> Path | None:
 
 
 def _begin(source: Path, output: Path, folder: Path, run: dict[str, Any], overwrite: bool) -> None:
-    """Make the output folder, refusing one that holds something."""
-    if folder.exists() and not overwrite:
+    """Make the output folder, refusing one that holds something; a run that never saved anything is nothing."""
+    if checkpoints.list_checkpoints(folder) and not overwrite:
         raise OutputError(
             f"'{output}' holds a run already. Go on with it (--resume), replace it (--overwrite), or choose another -o."
         )
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     # Weights and AdamW's two moments, in float32, per checkpoint kept, and the model at the end.
-    check_target(output, source, overwrite=overwrite, num_bytes=4 * size)
+    failed = (folder / checkpoints.RUN_FILE).exists() and not (output / "config.json").exists()
+    check_target(output, source, overwrite=overwrite or failed, num_bytes=4 * size)
     shutil.rmtree(output, ignore_errors=True)
     checkpoints.write_run(folder, run)
 

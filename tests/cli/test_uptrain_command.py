@@ -1,0 +1,104 @@
+"""``recursify uptrain`` as a user types it: one process, several, and one that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_commands import run
+
+from recursify.uptrain.watching import read_metrics
+from tiny_models import convert_tiny, save_tiny
+
+pytestmark = pytest.mark.xdist_group("uptraining")
+
+SHORT = ["--length", 32, "--batch-size", 2, "--max-tokens", 6 * 4 * 32, "--learning-rate", "5e-3"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A recursive model with its dense teacher beside it."""
+    folder = tmp_path_factory.mktemp("uptrain-cli")
+    save_tiny(folder / "dense")
+    convert_tiny(folder / "dense", folder / "recursive", lora_rank=4)
+    return folder / "recursive"
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "recursify", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_chats_and_markdown(model, tmp_path, capsys):
+    """A folder of Markdown files, one command; the table has the dense model beside."""
+    (tmp_path / "notes" / "deep").mkdir(parents=True)
+    for index in range(8):
+        (tmp_path / "notes" / "deep" / f"{index}.md").write_text(f"# Note {index}\n\n" + "Some words. " * 20)
+    assert run("uptrain", model, "-o", tmp_path / "out", "--data", tmp_path / "notes", *SHORT) == 0
+    out = capsys.readouterr().out
+    assert "wrote" in out
+    assert [line.split()[0] for line in out.splitlines() if line[:6] in ("before", "after ", "dense ")] == [
+        "before",
+        "after",
+        "dense",
+    ]
+    assert run("inspect", tmp_path / "out", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["history"]) == 1
+
+
+def test_two_processes(model, tmp_path):
+    """``--num-processes 2``: one model, one JSON document on stdout."""
+    process = start("uptrain", model, "-o", tmp_path / "out", *SHORT, "--num-processes", 2, "--json")
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    facts = json.loads(out)
+    assert facts["steps"] == 6
+    assert facts["tokens"] == 6 * 2 * 2 * 32
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_rank_that_dies_is_named(model, tmp_path):
+    """``kill -9`` of rank 1: the others end, the exit code is 1 and the message names it."""
+    arguments = [*SHORT[:4], "--max-tokens", 10**7, "--num-processes", 2]
+    process = start("uptrain", model, "-o", tmp_path / "out", *arguments)
+    deadline = time.monotonic() + 120
+    while not read_metrics(tmp_path / "out" / "metrics.jsonl"):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.2)
+    os.kill(worker(process.pid, rank=1), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Rank 1 of 2 ended with exit code -9, and the others were ended" in err
+
+
+def worker(parent: int, rank: int) -> int:
+    """The process id of the worker of ``rank`` below ``parent``."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    for child in children:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in environment:
+            return int(child)
+    raise AssertionError(f"no worker of rank {rank} among {children}")
+
+
+def test_wrong_input(model, tmp_path, capsys):
+    """One clear line each, exit code 1, and no model written."""
+    for arguments, message in (
+        ([*SHORT, "--data", tmp_path / "nowhere.txt"], "no text at"),
+        ([*SHORT, "--stage", "heel"], "Unknown stage 'heel'"),
+        (["--length", 100_000], "longer than the model's context"),
+        ([*SHORT, "--data", model / "config.json"], "has the fields"),
+    ):
+        assert run("uptrain", model, "-o", tmp_path / "out", *arguments) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out" / "config.json").exists()
+    assert run("uptrain", model.parent / "dense", "-o", tmp_path / "out") == 1
+    assert "is no recursive model" in capsys.readouterr().err
