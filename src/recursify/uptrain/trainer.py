@@ -116,10 +116,11 @@ class RecursiveTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).config.layout
 
     def _diverged(self, total: Tensor) -> str:
+        value, step = float(total.detach()), self.state.global_step + 1
         return (
-            f"The loss is {float(total.detach())} at step {self.state.global_step + 1}, micro-batch {self._micro_batch}, "
-            f"rank {self.args.process_index}. {self._last_good()}. Try a lower learning rate, or look for broken rows "
-            f"in the data."
+            f"The loss is {value} at step {step}, micro-batch {self._micro_batch} of this run, rank "
+            f"{self.args.process_index}. {self._last_good()}. Try a lower learning rate, or look for broken rows in "
+            f"the data."
         )
 
     def _last_good(self) -> str:
