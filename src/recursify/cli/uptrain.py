@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -205,13 +206,30 @@ def _launch(num_processes: int) -> None:
     try:
         elastic_launch(launch, sys.executable)(*arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, exit_code = _culprit(error.failures)
         raise TrainingError(
-            f"Rank {rank} of {num_processes} ended with exit code {failure.exitcode}, and the others were ended. Its "
+            f"Rank {rank} of {num_processes} ended with exit code {exit_code}, and the others were ended. Its "
             f"own message stands above. Checkpoints are whole: go on with --resume."
         ) from error
     except ValueError as error:
         raise SettingsError(f"Cannot start {num_processes} processes: {error}") from error
+
+
+def _culprit(failures: dict[int, Any]) -> tuple[int, int]:
+    """Rank and exit code of the process that brought the others down.
+
+    torch dates failures by whole seconds, and a process that loses a peer fails within one. But it fails by an error of
+    its own, and the launcher ends what is left by SIGTERM first, by SIGKILL half a minute later: a process that ended
+    by another signal, or by SIGKILL at once, was the first.
+    """
+    first = min(failure.timestamp for failure in failures.values())
+
+    def order(failure: Any) -> tuple[bool, int, bool]:
+        killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and failure.timestamp < first + 10
+        return not killed, failure.timestamp, failure.exitcode == -signal.SIGTERM
+
+    rank = min(failures, key=lambda rank: order(failures[rank]))
+    return rank, failures[rank].exitcode
 
 
 def _summary(facts: dict[str, Any]) -> str:

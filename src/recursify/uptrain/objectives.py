@@ -6,7 +6,8 @@ are whole, and may therefore read out hidden states chunk by chunk.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,26 +21,33 @@ from .losses import Sums, chunked_loss, cross_entropy, forward_kl
 from .settings import UptrainSettings
 
 
-class Objective(Protocol):
-    """Makes a loss of one micro-batch."""
+class Objective(ABC):
+    """Makes a loss of one micro-batch, and the changes to a model that its stage needs.
 
+    Args:
+        settings: The stage's settings.
+        teacher: The dense model, frozen, or None where the settings do without.
+    """
+
+    def __init__(self, settings: UptrainSettings, teacher: PreTrainedModel | None):
+        self.settings = settings
+        self.teacher = teacher
+
+    def prepare(self, model: RecursiveForCausalLM) -> None:
+        """Change a freshly loaded model before it is trained, in place; also before a checkpoint is read into it."""
+
+    def finish(self, model: RecursiveForCausalLM) -> None:
+        """Change a trained model before it is written, in place."""
+
+    @abstractmethod
     def __call__(
         self, model: RecursiveForCausalLM, outputs: BaseModelOutputWithPast, inputs: dict[str, Tensor]
     ) -> tuple[Tensor, Sums]:
         """The loss summed over predicted tokens, and summed figures, ``tokens`` among them."""
 
 
-class Heal:
-    """Cross-entropy plus forward KL from the dense teacher.
-
-    Args:
-        settings: Weights of the terms, temperature and chunk.
-        teacher: The dense model, or None without a KL term.
-    """
-
-    def __init__(self, settings: UptrainSettings, teacher: PreTrainedModel | None):
-        self.settings = settings
-        self.teacher = teacher
+class Heal(Objective):
+    """Cross-entropy plus forward KL from the dense teacher."""
 
     def __call__(
         self, model: RecursiveForCausalLM, outputs: BaseModelOutputWithPast, inputs: dict[str, Tensor]

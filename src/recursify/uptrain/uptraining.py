@@ -23,12 +23,12 @@ from recursify.modeling import RecursiveConfig, RecursiveForCausalLM
 
 from . import checkpoints
 from .data import prepare_data
-from .objectives import Heal
+from .objectives import Heal, Objective
 from .settings import UptrainSettings
 from .trainer import RecursiveTrainer, choose_trained, training_arguments
 from .watching import Progress, Watcher, draw_curves
 
-STAGES = {"heal": Heal}
+STAGES: dict[str, type[Objective]] = {"heal": Heal}
 """Stage -> its objective."""
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -96,8 +96,10 @@ def uptrain(
                 _begin(source, output, folder, run, overwrite)
     model, tokenizer = _load(weights, settings)
     teacher = _load_teacher(source, model, settings, state)
+    objective = STAGES[settings.stage](settings, teacher)
     with state.main_process_first():
         data = prepare_data(settings, tokenizer)
+    objective.prepare(model)
     choose_trained(model, settings.trainable)
     if settings.gradient_checkpointing:
         # The model's own: per block layer and depth, never reentrant. The Trainer's argument changes its name in v6.
@@ -106,7 +108,7 @@ def uptrain(
     per_step = settings.batch_size * settings.accumulate * settings.length * state.num_processes
     trainer = RecursiveTrainer(
         model,
-        STAGES[settings.stage](settings, teacher),
+        objective,
         settings,
         data,
         arguments,
@@ -130,6 +132,7 @@ def uptrain(
         trainer.evaluate()
         history = [line for line in trainer.state.log_history if "eval_loss" in line]
     before = _figures(history[0]) if history[0]["step"] == 0 else {}
+    objective.finish(trainer.accelerator.unwrap_model(trainer.model))
     outcome = Outcome(
         output,
         trainer.state.global_step,
