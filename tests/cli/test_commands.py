@@ -248,6 +248,12 @@ def test_perplexity(models, tmp_path, capsys):
     assert both["kl"] > 0
     assert run("perplexity", models / "dense", *data, "--against", models / "dense") == 0
     assert "same first choice 100.0%" in capsys.readouterr().out
+    assert run("perplexity", models / "recursive", *data, "--depth", 0, "--json") == 0
+    shallow = json.loads(capsys.readouterr().out)
+    assert shallow["depth"] == 0
+    assert shallow["perplexity"] != alone["perplexity"]
+    assert run("perplexity", models / "dense", *data, "--depth", 0) == 1
+    assert "has no exits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -256,6 +262,7 @@ def test_perplexity(models, tmp_path, capsys):
         (["--dtype", "int4"], "Unknown dtype 'int4'"),
         (["--device", "warp"], "Cannot run on 'warp'"),
         (["--length", 10**6], "is too short"),
+        (["--depth", 1], "has exits after depths 0, so none at --depth 1"),
     ],
 )
 def test_perplexity_with_wrong_values(models, capsys, arguments, message):
@@ -312,3 +319,19 @@ def test_convert_in_half_precision(models, tmp_path):
     assert run("convert", models / "dense", "-o", tmp_path / "out", *TINY, "--dtype", "bfloat16") == 0
     model = RecursiveForCausalLM.from_pretrained(tmp_path / "out")
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+
+
+def test_a_model_with_exits(models, tmp_path, capsys):
+    """``inspect`` tells of them; a dense export leaves them out, a peft export is refused."""
+    assert run("convert", models / "dense", "-o", tmp_path / "cycle", "--sharing", "cycle", *TINY) == 0
+    model = RecursiveForCausalLM.from_pretrained(tmp_path / "cycle")
+    model.add_exit_heads("low_rank", rank=2, through_coda=False)
+    model.save_pretrained(tmp_path / "cycle")
+    assert run("inspect", tmp_path / "cycle") == 0
+    assert "exits     after depth 0: low_rank head\n" in capsys.readouterr().out
+    assert run("inspect", models / "recursive", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["exits"] is None
+    assert run("export", tmp_path / "cycle", "-o", tmp_path / "dense") == 0
+    assert "left out: exit heads" in capsys.readouterr().out
+    assert run("export", tmp_path / "cycle", "-o", tmp_path / "peft", "--format", "peft") == 1
+    assert "this model has exit heads" in capsys.readouterr().err

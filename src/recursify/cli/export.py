@@ -49,6 +49,8 @@ def export_command(
         print_json({"output": str(output), **facts, "max_logit_difference": difference})
         return
     lines = [f"wrote {output}: {facts['architecture']}, {facts['bytes'] / 1e6:,.1f} MB"]
+    if facts.get("left_out"):
+        lines.append(f"left out: {facts['left_out']}, which a stock model has no place for")
     if difference is not None:
         lines.append(f"logits differ from {folder} by at most {difference:.2g}")
     print_data("\n".join(lines))

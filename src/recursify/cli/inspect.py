@@ -34,6 +34,11 @@ def inspect_command(folder: RecursiveArgument, json: JsonOption = False) -> None
         print_json(facts)
         return
     parameters = facts["parameters"]
+    exits = facts["exits"]
+    exit_line = "none"
+    if exits:
+        depths = ", ".join(map(str, exits["depths"]))
+        exit_line = f"after depth {depths}: {exits['head']} head{', through the coda' if exits['through_coda'] else ''}"
     made = ", ".join(str(facts[key]) for key in ("initialization", "relaxation") if facts[key])
     print_data(
         "\n".join(
@@ -48,6 +53,7 @@ def inspect_command(folder: RecursiveArgument, json: JsonOption = False) -> None
                 f"KV cache  {facts['kv_bytes_per_token']:,} bytes per token",
                 f"LoRA      rank {facts['lora_rank']}"
                 + (f", {len(facts['lora_rank_pattern'])} of its own" if facts["lora_rank_pattern"] else ""),
+                f"exits     {exit_line}",
                 f"history   {len(facts['history'])} uptraining runs",
             ]
         )

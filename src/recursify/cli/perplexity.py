@@ -40,6 +40,12 @@ def perplexity_command(
     against: Annotated[
         str | None, typer.Option("--against", help="A control to measure beside it.", show_default=False)
     ] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(
+            "--depth", help="Let every token exit after this recursion, 0 being the first.", min=0, show_default=False
+        ),
+    ] = None,
     length: Annotated[int, typer.Option("--length", help="Tokens per window.", min=2)] = 512,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Stop after this many.", min=2, show_default=False)
@@ -56,13 +62,15 @@ def perplexity_command(
 
     text = read_text(data) if data else default_text("held_out")
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if depth is not None:
+        _require_exit(loaded.config, model, depth)
     windows = token_windows(tokenizer, text, length, max_tokens=max_tokens)
     control = None
     if against is not None:
         control, _ = load_model(against, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with progress_report() as progress:
-        result = measure(loaded, windows, control, progress=progress)
-    facts: dict[str, Any] = {"text": text.name, "window": length, **result.to_dict()}
+        result = measure(loaded, windows, control, depth=depth, progress=progress)
+    facts: dict[str, Any] = {"text": text.name, "window": length, "depth": depth, **result.to_dict()}
     if json:
         print_json(facts)
         return
@@ -74,3 +82,15 @@ def perplexity_command(
         f"{facts['model']['num_tokens']:,} tokens of {text.name}\n"
         f"same first choice {facts['top1_agreement']:.1%}, KL to {against} {facts['kl']:.4f} nats"
     )
+
+
+def _require_exit(config: Any, model: str, depth: int) -> None:
+    """Raises:
+    SettingsError: The model has no exit after ``depth``.
+    """
+    from recursify.errors import SettingsError
+
+    exits = getattr(config, "exit_depths", ())
+    if depth not in exits:
+        having = f"exits after depths {', '.join(map(str, exits))}" if exits else "no exits"
+        raise SettingsError(f"'{model}' has {having}, so none at --depth {depth}. Leave it out for full depth.")

@@ -26,6 +26,8 @@ A run that was killed goes on where it was with the same command and `--resume`.
 
 `recursify uptrain smollm2-r2 -o healed --data notes/ --data chats.jsonl --completions-only --max-tokens 5000000`
 
+`recursify uptrain smollm2-healed -o smollm2-exits --stage exits --max-tokens 30000`
+
 `recursify uptrain qwen-r4 -o healed --data roneneldan/TinyStories --streaming --eval-data held_out.txt`
 
 `recursify uptrain llama-r2 -o healed --data corpus/ --num-processes 4 --config uptrain.yaml`
@@ -43,7 +45,7 @@ def uptrain_command(
     output: OutputOption,
     stage: Annotated[
         str | None,
-        typer.Option("--stage", help="What to train for: heal. [default: heal]", show_default=False),
+        typer.Option("--stage", help="What to train for: heal, exits. [default: heal]", show_default=False),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -83,7 +85,9 @@ def uptrain_command(
     ] = None,
     trainable: Annotated[
         str | None,
-        typer.Option("--trainable", help="What is trained: all, lora, shared. [default: all]", show_default=False),
+        typer.Option(
+            "--trainable", help="What is trained: all, lora, shared, heads. [default: all]", show_default=False
+        ),
     ] = None,
     teacher: Annotated[
         str | None,
@@ -98,6 +102,12 @@ def uptrain_command(
     ce_weight: Annotated[
         float | None,
         typer.Option("--ce-weight", help="Weight of the cross-entropy. [default: 1]", show_default=False),
+    ] = None,
+    exit_head: Annotated[
+        str | None,
+        typer.Option(
+            "--exit-head", help="Of an exit: shared, norm, low_rank, full. [default: shared]", show_default=False
+        ),
     ] = None,
     eval_every: Annotated[
         int | None, typer.Option("--eval-every", help="Steps between evaluations. [default: 100]", show_default=False)
@@ -143,6 +153,7 @@ def uptrain_command(
         "teacher": teacher,
         "kl_weight": kl_weight,
         "ce_weight": ce_weight,
+        "exit_head": exit_head,
         "eval_every": eval_every,
         "save_every": save_every,
         "gradient_checkpointing": gradient_checkpointing or None,
@@ -250,8 +261,24 @@ def _summary(facts: dict[str, Any]) -> str:
         "",
         format_table(["held-out", "perplexity", "same token", "KL"], rows),
         "",
+        *_exit_summary(before, after),
     ]
     if facts["curves"]:
         lines.append(f"curves      {facts['curves']}")
     lines.append(f'next        recursify generate {facts["output"]} "Once upon a time"')
     return "\n".join(lines)
+
+
+def _exit_summary(before: dict[str, float], after: dict[str, float]) -> list[str]:
+    """The same by depth, agreement being with the last recursion; nothing where there are no exits."""
+    rows = []
+    for name, figures in (("before", before), ("after", after)):
+        for depth in range(sum(key.startswith("perplexity_depth_") for key in figures)):
+            right = f"{figures[key]:.1%}" if (key := f"test_accuracy_depth_{depth}") in figures else "–"
+            agreement = f"{figures[f'agreement_depth_{depth}']:.1%}"
+            rows.append(
+                [f"{name}, after depth {depth}", f"{figures[f'perplexity_depth_{depth}']:,.2f}", agreement, right]
+            )
+    if not rows:
+        return []
+    return [format_table(["exits", "perplexity", "same as last", "test is right"], rows), ""]

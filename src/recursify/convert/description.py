@@ -28,6 +28,7 @@ def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     block = {name: info for name, info in tensors.items() if name.startswith("model.block.")}
     once = sum(info.num_parameters for name, info in block.items() if name.endswith(".linear.weight"))
     residuals = sum(info.num_parameters for name, info in block.items() if ".lora_" in name)
+    exits = sum(info.num_parameters for name, info in tensors.items() if name.startswith("exit_heads."))
     dtype = max(tensors.values(), key=lambda info: info.num_bytes).dtype
     return {
         "family": config.dense_model_type,
@@ -46,9 +47,17 @@ def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         "tie_norms": config.tie_norms,
         "parameters": {
             "stored": stored,
-            "effective": stored + (layout.num_recursions - 1) * once - residuals,
+            "effective": stored + (layout.num_recursions - 1) * once - residuals - exits,
             "shared": once,
             "residuals": residuals,
+            "exits": exits,
+        },
+        "exits": None
+        if config.exit_head is None
+        else {
+            "head": config.exit_head,
+            "depths": list(config.exit_depths),
+            "through_coda": config.exit_through_coda,
         },
         "bytes": sum(info.num_bytes for info in tensors.values()),
         "dtype": str(dtype).removeprefix("torch."),

@@ -37,6 +37,8 @@ additions differs (measured 2e-5); in half precision the merged weight is rounde
 def export_dense(folder: Path, target: Path, *, overwrite: bool, progress: Progress) -> dict[str, Any]:
     """Unroll the recursion and merge each depth's residual into a checkpoint of the dense family, of the dense size.
 
+    Exit heads are left out: a stock model always runs to the end.
+
     Returns:
         What was written.
 
@@ -63,7 +65,13 @@ def export_dense(folder: Path, target: Path, *, overwrite: bool, progress: Progr
         output.finish()
         config.save_pretrained(scratch)
         copy_passengers(folder, scratch)
-    return {"format": "dense", "architecture": config.architectures[0], "bytes": num_bytes}
+    left_out = [name for name in checkpoint.tensors if name.startswith("exit_heads.")]
+    return {
+        "format": "dense",
+        "architecture": config.architectures[0],
+        "bytes": num_bytes,
+        "left_out": "exit heads" if left_out else None,
+    }
 
 
 def export_peft(folder: Path, target: Path, *, overwrite: bool, progress: Progress) -> dict[str, Any]:
@@ -109,6 +117,11 @@ def export_peft(folder: Path, target: Path, *, overwrite: bool, progress: Progre
 
 def _require_replicable(checkpoint: RecursiveCheckpoint) -> None:
     layout, family = checkpoint.layout, checkpoint.config.dense_model_type
+    if checkpoint.config.exit_head is not None:
+        raise PlanError(
+            "peft's layer_replication has no exits, and this model has exit heads. Use --format dense, which leaves "
+            "them out."
+        )
     dense = "Use --format dense, which has no such limit."
     if layout.order != "cycle" or layout.num_prelude_layers or layout.num_coda_layers:
         raise PlanError(

@@ -63,23 +63,31 @@ def measure(
     windows: Tensor,
     control: PreTrainedModel | None = None,
     *,
+    depth: int | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Perplexity | Comparison:
     """:func:`perplexity`, or :func:`compare` where there is a control."""
     if control is None:
-        return perplexity(model, windows, progress=progress)
-    return compare(model, control, windows, progress=progress)
+        return perplexity(model, windows, depth=depth, progress=progress)
+    return compare(model, control, windows, depth=depth, progress=progress)
 
 
 @torch.inference_mode()
 def perplexity(
-    model: PreTrainedModel, windows: Tensor, *, progress: Progress = lambda stage, done, total: None
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    depth: int | None = None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> Perplexity:
-    """Perplexity of ``model`` over token windows ``[N, T]``, logits taken in float32."""
+    """Perplexity of ``model`` over token windows ``[N, T]``, logits taken in float32.
+
+    With a ``depth``, every token exits after that recursion.
+    """
     total, count = 0.0, 0
     batches = _batches(windows)
     for done, batch in enumerate(batches):
-        total -= float(_chosen(_log_probabilities(model, batch), batch).double().sum())
+        total -= float(_chosen(_log_probabilities(model, batch, depth), batch).double().sum())
         count += batch[:, 1:].numel()
         progress("measure", done + 1, len(batches))
     return _perplexity(total, count)
@@ -91,9 +99,10 @@ def compare(
     control: PreTrainedModel,
     windows: Tensor,
     *,
+    depth: int | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Comparison:
-    """Run both models over token windows ``[N, T]``.
+    """Run both models over token windows ``[N, T]``; with a ``depth``, every token of ``model`` exits there.
 
     Raises:
         CheckpointError: Their vocabularies differ, so that their predictions are not about the same tokens.
@@ -107,7 +116,7 @@ def compare(
     count = 0
     batches = _batches(windows)
     for done, batch in enumerate(batches):
-        mine, theirs = _log_probabilities(model, batch), _log_probabilities(control, batch)
+        mine, theirs = _log_probabilities(model, batch, depth), _log_probabilities(control, batch)
         mine_total -= float(_chosen(mine, batch).double().sum())
         theirs_total -= float(_chosen(theirs, batch).double().sum())
         agreed += float((mine.argmax(-1) == theirs.argmax(-1)).sum())
@@ -119,9 +128,11 @@ def compare(
     )
 
 
-def _log_probabilities(model: PreTrainedModel, batch: Tensor) -> Tensor:
+def _log_probabilities(model: PreTrainedModel, batch: Tensor, depth: int | None = None) -> Tensor:
     """``[b, T] -> [b · (T-1), V]`` on the CPU, float32."""
-    logits = model(batch.to(model.device), use_cache=False).logits[:, :-1].float().cpu()
+    ids = batch.to(model.device)
+    logits = model(ids, use_cache=False).logits if depth is None else model.exit_logits(ids, depth)
+    logits = logits[:, :-1].float().cpu()
     return logits.flatten(0, 1).log_softmax(-1)
 
 

@@ -11,30 +11,41 @@ from .modeling_recursive import (
     PerDepth,
     RecursiveForCausalLM,
     RecursiveModel,
+    RecursiveOutput,
     RelaxedLinear,
     SharedLayer,
     UnsupportedFamily,
 )
+from .recursive_exits import EXIT_HEADS, ExitHead, ExitKind
 from .recursive_layout import SHARINGS, LayerLayout, LayoutError, Slot
 
 AutoConfig.register("recursive", RecursiveConfig, exist_ok=True)
 AutoModel.register(RecursiveConfig, RecursiveModel, exist_ok=True)
 AutoModelForCausalLM.register(RecursiveConfig, RecursiveForCausalLM, exist_ok=True)
 
-TRAVELLING_FILES = ("configuration_recursive.py", "recursive_layout.py", "modeling_recursive.py")
+TRAVELLING_FILES = (
+    "configuration_recursive.py",
+    "recursive_layout.py",
+    "recursive_exits.py",
+    "modeling_recursive.py",
+)
 """Files of this package that a checkpoint carries, so that it loads where recursify is not installed."""
 
 __all__ = [
+    "EXIT_HEADS",
     "FORMAT_VERSION",
     "SHARINGS",
     "TRAVELLING_FILES",
     "DepthView",
+    "ExitHead",
+    "ExitKind",
     "LayerLayout",
     "LayoutError",
     "PerDepth",
     "RecursiveConfig",
     "RecursiveForCausalLM",
     "RecursiveModel",
+    "RecursiveOutput",
     "RelaxedLinear",
     "SharedLayer",
     "Slot",

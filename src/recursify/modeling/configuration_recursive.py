@@ -3,7 +3,7 @@
 Everything that reads a config by field name (caches, vLLM, lm-eval, memory estimators) finds the dense model's true
 values. ``num_hidden_layers`` is the *effective* depth, since every KV cache is sized by it.
 
-This file travels inside every checkpoint: it imports transformers only.
+This file travels inside every checkpoint: it imports transformers and its neighbours only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .recursive_exits import EXIT_HEADS
 from .recursive_layout import LayerLayout, LayoutError
 
 FORMAT_VERSION = 1
@@ -42,11 +43,16 @@ class RecursiveConfig(PreTrainedConfig):
             A key is a module path inside the shared layer, optionally preceded by the block layer's index; the most
             specific one wins.
         tie_norms: One norm (and bias) for all depths, as in the papers, instead of one per depth.
+        exit_head: What an exit after a recursion reads out with (``EXIT_HEADS``), or None: the model has no exits.
+        exit_rank: Rank of a ``low_rank`` exit head.
+        exit_through_coda: A token that exits still runs the coda, as at full depth, instead of being read out where it
+            stopped.
         format_version: Version of the on-disk format.
         dense_fields: Every field of the dense family's config, ``num_hidden_layers`` being the effective depth.
 
     Raises:
-        ValueError: An unknown ``dense_model_type``, a newer ``format_version``, or a misspelt field of our own.
+        ValueError: An unknown ``dense_model_type``, a newer ``format_version``, a misspelt field of our own, or exits
+            where there is no boundary between recursions.
         LayoutError: The effective depth does not fold as the other fields say.
     """
 
@@ -64,6 +70,9 @@ class RecursiveConfig(PreTrainedConfig):
         lora_rank: int = 0,
         lora_rank_pattern: dict[str, int] | None = None,
         tie_norms: bool = False,
+        exit_head: str | None = None,
+        exit_rank: int = 64,
+        exit_through_coda: bool = True,
         format_version: int = FORMAT_VERSION,
         **dense_fields: Any,
     ):
@@ -101,6 +110,9 @@ class RecursiveConfig(PreTrainedConfig):
         self.lora_rank = lora_rank
         self.lora_rank_pattern = dict(lora_rank_pattern or {})
         self.tie_norms = tie_norms
+        self.exit_head = exit_head
+        self.exit_rank = exit_rank
+        self.exit_through_coda = exit_through_coda
         self.format_version = format_version
         self.auto_map = dict(AUTO_MAP)
 
@@ -115,6 +127,8 @@ class RecursiveConfig(PreTrainedConfig):
                     f"prelude of {num_prelude_layers}, a coda of {num_coda_layers} and sharing '{sharing}' make it "
                     f"{getattr(self, key)}. The config was edited by hand: convert again instead."
                 )
+        if exit_head is not None:
+            self.check_exits()
 
     @classmethod
     def from_dense(cls, dense: PreTrainedConfig, layout: LayerLayout, **fields: Any) -> RecursiveConfig:
@@ -139,6 +153,25 @@ class RecursiveConfig(PreTrainedConfig):
             num_prelude_layers=self.num_prelude_layers,
             num_coda_layers=self.num_coda_layers,
         )
+
+    @property
+    def exit_depths(self) -> tuple[int, ...]:
+        """Depths after which a token can stop: all but the last; none where recursions have no boundary."""
+        return tuple(range(self.num_recursions - 1)) if self.sharing == "cycle" else ()
+
+    def check_exits(self) -> None:
+        """Raises:
+        ValueError: The exit fields do not fit the layout or one another.
+        """
+        if self.exit_head not in EXIT_HEADS:
+            raise ValueError(f"Unknown exit_head '{self.exit_head}'. Use one of: {', '.join(EXIT_HEADS)}.")
+        if self.exit_rank < 1:
+            raise ValueError(f"exit_rank must be at least 1, got {self.exit_rank}.")
+        if not self.exit_depths:
+            raise ValueError(
+                f"A model with {self.num_recursions} recursions in {self.sharing} sharing has no boundary between "
+                f"recursions, so it cannot exit. Exits need cycle sharing and at least 2 recursions."
+            )
 
     def dense_config(self) -> PreTrainedConfig:
         """The dense family's own config, of the effective depth: what the unrolled model has."""

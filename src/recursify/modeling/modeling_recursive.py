@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_recursive import RecursiveConfig
+from .recursive_exits import ExitHead, ExitKind
 from .recursive_layout import LayoutError, Slot
 
 
@@ -269,6 +271,21 @@ class DenseFamily:
         return self.skeleton
 
 
+@dataclass
+class RecursiveOutput(BaseModelOutputWithPast):
+    """What :class:`RecursiveModel` returns.
+
+    Attributes:
+        boundary_states: ``[B, T, D]`` after the recursion of each exit depth asked for, where the exit test looks.
+        exit_states: The same after the coda where exits run it: what an exit reads out.
+        layer_states: ``[B, T, D]`` after every position that ran, in order, if asked for; none of them normed.
+    """
+
+    boundary_states: tuple[Tensor, ...] | None = None
+    exit_states: tuple[Tensor, ...] | None = None
+    layer_states: tuple[Tensor, ...] | None = None
+
+
 class RecursivePreTrainedModel(PreTrainedModel):
     """What :class:`RecursiveModel` and :class:`RecursiveForCausalLM` have in common."""
 
@@ -309,14 +326,17 @@ class RecursivePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The family's own initialization; LoRA starts at zero (A as ``nn.Linear``, B zero)."""
+        """The family's own; LoRA starts at zero (A as ``nn.Linear``, B zero), exit tests at even odds."""
+        if isinstance(module, RelaxedLinear | ExitHead) and module.lora_a is not None:
+            bound = 1 / math.sqrt(module.lora_a.shape[-1])
+            init.uniform_(module.lora_a, -bound, bound)
+            init.zeros_(module.lora_b)
         if isinstance(module, RelaxedLinear):
-            if module.lora_a is not None:
-                bound = 1 / math.sqrt(module.linear.in_features)
-                init.uniform_(module.lora_a, -bound, bound)
-                init.zeros_(module.lora_b)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, ExitHead):
+            init.zeros_(module.test.weight)
+            init.zeros_(module.test.bias)
         else:
             self._family_skeleton()._init_weights(module)
 
@@ -363,8 +383,10 @@ class RecursiveModel(RecursivePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         num_recursions: int | None = None,
+        exit_depths: Iterable[int] = (),
+        return_layer_states: bool = False,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> RecursiveOutput:
         """Run all recursions, or the first ``num_recursions``.
 
         Args:
@@ -374,15 +396,26 @@ class RecursiveModel(RecursivePreTrainedModel):
             past_key_values: A cache with one slot per effective position.
             use_cache: Make and return a cache.
             num_recursions: How often to apply the shared block before the coda, 1 .. R; all R if absent.
+            exit_depths: Depths at whose end to branch off ``exit_states``, for training and measuring; without a cache,
+                since a coda that runs more than once would write its slots more than once.
+            return_layer_states: Return the hidden states after every position.
             kwargs: Passed to every attention function.
 
         Raises:
-            ValueError: ``num_recursions`` outside its range.
+            ValueError: ``num_recursions`` or an exit depth outside its range, or exit depths with a cache.
         """
         recursions = self.layout.num_recursions if num_recursions is None else num_recursions
         if not 1 <= recursions <= self.layout.num_recursions:
             raise ValueError(
                 f"num_recursions={num_recursions} is outside 1 .. {self.layout.num_recursions}: the model has no more."
+            )
+        wanted = sorted(set(exit_depths))
+        if wanted and (use_cache or past_key_values is not None):
+            raise ValueError("exit_depths and a cache exclude one another: pass use_cache=False.")
+        if not set(wanted) <= {*self.config.exit_depths[:recursions]}:
+            raise ValueError(
+                f"exit_depths={wanted} are not all depths that run and have an exit: those are "
+                f"{list(self.config.exit_depths[:recursions])}."
             )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -404,14 +437,11 @@ class RecursiveModel(RecursivePreTrainedModel):
             )
         rotations = self.rotations(inputs_embeds, position_ids)
 
-        hidden_states = inputs_embeds
-        for position, slot in enumerate(self.layout.slots()):
-            if slot.depth >= recursions:
-                continue
+        def run(position: int, states: Tensor) -> Tensor:
             layer_type = self.layer_type(position)
-            hidden_states = self.run_slot(
-                slot,
-                hidden_states,
+            return self.run_slot(
+                self.layout.slot(position),
+                states,
                 attention_mask=masks[layer_type] if isinstance(masks, dict) else masks,
                 position_embeddings=rotations[layer_type] if isinstance(rotations, dict) else rotations,
                 position_ids=position_ids,
@@ -419,9 +449,32 @@ class RecursiveModel(RecursivePreTrainedModel):
                 **{self.cache_argument: past_key_values},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+
+        hidden_states = inputs_embeds
+        layer_states: list[Tensor] = []
+        boundary_states: list[Tensor] = []
+        for position, slot in enumerate(self.layout.slots()):
+            if slot.depth >= recursions:
+                continue
+            hidden_states = run(position, hidden_states)
+            if return_layer_states:
+                layer_states.append(hidden_states)
+            if slot.part == "block" and slot.index == self.layout.block_size - 1 and slot.depth in wanted:
+                boundary_states.append(hidden_states)
+        return RecursiveOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+            boundary_states=tuple(boundary_states) if wanted else None,
+            exit_states=tuple(self._to_exit(states, run) for states in boundary_states) if wanted else None,
+            layer_states=tuple(layer_states) if return_layer_states else None,
         )
+
+    def _to_exit(self, boundary_states: Tensor, run: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """What an exit reads out, of the states at its boundary."""
+        if self.config.exit_through_coda:
+            for position in range(self.layout.num_layers - self.layout.num_coda_layers, self.layout.num_layers):
+                boundary_states = run(position, boundary_states)
+        return boundary_states
 
     def run_slot(self, slot: Slot, hidden_states: Tensor, **layer_arguments: Any) -> Tensor:
         """Run the layer at ``slot``: ``[B, T, D] -> [B, T, D]``."""
@@ -455,6 +508,7 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             head = _dense_head(config)
         self.lm_head = materialize(head)
+        self.exit_heads = self._make_exit_heads() if config.exit_head is not None else None
         self.post_init()
 
     def _family_skeleton(self) -> PreTrainedModel:
@@ -471,7 +525,7 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        objective: Callable[[RecursiveForCausalLM, BaseModelOutputWithPast], Any] | None = None,
+        objective: Callable[[RecursiveForCausalLM, RecursiveOutput], Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits ``[B, T, V]``, or of the last ``logits_to_keep`` tokens; and the loss, given ``labels [B, T]``.
@@ -504,9 +558,60 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _make_exit_heads(self) -> nn.ModuleList:
+        kind, lm_head = cast(ExitKind, self.config.exit_head), cast(nn.Linear, self.lm_head)
+        return nn.ModuleList(
+            ExitHead(kind, self.model.norm, lm_head, self.config.exit_rank) for _ in self.config.exit_depths
+        )
+
+    def add_exit_heads(self, kind: ExitKind, *, rank: int = 64, through_coda: bool = True) -> None:
+        """Give the model an exit head at every boundary; each starts as the model's own readout.
+
+        Args:
+            kind: One of :data:`~recursify.modeling.EXIT_HEADS`.
+            rank: Of a ``low_rank`` head.
+            through_coda: Whether a token that exits still runs the coda.
+
+        Raises:
+            ValueError: The layout has no boundaries between recursions, or an unknown kind or rank.
+        """
+        before = (self.config.exit_head, self.config.exit_rank, self.config.exit_through_coda)
+        self.config.exit_head, self.config.exit_rank, self.config.exit_through_coda = kind, rank, through_coda
+        try:
+            self.config.check_exits()
+        except ValueError:
+            self.config.exit_head, self.config.exit_rank, self.config.exit_through_coda = before
+            raise
+        self.exit_heads = self._make_exit_heads()
+        for head in self.exit_heads:
+            head.apply(self._init_weights)
+            cast(ExitHead, head).copy_from(self.model.norm, self.lm_head)
+
     def read_out(self, hidden_states: Tensor) -> Tensor:
         """Logits ``[..., V]`` of normed hidden states ``[..., D]``, soft-capped where the family does so."""
-        logits = self.lm_head(hidden_states)
+        return self._soft_cap(self.lm_head(hidden_states))
+
+    def read_exit(self, depth: int, exit_states: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of an exit after ``depth``, of its ``exit_states [..., D]`` (which are not normed).
+
+        A model without exit heads reads out with its own final norm and head.
+        """
+        if self.exit_heads is None:
+            return self.read_out(self.model.norm(exit_states))
+        return self._soft_cap(self.exit_heads[depth](exit_states, self.model.norm, self.lm_head))
+
+    def exit_logits(self, input_ids: Tensor, depth: int, **arguments: Any) -> Tensor:
+        """Logits ``[B, T, V]`` of ``input_ids [B, T]`` when every token exits after ``depth``.
+
+        Raises:
+            ValueError: There is no exit after ``depth``.
+        """
+        outputs = self.model(
+            input_ids, num_recursions=depth + 1, exit_depths=(depth,), **{**arguments, "use_cache": False}
+        )
+        return self.read_exit(depth, outputs.exit_states[0])
+
+    def _soft_cap(self, logits: Tensor) -> Tensor:
         softcap = getattr(self.config, "final_logit_softcapping", None)
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 

@@ -8,12 +8,15 @@ Shape legend: N tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .settings import LayerDistillation
 
 Sums = dict[str, Tensor]
 """Figures summed over tokens, by name; none of them carries gradients."""
@@ -38,6 +41,70 @@ def forward_kl(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0)
     return F.kl_div(mine, theirs, log_target=True, reduction="sum") * temperature**2
 
 
+def weighted_coefficients(num_exits: int) -> list[float]:
+    """``i / Σ_j j`` for ``i = 1 .. num_exits``, the last recursion among them (CALM; RRT table J.1, "weighted CE")."""
+    total = num_exits * (num_exits + 1) / 2
+    return [index / total for index in range(1, num_exits + 1)]
+
+
+def uniform_teachers(num_shallow: int, num_layers: int) -> list[int]:
+    """Which layer teaches each of the first ``num_shallow``, evenly spread and ending with the last (0-based).
+
+    FREE's ``kd_unif`` (arXiv 2310.05424). For 24 layers its code lists these for 4, 6, 8 and 12 shallow layers; its
+    list for 10 was written by hand and differs by one in places.
+    """
+    return [math.floor((index + 1) * num_layers / num_shallow + 0.5) - 1 for index in range(num_shallow)]
+
+
+def dynamic_pairs(distances: Tensor, teachers: list[int]) -> list[tuple[int, int]]:
+    """FREE's ``kd_dyna``: which shallow layer learns from which teacher, as ``(student, teacher)``, last teacher first.
+
+    From the last teacher to the first, the student of least distance is taken among those before the student of the
+    teacher before; where none is left, the first student learns again.
+
+    Args:
+        distances: ``[S, len(teachers)]``, of every student to every teacher.
+        teachers: Layer indices, ascending.
+    """
+    pairs = []
+    bound = len(distances)
+    for column in reversed(range(len(teachers))):
+        student = int(distances[:bound, column].argmin()) if bound else 0
+        pairs.append((student, teachers[column]))
+        bound = student
+    return pairs
+
+
+def layer_distillation(states: list[Tensor], num_shallow: int, kind: LayerDistillation) -> Tensor:
+    """FREE's distillation of deep layers into shallow ones: mean squared error of normed hidden states.
+
+    Args:
+        states: ``[N, D]`` after every layer, after the final norm.
+        num_shallow: The first so many layers are students; all layers can teach.
+        kind: ``kd_last``: the last student from the last layer. ``kd_unif``: :func:`uniform_teachers`. ``kd_dyna``:
+            :func:`dynamic_pairs`, by this batch's own distances.
+
+    Returns:
+        Mean over pairs of ``Σ_n mean_D (student_n − teacher_n)²``; the teacher's side gets no gradient.
+    """
+    deep = [state.detach().float() for state in states]
+    teachers = uniform_teachers(num_shallow, len(states))
+    if kind == "kd_last":
+        pairs = [(num_shallow - 1, len(states) - 1)]
+    elif kind == "kd_unif":
+        pairs = list(enumerate(teachers))
+    else:
+        rows = [
+            [_squared_error(deep[student], deep[teacher]) for teacher in teachers] for student in range(num_shallow)
+        ]
+        pairs = dynamic_pairs(torch.stack([torch.stack(row) for row in rows]), teachers)
+    return sum(_squared_error(states[s].float(), deep[t]) for s, t in pairs) / torch.tensor(float(len(pairs)))
+
+
+def _squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student - teacher).square().mean(-1).sum()
+
+
 def chunked_loss(hidden: list[Tensor], weights: list[nn.Parameter], loss: ChunkLoss, chunk: int) -> tuple[Tensor, Sums]:
     """``loss`` summed over chunks of tokens, its gradients taken chunk by chunk in the forward pass.
 
@@ -55,15 +122,18 @@ def chunked_loss(hidden: list[Tensor], weights: list[nn.Parameter], loss: ChunkL
     """
     trained = [weight for weight in weights if weight.requires_grad]
     sums: Sums = {}
-    total = _ChunkedLoss.apply(loss, chunk, sums, len(hidden), *hidden, *trained)
+    # Inside the function gradients are off, and which inputs need some is said even where nobody will ask.
+    total = _ChunkedLoss.apply(loss, chunk, sums, torch.is_grad_enabled(), len(hidden), *hidden, *trained)
     return total, sums
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: ChunkLoss, chunk: int, sums: Sums, count: int, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, loss: ChunkLoss, chunk: int, sums: Sums, differentiates: bool, count: int, *tensors: Tensor
+    ) -> Tensor:
         hidden, weights = tensors[:count], tensors[count:]
-        differentiates = any(ctx.needs_input_grad)
+        differentiates = differentiates and any(ctx.needs_input_grad)
         hidden_grads = [torch.zeros_like(h) if h.requires_grad else None for h in hidden]
         weight_grads = [torch.zeros_like(weight) for weight in weights]
         total = torch.zeros((), dtype=torch.float32, device=hidden[0].device)
@@ -94,4 +164,4 @@ class _ChunkedLoss(torch.autograd.Function):
         (scale,) = grad_outputs
         grads = [None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.grads]
         ctx.grads = None
-        return (None, None, None, None, *grads)
+        return (None, None, None, None, None, *grads)

@@ -10,11 +10,10 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from recursify.modeling import RecursiveForCausalLM
+from recursify.modeling import LayerLayout, RecursiveForCausalLM, RecursiveOutput
 
 from .data import IGNORED
 from .losses import Sums, chunked_loss, cross_entropy, forward_kl
@@ -36,43 +35,101 @@ class Objective(ABC):
     def prepare(self, model: RecursiveForCausalLM) -> None:
         """Change a freshly loaded model before it is trained, in place; also before a checkpoint is read into it."""
 
+    def forward_arguments(self, model: RecursiveForCausalLM, num_recursions: int) -> dict[str, Any]:
+        """Further arguments of the model's forward in a step that runs ``num_recursions``."""
+        return {}
+
     def finish(self, model: RecursiveForCausalLM) -> None:
         """Change a trained model before it is written, in place."""
 
     @abstractmethod
     def __call__(
-        self, model: RecursiveForCausalLM, outputs: BaseModelOutputWithPast, inputs: dict[str, Tensor]
+        self, model: RecursiveForCausalLM, outputs: RecursiveOutput, inputs: dict[str, Tensor]
     ) -> tuple[Tensor, Sums]:
         """The loss summed over predicted tokens, and summed figures, ``tokens`` among them."""
 
 
 class Heal(Objective):
-    """Cross-entropy plus forward KL from the dense teacher."""
+    """Cross-entropy plus forward KL from the dense teacher, on the last recursion.
+
+    When measuring, every exit depth is read out too: a model without exit heads by its own norm and head.
+    """
+
+    def forward_arguments(self, model: RecursiveForCausalLM, num_recursions: int) -> dict[str, Any]:
+        return {} if model.training else {"exit_depths": model.config.exit_depths[: num_recursions - 1]}
 
     def __call__(
-        self, model: RecursiveForCausalLM, outputs: BaseModelOutputWithPast, inputs: dict[str, Tensor]
+        self, model: RecursiveForCausalLM, outputs: RecursiveOutput, inputs: dict[str, Tensor]
     ) -> tuple[Tensor, Sums]:
-        settings = self.settings
         keep = inputs["labels"][:, 1:] != IGNORED
         targets = inputs["labels"][:, 1:][keep]
         hidden = outputs.last_hidden_state[:, :-1][keep]
         taught = None if self.teacher is None else last_hidden_state(self.teacher, inputs)[:, :-1][keep]
+        exits = [state[:, :-1][keep] for state in outputs.exit_states or ()]
+        boundaries = [state[:, :-1][keep].detach() for state in outputs.boundary_states or ()]
+
+        coefficients = self.coefficients(model.config.layout, len(exits))
 
         def loss(pieces: list[Tensor], rows: slice) -> tuple[Tensor, Sums]:
             logits = model.read_out(pieces[0])
-            ce = cross_entropy(logits, targets[rows])
-            total = settings.ce_weight * ce
-            figures: Sums = {"ce": ce, "tokens": torch.ones_like(ce) * len(logits)}
-            if taught is not None and self.teacher is not None:
-                theirs = dense_read_out(self.teacher, taught[rows]).to(logits.device)
-                kl = forward_kl(logits, theirs, settings.temperature)
-                total = total + settings.kl_weight * kl
-                if not model.training:
-                    figures["dense_ce"] = cross_entropy(theirs, targets[rows])
-                figures |= {"kl": kl, "agreement": (logits.argmax(-1) == theirs.argmax(-1)).sum().float()}
+            total, figures = self._last(logits, targets[rows], None if taught is None else taught[rows], model.training)
+            total = coefficients[-1] * total
+            for depth in range(len(exits)):
+                state, boundary = pieces[1 + depth], pieces[1 + len(exits) + depth]
+                added, more = self._exit(
+                    model, depth, state, boundary, last=logits, targets=targets[rows], coefficient=coefficients[depth]
+                )
+                total = total + added
+                figures |= {f"{name}_depth_{depth}": figure for name, figure in more.items()}
             return total, figures
 
-        return chunked_loss([hidden], list(model.lm_head.parameters()), loss, settings.loss_chunk)
+        return chunked_loss([hidden, *exits, *boundaries], readout_weights(model), loss, self.settings.loss_chunk)
+
+    def coefficients(self, layout: LayerLayout, num_exits: int) -> list[float]:
+        """Of the losses of ``num_exits`` exits by depth, and of the last recursion's."""
+        return [0.0] * num_exits + [1.0]
+
+    def _last(self, logits: Tensor, targets: Tensor, taught: Tensor | None, training: bool) -> tuple[Tensor, Sums]:
+        """Loss and figures of the last recursion, of ``[n, V]`` logits and the teacher's ``[n, D]`` hidden states."""
+        settings = self.settings
+        ce = cross_entropy(logits, targets)
+        total = settings.ce_weight * ce
+        figures: Sums = {"ce": ce, "tokens": torch.ones_like(ce) * len(logits)}
+        if taught is not None and self.teacher is not None:
+            theirs = dense_read_out(self.teacher, taught).to(logits.device)
+            kl = forward_kl(logits, theirs, settings.temperature)
+            total = total + settings.kl_weight * kl
+            if not training:
+                figures["dense_ce"] = cross_entropy(theirs, targets)
+            figures |= {"kl": kl, "agreement": same_choice(logits, theirs).sum()}
+        return total, figures
+
+    def _exit(
+        self,
+        model: RecursiveForCausalLM,
+        depth: int,
+        state: Tensor,
+        boundary: Tensor,
+        *,
+        last: Tensor,
+        targets: Tensor,
+        coefficient: float,
+    ) -> tuple[Tensor, Sums]:
+        """What one exit adds to the loss, and its figures, of ``[n, D]`` states and the last's ``[n, V]`` logits."""
+        logits = model.read_exit(depth, state)
+        ce = cross_entropy(logits, targets)
+        return torch.zeros_like(ce), {"ce": ce, "agreement": same_choice(logits, last).sum()}
+
+
+def readout_weights(model: RecursiveForCausalLM) -> list[nn.Parameter]:
+    """Every parameter that a readout, at the end or at an exit, may use."""
+    parts = [model.lm_head, model.model.norm, *([] if model.exit_heads is None else [model.exit_heads])]
+    return [parameter for part in parts for parameter in part.parameters()]
+
+
+def same_choice(logits: Tensor, others: Tensor) -> Tensor:
+    """Per token 1 where both ``[N, V]`` logits put the same word first, else 0; float32 ``[N]``."""
+    return (logits.argmax(-1) == others.argmax(-1)).float()
 
 
 @torch.no_grad()

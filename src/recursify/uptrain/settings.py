@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from recursify.errors import SettingsError
 from recursify.settings import check_keys
 
-TRAINABLE = ("all", "lora", "shared")
-"""What is trained: everything; residuals, per-depth norms and biases; or the shared weights."""
+TRAINABLE = ("all", "lora", "shared", "heads")
+"""What is trained: everything; residuals, per-depth norms and biases; the shared weights; or exit heads alone. A stage
+that trains exit heads trains them beside any of these."""
+
+ExitLoss = Literal["aggressive", "weighted", "free"]
+LayerDistillation = Literal["kd_last", "kd_unif", "kd_dyna"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,8 @@ class UptrainSettings:
     """Peak, of everything but residuals, norms and biases."""
     lora_learning_rate: float | None = None
     """Peak, of residuals, per-depth norms and biases; None takes ``learning_rate``."""
+    head_learning_rate: float = 1e-3
+    """Peak, of exit heads."""
     schedule: str = "cosine"
     """Any scheduler of transformers (``cosine``, ``linear``, ``constant_with_warmup``, ...)."""
     warmup_fraction: float = 0.05
@@ -52,7 +58,7 @@ class UptrainSettings:
     """Of matrices; never of norms and biases."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    trainable: Literal["all", "lora", "shared"] = "all"
+    trainable: Literal["all", "lora", "shared", "heads"] = "all"
     """What is trained; see ``TRAINABLE``."""
     random_recursions: bool = False
     """Draw each step's number of recursions, the same on all ranks."""
@@ -76,6 +82,26 @@ class UptrainSettings:
     loss_chunk: int = 512
     """Tokens whose logits are held at a time."""
 
+    exit_head: str = "shared"
+    """What an exit reads out with: the model's final norm and head (``shared``); its own norm (``norm``); that and a
+    low-rank residual on the head (``low_rank``); its own norm and head (``full``)."""
+    exit_rank: int = 64
+    """Rank of a ``low_rank`` exit head."""
+    exit_through_coda: bool = True
+    """Whether a token that exits still runs the coda."""
+    exit_loss: ExitLoss = "aggressive"
+    """How exits weigh beside the last recursion: ``exit_weight`` each beside 1; by depth; or FREE's, by layers run."""
+    exit_weight: float = 0.1
+    """Coefficient of each exit in the aggressive loss."""
+    exit_kl_weight: float = 1.0
+    """Weight of ``KL(last recursion ‖ exit)`` beside an exit's cross-entropy; FREE's loss has none."""
+    free_distillation: LayerDistillation | None = "kd_dyna"
+    """Which deep layers teach which shallow ones in FREE's loss."""
+    free_distillation_weight: float = 0.5
+    """Weight of that distillation."""
+    test_weight: float = 1.0
+    """Weight of the cross-entropy of the exit test, whose gradient reaches nothing else."""
+
     eval_every: int = 100
     """Steps between evaluations; one more comes at the end."""
     save_every: int = 100
@@ -89,20 +115,33 @@ class UptrainSettings:
 
     def __post_init__(self) -> None:
         positive = ("length", "max_tokens", "batch_size", "accumulate", "learning_rate", "temperature", "loss_chunk")
-        for name in (*positive, "eval_every", "save_every", "keep"):
+        for name in (*positive, "head_learning_rate", "exit_rank", "eval_every", "save_every", "keep"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} must be above 0, got {getattr(self, name)}.")
-        for name in ("ce_weight", "kl_weight", "weight_decay", "warmup_fraction", "recursion_curriculum"):
+        not_negative = ("ce_weight", "kl_weight", "weight_decay", "warmup_fraction", "recursion_curriculum")
+        exits = ("exit_weight", "exit_kl_weight", "free_distillation_weight", "test_weight")
+        for name in (*not_negative, *exits):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} cannot be negative, got {getattr(self, name)}.")
         if self.length < 2:
             raise SettingsError(
                 "length must be at least 2: the first token of a sequence predicts, it is not predicted."
             )
+        choices = {
+            "trainable": TRAINABLE,
+            "exit_loss": get_args(ExitLoss),
+            "free_distillation": (None, *get_args(LayerDistillation)),
+        }
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                listed = ", ".join(str(value) for value in values)
+                raise SettingsError(f"Unknown {name} '{getattr(self, name)}'. Use one of: {listed}.")
+        if self.trainable == "heads" and self.stage != "exits":
+            raise SettingsError(
+                f"Stage '{self.stage}' has no heads to train. Use --stage exits, or another --trainable."
+            )
         if self.stage == "heal" and self.ce_weight == self.kl_weight == 0:
             raise SettingsError("ce_weight and kl_weight are both 0, so there is nothing to learn. Raise one of them.")
-        if self.trainable not in TRAINABLE:
-            raise SettingsError(f"Unknown trainable '{self.trainable}'. Use one of: {', '.join(TRAINABLE)}.")
 
     @classmethod
     def from_mapping(cls, mapping: dict[str, Any], where: str) -> UptrainSettings:

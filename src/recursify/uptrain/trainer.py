@@ -104,12 +104,15 @@ class RecursiveTrainer(Trainer):
 
     def _run(self, model: nn.Module, inputs: dict[str, Tensor], recursions: int | None) -> tuple[Tensor, Sums]:
         objective = partial(self.objective, inputs=inputs)
+        plain = self.accelerator.unwrap_model(self.model)
+        further = self.objective.forward_arguments(plain, recursions or plain.config.num_recursions)
         return model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
             use_cache=False,
             num_recursions=recursions,
             objective=objective,
+            **further,
         )
 
     def _layout(self) -> Any:
@@ -142,7 +145,7 @@ class RecursiveTrainer(Trainer):
     # --- Optimizer -----------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Residuals, norms and biases have a learning rate of their own; vectors have no weight decay.
+        """Residuals, norms and biases have a learning rate of their own, and exit heads; vectors have no weight decay.
 
         A shared weight gathers the gradients of all depths, a residual those of one, so one rate rarely fits both.
         """
@@ -150,24 +153,29 @@ class RecursiveTrainer(Trainer):
         if self.optimizer is None:
             trained = model if model is not None else self.model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            own = self.settings.lora_learning_rate or self.settings.learning_rate
-            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
             for name, parameter in trained.named_parameters():
                 if parameter.requires_grad:
-                    key = (is_per_depth(name), decays(name, parameter))
+                    key = (self._peak_rate(name), decays(name, parameter))
                     groups.setdefault(key, []).append(parameter)
             self.optimizer = kind(
                 [
                     {
                         "params": parameters,
-                        "lr": own if per_depth else self.settings.learning_rate,
+                        "lr": rate,
                         "weight_decay": self.settings.weight_decay if decayed else 0.0,
                     }
-                    for (per_depth, decayed), parameters in groups.items()
+                    for (rate, decayed), parameters in groups.items()
                 ],
                 **options,
             )
         return self.optimizer
+
+    def _peak_rate(self, name: str) -> float:
+        settings = self.settings
+        if is_exit_head(name):
+            return settings.head_learning_rate
+        return (settings.lora_learning_rate or settings.learning_rate) if is_per_depth(name) else settings.learning_rate
 
     # --- Measuring -----------------------------------------------------------------------------------------------
 
@@ -189,7 +197,7 @@ class RecursiveTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Cross-entropy and perplexity on held-out text, and whatever else the objective counts."""
+        """Cross-entropy and perplexity on held-out text, by depth too, and whatever else the objective counts."""
         # Without gradients DDP has nothing to do; FSDP still gathers weights in its own forward.
         model = self.model_wrapped if self.is_fsdp_enabled else self.model
         was_training = model.training
@@ -204,7 +212,9 @@ class RecursiveTrainer(Trainer):
         per_token = self._per_token(sums)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in per_token.items()}
         metrics[f"{metric_key_prefix}_loss"] = per_token["ce"]
-        metrics[f"{metric_key_prefix}_perplexity"] = perplexity_of(per_token["ce"])
+        for name, nats in per_token.items():
+            if name == "ce" or name.startswith("ce_depth_"):
+                metrics[f"{metric_key_prefix}_perplexity{name.removeprefix('ce')}"] = perplexity_of(nats)
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -308,24 +318,33 @@ def is_per_depth(name: str) -> bool:
     return ".block." in name and not name.endswith(".linear.weight")
 
 
+def is_exit_head(name: str) -> bool:
+    """Whether a parameter belongs to an exit head."""
+    return ".exit_heads." in f".{name}"
+
+
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: to matrices, not to norms and to biases (which are ``[R, O]`` when relaxed)."""
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
-def choose_trained(model: RecursiveForCausalLM, trainable: str) -> None:
-    """Freeze what ``trainable`` leaves out.
+def choose_trained(model: RecursiveForCausalLM, settings: UptrainSettings) -> None:
+    """Freeze what ``settings.trainable`` leaves out, and exit heads where the stage has no use for them.
 
     Raises:
         TrainingError: Nothing is left to train.
     """
     for name, parameter in model.named_parameters():
-        if trainable == "lora":
+        if is_exit_head(name):
+            parameter.requires_grad_(settings.stage == "exits")
+        elif settings.trainable == "lora":
             parameter.requires_grad_(is_per_depth(name))
-        elif trainable == "shared":
+        elif settings.trainable == "shared":
             parameter.requires_grad_(".block." in name and name.endswith(".linear.weight"))
+        elif settings.trainable == "heads":
+            parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise TrainingError(f"This model has no parameters that trainable '{trainable}' names.")
+        raise TrainingError(f"This model has no parameters that trainable '{settings.trainable}' names.")
 
 
 def perplexity_of(loss: float) -> float:

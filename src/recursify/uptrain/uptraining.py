@@ -22,13 +22,15 @@ from recursify.errors import CheckpointError, OutputError, RecursifyError, Setti
 from recursify.modeling import RecursiveConfig, RecursiveForCausalLM
 
 from . import checkpoints
+from .balancing import balance_factors
 from .data import prepare_data
+from .exits import Exits
 from .objectives import Heal, Objective
 from .settings import UptrainSettings
 from .trainer import RecursiveTrainer, choose_trained, training_arguments
 from .watching import Progress, Watcher, draw_curves
 
-STAGES: dict[str, type[Objective]] = {"heal": Heal}
+STAGES: dict[str, type[Objective]] = {"heal": Heal, "exits": Exits}
 """Stage -> its objective."""
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -100,7 +102,8 @@ def uptrain(
     with state.main_process_first():
         data = prepare_data(settings, tokenizer)
     objective.prepare(model)
-    choose_trained(model, settings.trainable)
+    choose_trained(model, settings)
+    balance_factors(model)
     if settings.gradient_checkpointing:
         # The model's own: per block layer and depth, never reentrant. The Trainer's argument changes its name in v6.
         model.gradient_checkpointing_enable()

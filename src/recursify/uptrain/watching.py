@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
+
+PANELS = {
+    "nats per token": r"(eval_)?(ce|kl)|eval_dense_ce",
+    "same first token as the dense model": r"(eval_)?agreement",
+    "nats per token, by exit": r"(eval_)?ce_depth_\d+",
+    "same first token as the last recursion": r"(eval_)?(agreement|test_accuracy)_depth_\d+",
+}
+"""Panels of the plot: title -> the figures in it."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -90,10 +99,10 @@ def draw_curves(folder: Path) -> Path | None:
         logger.warning("No curves.png: matplotlib is not installed. Run: pip install 'recursify[plot]'")
         return None
     lines = read_metrics(folder / METRICS_FILE)
-    panels = {
-        "nats per token": [name for name in ("ce", "kl", "eval_ce", "eval_dense_ce", "eval_kl") if _has(lines, name)],
-        "same first token as the dense model": [n for n in ("agreement", "eval_agreement") if _has(lines, n)],
+    drawn = {
+        name for line in lines for name, value in line.items() if isinstance(value, float) and math.isfinite(value)
     }
+    panels = {title: sorted(name for name in drawn if re.fullmatch(names, name)) for title, names in PANELS.items()}
     panels = {title: names for title, names in panels.items() if names}
     figure = Figure(figsize=(7, 3.2 * len(panels)), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
@@ -106,7 +115,3 @@ def draw_curves(folder: Path) -> Path | None:
         axes.legend()
     figure.savefig(folder / CURVES_FILE, dpi=150)
     return folder / CURVES_FILE
-
-
-def _has(lines: list[dict[str, Any]], name: str) -> bool:
-    return any(math.isfinite(line.get(name, math.nan)) for line in lines)

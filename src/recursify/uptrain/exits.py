@@ -1,0 +1,118 @@
+"""Training exits: each recursion but the last learns to say what the last one says, and when it will."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recursify.errors import SettingsError
+from recursify.modeling import ExitHead, ExitKind, LayerLayout, RecursiveForCausalLM, RecursiveOutput
+
+from .data import IGNORED
+from .losses import Sums, cross_entropy, forward_kl, layer_distillation, weighted_coefficients
+from .objectives import Heal, same_choice
+
+
+class Exits(Heal):
+    """The last recursion as in :class:`Heal`, and beside it every exit.
+
+    - ``aggressive``: ``L_last + Σ_d exit_weight · L_d`` (Relaxed Recursive Transformers, table J.1);
+    - ``weighted``: ``Σ_i i/Σj · L_i`` over the exits and the last recursion;
+    - ``free``: cross-entropies weighted by the layers that were run, ``Σ_i n_i CE_i / Σ_i n_i``, and hidden states
+      of deep layers distilled into those before the exit (FREE, arXiv 2310.05424, which has one exit; of several, the
+      mean).
+
+    ``L_d = CE_d + exit_kl_weight · KL(last ‖ d)`` with the last recursion's distribution detached. The exit test learns
+    by cross-entropy whether its exit puts the same token first as the last recursion, on detached states.
+    """
+
+    def prepare(self, model: RecursiveForCausalLM) -> None:
+        """Add exit heads; a model that has those asked for keeps them.
+
+        Raises:
+            SettingsError: The layout has no boundaries, or an unknown kind of head.
+        """
+        settings, config = self.settings, model.config
+        kind = cast(ExitKind, settings.exit_head)
+        wanted = (kind, settings.exit_rank, settings.exit_through_coda)
+        if model.exit_heads is not None and wanted == (config.exit_head, config.exit_rank, config.exit_through_coda):
+            return
+        try:
+            model.add_exit_heads(kind, rank=settings.exit_rank, through_coda=settings.exit_through_coda)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+
+    def forward_arguments(self, model: RecursiveForCausalLM, num_recursions: int) -> dict[str, Any]:
+        distils = self.settings.exit_loss == "free" and self.settings.free_distillation is not None and model.training
+        return {"exit_depths": model.config.exit_depths[: num_recursions - 1], "return_layer_states": distils}
+
+    def __call__(
+        self, model: RecursiveForCausalLM, outputs: RecursiveOutput, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, Sums]:
+        num_exits = len(outputs.exit_states or ())
+        total, sums = super().__call__(model, outputs, inputs)
+        if outputs.layer_states is not None and num_exits:
+            distilled = self._distil(model, outputs.layer_states, num_exits, inputs["labels"])
+            total = total + self.settings.free_distillation_weight * distilled
+            sums["layer_distillation"] = distilled.detach()
+        return total, sums
+
+    def coefficients(self, layout: LayerLayout, num_exits: int) -> list[float]:
+        if self.settings.exit_loss == "aggressive":
+            return [self.settings.exit_weight] * num_exits + [1.0]
+        if self.settings.exit_loss == "weighted":
+            return weighted_coefficients(num_exits + 1)
+        # A step with fewer recursions than the model has is shorter by whole blocks.
+        skipped = (layout.num_recursions - 1 - num_exits) * layout.block_size
+        layers = [layers_before(layout, depth) for depth in range(num_exits)] + [layout.num_layers - skipped]
+        return [count / sum(layers) for count in layers]
+
+    def _exit(
+        self,
+        model: RecursiveForCausalLM,
+        depth: int,
+        state: Tensor,
+        boundary: Tensor,
+        *,
+        last: Tensor,
+        targets: Tensor,
+        coefficient: float,
+    ) -> tuple[Tensor, Sums]:
+        settings = self.settings
+        logits = model.read_exit(depth, state)
+        ce = cross_entropy(logits, targets)
+        total = ce
+        if settings.exit_kl_weight and settings.exit_loss != "free":
+            total = total + settings.exit_kl_weight * forward_kl(logits, last)
+        agrees = same_choice(logits, last)
+        assert model.exit_heads is not None
+        head = model.exit_heads[depth]
+        assert isinstance(head, ExitHead)
+        odds = head.agreement(boundary).float()
+        test = F.binary_cross_entropy_with_logits(odds, agrees, reduction="sum")
+        figures = {
+            "ce": ce,
+            "agreement": agrees.sum(),
+            "test_loss": test,
+            "test_accuracy": ((odds > 0) == (agrees > 0)).float().sum(),
+        }
+        return coefficient * total + settings.test_weight * test, figures
+
+    def _distil(
+        self, model: RecursiveForCausalLM, layer_states: tuple[Tensor, ...], num_exits: int, labels: Tensor
+    ) -> Tensor:
+        keep = labels[:, 1:] != IGNORED
+        normed = [model.model.norm(state[:, :-1][keep]) for state in layer_states]
+        kind = self.settings.free_distillation
+        assert kind is not None
+        layout = model.config.layout
+        parts = [layer_distillation(normed, layers_before(layout, depth), kind) for depth in range(num_exits)]
+        return torch.stack(parts).mean()
+
+
+def layers_before(layout: LayerLayout, depth: int) -> int:
+    """Layers that have run at the boundary after ``depth``."""
+    return layout.position(layout.block_size - 1, depth) + 1
