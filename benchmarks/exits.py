@@ -56,13 +56,13 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 """Name -> settings; unless one says otherwise the loss is aggressive with KD, and exits run the coda."""
 
-HELD_OUT_TOPICS = 24
+HELD_OUT_SEQUENCES = 16
 
 
-def write_texts(text: Text, folder: Path, most: int | None = None) -> str:
+def write_texts(text: Text, folder: Path) -> str:
     """The documents of ``text`` as files in ``folder``."""
     folder.mkdir()
-    for index, document in enumerate(text.documents[:most]):
+    for index, document in enumerate(text.documents):
         (folder / f"{index:03}.txt").write_text(document, encoding="utf-8")
     return str(folder)
 
@@ -130,7 +130,8 @@ def main() -> None:
         settings = UptrainSettings(
             stage="exits",
             data=(write_texts(texts[0], folder / "train"),),
-            eval_data=(write_texts(texts[1], folder / "held-out", HELD_OUT_TOPICS),),
+            eval_data=(write_texts(texts[1], folder / "held-out"),),
+            eval_sequences=HELD_OUT_SEQUENCES,
             teacher=MODEL,
             max_tokens=arguments.tokens,
             eval_every=10**6,
@@ -142,7 +143,7 @@ def main() -> None:
             "model_is": arguments.model_is,
             "tokens": arguments.tokens,
             "training_text": texts[0].name,
-            "held_out_text": f"the first {HELD_OUT_TOPICS} documents of {texts[1].name}",
+            "held_out_text": f"{HELD_OUT_SEQUENCES} sequences of {texts[1].name}",
             "settings": {key: value for key, value in settings.to_dict().items() if key not in own},
             "versions": {
                 "python": platform.python_version(),

@@ -36,7 +36,6 @@ BUILDERS = dict.fromkeys(PLAIN_SUFFIXES, "text") | {
 }
 """File suffix -> builder of ``datasets``."""
 
-MAX_EVAL_SEQUENCES = 64
 EVAL_FRACTION = 0.05
 SHUFFLE_BUFFER = 10_000
 """Rows among which a stream is shuffled."""
@@ -72,12 +71,12 @@ def prepare_data(settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase) 
         train = pack([_Source(Dataset.from_dict({"text": text.documents}), text.name, ())], shuffle=True)
         evaluation = pack([_Source(Dataset.from_dict({"text": held_out.documents}), held_out.name, ())], shuffle=False)
         if settings.eval_data is None:
-            return TextData(train, _first(evaluation), text.name)
+            return TextData(train, _first(evaluation, settings), text.name)
     else:
         train = pack(_open(settings.data, settings), shuffle=True)
     name = ", ".join(settings.data or ("pydoc_data.topics",))
     if settings.eval_data is not None:
-        evaluation = _first(pack(_open(settings.eval_data, settings), shuffle=False))
+        evaluation = _first(pack(_open(settings.eval_data, settings), shuffle=False), settings)
     elif isinstance(train, IterableDataset):
         raise TextError(f"{name} is a stream, of which no part can be held out. Give --eval-data.")
     else:
@@ -86,14 +85,14 @@ def prepare_data(settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase) 
                 f"{name} fills {len(train)} sequences of {settings.length} tokens, and at least 2 are needed, one of "
                 f"them held out. Give more text, a shorter length, or evaluation text of its own (--eval-data)."
             )
-        held = max(1, min(MAX_EVAL_SEQUENCES, round(EVAL_FRACTION * len(train))))
+        held = max(1, min(settings.eval_sequences, round(EVAL_FRACTION * len(train))))
         evaluation, train = train.select(range(held)), train.select(range(held, len(train)))
     return TextData(train, evaluation, name)
 
 
-def _first(rows: Rows) -> Dataset:
-    """At most ``MAX_EVAL_SEQUENCES`` of ``rows``, in memory."""
-    found = list(rows.take(MAX_EVAL_SEQUENCES))
+def _first(rows: Rows, settings: UptrainSettings) -> Dataset:
+    """At most ``eval_sequences`` of ``rows``, in memory."""
+    found = list(rows.take(settings.eval_sequences))
     if not found:
         raise TextError("The held-out text fills no sequence. Give more of it.")
     return Dataset.from_list(found)

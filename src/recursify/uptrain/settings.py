@@ -34,7 +34,9 @@ class UptrainSettings:
     length: int = 512
     """Tokens per packed sequence."""
     eval_data: tuple[str, ...] | None = None
-    """Held-out text; None keeps back one packed sequence in twenty of ``data`` (at most 64)."""
+    """Held-out text; None keeps back one packed sequence in twenty of ``data``."""
+    eval_sequences: int = 64
+    """Held-out sequences at most."""
 
     max_tokens: int = 1_000_000
     """Tokens to train on, rounded up to whole steps; the data is repeated if it is shorter."""
@@ -115,7 +117,15 @@ class UptrainSettings:
 
     def __post_init__(self) -> None:
         positive = ("length", "max_tokens", "batch_size", "accumulate", "learning_rate", "temperature", "loss_chunk")
-        for name in (*positive, "head_learning_rate", "exit_rank", "eval_every", "save_every", "keep"):
+        for name in (
+            *positive,
+            "head_learning_rate",
+            "exit_rank",
+            "eval_sequences",
+            "eval_every",
+            "save_every",
+            "keep",
+        ):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} must be above 0, got {getattr(self, name)}.")
         not_negative = ("ce_weight", "kl_weight", "weight_decay", "warmup_fraction", "recursion_curriculum")
