@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,7 +39,24 @@ def start(*arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_chats_and_markdown(model, tmp_path, capsys):
+def test_chats(model, tmp_path, capsys):
+    """A JSONL of chats, one command: the template is the model's, and only answers are learnt."""
+    shutil.copytree(model, tmp_path / "model")
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because it is."}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 40)
+    data = ["--data", tmp_path / "chats.jsonl", "--completions-only", "--length", 64, *SHORT[2:]]
+    assert run("uptrain", tmp_path / "model", "-o", tmp_path / "out", *data, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["after"]["ce"] < facts["before"]["ce"]
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
+
+
+def test_markdown(model, tmp_path, capsys):
     """A folder of Markdown files, one command; the table has the dense model beside."""
     (tmp_path / "notes" / "deep").mkdir(parents=True)
     for index in range(8):

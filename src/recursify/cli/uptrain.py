@@ -277,8 +277,8 @@ def _exit_summary(before: dict[str, float], after: dict[str, float]) -> list[str
             right = f"{figures[key]:.1%}" if (key := f"test_accuracy_depth_{depth}") in figures else "–"
             agreement = f"{figures[f'agreement_depth_{depth}']:.1%}"
             rows.append(
-                [f"{name}, after depth {depth}", f"{figures[f'perplexity_depth_{depth}']:,.2f}", agreement, right]
+                [f"depth {depth}, {name}", f"{figures[f'perplexity_depth_{depth}']:,.2f}", agreement, right]
             )
     if not rows:
         return []
-    return [format_table(["exits", "perplexity", "same as last", "test is right"], rows), ""]
+    return [format_table(["exit after", "perplexity", "same as last", "test is right"], rows), ""]
