@@ -28,7 +28,7 @@ A run that was killed goes on where it was with the same command and `--resume`.
 
 `recursify uptrain qwen-r4 -o healed --data roneneldan/TinyStories --streaming --eval-data held_out.txt`
 
-`recursify uptrain llama-r2 -o healed --data corpus/ --num-processes 4 --config uptrain.yaml`
+`recursify uptrain llama-r2 -o healed --data corpus/ --num-processes 4 --sharding fsdp2 --config uptrain.yaml`
 
 `accelerate launch -m recursify uptrain llama-r2 -o healed --data corpus/ --resume`
 """
@@ -108,6 +108,23 @@ def uptrain_command(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
     ] = False,
+    sharding: Annotated[
+        str | None,
+        typer.Option(
+            "--sharding",
+            help="What several processes share out: none, fsdp2 (weights, gradients, optimizer), zero2 (gradients, "
+            "optimizer; needs deepspeed). [default: none]",
+            show_default=False,
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision",
+            help="Of matrix products: auto, float32, bfloat16. [default: auto, bfloat16 where a GPU has it]",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Seed of everything random. [default: 0]", show_default=False)
     ] = None,
@@ -146,6 +163,8 @@ def uptrain_command(
         "eval_every": eval_every,
         "save_every": save_every,
         "gradient_checkpointing": gradient_checkpointing or None,
+        "sharding": sharding,
+        "precision": precision,
         "seed": seed,
         "report_to": report_to,
     }

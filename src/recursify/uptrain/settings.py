@@ -11,6 +11,12 @@ from recursify.settings import check_keys
 TRAINABLE = ("all", "lora", "shared")
 """What is trained: everything; residuals, per-depth norms and biases; or the shared weights."""
 
+SHARDING = ("none", "fsdp2", "zero2")
+"""What is cut over processes: nothing; weights, gradients and optimizer; or gradients and optimizer, by DeepSpeed."""
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+"""Of matrix products."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class UptrainSettings:
@@ -60,6 +66,10 @@ class UptrainSettings:
     """With ``random_recursions``: part of the steps over which the fewest allowed falls from all to one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, per block layer and depth."""
+    sharding: Literal["none", "fsdp2", "zero2"] = "none"
+    """With several processes, what is cut into parts, one each; see ``SHARDING``."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; weights, optimizer and losses are float32. auto: bfloat16 where a GPU has it."""
     seed: int = 0
     """Of data order, recursion counts and dropout."""
 
@@ -85,7 +95,7 @@ class UptrainSettings:
     report_to: tuple[str, ...] = ()
     """Trackers that are installed: tensorboard, trackio, wandb, ..."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Further fields of transformers' ``TrainingArguments`` (``fsdp``, ``deepspeed``, ``bf16``, ...)."""
+    """Further fields of transformers' ``TrainingArguments`` (``deepspeed``, ``torch_compile``, ...)."""
 
     def __post_init__(self) -> None:
         positive = ("length", "max_tokens", "batch_size", "accumulate", "learning_rate", "temperature", "loss_chunk")
@@ -101,8 +111,11 @@ class UptrainSettings:
             )
         if self.stage == "heal" and self.ce_weight == self.kl_weight == 0:
             raise SettingsError("ce_weight and kl_weight are both 0, so there is nothing to learn. Raise one of them.")
-        if self.trainable not in TRAINABLE:
-            raise SettingsError(f"Unknown trainable '{self.trainable}'. Use one of: {', '.join(TRAINABLE)}.")
+        for name, known in (("trainable", TRAINABLE), ("sharding", SHARDING), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise SettingsError(f"Unknown {name} '{getattr(self, name)}'. Use one of: {', '.join(known)}.")
+        if "fsdp" in self.trainer:
+            raise SettingsError("trainer: fsdp would shard a shared layer like any other. Use sharding: fsdp2 instead.")
 
     @classmethod
     def from_mapping(cls, mapping: dict[str, Any], where: str) -> UptrainSettings:
