@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -104,8 +105,8 @@ def test_a_shared_layer_is_gathered_once_for_all_recursions(tied, tmp_path):
     run(tmp_path / "log", tied, function=count_gathers, world_size=2)
 
 
-def test_what_cannot_be_sharded(source, tmp_path):
-    """One process; a weight that leaves some process without a part; FSDP by transformers' own settings."""
+def test_what_cannot_be_sharded(source, tmp_path, monkeypatch):
+    """One process; a weight that leaves some process without a part; FSDP by someone else; DeepSpeed not installed."""
     assert "RANK" not in os.environ
     with pytest.raises(TrainingError, match=r"there is one\. Give --num-processes"):
         uptrain(source, tmp_path / "out", replace(BASE, sharding="fsdp2"), progress=silent)
@@ -113,6 +114,12 @@ def test_what_cannot_be_sharded(source, tmp_path):
     assert sharding._dimension("a", torch.empty(49_151, 30), 8) == 0
     with pytest.raises(TrainingError, match=r"'a' \[9\] cannot be cut into 8 parts"):
         sharding._dimension("a", torch.empty(9), 8)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(SettingsError, match=r"'zero2' needs DeepSpeed.* pip install deepspeed"):
+        uptrain(source, tmp_path / "out", replace(BASE, sharding="zero2"), progress=silent)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(SettingsError, match=r"told to shard \(ACCELERATE_USE_FSDP\).*--sharding fsdp2 does"):
+        uptrain(source, tmp_path / "out", BASE, progress=silent)
     with pytest.raises(SettingsError, match="Use sharding: fsdp2"):
         UptrainSettings(trainer={"fsdp": True})
     with pytest.raises(SettingsError, match=r"Unknown sharding 'zero3'\. Use one of: none, fsdp2, zero2"):

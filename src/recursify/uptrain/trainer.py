@@ -67,10 +67,14 @@ class RecursiveTrainer(Trainer):
     ):
         self.objective = objective
         self.settings = settings
-        self._in_bfloat16 = computes_in_bfloat16(settings.precision)
         self._sums: Sums = {}
         self._scratch: Path | None = None
         self._micro_batch = 0
+        if computes_in_bfloat16(settings.precision):
+            # Matrix products of the model and, inside its objective, of the teacher; weights and losses stay float32.
+            # Around the model's own forward: DeepSpeed turns off an autocast that is around its engine.
+            autocast = torch.autocast(arguments.device.type, torch.bfloat16)
+            model.forward = autocast(model.forward)
         pad = tokenizer.pad_token_id
         super().__init__(
             model=model,
@@ -118,15 +122,13 @@ class RecursiveTrainer(Trainer):
 
     def _run(self, model: nn.Module, inputs: dict[str, Tensor], recursions: int | None) -> tuple[Tensor, Sums]:
         objective = partial(self.objective, inputs=inputs)
-        # Weights and losses stay float32; matrix products of the model and of its teacher do not.
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._in_bfloat16):
-            return model(
-                input_ids=inputs["input_ids"],
-                position_ids=inputs["position_ids"],
-                use_cache=False,
-                num_recursions=recursions,
-                objective=objective,
-            )
+        return model(
+            input_ids=inputs["input_ids"],
+            position_ids=inputs["position_ids"],
+            use_cache=False,
+            num_recursions=recursions,
+            objective=objective,
+        )
 
     def _layout(self) -> Any:
         return self.accelerator.unwrap_model(self.model).config.layout
