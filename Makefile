@@ -49,6 +49,7 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/uptrain_speed.py
 
 clean:
 	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache build dist

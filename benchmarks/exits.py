@@ -11,7 +11,6 @@ the same tokens in the same order; ``no-exits`` is the same training without any
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import tempfile
 from datetime import UTC, datetime
@@ -56,7 +55,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 """Name -> settings; unless one says otherwise the loss is aggressive with KD, and exits run the coda."""
 
-HELD_OUT_SEQUENCES = 16
+HELD_OUT_SEQUENCES = 24
 
 
 def write_texts(text: Text, folder: Path) -> str:
@@ -121,7 +120,7 @@ def main() -> None:
     parser.add_argument("--model-is", default="A recursive model", help="what MODEL is, for the report")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--tokens", type=int, default=15_000)
-    parser.add_argument("--trainer", type=json.loads, default={}, help='further TrainingArguments: {"bf16": true}')
+    parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--output", type=Path, required=True, help="CSV; other rows in it are kept")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -136,7 +135,9 @@ def main() -> None:
             max_tokens=arguments.tokens,
             eval_every=10**6,
             save_every=10**6,
-            trainer=arguments.trainer,
+            length=256,
+            batch_size=1,
+            precision=arguments.precision,
         )
         own = ("data", "eval_data")
         setup = {

@@ -18,7 +18,6 @@ A dense model is a recursive one of a single recursion, so all four are trained 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import tempfile
 import time
@@ -55,7 +54,7 @@ COLUMNS = (
     "commit",
     "date",
 )
-OTHER_TOKENS = 16_384
+OTHER_TOKENS = 8_192
 """Of text from another domain, if there is any."""
 UNFOLDED = {"num_recursions": 1, "sharing": "cycle", "lora_rank": 0, "calibration_data": []}
 
@@ -99,12 +98,18 @@ class Bench:
         self.tokenizer = load_tokenizer(checkpoint)
         self.dense = checkpoint.load_model(torch.float32)
         text = default_text("held_out")
-        self.windows = token_windows(self.tokenizer, text, WINDOW)
+        self.windows = token_windows(self.tokenizer, text, WINDOW, max_tokens=arguments.windows * WINDOW)
         other = read_text(arguments.other) if arguments.other else None
         self.other = None if other is None else token_windows(self.tokenizer, other, WINDOW, max_tokens=OTHER_TOKENS)
         data = self._training_text(arguments.data)
         self.settings = UptrainSettings(
-            data=tuple(data), max_tokens=1, eval_every=10**6, save_every=10**6, trainer=arguments.trainer
+            data=tuple(data),
+            length=256,
+            batch_size=1,
+            eval_sequences=2,
+            eval_every=10**6,
+            save_every=10**6,
+            precision=arguments.precision,
         )
         self.setup = {
             "model": MODEL,
@@ -221,7 +226,8 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[15_000, 60_000], help="budgets; 0 is always measured")
     parser.add_argument("--data", nargs="+", help="text to train on (default: Python's help topics)")
     parser.add_argument("--other", nargs="+", help="text of another domain to measure on, too")
-    parser.add_argument("--trainer", type=json.loads, default={}, help='further TrainingArguments: {"bf16": true}')
+    parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
+    parser.add_argument("--windows", type=int, default=16, help=f"held-out windows of {WINDOW} tokens")
     parser.add_argument("--output", type=Path, required=True, help="CSV; other rows in it are kept")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

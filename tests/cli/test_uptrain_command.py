@@ -33,9 +33,9 @@ def model(tmp_path_factory) -> Path:
     return folder / "recursive"
 
 
-def start(*arguments: object) -> subprocess.Popen:
+def start(*arguments: object, launcher: tuple[object, ...] = ()) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "recursify", *map(str, arguments)]
+    command = [sys.executable, *map(str, launcher), "-m", "recursify", *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -74,14 +74,24 @@ def test_markdown(model, tmp_path, capsys):
 
 
 def test_two_processes(model, tmp_path):
-    """``--num-processes 2``: one model, one JSON document on stdout."""
-    process = start("uptrain", model, "-o", tmp_path / "out", *SHORT, "--num-processes", 2, "--json")
+    """``--num-processes 2``, sharded: one model, one JSON document on stdout."""
+    sharded = ["--num-processes", 2, "--sharding", "fsdp2", "--precision", "bfloat16"]
+    process = start("uptrain", model, "-o", tmp_path / "out", *SHORT, *sharded, "--json")
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     facts = json.loads(out)
     assert facts["steps"] == 6
     assert facts["tokens"] == 6 * 2 * 2 * 32
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_accelerate_launch(model, tmp_path):
+    """``accelerate launch -m recursify uptrain`` trains."""
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", 1)
+    process = start("uptrain", model, "-o", tmp_path / "out", *SHORT, "--json", launcher=launcher)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert json.loads(out)["steps"] == 12
 
 
 def test_a_rank_that_dies_is_named(model, tmp_path):

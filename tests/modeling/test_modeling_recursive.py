@@ -267,3 +267,47 @@ def test_vllm_transformers_backend_contract(relaxed):
         )[0]
         assert used == list(range(config.num_hidden_layers))
         assert (hidden - model.model(ids).last_hidden_state).abs().max() < LOGITS[torch.float32]
+
+
+@pytest.mark.parametrize("shape", [(2, 40), (80,)])
+def test_merged_training_is_the_residual_beside_the_weight(shape):
+    """Outputs and all gradients, at every depth; decoding, frozen weights and quantizers keep the residual apart."""
+    torch.manual_seed(0)
+    layer = RelaxedLinear(24, 40, num_depths=2, rank=4, num_biases=2).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(*shape, 24, dtype=torch.float64, requires_grad=True)
+    assert layer.train()._merging_is_cheaper(x)
+    assert not layer._merging_is_cheaper(x[..., :1, :])
+    assert not layer.eval()._merging_is_cheaper(x)
+    with torch.no_grad():
+        assert not layer.train()._merging_is_cheaper(x)
+    everything = [x, *layer.parameters()]
+    target = torch.randn(*shape, 40, dtype=torch.float64)
+    results = []
+    for merges in (True, False):
+        y = [layer.train(merges)(x, depth) for depth in range(2)]
+        results.append([*y, *torch.autograd.grad(sum(((part - target) ** 2).sum() for part in y), everything)])
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected)
+    layer.train().linear.requires_grad_(False)
+    assert not layer._merging_is_cheaper(x)
+
+
+def test_merged_training_under_autocast():
+    """Products in bfloat16, gradients in the weights' float32."""
+    torch.manual_seed(0)
+    layer = RelaxedLinear(24, 40, num_depths=2, rank=4)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(80, 24, requires_grad=True)
+    results = []
+    for merges in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer.train(merges)(x, 1)
+        assert y.dtype == torch.bfloat16
+        grads = torch.autograd.grad(y.float().sum(), [x, *layer.parameters()])
+        assert all(grad.dtype == torch.float32 for grad in grads)
+        results.append([y, *grads])
+    for mine, expected in zip(*results, strict=True):
+        assert (mine - expected).norm() < 2e-2 * expected.norm()

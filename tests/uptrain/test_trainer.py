@@ -22,6 +22,7 @@ from recursify.uptrain.settings import UptrainSettings
 from recursify.uptrain.uptraining import uptrain
 from recursify.uptrain.watching import read_metrics
 from tiny_models import convert_tiny, save_tiny
+from tolerances import LOSSES
 
 pytestmark = pytest.mark.xdist_group("uptraining")
 
@@ -105,6 +106,20 @@ def test_two_processes_are_one(source, plain, tmp_path):
     """DDP over two ranks with half the batch each."""
     run(tmp_path / "log", source, tmp_path / "out", replace(BASE, batch_size=2), world_size=2)
     assert_same(plain[0], tmp_path / "out")
+
+
+def test_bfloat16_is_near_float32(source, plain, tmp_path):
+    """Matrix products in 8 bits of mantissa, teacher and held-out figures included; weights and optimizer in 24."""
+    uptrain(source, tmp_path / "out", replace(BASE, precision="bfloat16"), progress=silent)
+    mine, theirs = read_metrics(tmp_path / "out" / "metrics.jsonl"), read_metrics(plain[0] / "metrics.jsonl")
+    assert [line["step"] for line in mine] == [line["step"] for line in theirs]
+    for line, other in zip(mine, theirs, strict=True):
+        for name in {"loss", "eval_ce", "eval_dense_ce", "eval_kl"} & line.keys():
+            assert line[name] == pytest.approx(other[name], abs=LOSSES[torch.bfloat16]), (line["step"], name)
+            assert line[name] != other[name], (line["step"], name)
+    assert {weight.dtype for weight in weights(tmp_path / "out").values()} == {torch.float32}
+    state = torch.load(checkpoints.list_checkpoints(tmp_path / "out" / "checkpoints")[-1] / "optimizer.pt")["state"]
+    assert {moments["exp_avg"].dtype for moments in state.values()} == {torch.float32}
 
 
 def test_random_recursions_do_not_hang_and_agree(source, tmp_path):

@@ -30,7 +30,7 @@ A run that was killed goes on where it was with the same command and `--resume`.
 
 `recursify uptrain qwen-r4 -o healed --data roneneldan/TinyStories --streaming --eval-data held_out.txt`
 
-`recursify uptrain llama-r2 -o healed --data corpus/ --num-processes 4 --config uptrain.yaml`
+`recursify uptrain llama-r2 -o healed --data corpus/ --num-processes 4 --sharding fsdp2 --config uptrain.yaml`
 
 `accelerate launch -m recursify uptrain llama-r2 -o healed --data corpus/ --resume`
 """
@@ -81,7 +81,7 @@ def uptrain_command(
         int | None, typer.Option("--accumulate", help="Micro-batches per step. [default: 1]", show_default=False)
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="Peak. [default: 3e-4]", show_default=False)
+        float | None, typer.Option("--learning-rate", help="Peak. [default: 1e-4]", show_default=False)
     ] = None,
     trainable: Annotated[
         str | None,
@@ -118,6 +118,23 @@ def uptrain_command(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
     ] = False,
+    sharding: Annotated[
+        str | None,
+        typer.Option(
+            "--sharding",
+            help="What several processes share out: none, fsdp2 (weights, gradients, optimizer), zero2 (gradients, "
+            "optimizer; needs deepspeed). [default: none]",
+            show_default=False,
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision",
+            help="Of matrix products: auto, float32, bfloat16. [default: auto, bfloat16 where a GPU has it]",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Seed of everything random. [default: 0]", show_default=False)
     ] = None,
@@ -157,6 +174,8 @@ def uptrain_command(
         "eval_every": eval_every,
         "save_every": save_every,
         "gradient_checkpointing": gradient_checkpointing or None,
+        "sharding": sharding,
+        "precision": precision,
         "seed": seed,
         "report_to": report_to,
     }
@@ -276,9 +295,7 @@ def _exit_summary(before: dict[str, float], after: dict[str, float]) -> list[str
         for depth in range(sum(key.startswith("perplexity_depth_") for key in figures)):
             right = f"{figures[key]:.1%}" if (key := f"test_accuracy_depth_{depth}") in figures else "–"
             agreement = f"{figures[f'agreement_depth_{depth}']:.1%}"
-            rows.append(
-                [f"depth {depth}, {name}", f"{figures[f'perplexity_depth_{depth}']:,.2f}", agreement, right]
-            )
+            rows.append([f"depth {depth}, {name}", f"{figures[f'perplexity_depth_{depth}']:,.2f}", agreement, right])
     if not rows:
         return []
     return [format_table(["exit after", "perplexity", "same as last", "test is right"], rows), ""]

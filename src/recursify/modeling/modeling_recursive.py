@@ -61,12 +61,31 @@ class RelaxedLinear(nn.Module):
 
     def forward(self, x: Tensor, depth: int) -> Tensor:
         """``[..., I] -> [..., O]`` at ``depth``."""
-        y = self.linear(x)
-        if self.lora_a is not None and self.lora_b is not None:
-            y = y + F.linear(F.linear(x, self.lora_a[depth]), self.lora_b[depth])
+        if self.lora_a is None or self.lora_b is None:
+            y = self.linear(x)
+        elif self._merging_is_cheaper(x):
+            y = _MergedLinear.apply(x, self.linear.weight, self.lora_a[depth], self.lora_b[depth])
+        else:
+            y = self.linear(x) + F.linear(F.linear(x, self.lora_a[depth]), self.lora_b[depth])
         if self.bias is not None:
             y = y + self.bias[depth if len(self.bias) > 1 else 0]
         return y
+
+    def _merging_is_cheaper(self, x: Tensor) -> bool:
+        """Whether ``W + B A`` takes fewer multiplications than ``B (A x)``, in training all weights.
+
+        Over ``N`` tokens the residual alone costs ``N r (I + O)``, and the merged weight ``r I O``. Forward and
+        backward on one CPU core (``N = 1024``, ``I = 576``, ``O = 1536``, ``r = 64``): 60 ms for a bare linear map, 78
+        with the residual, 66 merged. A linear that is not torch's own, or that someone listens to, is called.
+        """
+        linear = self.linear
+        if not (
+            self.training and torch.is_grad_enabled() and type(linear) is nn.Linear and linear.weight.requires_grad
+        ):
+            return False
+        if linear._forward_hooks or linear._forward_pre_hooks:
+            return False
+        return x.numel() // linear.in_features > linear.in_features * linear.out_features / sum(linear.weight.shape)
 
     def merged_weight(self, depth: int) -> Tensor:
         """``W + B[depth] A[depth]``, ``[O, I]`` in float32 or better: what a dense layer would hold at ``depth``."""
@@ -77,6 +96,38 @@ class RelaxedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}"
+
+
+class _MergedLinear(torch.autograd.Function):
+    """``x (W + B A)ᵀ``, whose backward pass makes ``W + B A`` again, so that no merged weight is kept.
+
+    Under autocast the products are in its dtype, and so is the merged weight, as a dense layer's would be.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        kind = x.device.type
+        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        ctx.save_for_backward(x, weight, lora_a, lora_b)
+        with torch.autocast(kind, enabled=False):
+            return F.linear(x.to(ctx.dtype), _merge(weight, lora_a, lora_b, ctx.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, lora_a, lora_b = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            grad = grad.to(ctx.dtype)
+            x_grad = grad @ _merge(weight, lora_a, lora_b, ctx.dtype) if ctx.needs_input_grad[0] else None
+            merged_grad = grad.flatten(0, -2).mT @ x.to(ctx.dtype).flatten(0, -2)
+            a_grad = lora_b.to(ctx.dtype).mT @ merged_grad if ctx.needs_input_grad[2] else None
+            b_grad = merged_grad @ lora_a.to(ctx.dtype).mT if ctx.needs_input_grad[3] else None
+        return x_grad, merged_grad, a_grad, b_grad
+
+
+def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``W + B A``: the product in ``dtype``, the sum in that of ``W``, ``dtype`` at the end."""
+    return (weight + lora_b.to(dtype) @ lora_a.to(dtype)).to(dtype)
 
 
 class PerDepth(nn.Module):

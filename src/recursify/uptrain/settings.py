@@ -15,6 +15,12 @@ that trains exit heads trains them beside any of these."""
 ExitLoss = Literal["aggressive", "weighted", "free"]
 LayerDistillation = Literal["kd_last", "kd_unif", "kd_dyna"]
 
+SHARDING = ("none", "fsdp2", "zero2")
+"""What is cut over processes: nothing; weights, gradients and optimizer; or gradients and optimizer, by DeepSpeed."""
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+"""Of matrix products."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class UptrainSettings:
@@ -44,7 +50,7 @@ class UptrainSettings:
     """Sequences per device and micro-batch."""
     accumulate: int = 1
     """Micro-batches per step."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """Peak, of everything but residuals, norms and biases."""
     lora_learning_rate: float | None = None
     """Peak, of residuals, per-depth norms and biases; None takes ``learning_rate``."""
@@ -68,6 +74,10 @@ class UptrainSettings:
     """With ``random_recursions``: part of the steps over which the fewest allowed falls from all to one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, per block layer and depth."""
+    sharding: Literal["none", "fsdp2", "zero2"] = "none"
+    """With several processes, what is cut into parts, one each; see ``SHARDING``."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; weights, optimizer and losses are float32. auto: bfloat16 where a GPU has it."""
     seed: int = 0
     """Of data order, recursion counts and dropout."""
 
@@ -113,7 +123,7 @@ class UptrainSettings:
     report_to: tuple[str, ...] = ()
     """Trackers that are installed: tensorboard, trackio, wandb, ..."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Further fields of transformers' ``TrainingArguments`` (``fsdp``, ``deepspeed``, ``bf16``, ...)."""
+    """Further fields of transformers' ``TrainingArguments`` (``deepspeed``, ``torch_compile``, ...)."""
 
     def __post_init__(self) -> None:
         positive = ("length", "max_tokens", "batch_size", "accumulate", "learning_rate", "temperature", "loss_chunk")
@@ -139,6 +149,8 @@ class UptrainSettings:
             )
         choices = {
             "trainable": TRAINABLE,
+            "sharding": SHARDING,
+            "precision": PRECISIONS,
             "exit_loss": get_args(ExitLoss),
             "free_distillation": (None, *get_args(LayerDistillation)),
         }
@@ -152,6 +164,8 @@ class UptrainSettings:
             )
         if self.stage == "heal" and self.ce_weight == self.kl_weight == 0:
             raise SettingsError("ce_weight and kl_weight are both 0, so there is nothing to learn. Raise one of them.")
+        if "fsdp" in self.trainer:
+            raise SettingsError("trainer: fsdp would shard a shared layer like any other. Use sharding: fsdp2 instead.")
 
     @classmethod
     def from_mapping(cls, mapping: dict[str, Any], where: str) -> UptrainSettings:

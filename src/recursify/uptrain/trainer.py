@@ -1,7 +1,7 @@
 """The training loop: transformers' Trainer, with our losses inside the model's forward and checkpoints that are whole.
 
-What the Trainer does it keeps doing: accelerate's DDP, FSDP and DeepSpeed, mixed precision, accumulation, schedulers,
-optimizers, trackers, random states, and skipping to the right batch on resume.
+What the Trainer does it keeps doing: accelerate's DDP and DeepSpeed, accumulation, schedulers, optimizers, trackers,
+random states, and skipping to the right batch on resume. FSDP2 is in ``sharding.py``.
 """
 
 from __future__ import annotations
@@ -16,17 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from recursify.errors import TrainingError
 from recursify.modeling import RecursiveForCausalLM
 
-from . import checkpoints
+from . import checkpoints, sharding
 from .data import IGNORED, Collator, TextData
 from .objectives import Objective
 from .schedules import draw_recursions
 from .settings import UptrainSettings
 
 Sums = dict[str, Tensor]
+
+ZERO2: dict[str, Any] = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 2},
+    # The optimizer is torch's, in our groups, and not one of DeepSpeed's.
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+"""DeepSpeed's settings for ``sharding: zero2``; the Trainer fills in what is ``auto``."""
 
 
 class RecursiveTrainer(Trainer):
@@ -57,6 +70,11 @@ class RecursiveTrainer(Trainer):
         self._sums: Sums = {}
         self._scratch: Path | None = None
         self._micro_batch = 0
+        if computes_in_bfloat16(settings.precision):
+            # Matrix products of the model and, inside its objective, of the teacher; weights and losses stay float32.
+            # Around the model's own forward: DeepSpeed turns off an autocast that is around its engine.
+            autocast = torch.autocast(arguments.device.type, torch.bfloat16)
+            model.forward = autocast(model.forward)
         pad = tokenizer.pad_token_id
         super().__init__(
             model=model,
@@ -132,7 +150,9 @@ class RecursiveTrainer(Trainer):
 
     def _refuse_nan_weights(self) -> None:
         """A NaN gradient leaves a finite loss and weights that are lost: such weights are not worth a checkpoint."""
-        finite = [torch.isfinite(p.detach()).all() for p in self.model.parameters() if p.requires_grad]
+        finite = [
+            torch.isfinite(sharding.local_part(p.detach())).all() for p in self.model.parameters() if p.requires_grad
+        ]
         bad = (~torch.stack([flag.to(self.args.device) for flag in finite])).sum()
         if self.args.world_size > 1:
             bad = self.accelerator.reduce(bad, "sum")
@@ -198,17 +218,17 @@ class RecursiveTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Cross-entropy and perplexity on held-out text, by depth too, and whatever else the objective counts."""
-        # Without gradients DDP has nothing to do; FSDP still gathers weights in its own forward.
-        model = self.model_wrapped if self.is_fsdp_enabled else self.model
+        # Without gradients DDP and DeepSpeed have nothing to do; FSDP2 gathers weights in the model's own forward.
+        model = self.model
         was_training = model.training
         model.eval()
         sums: Sums = {}
         for inputs in self.get_eval_dataloader(eval_dataset):
-            with self.compute_loss_context_manager():
-                _, figures = self._run(model, self._prepare_inputs(inputs), None)
+            _, figures = self._run(model, self._prepare_inputs(inputs), None)
             for name, value in figures.items():
                 sums[name] = sums[name] + value if name in sums else value
         model.train(was_training)
+        sharding.reshard(model)
         per_token = self._per_token(sums)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in per_token.items()}
         metrics[f"{metric_key_prefix}_loss"] = per_token["ce"]
@@ -261,6 +281,40 @@ class RecursiveTrainer(Trainer):
             self._scratch = None
         self.accelerator.wait_for_everyone()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The whole model, as an ordinary folder. Checkpoints of a sharded one hold its shards instead."""
+        if not sharding.is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+        elif self._scratch is None and (whole := sharding.gathered(self.model)) is not None:
+            whole.save_pretrained(output_dir or self.args.output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not sharding.is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        sharding.save_shards(Path(output_dir), self.model, self._own_optimizer())
+        if self.is_world_process_zero():
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if sharding.is_sharded(self.model):
+            sharding.load_model_shards(Path(resume_from_checkpoint), self.model)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not sharding.is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        sharding.load_optimizer_shards(Path(checkpoint), self.model, self._own_optimizer())
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _own_optimizer(self) -> torch.optim.Optimizer:
+        """torch's optimizer, without accelerate's wrapper."""
+        assert self.optimizer is not None
+        wrapped: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return wrapped
+
     def _best_step(self) -> int | None:
         """The step of the checkpoint with the lowest held-out loss, of those that are still there."""
         there = {checkpoints.step_of(c) for c in checkpoints.list_checkpoints(Path(self.args.output_dir))}
@@ -290,7 +344,6 @@ def training_arguments(settings: UptrainSettings, folder: Path, *, world_size: i
         "max_grad_norm": settings.max_grad_norm,
         # A count that changes leaves the norms of deeper depths without gradients for a step.
         "ddp_find_unused_parameters": settings.random_recursions,
-        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "eval_strategy": "steps",
@@ -305,12 +358,20 @@ def training_arguments(settings: UptrainSettings, folder: Path, *, world_size: i
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),
+        "deepspeed": ZERO2 if settings.sharding == "zero2" else None,
         **settings.trainer,
     }
     try:
         return TrainingArguments(**fields)
     except (TypeError, ValueError, ImportError) as error:
         raise TrainingError(f"transformers refuses the training settings: {error}") from error
+
+
+def computes_in_bfloat16(precision: str) -> bool:
+    """Whether matrix products are in bfloat16; ``auto`` takes it where a GPU has it."""
+    return precision == "bfloat16" or (
+        precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    )
 
 
 def is_per_depth(name: str) -> bool:

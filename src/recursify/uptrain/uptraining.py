@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from recursify.checkpoint.writer import check_target
 from recursify.errors import CheckpointError, OutputError, RecursifyError, SettingsError, TrainingError
 from recursify.modeling import RecursiveConfig, RecursiveForCausalLM
 
-from . import checkpoints
+from . import checkpoints, sharding
 from .balancing import balance_factors
 from .data import prepare_data
 from .exits import Exits
@@ -86,12 +87,14 @@ def uptrain(
     """
     if settings.stage not in STAGES:
         raise SettingsError(f"Unknown stage '{settings.stage}'. Use one of: {', '.join(STAGES)}.")
+    _check_sharding(settings)
     # Without an accelerator it has to be told that processes are many on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
     folder = output / CHECKPOINT_FOLDER
     run = {"model": str(source.absolute()), "num_processes": state.num_processes, **settings.to_dict()}
     resumed = _find_resumed(folder, run) if resume else None
-    weights = source if resumed is None else resumed
+    # A sharded model's checkpoints hold shards, which are read into the model once it is sharded.
+    weights = source if resumed is None or settings.sharding == "fsdp2" else resumed
     if not resume:
         with state.main_process_first():
             if state.is_main_process:
@@ -107,6 +110,8 @@ def uptrain(
     if settings.gradient_checkpointing:
         # The model's own: per block layer and depth, never reentrant. The Trainer's argument changes its name in v6.
         model.gradient_checkpointing_enable()
+    if settings.sharding == "fsdp2":
+        sharding.shard(model)
     arguments = training_arguments(settings, folder, world_size=state.num_processes, resumes=resumed is not None)
     per_step = settings.batch_size * settings.accumulate * settings.length * state.num_processes
     trainer = RecursiveTrainer(
@@ -122,6 +127,8 @@ def uptrain(
         if resumed is not None and checkpoints.step_of(resumed) >= arguments.max_steps:
             # Nothing is left but to write the model; the Trainer would train one more step.
             trainer.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
+            if sharding.is_sharded(model):
+                sharding.load_model_shards(resumed, model)
         else:
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     except torch.OutOfMemoryError as error:
@@ -146,6 +153,21 @@ def uptrain(
     )
     _finish(trainer, source, outcome, settings, data.name)
     return outcome
+
+
+def _check_sharding(settings: UptrainSettings) -> None:
+    """Refuse what would be ignored, or sharded by someone else."""
+    for name, ours in (("ACCELERATE_USE_FSDP", "fsdp2"), ("ACCELERATE_USE_DEEPSPEED", "zero2")):
+        if os.environ.get(name, "false").lower() == "true":
+            raise SettingsError(
+                f"accelerate launch was told to shard ({name}), which --sharding {ours} does. Use that, "
+                f"and launch without."
+            )
+    if settings.sharding == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        raise SettingsError(
+            "Sharding 'zero2' needs DeepSpeed, which is not installed. Run: pip install deepspeed. Or use --sharding "
+            "fsdp2, which needs nothing."
+        )
 
 
 def _find_resumed(folder: Path, run: dict[str, Any]) -> Path | None:
