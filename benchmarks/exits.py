@@ -71,7 +71,7 @@ def run_row(name: str, model: Path, scratch: Path, settings: UptrainSettings) ->
     chosen = UptrainSettings.from_mapping({**settings.to_dict(), **ROWS[name]}, "the benchmark")
 
     def progress(stage: str, done: int, total: int) -> None:
-        if done % 10 == 0:
+        if done % 5120 == 0:
             talk.print(f"{name}: {stage} {done}/{total}")
 
     outcome = uptrain(model, scratch / "out", chosen, overwrite=True, progress=progress)

@@ -164,7 +164,7 @@ class Bench:
                 UptrainSettings.from_mapping(settings, "the benchmark"),
                 overwrite=True,
                 progress=lambda stage, done, total: (
-                    talk.print(f"{name}: {stage} {done}/{total}") if done % 20 == 0 else None
+                    talk.print(f"{name}: {stage} {done}/{total}") if done % 5120 == 0 else None
                 ),
             )
             speed = outcome.tokens / (time.perf_counter() - began)

@@ -170,7 +170,7 @@ def test_exits_resume(source, tmp_path):
         pass
 
     def cut(stage, done, total):
-        if done == 4:
+        if done == 4 * 4 * 32:
             raise Cut
 
     with pytest.raises(Cut):

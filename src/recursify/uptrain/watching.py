@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,25 +34,22 @@ class Watcher(TrainerCallback):
     Args:
         folder: The output folder.
         tokens_per_step: Tokens that one step takes from the data, on all ranks.
-        progress: Told of the stage and its steps.
+        progress: Told of the tokens trained on.
     """
 
     def __init__(self, folder: Path, tokens_per_step: int, progress: Progress):
         self.file = folder / METRICS_FILE
         self.tokens_per_step = tokens_per_step
         self.progress = progress
-        self._began = time.monotonic()
-        self._began_at = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drop what a run that died had logged after the checkpoint it is resumed from."""
-        self._began, self._began_at = time.monotonic(), state.global_step
         if state.is_world_process_zero:
             kept = (
                 [line for line in read_metrics(self.file) if line["step"] <= state.global_step]
-                if self._began_at
+                if state.global_step
                 else []
             )
             self.file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -75,9 +71,8 @@ class Watcher(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            seconds = time.monotonic() - self._began
-            speed = (state.global_step - self._began_at) * self.tokens_per_step / max(seconds, 1e-9)
-            self.progress(f"uptrain ({speed:,.0f} tokens/s)", state.global_step, state.max_steps)
+            step, steps = state.global_step, state.max_steps
+            self.progress("uptrain, tokens", step * self.tokens_per_step, steps * self.tokens_per_step)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
