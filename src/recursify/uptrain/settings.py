@@ -60,6 +60,10 @@ class UptrainSettings:
     """With ``random_recursions``: part of the steps over which the fewest allowed falls from all to one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, per block layer and depth."""
+    layer_tokens: int = 32_768
+    """Stage ``layers``: tokens whose hidden states are held at a time, for a sweep over all layers."""
+    layer_passes: int = 4
+    """Stage ``layers``: how often a layer is shown the tokens of its sweep; ``max_tokens`` counts each time."""
     seed: int = 0
     """Of data order, recursion counts and dropout."""
 
@@ -89,7 +93,7 @@ class UptrainSettings:
 
     def __post_init__(self) -> None:
         positive = ("length", "max_tokens", "batch_size", "accumulate", "learning_rate", "temperature", "loss_chunk")
-        for name in (*positive, "eval_every", "save_every", "keep"):
+        for name in (*positive, "eval_every", "save_every", "keep", "layer_tokens", "layer_passes"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} must be above 0, got {getattr(self, name)}.")
         for name in ("ce_weight", "kl_weight", "weight_decay", "warmup_fraction", "recursion_curriculum"):
@@ -101,6 +105,10 @@ class UptrainSettings:
             )
         if self.stage == "heal" and self.ce_weight == self.kl_weight == 0:
             raise SettingsError("ce_weight and kl_weight are both 0, so there is nothing to learn. Raise one of them.")
+        if self.stage == "layers" and self.random_recursions:
+            raise SettingsError(
+                "random_recursions has no meaning in stage 'layers', which fits every depth at once. Leave it out."
+            )
         if self.trainable not in TRAINABLE:
             raise SettingsError(f"Unknown trainable '{self.trainable}'. Use one of: {', '.join(TRAINABLE)}.")
 

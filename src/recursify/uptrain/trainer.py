@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,31 +143,12 @@ class RecursiveTrainer(Trainer):
     # --- Optimizer -----------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Residuals, norms and biases have a learning rate of their own; vectors have no weight decay.
-
-        A shared weight gathers the gradients of all depths, a residual those of one, so one rate rarely fits both.
-        """
+        """The optimizer of the settings, over :func:`parameter_groups`."""
         self.optimizer: torch.optim.Optimizer | None
         if self.optimizer is None:
             trained = model if model is not None else self.model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            own = self.settings.lora_learning_rate or self.settings.learning_rate
-            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-            for name, parameter in trained.named_parameters():
-                if parameter.requires_grad:
-                    key = (is_per_depth(name), decays(name, parameter))
-                    groups.setdefault(key, []).append(parameter)
-            self.optimizer = kind(
-                [
-                    {
-                        "params": parameters,
-                        "lr": own if per_depth else self.settings.learning_rate,
-                        "weight_decay": self.settings.weight_decay if decayed else 0.0,
-                    }
-                    for (per_depth, decayed), parameters in groups.items()
-                ],
-                **options,
-            )
+            self.optimizer = kind(parameter_groups(trained.named_parameters(), self.settings), **options)
         return self.optimizer
 
     # --- Measuring -----------------------------------------------------------------------------------------------
@@ -313,6 +295,34 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], settings: UptrainSettings) -> list[dict[str, Any]]:
+    """Groups for an optimizer of those parameters, given with their names in the model, that require gradients.
+
+    Residuals, norms and biases have a learning rate of their own: a shared weight gathers the gradients of all depths,
+    a residual those of one, so one rate rarely fits both. Vectors have no weight decay.
+    """
+    own = settings.lora_learning_rate or settings.learning_rate
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            groups.setdefault((is_per_depth(name), decays(name, parameter)), []).append(parameter)
+    return [
+        {
+            "params": members,
+            "lr": own if per_depth else settings.learning_rate,
+            "weight_decay": settings.weight_decay if decayed else 0.0,
+        }
+        for (per_depth, decayed), members in groups.items()
+    ]
+
+
+def is_trained(name: str, trainable: str) -> bool:
+    """Whether the parameter ``name`` is among those that ``trainable`` names."""
+    if trainable == "lora":
+        return is_per_depth(name)
+    return trainable == "all" or (".block." in name and name.endswith(".linear.weight"))
+
+
 def choose_trained(model: RecursiveForCausalLM, trainable: str) -> None:
     """Freeze what ``trainable`` leaves out.
 
@@ -320,10 +330,8 @@ def choose_trained(model: RecursiveForCausalLM, trainable: str) -> None:
         TrainingError: Nothing is left to train.
     """
     for name, parameter in model.named_parameters():
-        if trainable == "lora":
-            parameter.requires_grad_(is_per_depth(name))
-        elif trainable == "shared":
-            parameter.requires_grad_(".block." in name and name.endswith(".linear.weight"))
+        if trainable != "all":
+            parameter.requires_grad_(is_trained(name, trainable))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError(f"This model has no parameters that trainable '{trainable}' names.")
 
