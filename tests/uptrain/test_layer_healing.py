@@ -164,8 +164,9 @@ def test_error_of_a_hand_made_difference(settings, tmp_path):
     dense = open_checkpoint(str(tmp_path / "dense")).load_model()
     first, *_ = layer_lines(tmp_path / "out")
     inputs, real = _first_batch(untrained, source)
+    apart = {"output_hidden_states": True, "use_cache": False}  # with a cache, packed documents see one another
     with torch.no_grad():
-        states = [hidden[real] for hidden in dense(**inputs, output_hidden_states=True).hidden_states]
+        states = [hidden[real] for hidden in dense(**inputs, **apart).hidden_states]
     expected = ((states[0] - states[1]).square().sum(-1) / states[1].square().sum(-1)).mean()
     assert first["error_before"] == pytest.approx(float(expected), rel=1e-4)
 
