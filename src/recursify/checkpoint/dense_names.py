@@ -46,22 +46,23 @@ class DenseNames:
         parameters: Recursive parameter names with their shapes; a tied head is not among them.
         dense_parameters: Dense parameter names with their shapes, likewise.
         unshared: Recursive name -> dense name of everything outside the shared block.
+        skeleton: The recursive model on the meta device.
     """
 
     def __init__(self, config: RecursiveConfig):
         dense_config = config.dense_config()
         with torch.device("meta"):
-            self._model = RecursiveForCausalLM(config)
+            self.skeleton = RecursiveForCausalLM(config)
             dense = MODEL_FOR_CAUSAL_LM_MAPPING[type(dense_config)](dense_config)
         self.layout = config.layout
-        self.parameters = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
+        self.parameters = {name: tuple(p.shape) for name, p in self.skeleton.named_parameters()}
         self.dense_parameters = {name: tuple(p.shape) for name, p in dense.named_parameters()}
         self.stem = f"{dense.base_model_prefix}.layers"
         self.unshared = self._unshared()
 
     def stored_modules(self, index: int) -> Iterator[StoredModule]:
         """The stored modules of block layer ``index``."""
-        layer = self._model.model.block[index]
+        layer = self.skeleton.model.block[index]
         assert isinstance(layer, SharedLayer)
         for path, module in layer.stored_modules():
             name = f"model.block.{index}.{path}"

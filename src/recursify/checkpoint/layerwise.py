@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,11 +52,13 @@ class Layerwise:
     Args:
         checkpoint: The dense model.
         config: The recursive config made from it (layers are built as the recursive model builds them).
-        windows: Token ids ``[N, T]``.
+        windows: Token ids ``[N, T]``; None where the caller embeds text of its own.
         device: Where layers run.
     """
 
-    def __init__(self, checkpoint: DenseCheckpoint, config: RecursiveConfig, windows: Tensor, device: str = "cpu"):
+    def __init__(
+        self, checkpoint: DenseCheckpoint, config: RecursiveConfig, windows: Tensor | None, device: str = "cpu"
+    ):
         self.checkpoint = checkpoint
         # Eager and sdpa differ in rounding only; a private copy keeps the caller's config as it is.
         self.config = copy.deepcopy(config)
@@ -68,8 +71,8 @@ class Layerwise:
         self.rotary_emb = self._computed(family.rotary_emb)
         self._rope_by_layer_type = family.rope_by_layer_type
         self._cache_argument = family.cache_argument
-        self.batches = list(windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1])))
-        self.num_tokens = windows.numel()
+        self.batches = [] if windows is None else list(windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1])))
+        self.num_tokens = 0 if windows is None else windows.numel()
         self._arguments: dict[tuple[int, int], dict[str, Any]] = {}
         self.stages, self.writes = self._find_stages()
 
@@ -98,9 +101,13 @@ class Layerwise:
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False).eval()
 
-    def run(self, layer: nn.Module, position: int, hidden: Tensor) -> Tensor:
-        """``[b, T, D] -> [b, T, D]``."""
-        return layer(hidden, **self._layer_arguments(position, hidden))
+    def run(
+        self, layer: Callable[..., Tensor], position: int, hidden: Tensor, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """``[b, T, D] -> [b, T, D]``; where ``position_ids [b, T]`` restart, a packed document begins."""
+        if position_ids is None:
+            return layer(hidden, **self._layer_arguments(position, hidden))
+        return layer(hidden, **self._arguments_at(position, hidden, position_ids))
 
     def observe(
         self, layer: nn.Module, position: int, hidden: Tensor, paths: list[str]
@@ -148,26 +155,29 @@ class Layerwise:
     def _layer_arguments(self, position: int, hidden: Tensor) -> dict[str, Any]:
         key = (hidden.shape[0], position)
         if key not in self._arguments:
-            self._arguments = {}  # one position and batch size at a time: masks are as large as hidden states
             positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-            masks = create_masks_for_generate(
-                config=self.config,
-                inputs_embeds=hidden,
-                attention_mask=None,
-                past_key_values=None,
-                position_ids=positions,
-            )
-            kinds = getattr(self.config, "layer_types", None)
-            kind = kinds[position] if kinds else None
-            rope = (positions, kind) if self._rope_by_layer_type else (positions,)
-            self._arguments[key] = {
-                "attention_mask": masks[kind] if isinstance(masks, dict) else masks,
-                "position_embeddings": self.rotary_emb(hidden, *rope),
-                "position_ids": positions,
-                "use_cache": False,
-                self._cache_argument: None,
-            }
+            # One position and batch size at a time: masks are as large as hidden states.
+            self._arguments = {key: self._arguments_at(position, hidden, positions)}
         return self._arguments[key]
+
+    def _arguments_at(self, position: int, hidden: Tensor, position_ids: Tensor) -> dict[str, Any]:
+        masks = create_masks_for_generate(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+        kinds = getattr(self.config, "layer_types", None)
+        kind = kinds[position] if kinds else None
+        rope = (position_ids, kind) if self._rope_by_layer_type else (position_ids,)
+        return {
+            "attention_mask": masks[kind] if isinstance(masks, dict) else masks,
+            "position_embeddings": self.rotary_emb(hidden, *rope),
+            "position_ids": position_ids,
+            "use_cache": False,
+            self._cache_argument: None,
+        }
 
     def _find_stages(self) -> tuple[list[list[str]], list[bool]]:
         """Linear maps of a layer in the order in which they run, and which of them write to the residual stream.

@@ -30,6 +30,8 @@ A run that was killed goes on where it was with the same command and `--resume`.
 
 `recursify uptrain qwen-r4 -o healed --data roneneldan/TinyStories --streaming --eval-data held_out.txt`
 
+`recursify uptrain llama-r2 -o healed --stage layers --data corpus/ --max-tokens 100000`
+
 `recursify uptrain llama-r2 -o healed --data corpus/ --num-processes 4 --sharding fsdp2 --config uptrain.yaml`
 
 `accelerate launch -m recursify uptrain llama-r2 -o healed --data corpus/ --resume`
@@ -45,7 +47,13 @@ def uptrain_command(
     output: OutputOption,
     stage: Annotated[
         str | None,
-        typer.Option("--stage", help="What to train for: heal, exits. [default: heal]", show_default=False),
+        typer.Option(
+            "--stage",
+            help="heal: the whole model, by cross-entropy and distillation. layers: each shared layer by itself, "
+            "fitted to the dense layers' outputs in bounded memory. exits: heads after every recursion. "
+            "[default: heal]",
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,

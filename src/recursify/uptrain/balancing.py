@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from recursify.modeling import RecursiveForCausalLM, RelaxedLinear
+from recursify.modeling import RelaxedLinear
 
 
 @torch.no_grad()
-def balance_factors(model: RecursiveForCausalLM) -> None:
+def balance_factors(model: nn.Module) -> None:
     """Give both factors of every trained residual the same norm, component by component; their product stays.
 
     An SVD leaves all singular values in ``B``: on SmolLM2-135M the first column of ``B`` is a thousand times as long as

@@ -78,6 +78,10 @@ class UptrainSettings:
     """With several processes, what is cut into parts, one each; see ``SHARDING``."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products; weights, optimizer and losses are float32. auto: bfloat16 where a GPU has it."""
+    layer_tokens: int = 32_768
+    """Stage ``layers``: tokens whose hidden states are held at a time, for a sweep over all layers."""
+    layer_passes: int = 4
+    """Stage ``layers``: how often a layer is shown the tokens of its sweep; ``max_tokens`` counts each time."""
     seed: int = 0
     """Of data order, recursion counts and dropout."""
 
@@ -127,15 +131,8 @@ class UptrainSettings:
 
     def __post_init__(self) -> None:
         positive = ("length", "max_tokens", "batch_size", "accumulate", "learning_rate", "temperature", "loss_chunk")
-        for name in (
-            *positive,
-            "head_learning_rate",
-            "exit_rank",
-            "eval_sequences",
-            "eval_every",
-            "save_every",
-            "keep",
-        ):
+        counts = ("exit_rank", "eval_sequences", "eval_every", "save_every", "keep", "layer_tokens", "layer_passes")
+        for name in (*positive, "head_learning_rate", *counts):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} must be above 0, got {getattr(self, name)}.")
         not_negative = ("ce_weight", "kl_weight", "weight_decay", "warmup_fraction", "recursion_curriculum")
@@ -166,6 +163,10 @@ class UptrainSettings:
             raise SettingsError("ce_weight and kl_weight are both 0, so there is nothing to learn. Raise one of them.")
         if "fsdp" in self.trainer:
             raise SettingsError("trainer: fsdp would shard a shared layer like any other. Use sharding: fsdp2 instead.")
+        if self.stage == "layers" and self.random_recursions:
+            raise SettingsError(
+                "random_recursions has no meaning in stage 'layers', which fits every depth at once. Leave it out."
+            )
 
     @classmethod
     def from_mapping(cls, mapping: dict[str, Any], where: str) -> UptrainSettings:

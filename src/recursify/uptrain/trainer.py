@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,37 +166,13 @@ class RecursiveTrainer(Trainer):
     # --- Optimizer -----------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Residuals, norms and biases have a learning rate of their own, and exit heads; vectors have no weight decay.
-
-        A shared weight gathers the gradients of all depths, a residual those of one, so one rate rarely fits both.
-        """
+        """The optimizer of the settings, over :func:`parameter_groups`."""
         self.optimizer: torch.optim.Optimizer | None
         if self.optimizer is None:
             trained = model if model is not None else self.model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-            for name, parameter in trained.named_parameters():
-                if parameter.requires_grad:
-                    key = (self._peak_rate(name), decays(name, parameter))
-                    groups.setdefault(key, []).append(parameter)
-            self.optimizer = kind(
-                [
-                    {
-                        "params": parameters,
-                        "lr": rate,
-                        "weight_decay": self.settings.weight_decay if decayed else 0.0,
-                    }
-                    for (rate, decayed), parameters in groups.items()
-                ],
-                **options,
-            )
+            self.optimizer = kind(parameter_groups(trained.named_parameters(), self.settings), **options)
         return self.optimizer
-
-    def _peak_rate(self, name: str) -> float:
-        settings = self.settings
-        if is_exit_head(name):
-            return settings.head_learning_rate
-        return (settings.lora_learning_rate or settings.learning_rate) if is_per_depth(name) else settings.learning_rate
 
     # --- Measuring -----------------------------------------------------------------------------------------------
 
@@ -389,21 +366,48 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], settings: UptrainSettings) -> list[dict[str, Any]]:
+    """Groups for an optimizer of those parameters, given with their names in the model, that require gradients.
+
+    Residuals, norms and biases have a learning rate of their own: a shared weight gathers the gradients of all depths,
+    a residual those of one, so one rate rarely fits both. So have exit heads. Vectors have no weight decay.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            groups.setdefault((peak_rate(name, settings), decays(name, parameter)), []).append(parameter)
+    return [
+        {"params": members, "lr": rate, "weight_decay": settings.weight_decay if decayed else 0.0}
+        for (rate, decayed), members in groups.items()
+    ]
+
+
+def peak_rate(name: str, settings: UptrainSettings) -> float:
+    """Learning rate, at its peak, of the parameter ``name``."""
+    if is_exit_head(name):
+        return settings.head_learning_rate
+    return (settings.lora_learning_rate or settings.learning_rate) if is_per_depth(name) else settings.learning_rate
+
+
+def is_trained(name: str, settings: UptrainSettings) -> bool:
+    """Whether the settings train the parameter ``name``; exit heads only where the stage has a use for them."""
+    if is_exit_head(name):
+        return settings.stage == "exits"
+    if settings.trainable == "lora":
+        return is_per_depth(name)
+    if settings.trainable == "shared":
+        return ".block." in name and name.endswith(".linear.weight")
+    return settings.trainable == "all"
+
+
 def choose_trained(model: RecursiveForCausalLM, settings: UptrainSettings) -> None:
-    """Freeze what ``settings.trainable`` leaves out, and exit heads where the stage has no use for them.
+    """Freeze what the settings leave out.
 
     Raises:
         TrainingError: Nothing is left to train.
     """
     for name, parameter in model.named_parameters():
-        if is_exit_head(name):
-            parameter.requires_grad_(settings.stage == "exits")
-        elif settings.trainable == "lora":
-            parameter.requires_grad_(is_per_depth(name))
-        elif settings.trainable == "shared":
-            parameter.requires_grad_(".block." in name and name.endswith(".linear.weight"))
-        elif settings.trainable == "heads":
-            parameter.requires_grad_(False)
+        parameter.requires_grad_(is_trained(name, settings))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError(f"This model has no parameters that trainable '{settings.trainable}' names.")
 

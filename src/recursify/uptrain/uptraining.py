@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,28 @@ from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from recursify.checkpoint.dense_checkpoint import open_checkpoint
+from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, open_checkpoint
 from recursify.checkpoint.record import read_record, write_model_files
-from recursify.checkpoint.writer import check_target
+from recursify.checkpoint.recursive_checkpoint import RecursiveCheckpoint
+from recursify.checkpoint.writer import ShardedCheckpoint, check_target
 from recursify.errors import CheckpointError, OutputError, RecursifyError, SettingsError, TrainingError
 from recursify.modeling import RecursiveConfig, RecursiveForCausalLM
 
 from . import checkpoints, sharding
 from .balancing import balance_factors
-from .data import prepare_data
+from .data import Collator, prepare_data
 from .exits import Exits
+from .layer_healing import LayerHealing
 from .objectives import Heal, Objective
 from .settings import UptrainSettings
 from .trainer import RecursiveTrainer, choose_trained, training_arguments
-from .watching import Progress, Watcher, draw_curves
+from .watching import METRICS_FILE, Progress, Watcher, append_metrics, draw_curves
 
 STAGES: dict[str, type[Objective]] = {"heal": Heal, "exits": Exits}
-"""Stage -> its objective."""
+"""Stage that trains end to end -> its objective."""
+
+LAYER_STAGE = "layers"
+"""The stage without one: see ``layer_healing.py``."""
 
 CHECKPOINT_FOLDER = "checkpoints"
 
@@ -85,11 +91,26 @@ def uptrain(
     Raises:
         RecursifyError: Anything wrong with the model, the settings or the data; or a run that cannot go on.
     """
-    if settings.stage not in STAGES:
-        raise SettingsError(f"Unknown stage '{settings.stage}'. Use one of: {', '.join(STAGES)}.")
+    if settings.stage not in (*STAGES, LAYER_STAGE):
+        raise SettingsError(f"Unknown stage '{settings.stage}'. Use one of: {', '.join((*STAGES, LAYER_STAGE))}.")
     _check_sharding(settings)
     # Without an accelerator it has to be told that processes are many on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
+    run_stage = _heal_layers if settings.stage == LAYER_STAGE else _train
+    return run_stage(source, output, settings, state, resume=resume, overwrite=overwrite, progress=progress)
+
+
+def _train(
+    source: Path,
+    output: Path,
+    settings: UptrainSettings,
+    state: PartialState,
+    *,
+    resume: bool,
+    overwrite: bool,
+    progress: Progress,
+) -> Outcome:
+    """A stage that trains the whole model at once, in the Trainer."""
     folder = output / CHECKPOINT_FOLDER
     run = {"model": str(source.absolute()), "num_processes": state.num_processes, **settings.to_dict()}
     resumed = _find_resumed(folder, run) if resume else None
@@ -123,20 +144,7 @@ def uptrain(
         tokenizer,
         [Watcher(output, per_step, progress)],
     )
-    try:
-        if resumed is not None and checkpoints.step_of(resumed) >= arguments.max_steps:
-            # Nothing is left but to write the model; the Trainer would train one more step.
-            trainer.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
-            if sharding.is_sharded(model):
-                sharding.load_model_shards(resumed, model)
-        else:
-            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"Out of memory at {settings.batch_size} sequences of {settings.length} tokens: "
-            f"{str(error).splitlines()[0]} Lower batch_size (raise accumulate to make up for it), or turn on "
-            f"gradient_checkpointing."
-        ) from error
+    _run_trainer(trainer, settings, resumed)
     history = [line for line in trainer.state.log_history if "eval_loss" in line]
     if not history or history[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
@@ -170,6 +178,79 @@ def _check_sharding(settings: UptrainSettings) -> None:
         )
 
 
+def _run_trainer(trainer: RecursiveTrainer, settings: UptrainSettings, resumed: Path | None) -> None:
+    """Train to the end of the run.
+
+    Raises:
+        TrainingError: Out of memory.
+    """
+    try:
+        if resumed is not None and checkpoints.step_of(resumed) >= trainer.args.max_steps:
+            # Nothing is left but to write the model; the Trainer would train one more step.
+            trainer.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
+            if sharding.is_sharded(trainer.model):
+                sharding.load_model_shards(resumed, trainer.model)
+        else:
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"Out of memory at {settings.batch_size} sequences of {settings.length} tokens: "
+            f"{str(error).splitlines()[0]} Lower batch_size (raise accumulate to make up for it), or turn on "
+            f"gradient_checkpointing."
+        ) from error
+
+
+def _heal_layers(
+    source: Path,
+    output: Path,
+    settings: UptrainSettings,
+    state: PartialState,
+    *,
+    resume: bool,
+    overwrite: bool,
+    progress: Progress,
+) -> Outcome:
+    """Stage ``layers``: neither model is ever whole in memory."""
+    if resume:
+        raise TrainingError("Stage 'layers' is short and keeps no checkpoints. Run it again, with --overwrite.")
+    if state.num_processes > 1:
+        raise TrainingError(
+            f"Stage 'layers' runs in one process, and {state.num_processes} were started. Leave out --num-processes."
+        )
+    student = RecursiveCheckpoint(source)
+    tokenizer = _load_tokenizer(source, student.config, settings)
+    teacher = _open_teacher(source, student.config, settings)
+    run = {"model": str(source.absolute()), "num_processes": 1, **settings.to_dict()}
+    _begin(source, output, output / CHECKPOINT_FOLDER, run, overwrite)
+    data = prepare_data(settings, tokenizer)
+    scratch = output / ".model"
+    scratch.mkdir()
+    weights = ShardedCheckpoint(scratch, student.tensors)
+    for name in student.tensors:
+        weights.write(name, student.read(name))
+    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    log = partial(append_metrics, output / METRICS_FILE)
+    healing = LayerHealing(
+        teacher,
+        student.config,
+        weights,
+        data,
+        Collator(settings.length, pad),
+        settings,
+        log=log,
+        progress=progress,
+        device=str(state.device),
+    )
+    before = healing.measure()
+    log({"step": 0, "tokens": 0, **{f"eval_{name}": value for name, value in before.items()}})
+    healing.run()
+    after = healing.measure()
+    log({"step": healing.steps, "tokens": healing.tokens, **{f"eval_{name}": value for name, value in after.items()}})
+    outcome = Outcome(output, healing.steps, healing.tokens, before, after, draw_curves(output))
+    _publish(scratch, source, student.config, tokenizer, outcome, settings, data.name, num_processes=1)
+    return outcome
+
+
 def _find_resumed(folder: Path, run: dict[str, Any]) -> Path | None:
     checkpoints.check_run(folder, run)
     return checkpoints.newest_intact(folder)
@@ -193,45 +274,61 @@ def _load(source: Path, settings: UptrainSettings) -> tuple[RecursiveForCausalLM
     """The model, in float32, and its tokenizer."""
     try:
         model = RecursiveForCausalLM.from_pretrained(source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"'{source}' does not load: {str(error).splitlines()[0]}") from error
-    context = model.config.max_position_embeddings
+    return model, _load_tokenizer(source, model.config, settings)
+
+
+def _load_tokenizer(source: Path, config: RecursiveConfig, settings: UptrainSettings) -> Any:
+    """The model's tokenizer, once it is certain that sequences fit the model."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"The tokenizer in '{source}' does not load: {str(error).splitlines()[0]}") from error
+    context = config.max_position_embeddings
     if settings.length > context:
         raise SettingsError(
             f"length {settings.length} is longer than the model's context of {context} tokens. Use at most {context}."
         )
-    return model, tokenizer
+    return tokenizer
 
 
 def _load_teacher(
     source: Path, model: RecursiveForCausalLM, settings: UptrainSettings, state: PartialState
 ) -> PreTrainedModel | None:
-    """The dense teacher, frozen, in eval mode.
+    """The dense teacher, frozen, in eval mode."""
+    if not settings.kl_weight:
+        return None
+    checkpoint = _open_teacher(source, model.config, settings)
+    dtype = None if settings.teacher_dtype == "auto" else getattr(torch, settings.teacher_dtype)
+    return checkpoint.load_model(dtype).to(state.device).requires_grad_(False)
+
+
+def _open_teacher(source: Path, config: RecursiveConfig, settings: UptrainSettings) -> DenseCheckpoint:
+    """The dense teacher on disk.
 
     Raises:
         CheckpointError: There is none, or it has another vocabulary.
     """
-    if not settings.kl_weight:
-        return None
+    needed = settings.stage == LAYER_STAGE
     name = settings.teacher or read_record(source).get("plan", {}).get("source")
     if name is None:
         raise CheckpointError(
-            f"'{source}' does not say which dense model it was made from. Give --teacher, or --kl-weight 0 to learn "
-            f"from the data alone."
+            f"'{source}' does not say which dense model it was made from. Give --teacher"
+            + ("." if needed else ", or --kl-weight 0 to learn from the data alone.")
         )
     try:
         checkpoint = open_checkpoint(name)
     except RecursifyError as error:
-        raise CheckpointError(f"The teacher does not open: {error} Or give --kl-weight 0.") from error
-    if checkpoint.config.vocab_size != model.config.vocab_size:
+        otherwise = "" if needed else " Or give --kl-weight 0."
+        raise CheckpointError(f"The teacher does not open: {error}{otherwise}") from error
+    if checkpoint.config.vocab_size != config.vocab_size:
         raise CheckpointError(
             f"The teacher '{name}' has {checkpoint.config.vocab_size} tokens in its vocabulary, and the model "
-            f"{model.config.vocab_size}: their predictions are not about the same tokens. Give the dense model that "
+            f"{config.vocab_size}: their predictions are not about the same tokens. Give the dense model that "
             f"the recursive one was made from."
         )
-    dtype = None if settings.teacher_dtype == "auto" else getattr(torch, settings.teacher_dtype)
-    return checkpoint.load_model(dtype).to(state.device).requires_grad_(False)
+    return checkpoint
 
 
 def _figures(line: dict[str, Any]) -> dict[str, float]:
@@ -250,6 +347,30 @@ def _finish(trainer: RecursiveTrainer, source: Path, outcome: Outcome, settings:
     shutil.rmtree(scratch)
     scratch.mkdir()
     model.save_pretrained(scratch)
+    _publish(
+        scratch,
+        source,
+        model.config,
+        trainer.processing_class,
+        outcome,
+        settings,
+        data,
+        num_processes=trainer.args.world_size,
+    )
+
+
+def _publish(
+    scratch: Path,
+    source: Path,
+    config: RecursiveConfig,
+    tokenizer: Any,
+    outcome: Outcome,
+    settings: UptrainSettings,
+    data: str,
+    *,
+    num_processes: int,
+) -> None:
+    """Move the weights in ``scratch`` into the output folder, with all else that makes a model's folder."""
     record = read_record(source)
     run = {
         "recursify_version": version("recursify"),
@@ -257,14 +378,14 @@ def _finish(trainer: RecursiveTrainer, source: Path, outcome: Outcome, settings:
         "data_name": data,
         "tokens": outcome.tokens,
         "steps": outcome.steps,
-        "num_processes": trainer.args.world_size,
+        "num_processes": num_processes,
         "settings": settings.to_dict(),
         "before": outcome.before,
         "after": outcome.after,
     }
     record["history"] = [*record.get("history", []), run]
-    write_model_files(scratch, model.config, record)
-    trainer.processing_class.save_pretrained(scratch)
+    write_model_files(scratch, config, record)
+    tokenizer.save_pretrained(scratch)
     for file in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
         # config.json comes last: a folder without it is no model, so none is ever half one.
         os.replace(file, outcome.output / file.name)

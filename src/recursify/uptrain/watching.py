@@ -66,13 +66,18 @@ class Watcher(TrainerCallback):
             return
         line = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step, **logs}
         line.pop("epoch", None)
-        with open(self.file, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        append_metrics(self.file, line)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             step, steps = state.global_step, state.max_steps
             self.progress("uptrain, tokens", step * self.tokens_per_step, steps * self.tokens_per_step)
+
+
+def append_metrics(file: Path, line: dict[str, Any]) -> None:
+    """Add a line to a ``metrics.jsonl``."""
+    with open(file, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
