@@ -47,7 +47,7 @@ class UptrainSettings:
     warmup_fraction: float = 0.05
     """Part of the steps over which the learning rate rises."""
     optimizer: str = "adamw_torch"
-    """Any optimizer of transformers (``adamw_torch``, ``adafactor``, ``adamw_8bit``, ...)."""
+    """Any optimizer of transformers (``adamw_torch``, ``adafactor``, ``adamw_8bit``, ...), or ``hfac``."""
     weight_decay: float = 0.0
     """Of matrices; never of norms and biases."""
     max_grad_norm: float = 1.0

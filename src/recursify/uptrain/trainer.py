@@ -22,6 +22,7 @@ from recursify.modeling import RecursiveForCausalLM
 
 from . import checkpoints
 from .data import IGNORED, Collator, TextData
+from .hfac import HFac
 from .objectives import Objective
 from .schedules import draw_recursions
 from .settings import UptrainSettings
@@ -149,7 +150,8 @@ class RecursiveTrainer(Trainer):
         self.optimizer: torch.optim.Optimizer | None
         if self.optimizer is None:
             trained = model if model is not None else self.model
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            is_hfac = self.settings.optimizer == "hfac"
+            kind, options = self._hfac() if is_hfac else self.get_optimizer_cls_and_kwargs(self.args, trained)
             own = self.settings.lora_learning_rate or self.settings.learning_rate
             groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
             for name, parameter in trained.named_parameters():
@@ -162,12 +164,17 @@ class RecursiveTrainer(Trainer):
                         "params": parameters,
                         "lr": own if per_depth else self.settings.learning_rate,
                         "weight_decay": self.settings.weight_decay if decayed else 0.0,
+                        **({"factored": decayed} if is_hfac else {}),
                     }
                     for (per_depth, decayed), parameters in groups.items()
                 ],
                 **options,
             )
         return self.optimizer
+
+    def _hfac(self) -> tuple[Any, dict[str, Any]]:
+        """H-Fac and its options, as ``get_optimizer_cls_and_kwargs`` has those of transformers."""
+        return HFac, {"betas": (self.args.adam_beta1, self.args.adam_beta2)}
 
     # --- Measuring -----------------------------------------------------------------------------------------------
 
@@ -275,7 +282,8 @@ def training_arguments(settings: UptrainSettings, folder: Path, *, world_size: i
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
         "warmup_steps": round(settings.warmup_fraction * steps),
-        "optim": settings.optimizer,
+        # transformers does not know ours, which create_optimizer makes.
+        "optim": "adamw_torch" if settings.optimizer == "hfac" else settings.optimizer,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         # A count that changes leaves the norms of deeper depths without gradients for a step.
