@@ -28,6 +28,8 @@ A run that was killed goes on where it was with the same command and `--resume`.
 
 `recursify uptrain qwen-r4 -o healed --data roneneldan/TinyStories --streaming --eval-data held_out.txt`
 
+`recursify uptrain smollm2-r2 -o smollm2-tied --stage tie --max-tokens 30000`
+
 `recursify uptrain llama-r2 -o healed --data corpus/ --num-processes 4 --config uptrain.yaml`
 
 `accelerate launch -m recursify uptrain llama-r2 -o healed --data corpus/ --resume`
@@ -43,7 +45,12 @@ def uptrain_command(
     output: OutputOption,
     stage: Annotated[
         str | None,
-        typer.Option("--stage", help="What to train for: heal. [default: heal]", show_default=False),
+        typer.Option(
+            "--stage",
+            help="What to train for: heal; or tie, which starts from the dense layers and lets them become one. "
+            "[default: heal]",
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,

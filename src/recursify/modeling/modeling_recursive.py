@@ -59,7 +59,10 @@ class RelaxedLinear(nn.Module):
 
     def forward(self, x: Tensor, depth: int) -> Tensor:
         """``[..., I] -> [..., O]`` at ``depth``."""
-        y = self.linear(x)
+        return self.relax(self.linear(x), x, depth)
+
+    def relax(self, y: Tensor, x: Tensor, depth: int) -> Tensor:
+        """What the shared weight makes of ``x``, ``y [..., O]``, plus the residual and the bias of ``depth``."""
         if self.lora_a is not None and self.lora_b is not None:
             y = y + F.linear(F.linear(x, self.lora_a[depth]), self.lora_b[depth])
         if self.bias is not None:
@@ -165,6 +168,12 @@ class SharedLayer(nn.Module):
             stored = self.get_submodule(path)
             assert isinstance(stored, RelaxedLinear | PerDepth)
             yield path, stored
+
+    def replace_stored(self, path: str, module: RelaxedLinear | PerDepth) -> None:
+        """Store ``module`` at ``path`` instead, and have every view call it."""
+        self.set_submodule(path, module)
+        for view in self.views:
+            object.__setattr__(view.get_submodule(path), "stored", module)
 
 
 def weight_owners(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -58,6 +58,10 @@ class UptrainSettings:
     """Draw each step's number of recursions, the same on all ranks."""
     recursion_curriculum: float = 0.5
     """With ``random_recursions``: part of the steps over which the fewest allowed falls from all to one."""
+    tie_fraction: float = 0.75
+    """Stage ``tie``: part of the steps over which a slot's weights move to their mean; the rest trains the mean."""
+    tie_noise: float = 1.0
+    """Stage ``tie``: how far a step's mixture is drawn from what it is on average; 0 draws nothing, at most 1."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, per block layer and depth."""
     seed: int = 0
@@ -99,7 +103,13 @@ class UptrainSettings:
             raise SettingsError(
                 "length must be at least 2: the first token of a sequence predicts, it is not predicted."
             )
-        if self.stage == "heal" and self.ce_weight == self.kl_weight == 0:
+        if not 0 <= self.tie_fraction < 1:
+            raise SettingsError(
+                f"tie_fraction must be at least 0 and below 1, got {self.tie_fraction}: the last steps train the mean."
+            )
+        if not 0 <= self.tie_noise <= 1:
+            raise SettingsError(f"tie_noise must be between 0 and 1, got {self.tie_noise}.")
+        if self.stage in ("heal", "tie") and self.ce_weight == self.kl_weight == 0:
             raise SettingsError("ce_weight and kl_weight are both 0, so there is nothing to learn. Raise one of them.")
         if self.trainable not in TRAINABLE:
             raise SettingsError(f"Unknown trainable '{self.trainable}'. Use one of: {', '.join(TRAINABLE)}.")

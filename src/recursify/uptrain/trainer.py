@@ -93,6 +93,7 @@ class RecursiveTrainer(Trainer):
             TrainingError: It is NaN or infinite.
         """
         assert num_items_in_batch is not None, "every batch has labels"
+        self.objective.begin_step(self.state.global_step, self.state.max_steps)
         total, sums = self._run(model, inputs, draw_recursions(self.settings, self._layout(), self.state))
         self._micro_batch += 1
         if not torch.isfinite(total):

@@ -25,10 +25,11 @@ from . import checkpoints
 from .data import prepare_data
 from .objectives import Heal, Objective
 from .settings import UptrainSettings
+from .soft_tying import SoftTying
 from .trainer import RecursiveTrainer, choose_trained, training_arguments
 from .watching import Progress, Watcher, draw_curves
 
-STAGES: dict[str, type[Objective]] = {"heal": Heal}
+STAGES: dict[str, type[Objective]] = {"heal": Heal, "tie": SoftTying}
 """Stage -> its objective."""
 
 CHECKPOINT_FOLDER = "checkpoints"
@@ -89,12 +90,13 @@ def uptrain(
     folder = output / CHECKPOINT_FOLDER
     run = {"model": str(source.absolute()), "num_processes": state.num_processes, **settings.to_dict()}
     resumed = _find_resumed(folder, run) if resume else None
-    weights = source if resumed is None else resumed
     if not resume:
         with state.main_process_first():
             if state.is_main_process:
                 _begin(source, output, folder, run, overwrite)
-    model, tokenizer = _load(weights, settings)
+    # Also a resumed run begins with the source: what a stage changes in prepare() is made from it, and then takes the
+    # checkpoint's weights.
+    model, tokenizer = _load(source, settings)
     teacher = _load_teacher(source, model, settings, state)
     objective = STAGES[settings.stage](settings, teacher)
     with state.main_process_first():
@@ -118,6 +120,7 @@ def uptrain(
     try:
         if resumed is not None and checkpoints.step_of(resumed) >= arguments.max_steps:
             # Nothing is left but to write the model; the Trainer would train one more step.
+            checkpoints.load_weights(resumed, model)
             trainer.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
         else:
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
@@ -187,18 +190,17 @@ def _load_teacher(
     Raises:
         CheckpointError: There is none, or it has another vocabulary.
     """
-    if not settings.kl_weight:
+    needed = STAGES[settings.stage].needs_teacher
+    if not settings.kl_weight and not needed:
         return None
+    without = "" if needed else ", or --kl-weight 0 to learn from the data alone"
     name = settings.teacher or read_record(source).get("plan", {}).get("source")
     if name is None:
-        raise CheckpointError(
-            f"'{source}' does not say which dense model it was made from. Give --teacher, or --kl-weight 0 to learn "
-            f"from the data alone."
-        )
+        raise CheckpointError(f"'{source}' does not say which dense model it was made from. Give --teacher{without}.")
     try:
         checkpoint = open_checkpoint(name)
     except RecursifyError as error:
-        raise CheckpointError(f"The teacher does not open: {error} Or give --kl-weight 0.") from error
+        raise CheckpointError(f"The teacher does not open: {error} Give another --teacher{without}.") from error
     if checkpoint.config.vocab_size != model.config.vocab_size:
         raise CheckpointError(
             f"The teacher '{name}' has {checkpoint.config.vocab_size} tokens in its vocabulary, and the model "
