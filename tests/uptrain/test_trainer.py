@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from processes import run, start_run
+from runs import BASE, assert_same, losses, silent, weights
 from safetensors.torch import load_file
 
 from recursify.errors import CheckpointError, OutputError, SettingsError, TrainingError
@@ -26,10 +27,6 @@ from tolerances import LOSSES
 
 pytestmark = pytest.mark.xdist_group("uptraining")
 
-BASE = UptrainSettings(
-    length=32, batch_size=4, max_tokens=6 * 4 * 32, learning_rate=5e-3, eval_every=3, save_every=2, warmup_fraction=0.2
-)
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
@@ -38,30 +35,6 @@ def source(tmp_path_factory):
     save_tiny(folder / "dense")
     convert_tiny(folder / "dense", folder / "recursive", lora_rank=4)
     return folder / "recursive"
-
-
-def silent(*_):
-    """No progress."""
-
-
-def losses(output) -> dict[int, float]:
-    """The loss of every step."""
-    return {line["step"]: line["loss"] for line in read_metrics(output / "metrics.jsonl") if "loss" in line}
-
-
-def weights(output) -> dict[str, torch.Tensor]:
-    return load_file(output / "model.safetensors")
-
-
-def assert_same(first, second, tolerance=2e-5):
-    """The same losses and weights. Adam divides by gradients' sizes, so rounding shows in 1e-5 of the weights."""
-    assert losses(first).keys() == losses(second).keys()
-    for step, loss in losses(first).items():
-        assert losses(second)[step] == pytest.approx(loss, rel=1e-5), step
-    mine, theirs = weights(first), weights(second)
-    assert mine.keys() == theirs.keys()
-    for name, weight in mine.items():
-        torch.testing.assert_close(weight, theirs[name], atol=tolerance, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,8 @@ A run that was killed goes on where it was with the same command and `--resume`.
 
 `recursify uptrain llama-r2 -o healed --stage layers --data corpus/ --max-tokens 100000`
 
+`recursify uptrain smollm2-r2 -o smollm2-tied --stage tie --max-tokens 30000`
+
 `recursify uptrain llama-r2 -o healed --data corpus/ --num-processes 4 --sharding fsdp2 --config uptrain.yaml`
 
 `accelerate launch -m recursify uptrain llama-r2 -o healed --data corpus/ --resume`
@@ -50,7 +52,8 @@ def uptrain_command(
         typer.Option(
             "--stage",
             help="heal: the whole model, by cross-entropy and distillation. layers: each shared layer by itself, "
-            "fitted to the dense layers' outputs in bounded memory. exits: heads after every recursion. "
+            "fitted to the dense layers' outputs in bounded memory. tie: heal, starting from the dense layers and "
+            "letting them become one. exits: heads after every recursion. "
             "[default: heal]",
             show_default=False,
         ),

@@ -61,12 +61,20 @@ class RelaxedLinear(nn.Module):
 
     def forward(self, x: Tensor, depth: int) -> Tensor:
         """``[..., I] -> [..., O]`` at ``depth``."""
-        if self.lora_a is None or self.lora_b is None:
-            y = self.linear(x)
-        elif self._merging_is_cheaper(x):
+        if self._merging_is_cheaper(x):
+            assert self.lora_a is not None
+            assert self.lora_b is not None
             y = _MergedLinear.apply(x, self.linear.weight, self.lora_a[depth], self.lora_b[depth])
-        else:
-            y = self.linear(x) + F.linear(F.linear(x, self.lora_a[depth]), self.lora_b[depth])
+            return self._add_bias(y, depth)
+        return self.relax(self.linear(x), x, depth)
+
+    def relax(self, y: Tensor, x: Tensor, depth: int) -> Tensor:
+        """What the shared weight makes of ``x``, ``y [..., O]``, plus the residual and the bias of ``depth``."""
+        if self.lora_a is not None and self.lora_b is not None:
+            y = y + F.linear(F.linear(x, self.lora_a[depth]), self.lora_b[depth])
+        return self._add_bias(y, depth)
+
+    def _add_bias(self, y: Tensor, depth: int) -> Tensor:
         if self.bias is not None:
             y = y + self.bias[depth if len(self.bias) > 1 else 0]
         return y
@@ -79,9 +87,9 @@ class RelaxedLinear(nn.Module):
         with the residual, 66 merged. A linear that is not torch's own, or that someone listens to, is called.
         """
         linear = self.linear
-        if not (
-            self.training and torch.is_grad_enabled() and type(linear) is nn.Linear and linear.weight.requires_grad
-        ):
+        if self.lora_a is None or not (self.training and torch.is_grad_enabled()):
+            return False
+        if type(linear) is not nn.Linear or not linear.weight.requires_grad:
             return False
         if linear._forward_hooks or linear._forward_pre_hooks:
             return False
@@ -218,6 +226,12 @@ class SharedLayer(nn.Module):
             stored = self.get_submodule(path)
             assert isinstance(stored, RelaxedLinear | PerDepth)
             yield path, stored
+
+    def replace_stored(self, path: str, module: RelaxedLinear | PerDepth) -> None:
+        """Store ``module`` at ``path`` instead, and have every view call it."""
+        self.set_submodule(path, module)
+        for view in self.views:
+            object.__setattr__(view.get_submodule(path), "stored", module)
 
 
 def weight_owners(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:

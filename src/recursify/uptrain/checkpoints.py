@@ -9,6 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import nn
+
+from recursify.checkpoint.dense_checkpoint import shard_files
 from recursify.errors import SettingsError, TrainingError
 
 PREFIX = "checkpoint-"
@@ -61,6 +65,13 @@ def newest_intact(folder: Path) -> Path | None:
             return checkpoint
         logger.warning("'%s' is damaged (%s); going back to the one before it.", checkpoint, reason)
     return None
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Read the weights of ``checkpoint`` into ``model``, as its objective prepared it."""
+    for shard in sorted(set(shard_files(checkpoint).values())):
+        unexpected = model.load_state_dict(load_file(checkpoint / shard), strict=False).unexpected_keys
+        assert not unexpected, f"{checkpoint} was written by another model: {unexpected}"
 
 
 def remove_old(folder: Path, *, keep: int, best_step: int | None) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, get_scheduler
+from transformers import get_scheduler
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint
 from recursify.checkpoint.dense_names import DenseNames
@@ -38,7 +38,7 @@ from .balancing import balance_factors
 from .data import IGNORED, Collator, Rows, TextData
 from .losses import Sums, cross_entropy, forward_kl
 from .settings import UptrainSettings
-from .trainer import is_trained, parameter_groups, perplexity_of, training_arguments
+from .trainer import find_optimizer, is_trained, parameter_groups, perplexity_of, training_arguments
 from .watching import Progress
 
 Layer = Callable[..., Tensor]
@@ -278,7 +278,7 @@ class LayerHealing:
             parameter.requires_grad_(is_trained(name, settings))
         balance_factors(layer)
         trained = [parameter for _, parameter in named if parameter.requires_grad]
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(self._arguments)
+        kind, options = find_optimizer(settings, self._arguments)
         optimizer = kind(parameter_groups(named, settings), **options)
         steps = self._steps_per_sweep(len(batches))
         schedule = get_scheduler(

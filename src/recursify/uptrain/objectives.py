@@ -7,7 +7,7 @@ are whole, and may therefore read out hidden states chunk by chunk.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,12 @@ class Objective(ABC):
     Args:
         settings: The stage's settings.
         teacher: The dense model, frozen, or None where the settings do without.
+
+    Attributes:
+        needs_teacher: Whether the stage needs the dense model also where no loss does (``kl_weight`` 0).
     """
+
+    needs_teacher: ClassVar[bool] = False
 
     def __init__(self, settings: UptrainSettings, teacher: PreTrainedModel | None):
         self.settings = settings
@@ -38,6 +43,13 @@ class Objective(ABC):
     def forward_arguments(self, model: RecursiveForCausalLM, num_recursions: int) -> dict[str, Any]:
         """Further arguments of the model's forward in a step that runs ``num_recursions``."""
         return {}
+
+    def begin_step(self, step: int, max_steps: int) -> None:
+        """Take note of the step (0-based, of ``max_steps``) that follows; called before each of its micro-batches.
+
+        What is set here has to follow from settings and step alone, so that all ranks and a resumed run agree, and
+        stays as it is until the step is done, so that recomputed activations are what they were.
+        """
 
     def finish(self, model: RecursiveForCausalLM) -> None:
         """Change a trained model before it is written, in place."""

@@ -61,7 +61,7 @@ class UptrainSettings:
     warmup_fraction: float = 0.05
     """Part of the steps over which the learning rate rises."""
     optimizer: str = "adamw_torch"
-    """Any optimizer of transformers (``adamw_torch``, ``adafactor``, ``adamw_8bit``, ...)."""
+    """Any optimizer of transformers (``adamw_torch``, ``adafactor``, ``adamw_8bit``, ...), or ``hfac``."""
     weight_decay: float = 0.0
     """Of matrices; never of norms and biases."""
     max_grad_norm: float = 1.0
@@ -72,6 +72,10 @@ class UptrainSettings:
     """Draw each step's number of recursions, the same on all ranks."""
     recursion_curriculum: float = 0.5
     """With ``random_recursions``: part of the steps over which the fewest allowed falls from all to one."""
+    tie_fraction: float = 0.75
+    """Stage ``tie``: part of the steps over which a slot's weights move to their mean; the rest trains the mean."""
+    tie_noise: float = 1.0
+    """Stage ``tie``: how far a step's mixture is drawn from what it is on average; 0 draws nothing, at most 1."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, per block layer and depth."""
     sharding: Literal["none", "fsdp2", "zero2"] = "none"
@@ -159,7 +163,13 @@ class UptrainSettings:
             raise SettingsError(
                 f"Stage '{self.stage}' has no heads to train. Use --stage exits, or another --trainable."
             )
-        if self.stage == "heal" and self.ce_weight == self.kl_weight == 0:
+        if not 0 <= self.tie_fraction < 1:
+            raise SettingsError(
+                f"tie_fraction must be at least 0 and below 1, got {self.tie_fraction}: the last steps train the mean."
+            )
+        if not 0 <= self.tie_noise <= 1:
+            raise SettingsError(f"tie_noise must be between 0 and 1, got {self.tie_noise}.")
+        if self.stage in ("heal", "tie") and self.ce_weight == self.kl_weight == 0:
             raise SettingsError("ce_weight and kl_weight are both 0, so there is nothing to learn. Raise one of them.")
         if "fsdp" in self.trainer:
             raise SettingsError("trainer: fsdp would shard a shared layer like any other. Use sharding: fsdp2 instead.")

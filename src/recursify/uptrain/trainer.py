@@ -24,11 +24,15 @@ from recursify.modeling import RecursiveForCausalLM
 
 from . import checkpoints, sharding
 from .data import IGNORED, Collator, TextData
+from .hfac import HFac
 from .objectives import Objective
 from .schedules import draw_recursions
 from .settings import UptrainSettings
 
 Sums = dict[str, Tensor]
+
+HFAC = "hfac"
+"""Our own optimizer's name, beside those of transformers."""
 
 ZERO2: dict[str, Any] = {
     "train_batch_size": "auto",
@@ -111,6 +115,7 @@ class RecursiveTrainer(Trainer):
             TrainingError: It is NaN or infinite.
         """
         assert num_items_in_batch is not None, "every batch has labels"
+        self.objective.begin_step(self.state.global_step, self.state.max_steps)
         total, sums = self._run(model, inputs, draw_recursions(self.settings, self._layout(), self.state))
         self._micro_batch += 1
         if not torch.isfinite(total):
@@ -170,7 +175,7 @@ class RecursiveTrainer(Trainer):
         self.optimizer: torch.optim.Optimizer | None
         if self.optimizer is None:
             trained = model if model is not None else self.model
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            kind, options = find_optimizer(self.settings, self.args, trained)
             self.optimizer = kind(parameter_groups(trained.named_parameters(), self.settings), **options)
         return self.optimizer
 
@@ -316,7 +321,8 @@ def training_arguments(settings: UptrainSettings, folder: Path, *, world_size: i
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
         "warmup_steps": round(settings.warmup_fraction * steps),
-        "optim": settings.optimizer,
+        # transformers does not know ours, which find_optimizer makes.
+        "optim": "adamw_torch" if settings.optimizer == HFAC else settings.optimizer,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         # A count that changes leaves the norms of deeper depths without gradients for a step.
@@ -366,6 +372,15 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
+def find_optimizer(
+    settings: UptrainSettings, arguments: TrainingArguments, model: Any = None
+) -> tuple[Any, dict[str, Any]]:
+    """The optimizer's class and its options: transformers' choice, or our own that it does not know."""
+    if settings.optimizer == HFAC:
+        return HFac, {"betas": (arguments.adam_beta1, arguments.adam_beta2)}
+    return Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+
+
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], settings: UptrainSettings) -> list[dict[str, Any]]:
     """Groups for an optimizer of those parameters, given with their names in the model, that require gradients.
 
@@ -377,7 +392,12 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], settings: U
         if parameter.requires_grad:
             groups.setdefault((peak_rate(name, settings), decays(name, parameter)), []).append(parameter)
     return [
-        {"params": members, "lr": rate, "weight_decay": settings.weight_decay if decayed else 0.0}
+        {
+            "params": members,
+            "lr": rate,
+            "weight_decay": settings.weight_decay if decayed else 0.0,
+            **({"factored": decayed} if settings.optimizer == HFAC else {}),
+        }
         for (rate, decayed), members in groups.items()
     ]
 

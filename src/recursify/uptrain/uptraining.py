@@ -31,10 +31,11 @@ from .exits import Exits
 from .layer_healing import LayerHealing
 from .objectives import Heal, Objective
 from .settings import UptrainSettings
+from .soft_tying import SoftTying
 from .trainer import RecursiveTrainer, choose_trained, training_arguments
 from .watching import METRICS_FILE, Progress, Watcher, append_metrics, draw_curves
 
-STAGES: dict[str, type[Objective]] = {"heal": Heal, "exits": Exits}
+STAGES: dict[str, type[Objective]] = {"heal": Heal, "tie": SoftTying, "exits": Exits}
 """Stage that trains end to end -> its objective."""
 
 LAYER_STAGE = "layers"
@@ -114,13 +115,13 @@ def _train(
     folder = output / CHECKPOINT_FOLDER
     run = {"model": str(source.absolute()), "num_processes": state.num_processes, **settings.to_dict()}
     resumed = _find_resumed(folder, run) if resume else None
-    # A sharded model's checkpoints hold shards, which are read into the model once it is sharded.
-    weights = source if resumed is None or settings.sharding == "fsdp2" else resumed
     if not resume:
         with state.main_process_first():
             if state.is_main_process:
                 _begin(source, output, folder, run, overwrite)
-    model, tokenizer = _load(weights, settings)
+    # Also a resumed run begins with the source: what a stage changes in prepare() is made from it, and then takes the
+    # checkpoint's weights.
+    model, tokenizer = _load(source, settings)
     teacher = _load_teacher(source, model, settings, state)
     objective = STAGES[settings.stage](settings, teacher)
     with state.main_process_first():
@@ -190,6 +191,8 @@ def _run_trainer(trainer: RecursiveTrainer, settings: UptrainSettings, resumed: 
             trainer.state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
             if sharding.is_sharded(trainer.model):
                 sharding.load_model_shards(resumed, trainer.model)
+            else:
+                checkpoints.load_weights(resumed, trainer.model)
         else:
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     except torch.OutOfMemoryError as error:
@@ -297,11 +300,16 @@ def _load_teacher(
     source: Path, model: RecursiveForCausalLM, settings: UptrainSettings, state: PartialState
 ) -> PreTrainedModel | None:
     """The dense teacher, frozen, in eval mode."""
-    if not settings.kl_weight:
+    if not settings.kl_weight and not needs_teacher(settings):
         return None
     checkpoint = _open_teacher(source, model.config, settings)
     dtype = None if settings.teacher_dtype == "auto" else getattr(torch, settings.teacher_dtype)
     return checkpoint.load_model(dtype).to(state.device).requires_grad_(False)
+
+
+def needs_teacher(settings: UptrainSettings) -> bool:
+    """Whether the stage reads the dense model even where no loss does."""
+    return settings.stage == LAYER_STAGE or STAGES[settings.stage].needs_teacher
 
 
 def _open_teacher(source: Path, config: RecursiveConfig, settings: UptrainSettings) -> DenseCheckpoint:
@@ -310,7 +318,7 @@ def _open_teacher(source: Path, config: RecursiveConfig, settings: UptrainSettin
     Raises:
         CheckpointError: There is none, or it has another vocabulary.
     """
-    needed = settings.stage == LAYER_STAGE
+    needed = needs_teacher(settings)
     name = settings.teacher or read_record(source).get("plan", {}).get("source")
     if name is None:
         raise CheckpointError(
