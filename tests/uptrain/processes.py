@@ -16,12 +16,12 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["recursify.uptrain.uptraining", "trl"])
 
 
-def uptrain(*arguments: Any, die_at: int | None = None, **options: Any) -> None:
-    """The real one, with a ``kill -9`` of the process that reports progress after step ``die_at``."""
+def uptrain(*arguments: Any, die_at_tokens: int | None = None, **options: Any) -> None:
+    """The real one, with a ``kill -9`` of the process that reports progress after so many tokens."""
     from recursify.uptrain.uptraining import uptrain
 
-    def progress(_: str, step: int, __: int) -> None:
-        if step == die_at:
+    def progress(_: str, done: int, __: int) -> None:
+        if done == die_at_tokens:
             os.kill(os.getpid(), signal.SIGKILL)
 
     uptrain(*arguments, progress=progress, **options)

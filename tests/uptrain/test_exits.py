@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from processes import run
-from test_trainer import BASE, assert_same, losses, silent, weights
+from runs import BASE, assert_same, losses, silent, weights
 
 from recursify.errors import SettingsError
 from recursify.modeling import RecursiveForCausalLM

@@ -119,9 +119,9 @@ def test_held_out_figures_are_those_of_healing(source, settings, tmp_path):
     """Measured a layer at a time they are what the Trainer measures with both models whole."""
     layers = uptrain(source, tmp_path / "layers", replace(settings, max_tokens=1), progress=silent)
     heal = uptrain(source, tmp_path / "heal", replace(settings, stage="heal", max_tokens=1), progress=silent)
-    assert layers.before.keys() == heal.before.keys()
-    for name, value in heal.before.items():
-        assert layers.before[name] == pytest.approx(value, rel=1e-4), name
+    assert layers.before.keys() == {name for name in heal.before if "_depth_" not in name}
+    for name, value in layers.before.items():
+        assert value == pytest.approx(heal.before[name], rel=1e-4), name
 
 
 def test_only_what_is_asked_is_trained(source, settings, tmp_path):

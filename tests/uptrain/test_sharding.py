@@ -32,7 +32,7 @@ SHARDED = replace(BASE, batch_size=2, sharding="fsdp2")
 def test_killed_and_resumed_two_processes_are_one(source, plain, tmp_path):
     """Losses, held-out figures and weights; each checkpoint holds two shards, the finished folder each tensor once."""
     output = tmp_path / "out"
-    processes = start_all(tmp_path / "log", source, output, SHARDED, die_at=5, world_size=2)
+    processes = start_all(tmp_path / "log", source, output, SHARDED, die_at_tokens=5 * 4 * 32, world_size=2)
     for process in processes:
         process.join(120)
     assert all(process.exitcode for process in processes)

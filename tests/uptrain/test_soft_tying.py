@@ -154,7 +154,7 @@ def test_candidates_are_shared_weights(prepared):
     candidates = {name for name, p in model.named_parameters() if ".block." in name and name.endswith("linear.weight")}
     assert len(candidates) == len(stand_ins(model))
     assert not any(map(is_per_depth, candidates))
-    choose_trained(model, "shared")
+    choose_trained(model, replace(BASE, trainable="shared"))
     assert {name for name, p in model.named_parameters() if p.requires_grad} == candidates
 
 

@@ -238,3 +238,18 @@ def test_settings_are_strict():
         UptrainSettings(batch_size=0)
     with pytest.raises(SettingsError, match="both 0, so there is nothing to learn"):
         UptrainSettings(ce_weight=0, kl_weight=0)
+
+
+def test_trackers(source, tmp_path):
+    """TensorBoard gets the figures that ``metrics.jsonl`` gets; one that is not installed is refused before the run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = replace(BASE, report_to=("tensorboard",), eval_every=99, save_every=99, max_tokens=2 * 4 * 32)
+    uptrain(source, tmp_path / "out", settings, progress=silent)
+    (events,) = (tmp_path / "out").rglob("events.out.tfevents.*")
+    seen = EventAccumulator(str(events))
+    seen.Reload()
+    tags = set(seen.Tags()["scalars"])
+    assert {"train/ce", "train/agreement", "eval/perplexity", "eval/agreement_depth_0"} <= tags
+    with pytest.raises(SettingsError, match=r"The tracker 'wandbb' is not installed, .* Installed: .*tensorboard"):
+        uptrain(source, tmp_path / "b", replace(BASE, report_to=("wandbb",)), progress=silent)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import SCHEDULER_NAME
 
-from recursify.errors import TrainingError
+from recursify.errors import SettingsError, TrainingError
 from recursify.modeling import RecursiveForCausalLM
 
 from . import checkpoints, sharding
@@ -308,8 +309,15 @@ def training_arguments(settings: UptrainSettings, folder: Path, *, world_size: i
     """The Trainer's arguments for these settings, checkpoints going to ``folder``.
 
     Raises:
+        SettingsError: A tracker that is not installed.
         TrainingError: transformers refuses one of them.
     """
+    trackers = get_available_reporting_integrations()
+    if missing := [name for name in settings.report_to if name not in trackers]:
+        raise SettingsError(
+            f"The tracker '{missing[0]}' is not installed, or unknown. Installed: {', '.join(trackers) or 'none'}. "
+            f"Run, for instance: pip install tensorboard"
+        )
     per_step = settings.batch_size * settings.accumulate * settings.length * world_size
     steps = math.ceil(settings.max_tokens / per_step)
     fields: dict[str, Any] = {

@@ -318,18 +318,14 @@ def _open_teacher(source: Path, config: RecursiveConfig, settings: UptrainSettin
     Raises:
         CheckpointError: There is none, or it has another vocabulary.
     """
-    needed = needs_teacher(settings)
+    without = "" if needs_teacher(settings) else ", or --kl-weight 0 to learn from the data alone"
     name = settings.teacher or read_record(source).get("plan", {}).get("source")
     if name is None:
-        raise CheckpointError(
-            f"'{source}' does not say which dense model it was made from. Give --teacher"
-            + ("." if needed else ", or --kl-weight 0 to learn from the data alone.")
-        )
+        raise CheckpointError(f"'{source}' does not say which dense model it was made from. Give --teacher{without}.")
     try:
         checkpoint = open_checkpoint(name)
     except RecursifyError as error:
-        otherwise = "" if needed else " Or give --kl-weight 0."
-        raise CheckpointError(f"The teacher does not open: {error}{otherwise}") from error
+        raise CheckpointError(f"The teacher does not open: {error} Give another --teacher{without}.") from error
     if checkpoint.config.vocab_size != config.vocab_size:
         raise CheckpointError(
             f"The teacher '{name}' has {checkpoint.config.vocab_size} tokens in its vocabulary, and the model "
