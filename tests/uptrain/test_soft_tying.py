@@ -15,9 +15,9 @@ from recursify.checkpoint.dense_checkpoint import open_checkpoint
 from recursify.errors import CheckpointError, SettingsError
 from recursify.modeling import RecursiveForCausalLM, RelaxedLinear
 from recursify.uptrain import checkpoints
+from recursify.uptrain.parameters import choose_trained, is_per_depth
 from recursify.uptrain.settings import UptrainSettings
 from recursify.uptrain.soft_tying import SoftTiedLinear, SoftTying, draw_mixture, tied_share
-from recursify.uptrain.trainer import choose_trained, is_per_depth
 from recursify.uptrain.uptraining import uptrain
 from tiny_models import convert_tiny, random_ids, save_tiny
 

@@ -37,8 +37,9 @@ from recursify.modeling import RecursiveConfig
 from .balancing import balance_factors
 from .data import IGNORED, Collator, Rows, TextData
 from .losses import Sums, cross_entropy, forward_kl
+from .parameters import find_optimizer, is_trained, parameter_groups
 from .settings import UptrainSettings
-from .trainer import find_optimizer, is_trained, parameter_groups, perplexity_of, training_arguments
+from .trainer import perplexity_of, training_arguments
 from .watching import Progress
 
 Layer = Callable[..., Tensor]

@@ -30,9 +30,10 @@ from .data import Collator, prepare_data
 from .exits import Exits
 from .layer_healing import LayerHealing
 from .objectives import Heal, Objective
+from .parameters import choose_trained
 from .settings import UptrainSettings
 from .soft_tying import SoftTying
-from .trainer import RecursiveTrainer, choose_trained, training_arguments
+from .trainer import RecursiveTrainer, training_arguments
 from .watching import METRICS_FILE, Progress, Watcher, append_metrics, draw_curves
 
 STAGES: dict[str, type[Objective]] = {"heal": Heal, "tie": SoftTying, "exits": Exits}
