@@ -83,10 +83,11 @@ class Exits(Heal):
     ) -> tuple[Tensor, Sums]:
         settings = self.settings
         logits = model.read_exit(depth, state)
-        ce = cross_entropy(logits, targets)
+        ce = cross_entropy(logits, targets, settings.loss_backend)
         total = ce
         if settings.exit_kl_weight and settings.exit_loss != "free":
-            total = total + settings.exit_kl_weight * forward_kl(logits, last)
+            kl = forward_kl(logits, last, backend=settings.loss_backend)
+            total = total + settings.exit_kl_weight * kl
         agrees = same_choice(logits, last)
         assert model.exit_heads is not None
         head = model.exit_heads[depth]

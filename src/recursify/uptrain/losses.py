@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .settings import LayerDistillation
+from .fused_losses import fused_cross_entropy, fused_forward_kl, uses_liger
+from .settings import LayerDistillation, LossBackend
 
 Sums = dict[str, Tensor]
 """Figures summed over tokens, by name; none of them carries gradients."""
@@ -25,17 +26,23 @@ ChunkLoss = Callable[[list[Tensor], slice], tuple[Tensor, Sums]]
 """Given chunks ``[n, D]`` of the hidden states and which tokens they are, a summed loss and figures to report."""
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, backend: LossBackend = "torch") -> Tensor:
     """``Σ_n −log softmax(logits_n)[target_n]`` in nats, of ``[N, V]`` logits and ``[N]`` targets."""
+    if uses_liger(backend, logits):
+        return fused_cross_entropy(logits, targets)
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def forward_kl(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def forward_kl(
+    logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, backend: LossBackend = "torch"
+) -> Tensor:
     """``T² Σ_n KL(teacher_n ‖ model_n)`` in nats, both distributions at temperature ``T``, of ``[N, V]`` logits.
 
     The factor ``T²`` keeps gradients of one size over temperatures (Hinton et al. 2015, section 2). The teacher's side
     gets no gradient.
     """
+    if uses_liger(backend, logits):
+        return fused_forward_kl(logits, teacher_logits.detach(), temperature)
     mine = (logits.float() / temperature).log_softmax(-1)
     theirs = (teacher_logits.detach().float() / temperature).log_softmax(-1)
     return F.kl_div(mine, theirs, log_target=True, reduction="sum") * temperature**2

@@ -104,15 +104,15 @@ class Heal(Objective):
     def _last(self, logits: Tensor, targets: Tensor, taught: Tensor | None, training: bool) -> tuple[Tensor, Sums]:
         """Loss and figures of the last recursion, of ``[n, V]`` logits and the teacher's ``[n, D]`` hidden states."""
         settings = self.settings
-        ce = cross_entropy(logits, targets)
+        ce = cross_entropy(logits, targets, settings.loss_backend)
         total = settings.ce_weight * ce
         figures: Sums = {"ce": ce, "tokens": torch.ones_like(ce) * len(logits)}
         if taught is not None and self.teacher is not None:
             theirs = dense_read_out(self.teacher, taught).to(logits.device)
-            kl = forward_kl(logits, theirs, settings.temperature)
+            kl = forward_kl(logits, theirs, settings.temperature, settings.loss_backend)
             total = total + settings.kl_weight * kl
             if not training:
-                figures["dense_ce"] = cross_entropy(theirs, targets)
+                figures["dense_ce"] = cross_entropy(theirs, targets, settings.loss_backend)
             figures |= {"kl": kl, "agreement": same_choice(logits, theirs).sum()}
         return total, figures
 
@@ -129,7 +129,7 @@ class Heal(Objective):
     ) -> tuple[Tensor, Sums]:
         """What one exit adds to the loss, and its figures, of ``[n, D]`` states and the last's ``[n, V]`` logits."""
         logits = model.read_exit(depth, state)
-        ce = cross_entropy(logits, targets)
+        ce = cross_entropy(logits, targets, self.settings.loss_backend)
         return torch.zeros_like(ce), {"ce": ce, "agreement": same_choice(logits, last).sum()}
 
 

@@ -21,6 +21,8 @@ SHARDING = ("none", "fsdp2", "zero2")
 PRECISIONS = ("auto", "float32", "bfloat16")
 """Of matrix products."""
 
+LossBackend = Literal["auto", "torch", "liger"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class UptrainSettings:
@@ -101,6 +103,10 @@ class UptrainSettings:
     """Of both distributions in the KL term, which is scaled by its square."""
     loss_chunk: int = 512
     """Tokens whose logits are held at a time."""
+    loss_backend: LossBackend = "auto"
+    """What computes cross-entropy and KL: ``torch``; Liger's Triton kernels (``liger``), which hold fewer copies of the
+    logits; or those on a GPU if liger-kernel is installed, else torch (``auto``). Stage ``layers`` only measures them,
+    in torch."""
 
     exit_head: str = "shared"
     """What an exit reads out with: the model's final norm and head (``shared``); its own norm (``norm``); that and a
@@ -152,6 +158,7 @@ class UptrainSettings:
             "trainable": TRAINABLE,
             "sharding": SHARDING,
             "precision": PRECISIONS,
+            "loss_backend": get_args(LossBackend),
             "exit_loss": get_args(ExitLoss),
             "free_distillation": (None, *get_args(LayerDistillation)),
         }

@@ -28,6 +28,7 @@ from . import checkpoints, sharding
 from .balancing import balance_factors
 from .data import Collator, prepare_data
 from .exits import Exits
+from .fused_losses import check_backend
 from .layer_healing import LayerHealing
 from .objectives import Heal, Objective
 from .parameters import choose_trained
@@ -98,6 +99,7 @@ def uptrain(
     _check_sharding(settings)
     # Without an accelerator it has to be told that processes are many on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
+    check_backend(settings.loss_backend, state.device)
     run_stage = _heal_layers if settings.stage == LAYER_STAGE else _train
     return run_stage(source, output, settings, state, resume=resume, overwrite=overwrite, progress=progress)
 
