@@ -11,6 +11,7 @@ the same tokens in the same order; ``no-exits`` is the same training without any
 from __future__ import annotations
 
 import argparse
+import hashlib
 import platform
 import tempfile
 from datetime import UTC, datetime
@@ -140,8 +141,10 @@ def main() -> None:
             precision=arguments.precision,
         )
         own = ("data", "eval_data")
+        made = (arguments.model / "recursify.json").read_bytes()
         setup = {
             "model_is": arguments.model_is,
+            "model_record": hashlib.sha256(made).hexdigest()[:16],
             "tokens": arguments.tokens,
             "training_text": texts[0].name,
             "held_out_text": f"{HELD_OUT_SEQUENCES} sequences of {texts[1].name}",

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import platform
 import tempfile
-import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -50,7 +49,6 @@ COLUMNS = (
     "top1_agreement",
     "kl",
     "other_perplexity",
-    "tokens_per_second",
     "commit",
     "date",
 )
@@ -153,12 +151,10 @@ class Bench:
     def measure(self, name: str, tokens: int) -> dict[str, Any]:
         """Train the model of a row on ``tokens`` tokens, and measure it."""
         folder = start = self.start(name)
-        speed: float | None = None
         if tokens:
             folder = self.scratch / f"{name}-{tokens}"
             settings = {**self.settings.to_dict(), **ROWS[name].training, "teacher": MODEL, "max_tokens": tokens}
-            began = time.perf_counter()
-            outcome = uptrain(
+            uptrain(
                 start,
                 folder,
                 UptrainSettings.from_mapping(settings, "the benchmark"),
@@ -167,7 +163,6 @@ class Bench:
                     talk.print(f"{name}: {stage} {done}/{total}") if done % 5120 == 0 else None
                 ),
             )
-            speed = outcome.tokens / (time.perf_counter() - began)
         model = RecursiveForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         comparison = compare(model, self.dense, self.windows)
         other = None if self.other is None else compare(model, self.dense, self.other).model.perplexity
@@ -179,7 +174,6 @@ class Bench:
             "top1_agreement": round(comparison.top1_agreement, 4),
             "kl": round(comparison.kl, 4),
             "other_perplexity": "" if other is None else f"{other:.6g}",
-            "tokens_per_second": "" if speed is None else round(speed, 1),
             "commit": commit(),
             "date": datetime.now(UTC).date().isoformat(),
         }
@@ -241,7 +235,7 @@ def main() -> None:
                 figures = bench.measure(name, tokens)
                 results.add(figures)
                 talk.print(f"{name} after {tokens:,} tokens: perplexity {figures['perplexity']}")
-    columns = COLUMNS[:8]
+    columns = COLUMNS[:7]
     print_data(format_table(list(columns), [[str(row[key]) for key in columns] for row in results.rows.values()]))
 
 

@@ -103,6 +103,15 @@ def test_completions_only(tmp_path, tokenizer):
     assert learnt(tokenizer, row) == "yes;no;"
 
 
+def test_nothing_to_learn(tmp_path, tokenizer):
+    """Chats in which the assistant says nothing, or not within the length: no run that reports perplexity 1."""
+    silent = write_rows(tmp_path / "silent.jsonl", [{"messages": CHAT[:1]}] * 4)
+    late = write_rows(tmp_path / "late.jsonl", [{"prompt": "why " * 40, "completion": "so"}] * 4)
+    for file in (silent, late):
+        with pytest.raises(TextError, match=r"held-out rows of .* hold nothing to learn: no completion"):
+            prepare(tokenizer, file, completions_only=True)
+
+
 def test_first_token_of_a_document_is_not_predicted():
     """Position ids restart, and what cannot be predicted from its own document has no label."""
     row = {"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9], "seq_lengths": [3, 2]}

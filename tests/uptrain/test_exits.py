@@ -93,14 +93,18 @@ def test_weighted_loss_is_its_formula(source):
     torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("coda", [0, 1])
 @pytest.mark.parametrize("kind", [None, "kd_last", "kd_unif", "kd_dyna"])
-def test_free_loss_is_its_formula(source, kind):
-    """Cross-entropies by layers run (2, 3, 4 of 6), and half the mean distillation."""
-    settings = replace(EXITS, exit_loss="free", free_distillation=kind, test_weight=0.0)
+def test_free_loss_is_its_formula(source, kind, coda):
+    """Cross-entropies by layers run (2, 3, 4 of 6, plus the coda where exits run it), and half the distillation."""
+    settings = replace(EXITS, exit_loss="free", free_distillation=kind, test_weight=0.0, exit_through_coda=coda > 0)
     total, _, ce, _, normed = objective_and_parts(source, settings)
-    wanted = (2 * ce[0] + 3 * ce[1] + 4 * ce[2] + 6 * ce[3]) / 15
+    layers = [2 + coda, 3 + coda, 4 + coda, 6]
+    wanted = sum(count * each for count, each in zip(layers, ce, strict=True)) / sum(layers)
     if kind is not None:
-        wanted = wanted + 0.5 * sum(layer_distillation(normed, shallow, kind) for shallow in (2, 3, 4)) / 3
+        # What the coda makes of a state teaches nothing where the exit is followed by it as well.
+        states = normed[: 6 - coda]
+        wanted = wanted + 0.5 * sum(layer_distillation(states, shallow, kind) for shallow in (2, 3, 4)) / 3
     torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-4)
 
 
@@ -110,7 +114,7 @@ def test_fewer_recursions_have_fewer_exits(source):
     objective = Exits(replace(EXITS, exit_loss="free"), None)
     assert objective.forward_arguments(model, 2)["exit_depths"] == (0,)
     assert objective.forward_arguments(model, 1)["exit_depths"] == ()
-    assert objective.coefficients(model.config.layout, 1) == pytest.approx([2 / 6, 4 / 6])
+    assert objective.coefficients(model.config, 1) == pytest.approx([3 / 7, 4 / 7])
     assert [layers_before(model.config.layout, depth) for depth in range(3)] == [2, 3, 4]
 
 
@@ -190,6 +194,19 @@ def test_healing_leaves_heads_as_they_are(trained, tmp_path):
     assert heads
     assert all(torch.equal(before[name], after[name]) for name in heads)
     assert "agreement_depth_2" in outcome.after
+
+
+def test_heads_stay_unless_others_are_asked_for(source, caplog):
+    """A second run keeps the heads and where they read out; asking for others replaces them, and says so."""
+    model = RecursiveForCausalLM.from_pretrained(source)
+    Exits(replace(EXITS, exit_head="low_rank", exit_rank=3, exit_through_coda=False), None).prepare(model)
+    heads = model.exit_heads
+    Exits(EXITS, None).prepare(model)
+    assert model.exit_heads is heads
+    assert not caplog.text
+    Exits(replace(EXITS, exit_head="norm"), None).prepare(model)
+    assert (model.config.exit_head, model.config.exit_through_coda) == ("norm", False)
+    assert "The model's low_rank exit heads are replaced by new norm ones" in caplog.text
 
 
 def test_what_cannot_be_trained_is_refused(source, tmp_path):

@@ -196,7 +196,7 @@ def test_refusals(source, settings, tmp_path):
     """What this stage cannot do, it says before it begins."""
     with pytest.raises(TrainingError, match=r"keeps no checkpoints\. Run it again, with --overwrite"):
         uptrain(source, tmp_path / "a", settings, resume=True, progress=silent)
-    with pytest.raises(SettingsError, match="random_recursions has no meaning in stage 'layers'"):
+    with pytest.raises(SettingsError, match="random_recursions: without meaning in stage 'layers'"):
         replace(settings, random_recursions=True)
     with pytest.raises(SettingsError, match="layer_tokens must be above 0, got 0"):
         replace(settings, layer_tokens=0)

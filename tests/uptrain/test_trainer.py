@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -16,7 +17,7 @@ from processes import run, start_run
 from runs import BASE, assert_same, losses, silent, weights
 from safetensors.torch import load_file
 
-from recursify.errors import CheckpointError, OutputError, SettingsError, TrainingError
+from recursify.errors import CheckpointError, OutputError, RecursifyError, SettingsError, TrainingError
 from recursify.modeling import RecursiveForCausalLM
 from recursify.uptrain import checkpoints
 from recursify.uptrain.settings import UptrainSettings
@@ -227,6 +228,25 @@ def test_wrong_teachers_and_lengths(source, tmp_path):
         uptrain(source, tmp_path / "d", replace(BASE, stage="exit"), progress=silent)
 
 
+def test_a_refused_run_leaves_the_output_as_it_was(source, plain, tmp_path):
+    """``overwrite`` replaces a model once nothing is left to be refused, not before."""
+    output = tmp_path / "out"
+    shutil.copytree(plain[0], output)
+    before = weights(output)
+    for wrong in (
+        {"data": ("nowhere.txt",)},
+        {"teacher": "nowhere"},
+        {"length": 512},
+        {"stage": "exits", "exit_head": "x"},
+    ):
+        with pytest.raises(RecursifyError):
+            uptrain(source, output, replace(BASE, **wrong), overwrite=True, progress=silent)
+    layers = replace(BASE, stage="layers", data=("nowhere.txt",))
+    with pytest.raises(RecursifyError):
+        uptrain(source, output, layers, overwrite=True, progress=silent)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(output).items())
+
+
 def test_settings_are_strict():
     """A misspelt key names the nearest; a number that YAML reads as text is a number."""
     assert UptrainSettings.from_mapping({"learning_rate": "3e-4"}, "here").learning_rate == 3e-4
@@ -238,6 +258,16 @@ def test_settings_are_strict():
         UptrainSettings(batch_size=0)
     with pytest.raises(SettingsError, match="both 0, so there is nothing to learn"):
         UptrainSettings(ce_weight=0, kl_weight=0)
+    with pytest.raises(SettingsError, match="warmup_fraction must be between 0 and 1, got 3"):
+        UptrainSettings(warmup_fraction=3)
+    with pytest.raises(SettingsError, match=r"Unknown teacher_dtype 'bf16'\. Use one of: auto, float32, bfloat16"):
+        UptrainSettings(teacher_dtype="bf16")
+    with pytest.raises(SettingsError, match="optimizer 'hfac' factorizes whole matrices, and sharding 'zero2'"):
+        UptrainSettings(optimizer="hfac", sharding="zero2")
+    with pytest.raises(SettingsError, match="Stage 'tie' does not work with sharding 'fsdp2'"):
+        UptrainSettings(stage="tie", sharding="fsdp2")
+    with pytest.raises(SettingsError, match="precision, report_to: without meaning in stage 'layers'"):
+        UptrainSettings(stage="layers", precision="bfloat16", report_to=("tensorboard",))
 
 
 def test_trackers(source, tmp_path):

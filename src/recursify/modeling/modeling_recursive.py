@@ -91,7 +91,7 @@ class RelaxedLinear(nn.Module):
             return False
         if type(linear) is not nn.Linear or not linear.weight.requires_grad:
             return False
-        if linear._forward_hooks or linear._forward_pre_hooks:
+        if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
             return False
         return x.numel() // linear.in_features > linear.in_features * linear.out_features / sum(linear.weight.shape)
 
@@ -113,12 +113,16 @@ class _MergedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         kind = x.device.type
-        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        ctx.save_for_backward(x, weight, lora_a, lora_b)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
-            return F.linear(x.to(ctx.dtype), _merge(weight, lora_a, lora_b, ctx.dtype))
+            return F.linear(x.to(dtype), _merge(weight, lora_a, lora_b, dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.dtype = output.dtype
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -671,10 +675,13 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         Raises:
             ValueError: There is no exit after ``depth``.
         """
+        if depth not in self.config.exit_depths:
+            raise ValueError(f"There is no exit after depth {depth}: those are after {list(self.config.exit_depths)}.")
         outputs = self.model(
-            input_ids, num_recursions=depth + 1, exit_depths=(depth,), **{**arguments, "use_cache": False}
+            input_ids, num_recursions=depth + 1, return_layer_states=True, **{**arguments, "use_cache": False}
         )
-        return self.read_exit(depth, outputs.exit_states[0])
+        last = -1 if self.config.exit_through_coda else len(outputs.layer_states) - self.config.num_coda_layers - 1
+        return self.read_exit(depth, outputs.layer_states[last])
 
     def _soft_cap(self, logits: Tensor) -> Tensor:
         softcap = getattr(self.config, "final_logit_softcapping", None)

@@ -62,8 +62,26 @@ def prepare_data(settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase) 
     """Read, tokenize, shuffle and pack what the settings name.
 
     Raises:
-        TextError: Nothing there, unreadable, a row of the wrong form (named by file and line), or too little.
+        TextError: Nothing there, unreadable, a row of the wrong form (named by file and line), too little, or nothing
+            in it to learn.
     """
+    data = _pack_all(settings, tokenizer)
+    # A stream cannot be looked through; its held-out rows can, and are most likely like it.
+    for rows, which in ((data.evaluation, "held-out "), (data.train, "")):
+        if isinstance(rows, Dataset) and not any(_learns(row) for row in rows):
+            raise TextError(
+                f"The {which}rows of {data.name} hold nothing to learn: no completion, and nothing that the assistant "
+                f"says, within {settings.length} tokens. Give other rows, a larger length, or leave out "
+                f"completions_only."
+            )
+    return data
+
+
+def _learns(row: dict[str, Any]) -> bool:
+    return any(label != IGNORED for label in row["labels"])
+
+
+def _pack_all(settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase) -> TextData:
     pack = _Packer(settings, tokenizer)
     if settings.data is None:
         text = default_text("calibration")

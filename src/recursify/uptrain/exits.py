@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import torch
@@ -9,11 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recursify.errors import SettingsError
-from recursify.modeling import ExitHead, ExitKind, LayerLayout, RecursiveForCausalLM, RecursiveOutput
+from recursify.modeling import (
+    ExitHead,
+    ExitKind,
+    LayerLayout,
+    RecursiveConfig,
+    RecursiveForCausalLM,
+    RecursiveOutput,
+)
 
 from .data import IGNORED
 from .losses import Sums, cross_entropy, forward_kl, layer_distillation, weighted_coefficients
 from .objectives import Heal, same_choice
+
+logger = logging.getLogger(__name__)
 
 
 class Exits(Heal):
@@ -23,25 +33,29 @@ class Exits(Heal):
     - ``weighted``: ``Σ_i i/Σj · L_i`` over the exits and the last recursion;
     - ``free``: cross-entropies weighted by the layers that were run, ``Σ_i n_i CE_i / Σ_i n_i``, and hidden states
       of deep layers distilled into those before the exit (FREE, arXiv 2310.05424, which has one exit; of several, the
-      mean).
+      mean). Where exits run the coda, it counts among their layers, and its own states teach nothing.
 
     ``L_d = CE_d + exit_kl_weight · KL(last ‖ d)`` with the last recursion's distribution detached. The exit test learns
     by cross-entropy whether its exit puts the same token first as the last recursion, on detached states.
     """
 
     def prepare(self, model: RecursiveForCausalLM) -> None:
-        """Add exit heads; a model that has those asked for keeps them.
+        """Add exit heads; a model that has those asked for keeps them, and what is not asked for stays as it is.
 
         Raises:
             SettingsError: The layout has no boundaries, or an unknown kind of head.
         """
         settings, config = self.settings, model.config
-        kind = cast(ExitKind, settings.exit_head)
-        wanted = (kind, settings.exit_rank, settings.exit_through_coda)
-        if model.exit_heads is not None and wanted == (config.exit_head, config.exit_rank, config.exit_through_coda):
-            return
+        kind = cast(ExitKind, settings.exit_head or config.exit_head or "shared")
+        rank = settings.exit_rank or config.exit_rank
+        through_coda = config.exit_through_coda if settings.exit_through_coda is None else settings.exit_through_coda
+        if model.exit_heads is not None:
+            same_rank = kind != "low_rank" or rank == config.exit_rank
+            if kind == config.exit_head and same_rank and through_coda == config.exit_through_coda:
+                return
+            logger.warning("The model's %s exit heads are replaced by new %s ones.", config.exit_head, kind)
         try:
-            model.add_exit_heads(kind, rank=settings.exit_rank, through_coda=settings.exit_through_coda)
+            model.add_exit_heads(kind, rank=rank, through_coda=through_coda)
         except ValueError as error:
             raise SettingsError(str(error)) from error
 
@@ -60,14 +74,16 @@ class Exits(Heal):
             sums["layer_distillation"] = distilled.detach()
         return total, sums
 
-    def coefficients(self, layout: LayerLayout, num_exits: int) -> list[float]:
+    def coefficients(self, config: RecursiveConfig, num_exits: int) -> list[float]:
         if self.settings.exit_loss == "aggressive":
             return [self.settings.exit_weight] * num_exits + [1.0]
         if self.settings.exit_loss == "weighted":
             return weighted_coefficients(num_exits + 1)
+        layout = config.layout
+        coda = layout.num_coda_layers if config.exit_through_coda else 0
         # A step with fewer recursions than the model has is shorter by whole blocks.
         skipped = (layout.num_recursions - 1 - num_exits) * layout.block_size
-        layers = [layers_before(layout, depth) for depth in range(num_exits)] + [layout.num_layers - skipped]
+        layers = [layers_before(layout, depth) + coda for depth in range(num_exits)] + [layout.num_layers - skipped]
         return [count / sum(layers) for count in layers]
 
     def _exit(
@@ -106,10 +122,13 @@ class Exits(Heal):
         self, model: RecursiveForCausalLM, layer_states: tuple[Tensor, ...], num_exits: int, labels: Tensor
     ) -> Tensor:
         keep = labels[:, 1:] != IGNORED
+        layout = model.config.layout
+        if model.config.exit_through_coda:
+            # The coda follows an exit as it follows the last recursion, so what it makes of either is no teacher.
+            layer_states = layer_states[: len(layer_states) - layout.num_coda_layers]
         normed = [model.model.norm(state[:, :-1][keep]) for state in layer_states]
         kind = self.settings.free_distillation
         assert kind is not None
-        layout = model.config.layout
         parts = [layer_distillation(normed, layers_before(layout, depth), kind) for depth in range(num_exits)]
         return torch.stack(parts).mean()
 

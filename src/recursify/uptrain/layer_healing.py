@@ -37,6 +37,7 @@ from recursify.modeling import RecursiveConfig
 from .balancing import balance_factors
 from .data import IGNORED, Collator, Rows, TextData
 from .losses import Sums, cross_entropy, forward_kl
+from .objectives import same_choice
 from .parameters import find_optimizer, is_trained, parameter_groups
 from .settings import UptrainSettings
 from .trainer import perplexity_of, training_arguments
@@ -84,9 +85,6 @@ class LayerHealing:
         log: Given one line of figures per layer and sweep.
         progress: Told of every layer done.
         device: Where layers and hidden states are.
-
-    Raises:
-        CheckpointError: The teacher's layers are not those that the model was made from.
     """
 
     def __init__(
@@ -105,7 +103,6 @@ class LayerHealing:
         self.dense = Layerwise(teacher, config, None, device)
         # Both models' layers from one config, so that they take the same masks.
         names = DenseNames(self.dense.config)
-        _require_same_layers(teacher, names)
         self.layout = names.layout
         self.theirs = Side(
             RecursiveParts(names, lambda name: teacher.read(names.unshared[name]), device), self.dense.load
@@ -159,7 +156,7 @@ class LayerHealing:
                     "ce": cross_entropy(logits, target),
                     "dense_ce": cross_entropy(taught, target),
                     "kl": forward_kl(logits, taught, self.settings.temperature),
-                    "agreement": (logits.argmax(-1) == taught.argmax(-1)).sum().float(),
+                    "agreement": same_choice(logits, taught).sum(),
                     "tokens": torch.tensor(len(target)),
                 }
                 sums = {name: sums.get(name, 0) + figure.double() for name, figure in figures.items()}
@@ -297,7 +294,8 @@ class LayerHealing:
                             f"or look for broken rows in the data."
                         )
                     (loss / len(chosen)).backward()
-                nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+                if settings.max_grad_norm:  # 0 is the Trainer's way to say no clipping
+                    nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
@@ -324,7 +322,7 @@ def _endless(rows: Rows) -> Iterator[dict[str, Any]]:
         yield from rows
 
 
-def _require_same_layers(teacher: DenseCheckpoint, names: DenseNames) -> None:
+def require_same_layers(teacher: DenseCheckpoint, names: DenseNames) -> None:
     """A dense model of other shapes has no layers to fit these to.
 
     Raises:

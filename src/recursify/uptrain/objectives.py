@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recursify.modeling import LayerLayout, RecursiveForCausalLM, RecursiveOutput
+from recursify.modeling import RecursiveConfig, RecursiveForCausalLM, RecursiveOutput
 
 from .data import IGNORED
 from .losses import Sums, chunked_loss, cross_entropy, forward_kl
@@ -76,11 +76,11 @@ class Heal(Objective):
         keep = inputs["labels"][:, 1:] != IGNORED
         targets = inputs["labels"][:, 1:][keep]
         hidden = outputs.last_hidden_state[:, :-1][keep]
-        taught = None if self.teacher is None else last_hidden_state(self.teacher, inputs)[:, :-1][keep]
+        taught = self._taught(model, inputs, keep)
         exits = [state[:, :-1][keep] for state in outputs.exit_states or ()]
         boundaries = [state[:, :-1][keep].detach() for state in outputs.boundary_states or ()]
 
-        coefficients = self.coefficients(model.config.layout, len(exits))
+        coefficients = self.coefficients(model.config, len(exits))
 
         def loss(pieces: list[Tensor], rows: slice) -> tuple[Tensor, Sums]:
             logits = model.read_out(pieces[0])
@@ -97,7 +97,14 @@ class Heal(Objective):
 
         return chunked_loss([hidden, *exits, *boundaries], readout_weights(model), loss, self.settings.loss_chunk)
 
-    def coefficients(self, layout: LayerLayout, num_exits: int) -> list[float]:
+    def _taught(self, model: RecursiveForCausalLM, inputs: dict[str, Tensor], keep: Tensor) -> Tensor | None:
+        """The teacher's last hidden states ``[n, D]`` of the tokens to ``keep``, where they can change anything."""
+        if self.teacher is None or (model.training and self.settings.trainable == "heads"):
+            return None
+        hidden = last_hidden_state(self.teacher, inputs)[:, :-1]
+        return hidden[keep.to(hidden.device)]
+
+    def coefficients(self, config: RecursiveConfig, num_exits: int) -> list[float]:
         """Of the losses of ``num_exits`` exits by depth, and of the last recursion's."""
         return [0.0] * num_exits + [1.0]
 

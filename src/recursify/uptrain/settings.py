@@ -18,6 +18,9 @@ LayerDistillation = Literal["kd_last", "kd_unif", "kd_dyna"]
 SHARDING = ("none", "fsdp2", "zero2")
 """What is cut over processes: nothing; weights, gradients and optimizer; or gradients and optimizer, by DeepSpeed."""
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Of a model that is only read; ``auto`` is that of its checkpoint."""
+
 PRECISIONS = ("auto", "float32", "bfloat16")
 """Of matrix products."""
 
@@ -95,6 +98,8 @@ class UptrainSettings:
     """Dense model to distil from; None takes the one that ``recursify.json`` names."""
     teacher_dtype: str = "auto"
     """Dtype of the teacher."""
+    teacher_device: str | None = None
+    """Where the teacher is (``cuda:1``, ``cpu``); None puts it beside the model."""
     ce_weight: float = 1.0
     """Weight of the cross-entropy."""
     kl_weight: float = 1.0
@@ -108,13 +113,14 @@ class UptrainSettings:
     logits; or those on a GPU if liger-kernel is installed, else torch (``auto``). Stage ``layers`` only measures them,
     in torch."""
 
-    exit_head: str = "shared"
+    exit_head: str | None = None
     """What an exit reads out with: the model's final norm and head (``shared``); its own norm (``norm``); that and a
-    low-rank residual on the head (``low_rank``); its own norm and head (``full``)."""
-    exit_rank: int = 64
-    """Rank of a ``low_rank`` exit head."""
-    exit_through_coda: bool = True
-    """Whether a token that exits still runs the coda."""
+    low-rank residual on the head (``low_rank``); its own norm and head (``full``). None keeps the heads that the
+    model has, else ``shared``."""
+    exit_rank: int | None = None
+    """Rank of a ``low_rank`` exit head; None keeps the model's, else 64."""
+    exit_through_coda: bool | None = None
+    """Whether a token that exits still runs the coda; None keeps what the model does, else yes."""
     exit_loss: ExitLoss = "aggressive"
     """How exits weigh beside the last recursion: ``exit_weight`` each beside 1; by depth; or FREE's, by layers run."""
     exit_weight: float = 0.1
@@ -140,24 +146,12 @@ class UptrainSettings:
     """Further fields of transformers' ``TrainingArguments`` (``deepspeed``, ``torch_compile``, ...)."""
 
     def __post_init__(self) -> None:
-        positive = ("length", "max_tokens", "batch_size", "accumulate", "learning_rate", "temperature", "loss_chunk")
-        counts = ("exit_rank", "eval_sequences", "eval_every", "save_every", "keep", "layer_tokens", "layer_passes")
-        for name in (*positive, "head_learning_rate", *counts):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"{name} must be above 0, got {getattr(self, name)}.")
-        not_negative = ("ce_weight", "kl_weight", "weight_decay", "warmup_fraction", "recursion_curriculum")
-        exits = ("exit_weight", "exit_kl_weight", "free_distillation_weight", "test_weight")
-        for name in (*not_negative, *exits):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"{name} cannot be negative, got {getattr(self, name)}.")
-        if self.length < 2:
-            raise SettingsError(
-                "length must be at least 2: the first token of a sequence predicts, it is not predicted."
-            )
+        self._check_ranges()
         choices = {
             "trainable": TRAINABLE,
             "sharding": SHARDING,
             "precision": PRECISIONS,
+            "teacher_dtype": DTYPES,
             "loss_backend": get_args(LossBackend),
             "exit_loss": get_args(ExitLoss),
             "free_distillation": (None, *get_args(LayerDistillation)),
@@ -166,24 +160,60 @@ class UptrainSettings:
             if getattr(self, name) not in values:
                 listed = ", ".join(str(value) for value in values)
                 raise SettingsError(f"Unknown {name} '{getattr(self, name)}'. Use one of: {listed}.")
-        if self.trainable == "heads" and self.stage != "exits":
-            raise SettingsError(
-                f"Stage '{self.stage}' has no heads to train. Use --stage exits, or another --trainable."
-            )
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        positive = ("length", "max_tokens", "batch_size", "accumulate", "learning_rate", "temperature", "loss_chunk")
+        counts = ("exit_rank", "eval_sequences", "eval_every", "save_every", "keep", "layer_tokens", "layer_passes")
+        for name in (*positive, "head_learning_rate", *counts):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise SettingsError(f"{name} must be above 0, got {getattr(self, name)}.")
+        not_negative = ("ce_weight", "kl_weight", "weight_decay", "max_grad_norm")
+        exits = ("exit_weight", "exit_kl_weight", "free_distillation_weight", "test_weight")
+        for name in (*not_negative, *exits):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} cannot be negative, got {getattr(self, name)}.")
+        for name in ("warmup_fraction", "recursion_curriculum", "tie_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
         if not 0 <= self.tie_fraction < 1:
             raise SettingsError(
                 f"tie_fraction must be at least 0 and below 1, got {self.tie_fraction}: the last steps train the mean."
             )
-        if not 0 <= self.tie_noise <= 1:
-            raise SettingsError(f"tie_noise must be between 0 and 1, got {self.tie_noise}.")
+        if self.length < 2:
+            raise SettingsError(
+                "length must be at least 2: the first token of a sequence predicts, it is not predicted."
+            )
+
+    def _check_combinations(self) -> None:
+        if self.trainable == "heads" and self.stage != "exits":
+            raise SettingsError(
+                f"Stage '{self.stage}' has no heads to train. Use --stage exits, or another --trainable."
+            )
         if self.stage in ("heal", "tie") and self.ce_weight == self.kl_weight == 0:
             raise SettingsError("ce_weight and kl_weight are both 0, so there is nothing to learn. Raise one of them.")
         if "fsdp" in self.trainer:
             raise SettingsError("trainer: fsdp would shard a shared layer like any other. Use sharding: fsdp2 instead.")
-        if self.stage == "layers" and self.random_recursions:
+        if self.sharding != "none" and self.optimizer in ("hfac", "adafactor"):
             raise SettingsError(
-                "random_recursions has no meaning in stage 'layers', which fits every depth at once. Leave it out."
+                f"optimizer '{self.optimizer}' factorizes whole matrices, and sharding '{self.sharding}' cuts them "
+                f"into parts. Use another optimizer, or sharding none."
             )
+        if self.sharding != "none" and self.stage == "tie":
+            raise SettingsError(f"Stage 'tie' does not work with sharding '{self.sharding}'. Use sharding none.")
+        if self.stage == "layers":
+            unused = {
+                "random_recursions": self.random_recursions,
+                "sharding": self.sharding != "none",
+                "precision": self.precision == "bfloat16",
+                "gradient_checkpointing": self.gradient_checkpointing,
+                "report_to": self.report_to,
+            }
+            if ignored := [name for name, given in unused.items() if given]:
+                raise SettingsError(
+                    f"{', '.join(ignored)}: without meaning in stage 'layers', which fits one layer at a time, all "
+                    f"depths at once, in float32 and in one process. Leave out what is named."
+                )
 
     @classmethod
     def from_mapping(cls, mapping: dict[str, Any], where: str) -> UptrainSettings:

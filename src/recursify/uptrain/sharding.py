@@ -59,8 +59,11 @@ def shard(model: RecursiveForCausalLM) -> None:
         return Shard(dimensions[parameter])
 
     base = model.model
-    for layer in (*base.prelude, *base.coda):
-        fully_shard(layer, reshard_after_forward=True, shard_placement_fn=placement)
+    # A coda that exits run, too, runs more than once.
+    repeats_coda = model.exit_heads is not None and model.config.exit_through_coda
+    for layers, repeats in ((base.prelude, False), (base.coda, repeats_coda)):
+        for layer in layers:
+            fully_shard(layer, reshard_after_forward=not repeats, shard_placement_fn=placement)
     for layer in base.block:
         fully_shard(layer, reshard_after_forward=False, shard_placement_fn=placement)
     fully_shard(model, reshard_after_forward=False, shard_placement_fn=placement)

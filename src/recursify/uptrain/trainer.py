@@ -6,6 +6,7 @@ random states, and skipping to the right batch on resume. FSDP2 is in ``sharding
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -24,12 +25,13 @@ from recursify.modeling import RecursiveForCausalLM
 
 from . import checkpoints, sharding
 from .data import IGNORED, Collator, TextData
+from .losses import Sums
 from .objectives import Objective
 from .parameters import HFAC, find_optimizer, parameter_groups
 from .schedules import draw_recursions
 from .settings import UptrainSettings
 
-Sums = dict[str, Tensor]
+logger = logging.getLogger(__name__)
 
 ZERO2: dict[str, Any] = {
     "train_batch_size": "auto",
@@ -349,15 +351,23 @@ def training_arguments(settings: UptrainSettings, folder: Path, *, world_size: i
         **settings.trainer,
     }
     try:
-        return TrainingArguments(**fields)
+        arguments = TrainingArguments(**fields)
     except (TypeError, ValueError, ImportError) as error:
         raise TrainingError(f"transformers refuses the training settings: {error}") from error
+    if arguments.n_gpu > 1:
+        # The Trainer would copy the model to all of them by DataParallel, and the copies would share one block.
+        logger.warning("Training on one GPU of %d. Give --num-processes to use more.", arguments.n_gpu)
+        arguments._n_gpu = 1
+    return arguments
 
 
 def computes_in_bfloat16(precision: str) -> bool:
     """Whether matrix products are in bfloat16; ``auto`` takes it where a GPU has it."""
     return precision == "bfloat16" or (
-        precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        precision == "auto"
+        and torch.cuda.is_available()
+        # An emulated bfloat16 (T4, V100) is there too, and slower than float32.
+        and torch.cuda.is_bf16_supported(including_emulation=False)
     )
 
 

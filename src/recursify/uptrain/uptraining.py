@@ -29,7 +29,7 @@ from .balancing import balance_factors
 from .data import Collator, prepare_data
 from .exits import Exits
 from .fused_losses import check_backend
-from .layer_healing import LayerHealing
+from .layer_healing import LayerHealing, require_same_layers
 from .objectives import Heal, Objective
 from .parameters import choose_trained
 from .settings import UptrainSettings
@@ -54,8 +54,8 @@ class Outcome:
         output: The finished model's folder.
         steps: Steps in all.
         tokens: Tokens in all, on all ranks.
-        before: Figures on the held-out sequences before the first step; empty for a resumed run.
-        after: The same after the last.
+        before: Figures on the held-out sequences before the first step.
+        after: The same after the last; of the float32 weights, which are then written in the dtype of the source.
         curves: The plot, if one could be drawn.
     """
 
@@ -118,25 +118,19 @@ def _train(
     folder = output / CHECKPOINT_FOLDER
     run = {"model": str(source.absolute()), "num_processes": state.num_processes, **settings.to_dict()}
     resumed = _find_resumed(folder, run) if resume else None
-    if not resume:
-        with state.main_process_first():
-            if state.is_main_process:
-                _begin(source, output, folder, run, overwrite)
+    if not resume and state.is_main_process:
+        _check_output(source, output, overwrite)
     # Also a resumed run begins with the source: what a stage changes in prepare() is made from it, and then takes the
     # checkpoint's weights.
     model, tokenizer = _load(source, settings)
-    teacher = _load_teacher(source, model, settings, state)
-    objective = STAGES[settings.stage](settings, teacher)
+    objective = STAGES[settings.stage](settings, _load_teacher(source, model, settings, state))
     with state.main_process_first():
         data = prepare_data(settings, tokenizer)
-    objective.prepare(model)
-    choose_trained(model, settings)
-    balance_factors(model)
-    if settings.gradient_checkpointing:
-        # The model's own: per block layer and depth, never reentrant. The Trainer's argument changes its name in v6.
-        model.gradient_checkpointing_enable()
-    if settings.sharding == "fsdp2":
-        sharding.shard(model)
+    _prepare_model(model, objective, settings)
+    if not resume:
+        with state.main_process_first():
+            if state.is_main_process:
+                _begin(output, run)
     arguments = training_arguments(settings, folder, world_size=state.num_processes, resumes=resumed is not None)
     per_step = settings.batch_size * settings.accumulate * settings.length * state.num_processes
     trainer = RecursiveTrainer(
@@ -149,22 +143,37 @@ def _train(
         [Watcher(output, per_step, progress)],
     )
     _run_trainer(trainer, settings, resumed)
-    history = [line for line in trainer.state.log_history if "eval_loss" in line]
-    if not history or history[-1]["step"] != trainer.state.global_step:
-        trainer.evaluate()
-        history = [line for line in trainer.state.log_history if "eval_loss" in line]
-    before = _figures(history[0]) if history[0]["step"] == 0 else {}
+    before, after = _held_out_figures(trainer)
     objective.finish(trainer.accelerator.unwrap_model(trainer.model))
-    outcome = Outcome(
-        output,
-        trainer.state.global_step,
-        trainer.state.global_step * per_step,
-        before,
-        _figures(history[-1]),
-        draw_curves(output) if state.is_main_process else None,
-    )
+    steps = trainer.state.global_step
+    curves = draw_curves(output) if state.is_main_process else None
+    outcome = Outcome(output, steps, steps * per_step, before, after, curves)
     _finish(trainer, source, outcome, settings, data.name)
     return outcome
+
+
+def _prepare_model(model: RecursiveForCausalLM, objective: Objective, settings: UptrainSettings) -> None:
+    """What is done to a model before its first step, in place."""
+    objective.prepare(model)
+    choose_trained(model, settings)
+    balance_factors(model)
+    if settings.gradient_checkpointing:
+        # The model's own: per block layer and depth, never reentrant. The Trainer's argument changes its name in v6.
+        model.gradient_checkpointing_enable()
+    if settings.sharding == "fsdp2":
+        sharding.shard(model)
+
+
+def _held_out_figures(trainer: RecursiveTrainer) -> tuple[dict[str, float], dict[str, float]]:
+    """Before the first step (empty where that was not measured) and after the last."""
+    if not any(line["step"] == trainer.state.global_step for line in _evaluations(trainer)):
+        trainer.evaluate()
+    history = _evaluations(trainer)
+    return _figures(history[0]) if history[0]["step"] == 0 else {}, _figures(history[-1])
+
+
+def _evaluations(trainer: RecursiveTrainer) -> list[dict[str, Any]]:
+    return [line for line in trainer.state.log_history if "eval_loss" in line]
 
 
 def _check_sharding(settings: UptrainSettings) -> None:
@@ -223,12 +232,13 @@ def _heal_layers(
         raise TrainingError(
             f"Stage 'layers' runs in one process, and {state.num_processes} were started. Leave out --num-processes."
         )
+    _check_output(source, output, overwrite)
     student = RecursiveCheckpoint(source)
     tokenizer = _load_tokenizer(source, student.config, settings)
     teacher = _open_teacher(source, student.config, settings)
-    run = {"model": str(source.absolute()), "num_processes": 1, **settings.to_dict()}
-    _begin(source, output, output / CHECKPOINT_FOLDER, run, overwrite)
+    require_same_layers(teacher, student.names)
     data = prepare_data(settings, tokenizer)
+    _begin(output, {"model": str(source.absolute()), "num_processes": 1, **settings.to_dict()})
     scratch = output / ".model"
     scratch.mkdir()
     weights = ShardedCheckpoint(scratch, student.tensors)
@@ -262,8 +272,9 @@ def _find_resumed(folder: Path, run: dict[str, Any]) -> Path | None:
     return checkpoints.newest_intact(folder)
 
 
-def _begin(source: Path, output: Path, folder: Path, run: dict[str, Any], overwrite: bool) -> None:
-    """Make the output folder, refusing one that holds something; a run that never saved anything is nothing."""
+def _check_output(source: Path, output: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds something; a run that never saved anything is nothing."""
+    folder = output / CHECKPOINT_FOLDER
     if checkpoints.list_checkpoints(folder) and not overwrite:
         raise OutputError(
             f"'{output}' holds a run already. Go on with it (--resume), replace it (--overwrite), or choose another -o."
@@ -272,8 +283,12 @@ def _begin(source: Path, output: Path, folder: Path, run: dict[str, Any], overwr
     # Weights and AdamW's two moments, in float32, per checkpoint kept, and the model at the end.
     failed = (folder / checkpoints.RUN_FILE).exists() and not (output / "config.json").exists()
     check_target(output, source, overwrite=overwrite or failed, num_bytes=4 * size)
+
+
+def _begin(output: Path, run: dict[str, Any]) -> None:
+    """Make the output folder, in place of what was there. By now, all that can be refused has been."""
     shutil.rmtree(output, ignore_errors=True)
-    checkpoints.write_run(folder, run)
+    checkpoints.write_run(output / CHECKPOINT_FOLDER, run)
 
 
 def _load(source: Path, settings: UptrainSettings) -> tuple[RecursiveForCausalLM, Any]:
@@ -307,7 +322,7 @@ def _load_teacher(
         return None
     checkpoint = _open_teacher(source, model.config, settings)
     dtype = None if settings.teacher_dtype == "auto" else getattr(torch, settings.teacher_dtype)
-    return checkpoint.load_model(dtype).to(state.device).requires_grad_(False)
+    return checkpoint.load_model(dtype).to(settings.teacher_device or state.device).requires_grad_(False)
 
 
 def needs_teacher(settings: UptrainSettings) -> bool:
