@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from recursify.modeling import RecursiveConfig
-from recursify.modeling.modeling_recursive import DenseFamily
+from recursify.modeling.modeling_recursive import CACHE_ARGUMENT, DenseFamily
 
 from .dense_checkpoint import DenseCheckpoint
 
@@ -165,8 +165,8 @@ class Layerwise:
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=None,
-            past_key_values=None,
             position_ids=position_ids,
+            **{CACHE_ARGUMENT: None},
         )
         kinds = getattr(self.config, "layer_types", None)
         kind = kinds[position] if kinds else None

@@ -57,7 +57,7 @@ class RecursiveConfig(PreTrainedConfig):
     """
 
     model_type = "recursive"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     has_no_defaults_at_init = True
 
     def __init__(

@@ -35,6 +35,9 @@ from .configuration_recursive import RecursiveConfig
 from .recursive_exits import ExitHead, ExitKind
 from .recursive_layout import LayoutError, Slot
 
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_masks_for_generate).parameters else "past_key_values"
+"""What transformers calls a cache: ``cache`` from 5.24 on, in arguments and outputs alike."""
+
 
 class UnsupportedFamily(ValueError):
     """A dense family whose layers cannot be shared; the message says which part and why."""
@@ -330,7 +333,8 @@ class DenseFamily:
                 f"layers: looping them would feed every recursion the wrong input."
             )
         arguments = inspect.signature(self.layers[0].forward).parameters
-        self.cache_argument = "layer_past" if "layer_past" in arguments else "past_key_values"
+        names = ("cache", "layer_past", "past_key_values")
+        self.cache_argument = next((name for name in names if name in arguments), CACHE_ARGUMENT)
         self.rope_by_layer_type = "layer_type" in inspect.signature(self.rotary_emb.forward).parameters
 
     def strip(self) -> PreTrainedModel:
@@ -362,7 +366,7 @@ class RecursivePreTrainedModel(PreTrainedModel):
     config: RecursiveConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "layer_past"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["cache", "past_key_values", "layer_past"]
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     # By role, not by family: transformers keeps this per class, and one process may hold several families.
@@ -454,6 +458,7 @@ class RecursiveModel(RecursivePreTrainedModel):
         num_recursions: int | None = None,
         exit_depths: Iterable[int] = (),
         return_layer_states: bool = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> RecursiveOutput:
         """Run all recursions, or the first ``num_recursions``.
@@ -468,11 +473,13 @@ class RecursiveModel(RecursivePreTrainedModel):
             exit_depths: Depths at whose end to branch off ``exit_states``, for training and measuring; without a cache,
                 since a coda that runs more than once would write its slots more than once.
             return_layer_states: Return the hidden states after every position.
+            cache: The name that transformers 5.24 has for ``past_key_values``.
             kwargs: Passed to every attention function.
 
         Raises:
             ValueError: ``num_recursions`` or an exit depth outside its range, or exit depths with a cache.
         """
+        past_key_values = past_key_values if cache is None else cache
         recursions = self.layout.num_recursions if num_recursions is None else num_recursions
         if not 1 <= recursions <= self.layout.num_recursions:
             raise ValueError(
@@ -501,8 +508,8 @@ class RecursiveModel(RecursivePreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE_ARGUMENT: past_key_values},
             )
         rotations = self.rotations(inputs_embeds, position_ids)
 
@@ -532,7 +539,7 @@ class RecursiveModel(RecursivePreTrainedModel):
                 boundary_states.append(hidden_states)
         return RecursiveOutput(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_ARGUMENT: past_key_values if use_cache else None},
             boundary_states=tuple(boundary_states) if wanted else None,
             exit_states=tuple(self._to_exit(states, run) for states in boundary_states) if wanted else None,
             layer_states=tuple(layer_states) if return_layer_states else None,
@@ -595,6 +602,7 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         objective: Callable[[RecursiveForCausalLM, RecursiveOutput], Any] | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits ``[B, T, V]``, or of the last ``logits_to_keep`` tokens; and the loss, given ``labels [B, T]``.
@@ -607,7 +615,7 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -622,7 +630,7 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_ARGUMENT: getattr(outputs, CACHE_ARGUMENT)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
