@@ -473,13 +473,16 @@ class RecursiveModel(RecursivePreTrainedModel):
             exit_depths: Depths at whose end to branch off ``exit_states``, for training and measuring; without a cache,
                 since a coda that runs more than once would write its slots more than once.
             return_layer_states: Return the hidden states after every position.
-            cache: The name that transformers 5.24 has for ``past_key_values``.
+            cache: The name of ``past_key_values`` from transformers 5.24 on; before, for attention functions.
             kwargs: Passed to every attention function.
 
         Raises:
             ValueError: ``num_recursions`` or an exit depth outside its range, or exit depths with a cache.
         """
-        past_key_values = past_key_values if cache is None else cache
+        if CACHE_ARGUMENT == "cache":
+            past_key_values = past_key_values if cache is None else cache
+        elif cache is not None:
+            kwargs["cache"] = cache  # before 5.24, what paged attention finds its pages by
         recursions = self.layout.num_recursions if num_recursions is None else num_recursions
         if not 1 <= recursions <= self.layout.num_recursions:
             raise ValueError(
@@ -615,7 +618,8 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values if cache is None else cache,
+            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
