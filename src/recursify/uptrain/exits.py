@@ -20,8 +20,8 @@ from recursify.modeling import (
 )
 
 from .data import IGNORED
-from .losses import Sums, cross_entropy, forward_kl, layer_distillation, weighted_coefficients
-from .objectives import Heal, same_choice
+from .losses import Sums, forward_kl, layer_distillation, weighted_coefficients
+from .objectives import Heal, ReadExit
 
 logger = logging.getLogger(__name__)
 
@@ -86,37 +86,20 @@ class Exits(Heal):
         layers = [layers_before(layout, depth) + coda for depth in range(num_exits)] + [layout.num_layers - skipped]
         return [count / sum(layers) for count in layers]
 
-    def _exit(
-        self,
-        model: RecursiveForCausalLM,
-        depth: int,
-        state: Tensor,
-        boundary: Tensor,
-        *,
-        last: Tensor,
-        targets: Tensor,
-        coefficient: float,
+    def exit_loss(
+        self, model: RecursiveForCausalLM, read: ReadExit, last: Tensor, coefficient: float
     ) -> tuple[Tensor, Sums]:
         settings = self.settings
-        logits = model.read_exit(depth, state)
-        ce = cross_entropy(logits, targets, settings.loss_backend)
-        total = ce
+        total = read.cross_entropy
         if settings.exit_kl_weight and settings.exit_loss != "free":
-            kl = forward_kl(logits, last, backend=settings.loss_backend)
-            total = total + settings.exit_kl_weight * kl
-        agrees = same_choice(logits, last)
+            total = total + settings.exit_kl_weight * forward_kl(read.logits, last, backend=settings.loss_backend)
         assert model.exit_heads is not None
-        head = model.exit_heads[depth]
+        head = model.exit_heads[read.depth]
         assert isinstance(head, ExitHead)
-        odds = head.agreement(boundary).float()
-        test = F.binary_cross_entropy_with_logits(odds, agrees, reduction="sum")
-        figures = {
-            "ce": ce,
-            "agreement": agrees.sum(),
-            "test_loss": test,
-            "test_accuracy": ((odds > 0) == (agrees > 0)).float().sum(),
-        }
-        return coefficient * total + settings.test_weight * test, figures
+        odds = head.agreement(read.boundary).float()
+        test = F.binary_cross_entropy_with_logits(odds, read.agrees, reduction="sum")
+        right = ((odds > 0) == (read.agrees > 0)).float().sum()
+        return coefficient * total + settings.test_weight * test, {"test_loss": test, "test_accuracy": right}
 
     def _distil(
         self, model: RecursiveForCausalLM, layer_states: tuple[Tensor, ...], num_exits: int, labels: Tensor

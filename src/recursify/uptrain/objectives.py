@@ -7,6 +7,7 @@ are whole, and may therefore read out hidden states chunk by chunk.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -61,6 +62,25 @@ class Objective(ABC):
         """The loss summed over predicted tokens, and summed figures, ``tokens`` among them."""
 
 
+@dataclass(frozen=True)
+class ReadExit:
+    """One exit's reading of ``n`` tokens.
+
+    Attributes:
+        depth: The exit's depth.
+        boundary: The hidden states ``[n, D]`` at the boundary that the exit test sees, detached.
+        logits: ``[n, V]``.
+        cross_entropy: Summed over the tokens.
+        agrees: Per token 1 where the exit and the last recursion put the same word first, else 0; float32 ``[n]``.
+    """
+
+    depth: int
+    boundary: Tensor
+    logits: Tensor
+    cross_entropy: Tensor
+    agrees: Tensor
+
+
 class Heal(Objective):
     """Cross-entropy plus forward KL from the dense teacher, on the last recursion.
 
@@ -86,12 +106,13 @@ class Heal(Objective):
             logits = model.read_out(pieces[0])
             total, figures = self._last(logits, targets[rows], None if taught is None else taught[rows], model.training)
             total = coefficients[-1] * total
-            for depth in range(len(exits)):
-                state, boundary = pieces[1 + depth], pieces[1 + len(exits) + depth]
-                added, more = self._exit(
-                    model, depth, state, boundary, last=logits, targets=targets[rows], coefficient=coefficients[depth]
-                )
+            for depth, coefficient in enumerate(coefficients[:-1]):
+                read = model.read_exit(depth, pieces[1 + depth])
+                ce = cross_entropy(read, targets[rows], self.settings.loss_backend)
+                one = ReadExit(depth, pieces[1 + len(exits) + depth], read, ce, same_choice(read, logits))
+                added, more = self.exit_loss(model, one, logits, coefficient)
                 total = total + added
+                more |= {"ce": ce, "agreement": one.agrees.sum()}
                 figures |= {f"{name}_depth_{depth}": figure for name, figure in more.items()}
             return total, figures
 
@@ -123,21 +144,18 @@ class Heal(Objective):
             figures |= {"kl": kl, "agreement": same_choice(logits, theirs).sum()}
         return total, figures
 
-    def _exit(
-        self,
-        model: RecursiveForCausalLM,
-        depth: int,
-        state: Tensor,
-        boundary: Tensor,
-        *,
-        last: Tensor,
-        targets: Tensor,
-        coefficient: float,
+    def exit_loss(
+        self, model: RecursiveForCausalLM, read: ReadExit, last: Tensor, coefficient: float
     ) -> tuple[Tensor, Sums]:
-        """What one exit adds to the loss, and its figures, of ``[n, D]`` states and the last's ``[n, V]`` logits."""
-        logits = model.read_exit(depth, state)
-        ce = cross_entropy(logits, targets, self.settings.loss_backend)
-        return torch.zeros_like(ce), {"ce": ce, "agreement": same_choice(logits, last).sum()}
+        """What an exit adds to the loss, and its further figures: here nothing, exits are only measured.
+
+        Args:
+            model: The model.
+            read: What the exit says.
+            last: Logits ``[n, V]`` of the last recursion.
+            coefficient: The exit's, of :meth:`coefficients`.
+        """
+        return torch.zeros_like(read.cross_entropy), {}
 
 
 def readout_weights(model: RecursiveForCausalLM) -> list[nn.Parameter]:

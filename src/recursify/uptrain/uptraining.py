@@ -47,6 +47,37 @@ CHECKPOINT_FOLDER = "checkpoints"
 
 
 @dataclass(frozen=True)
+class Run:
+    """What a run was asked to do.
+
+    Attributes:
+        source: The recursive model's folder.
+        output: Where checkpoints, metrics and the finished model go.
+        settings: Of the stage.
+        state: The processes.
+        resume: Go on where a run into ``output`` was.
+        overwrite: Replace what is in ``output``.
+        progress: Told how far it is.
+    """
+
+    source: Path
+    output: Path
+    settings: UptrainSettings
+    state: PartialState
+    resume: bool
+    overwrite: bool
+    progress: Progress
+
+    def describe(self) -> dict[str, Any]:
+        """What has to be the same for a run to be resumed; kept beside its checkpoints."""
+        return {
+            "model": str(self.source.absolute()),
+            "num_processes": self.state.num_processes,
+            **self.settings.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How a run ended.
 
@@ -100,26 +131,17 @@ def uptrain(
     # Without an accelerator it has to be told that processes are many on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
     check_backend(settings.loss_backend, state.device)
-    run_stage = _heal_layers if settings.stage == LAYER_STAGE else _train
-    return run_stage(source, output, settings, state, resume=resume, overwrite=overwrite, progress=progress)
+    run = Run(source, output, settings, state, resume, overwrite, progress)
+    return _heal_layers(run) if settings.stage == LAYER_STAGE else _train(run)
 
 
-def _train(
-    source: Path,
-    output: Path,
-    settings: UptrainSettings,
-    state: PartialState,
-    *,
-    resume: bool,
-    overwrite: bool,
-    progress: Progress,
-) -> Outcome:
+def _train(run: Run) -> Outcome:
     """A stage that trains the whole model at once, in the Trainer."""
+    source, output, settings, state = run.source, run.output, run.settings, run.state
     folder = output / CHECKPOINT_FOLDER
-    run = {"model": str(source.absolute()), "num_processes": state.num_processes, **settings.to_dict()}
-    resumed = _find_resumed(folder, run) if resume else None
-    if not resume and state.is_main_process:
-        _check_output(source, output, overwrite)
+    resumed = _find_resumed(folder, run.describe()) if run.resume else None
+    if not run.resume and state.is_main_process:
+        _check_output(source, output, run.overwrite)
     # Also a resumed run begins with the source: what a stage changes in prepare() is made from it, and then takes the
     # checkpoint's weights.
     model, tokenizer = _load(source, settings)
@@ -127,10 +149,10 @@ def _train(
     with state.main_process_first():
         data = prepare_data(settings, tokenizer)
     _prepare_model(model, objective, settings)
-    if not resume:
+    if not run.resume:
         with state.main_process_first():
             if state.is_main_process:
-                _begin(output, run)
+                _begin(run)
     arguments = training_arguments(settings, folder, world_size=state.num_processes, resumes=resumed is not None)
     per_step = settings.batch_size * settings.accumulate * settings.length * state.num_processes
     trainer = RecursiveTrainer(
@@ -140,7 +162,7 @@ def _train(
         data,
         arguments,
         tokenizer,
-        [Watcher(output, per_step, progress)],
+        [Watcher(output, per_step, run.progress)],
     )
     _run_trainer(trainer, settings, resumed)
     before, after = _held_out_figures(trainer)
@@ -215,30 +237,22 @@ def _run_trainer(trainer: RecursiveTrainer, settings: UptrainSettings, resumed: 
         ) from error
 
 
-def _heal_layers(
-    source: Path,
-    output: Path,
-    settings: UptrainSettings,
-    state: PartialState,
-    *,
-    resume: bool,
-    overwrite: bool,
-    progress: Progress,
-) -> Outcome:
+def _heal_layers(run: Run) -> Outcome:
     """Stage ``layers``: neither model is ever whole in memory."""
-    if resume:
+    source, output, settings, state = run.source, run.output, run.settings, run.state
+    if run.resume:
         raise TrainingError("Stage 'layers' is short and keeps no checkpoints. Run it again, with --overwrite.")
     if state.num_processes > 1:
         raise TrainingError(
             f"Stage 'layers' runs in one process, and {state.num_processes} were started. Leave out --num-processes."
         )
-    _check_output(source, output, overwrite)
+    _check_output(source, output, run.overwrite)
     student = RecursiveCheckpoint(source)
     tokenizer = _load_tokenizer(source, student.config, settings)
     teacher = _open_teacher(source, student.config, settings)
     require_same_layers(teacher, student.names)
     data = prepare_data(settings, tokenizer)
-    _begin(output, {"model": str(source.absolute()), "num_processes": 1, **settings.to_dict()})
+    _begin(run)
     scratch = output / ".model"
     scratch.mkdir()
     weights = ShardedCheckpoint(scratch, student.tensors)
@@ -254,7 +268,7 @@ def _heal_layers(
         Collator(settings.length, pad),
         settings,
         log=log,
-        progress=progress,
+        progress=run.progress,
         device=str(state.device),
     )
     before = healing.measure()
@@ -285,10 +299,10 @@ def _check_output(source: Path, output: Path, overwrite: bool) -> None:
     check_target(output, source, overwrite=overwrite or failed, num_bytes=4 * size)
 
 
-def _begin(output: Path, run: dict[str, Any]) -> None:
+def _begin(run: Run) -> None:
     """Make the output folder, in place of what was there. By now, all that can be refused has been."""
-    shutil.rmtree(output, ignore_errors=True)
-    checkpoints.write_run(output / CHECKPOINT_FOLDER, run)
+    shutil.rmtree(run.output, ignore_errors=True)
+    checkpoints.write_run(run.output / CHECKPOINT_FOLDER, run.describe())
 
 
 def _load(source: Path, settings: UptrainSettings) -> tuple[RecursiveForCausalLM, Any]:
