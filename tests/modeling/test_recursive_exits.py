@@ -34,7 +34,7 @@ def test_a_new_head_reads_out_as_the_model_does(family, kind):
     ids = random_ids(2, 9)
     with torch.no_grad():
         found = model.read_exit(0, exits(model, ids).exit_states[0])
-        assert torch.equal(model.exit_logits(ids, 0), found)
+        assert torch.equal(model(ids, exit_depth=0).logits, found)
         torch.testing.assert_close(found, model(ids, num_recursions=1).logits, atol=LOGITS[torch.float32], rtol=0)
 
 
@@ -105,6 +105,45 @@ def test_heads_come_back_from_disk(tmp_path, kind):
             assert torch.equal(model.read_exit(depth, mine), loaded.read_exit(depth, theirs))
     owned = {"shared": 0, "norm": 1, "low_rank": 3, "full": 2}[kind] + 2
     assert sum(name.startswith("exit_heads.") for name in load_file(tmp_path / "model.safetensors")) == 3 * owned
+
+
+@pytest.mark.parametrize("through_coda", [True, False])
+def test_a_fixed_depth_generates_as_its_exit_says(tmp_path, through_coda):
+    """Given to from_pretrained: cached, left-padded and batched generation is greedy over the exit's own logits."""
+    model = tiny_recursive(recursions=4)
+    model.add_exit_heads("norm", through_coda=through_coda)
+    model.save_pretrained(tmp_path)
+    shallow = RecursiveForCausalLM.from_pretrained(tmp_path, exit_depth=1).eval()
+    ids = random_ids(1, 5)
+    wanted = ids
+    with torch.no_grad():
+        for _ in range(8):
+            states = exits(model, wanted).exit_states[1]
+            wanted = torch.cat([wanted, model.read_exit(1, states)[:, -1:].argmax(-1)], dim=1)
+    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    assert torch.equal(shallow.generate(ids, **arguments), wanted)
+    assert torch.equal(shallow.generate(ids, cache_implementation="static", **arguments), wanted)
+    assert torch.equal(model.generate(ids, exit_depth=1, **arguments), wanted)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
+    batch = torch.cat([padded, random_ids(1, 8)])
+    mask = torch.ones_like(batch)
+    mask[0, :3] = 0
+    assert torch.equal(shallow.generate(batch, attention_mask=mask, **arguments)[0, 3:], wanted[0])
+    shallow.save_pretrained(tmp_path / "again")
+    assert RecursiveForCausalLM.from_pretrained(tmp_path / "again").config.exit_depth == 1
+
+
+def test_a_fixed_depth_that_does_not_exist_is_refused(tmp_path):
+    """In the config, in from_pretrained (which sets fields without a check), and beside a number of recursions."""
+    model = tiny_recursive(recursions=2)
+    with pytest.raises(ValueError, match=r"no exit after depth 1: those are after \[0\]\. Leave exit_depth"):
+        RecursiveConfig(**{**model.config.to_dict(), "exit_depth": 1})
+    model.save_pretrained(tmp_path)
+    loaded = RecursiveForCausalLM.from_pretrained(tmp_path, exit_depth=1)
+    with pytest.raises(ValueError, match="no exit after depth 1"):
+        loaded(random_ids(1, 3))
+    with pytest.raises(ValueError, match="Give num_recursions=1 or exit_depth=0, not both"):
+        model(random_ids(1, 3), num_recursions=1, exit_depth=0)
 
 
 def test_a_model_made_from_a_config_has_heads_at_even_odds():

@@ -131,7 +131,8 @@ def compare(
 def _log_probabilities(model: PreTrainedModel, batch: Tensor, depth: int | None = None) -> Tensor:
     """``[b, T] -> [b · (T-1), V]`` on the CPU, float32."""
     ids = batch.to(model.device)
-    logits = model(ids, use_cache=False).logits if depth is None else model.exit_logits(ids, depth)
+    exit_depth = {} if depth is None else {"exit_depth": depth}
+    logits = model(ids, use_cache=False, **exit_depth).logits
     logits = logits[:, :-1].float().cpu()
     return logits.flatten(0, 1).log_softmax(-1)
 

@@ -47,6 +47,8 @@ class RecursiveConfig(PreTrainedConfig):
         exit_rank: Rank of a ``low_rank`` exit head.
         exit_through_coda: A token that exits still runs the coda, as at full depth, instead of being read out where it
             stopped.
+        exit_depth: Depth after which every token exits; None runs all recursions. It can be given to
+            ``from_pretrained``, and so to whatever passes arguments on to it (lm-eval's ``--model_args``, a pipeline).
         format_version: Version of the on-disk format.
         dense_fields: Every field of the dense family's config, ``num_hidden_layers`` being the effective depth.
 
@@ -73,6 +75,7 @@ class RecursiveConfig(PreTrainedConfig):
         exit_head: str | None = None,
         exit_rank: int = 64,
         exit_through_coda: bool = True,
+        exit_depth: int | None = None,
         format_version: int = FORMAT_VERSION,
         **dense_fields: Any,
     ):
@@ -113,6 +116,7 @@ class RecursiveConfig(PreTrainedConfig):
         self.exit_head = exit_head
         self.exit_rank = exit_rank
         self.exit_through_coda = exit_through_coda
+        self.exit_depth = exit_depth
         self.format_version = format_version
         self.auto_map = dict(AUTO_MAP)
 
@@ -129,6 +133,7 @@ class RecursiveConfig(PreTrainedConfig):
                 )
         if exit_head is not None:
             self.check_exits()
+        self.depth_to_exit_at()
 
     @classmethod
     def from_dense(cls, dense: PreTrainedConfig, layout: LayerLayout, **fields: Any) -> RecursiveConfig:
@@ -172,6 +177,23 @@ class RecursiveConfig(PreTrainedConfig):
                 f"A model with {self.num_recursions} recursions in {self.sharing} sharing has no boundary between "
                 f"recursions, so it cannot exit. Exits need cycle sharing and at least 2 recursions."
             )
+
+    def depth_to_exit_at(self, num_recursions: int | None = None, exit_depth: int | None = None) -> int | None:
+        """The depth after which a call exits: ``exit_depth``, else the config's, if it names no ``num_recursions``.
+
+        Raises:
+            ValueError: There is no exit after that depth, or both are given.
+        """
+        if num_recursions is not None and exit_depth is not None:
+            raise ValueError(f"Give num_recursions={num_recursions} or exit_depth={exit_depth}, not both.")
+        if num_recursions is None and exit_depth is None:
+            exit_depth = self.exit_depth
+        if exit_depth is not None and exit_depth not in self.exit_depths:
+            raise ValueError(
+                f"There is no exit after depth {exit_depth}: those are after {list(self.exit_depths)}. Leave exit_depth "
+                f"out to run all recursions."
+            )
+        return exit_depth
 
     def dense_config(self) -> PreTrainedConfig:
         """The dense family's own config, of the effective depth: what the unrolled model has."""

@@ -456,12 +456,13 @@ class RecursiveModel(RecursivePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         num_recursions: int | None = None,
+        exit_depth: int | None = None,
         exit_depths: Iterable[int] = (),
         return_layer_states: bool = False,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> RecursiveOutput:
-        """Run all recursions, or the first ``num_recursions``.
+        """Run all recursions, or the first ``num_recursions``, or as far as the exit after ``exit_depth``.
 
         Args:
             input_ids: ``[B, T]``; or give ``inputs_embeds [B, T, D]``.
@@ -470,6 +471,8 @@ class RecursiveModel(RecursivePreTrainedModel):
             past_key_values: A cache with one slot per effective position.
             use_cache: Make and return a cache.
             num_recursions: How often to apply the shared block before the coda, 1 .. R; all R if absent.
+            exit_depth: The depth after which every token exits, with the coda or without as the config says; in the
+                output, ``exit_states`` are what that exit reads out. ``config.exit_depth`` if neither is given.
             exit_depths: Depths at whose end to branch off ``exit_states``, for training and measuring; without a cache,
                 since a coda that runs more than once would write its slots more than once.
             return_layer_states: Return the hidden states after every position.
@@ -477,25 +480,16 @@ class RecursiveModel(RecursivePreTrainedModel):
             kwargs: Passed to every attention function.
 
         Raises:
-            ValueError: ``num_recursions`` or an exit depth outside its range, or exit depths with a cache.
+            ValueError: ``num_recursions`` or an exit depth outside its range, both of them, or exit depths with a
+                cache.
         """
         if CACHE_ARGUMENT == "cache":
             past_key_values = past_key_values if cache is None else cache
         elif cache is not None:
             kwargs["cache"] = cache  # before 5.24, what paged attention finds its pages by
-        recursions = self.layout.num_recursions if num_recursions is None else num_recursions
-        if not 1 <= recursions <= self.layout.num_recursions:
-            raise ValueError(
-                f"num_recursions={num_recursions} is outside 1 .. {self.layout.num_recursions}: the model has no more."
-            )
-        wanted = sorted(set(exit_depths))
-        if wanted and (use_cache or past_key_values is not None):
-            raise ValueError("exit_depths and a cache exclude one another: pass use_cache=False.")
-        if not set(wanted) <= {*self.config.exit_depths[:recursions]}:
-            raise ValueError(
-                f"exit_depths={wanted} are not all depths that run and have an exit: those are "
-                f"{list(self.config.exit_depths[:recursions])}."
-            )
+        exit_depth = self.config.depth_to_exit_at(num_recursions, exit_depth)
+        recursions = self._recursions(num_recursions, exit_depth)
+        branches = self._branches(exit_depths, recursions, caches=bool(use_cache or past_key_values is not None))
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
@@ -514,6 +508,7 @@ class RecursiveModel(RecursivePreTrainedModel):
                 position_ids=position_ids,
                 **{CACHE_ARGUMENT: past_key_values},
             )
+        without_coda = exit_depth is not None and not self.config.exit_through_coda
         rotations = self.rotations(inputs_embeds, position_ids)
 
         def run(position: int, states: Tensor) -> Tensor:
@@ -533,20 +528,43 @@ class RecursiveModel(RecursivePreTrainedModel):
         layer_states: list[Tensor] = []
         boundary_states: list[Tensor] = []
         for position, slot in enumerate(self.layout.slots()):
-            if slot.depth >= recursions:
+            if slot.depth >= recursions or (without_coda and slot.part == "coda"):
                 continue
             hidden_states = run(position, hidden_states)
             if return_layer_states:
                 layer_states.append(hidden_states)
-            if slot.part == "block" and slot.index == self.layout.block_size - 1 and slot.depth in wanted:
+            if slot.part == "block" and slot.index == self.layout.block_size - 1 and slot.depth in branches:
                 boundary_states.append(hidden_states)
+        exit_states = tuple(self._to_exit(states, run) for states in boundary_states)
+        if exit_depth is not None:
+            exit_states = (*exit_states, hidden_states)
         return RecursiveOutput(
             last_hidden_state=self.norm(hidden_states),
             **{CACHE_ARGUMENT: past_key_values if use_cache else None},
-            boundary_states=tuple(boundary_states) if wanted else None,
-            exit_states=tuple(self._to_exit(states, run) for states in boundary_states) if wanted else None,
+            boundary_states=tuple(boundary_states) or None,
+            exit_states=exit_states or None,
             layer_states=tuple(layer_states) if return_layer_states else None,
         )
+
+    def _recursions(self, num_recursions: int | None, exit_depth: int | None) -> int:
+        """How many recursions to run."""
+        if exit_depth is not None:
+            return exit_depth + 1
+        available = self.layout.num_recursions
+        if num_recursions is not None and not 1 <= num_recursions <= available:
+            raise ValueError(f"num_recursions={num_recursions} is outside 1 .. {available}: the model has no more.")
+        return available if num_recursions is None else num_recursions
+
+    def _branches(self, exit_depths: Iterable[int], recursions: int, *, caches: bool) -> set[int]:
+        """The depths to branch off exits at, once it is certain that they can be."""
+        wanted, running = set(exit_depths), self.config.exit_depths[:recursions]
+        if wanted and caches:
+            raise ValueError("exit_depths and a cache exclude one another: pass use_cache=False.")
+        if not wanted <= set(running):
+            raise ValueError(
+                f"exit_depths={sorted(wanted)} are not all depths that run and have an exit: those are {list(running)}."
+            )
+        return wanted
 
     def _to_exit(self, boundary_states: Tensor, run: Callable[[int, Tensor], Tensor]) -> Tensor:
         """What an exit reads out, of the states at its boundary."""
@@ -604,16 +622,23 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_recursions: int | None = None,
+        exit_depth: int | None = None,
         objective: Callable[[RecursiveForCausalLM, RecursiveOutput], Any] | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits ``[B, T, V]``, or of the last ``logits_to_keep`` tokens; and the loss, given ``labels [B, T]``.
 
+        They are those of the last recursion that runs; see :meth:`RecursiveModel.forward` for ``num_recursions`` and
+        ``exit_depth``. A whole model is run at a fixed depth by ``config.exit_depth``, which ``from_pretrained``
+        takes as ``exit_depth=``.
+
         With an ``objective``, what it makes of this model and its last hidden states is returned, and no logits are
         computed here: a training loss that reads weights (a head, chunk by chunk) has to run inside this call, since
         FSDP holds them together no longer than that.
         """
+        exit_depth = self.config.depth_to_exit_at(num_recursions, exit_depth)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -622,12 +647,17 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            num_recursions=num_recursions,
+            exit_depth=exit_depth,
             **kwargs,
         )
         if objective is not None:
             return objective(self, outputs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.read_out(outputs.last_hidden_state[:, kept, :])
+        if exit_depth is None:
+            logits = self.read_out(outputs.last_hidden_state[:, kept, :])
+        else:
+            logits = self.read_exit(exit_depth, outputs.exit_states[-1][:, kept, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -680,20 +710,6 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         if self.exit_heads is None:
             return self.read_out(self.model.norm(exit_states))
         return self._soft_cap(self.exit_heads[depth](exit_states, self.model.norm, self.lm_head))
-
-    def exit_logits(self, input_ids: Tensor, depth: int, **arguments: Any) -> Tensor:
-        """Logits ``[B, T, V]`` of ``input_ids [B, T]`` when every token exits after ``depth``.
-
-        Raises:
-            ValueError: There is no exit after ``depth``.
-        """
-        if depth not in self.config.exit_depths:
-            raise ValueError(f"There is no exit after depth {depth}: those are after {list(self.config.exit_depths)}.")
-        outputs = self.model(
-            input_ids, num_recursions=depth + 1, return_layer_states=True, **{**arguments, "use_cache": False}
-        )
-        last = -1 if self.config.exit_through_coda else len(outputs.layer_states) - self.config.num_coda_layers - 1
-        return self.read_exit(depth, outputs.layer_states[last])
 
     def _soft_cap(self, logits: Tensor) -> Tensor:
         softcap = getattr(self.config, "final_logit_softcapping", None)

@@ -308,7 +308,8 @@ def _begin(run: Run) -> None:
 def _load(source: Path, settings: UptrainSettings) -> tuple[RecursiveForCausalLM, Any]:
     """The model, in float32, and its tokenizer."""
     try:
-        model = RecursiveForCausalLM.from_pretrained(source, dtype=torch.float32)
+        # All depths are trained, whatever depth the model runs at.
+        model = RecursiveForCausalLM.from_pretrained(source, dtype=torch.float32, exit_depth=None)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"'{source}' does not load: {str(error).splitlines()[0]}") from error
     return model, _load_tokenizer(source, model.config, settings)
