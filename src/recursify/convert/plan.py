@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, TensorInfo
+from recursify.checkpoint.description import kv_bytes_per_token
 from recursify.errors import PlanError, UnsupportedModelError
 from recursify.modeling import LayerLayout, LayoutError, RecursiveConfig, RecursiveForCausalLM, UnsupportedFamily
 
@@ -282,13 +283,6 @@ def _size(config: RecursiveConfig, tensors: dict[str, TensorInfo]) -> Size:
         num_bytes=sum(info.num_bytes for info in tensors.values()),
         kv_bytes_per_token=kv_bytes_per_token(config, dtype),
     )
-
-
-def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one token over all effective layers."""
-    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * num_heads * head_dim * dtype.itemsize
 
 
 def _warnings(config: RecursiveConfig, layout: LayerLayout, family: str) -> list[str]:
