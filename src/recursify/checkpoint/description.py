@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recursify.checkpoint.dense_checkpoint import folder_tensors
+import torch
+from transformers import PreTrainedConfig
+
 from recursify.errors import CheckpointError
 from recursify.modeling import RecursiveConfig
 
-from .plan import kv_bytes_per_token
+from .dense_checkpoint import folder_tensors
 
 
 def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +61,7 @@ def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
             "depths": list(config.exit_depths),
             "through_coda": config.exit_through_coda,
         },
+        "exit_depth": config.exit_depth,
         "bytes": sum(info.num_bytes for info in tensors.values()),
         "dtype": str(dtype).removeprefix("torch."),
         "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
@@ -82,6 +85,18 @@ def draw_layout(description: dict[str, Any]) -> str:
         f"× {layout['num_recursions']}" if layout["order"] == "cycle" else f"each × {layout['num_recursions']} in place"
     )
     lines.append(f"block     {layout['block_size']} shared layers {repeated}: positions {first}-{last - 1}")
+    if layout["order"] == "cycle" and layout["num_recursions"] > 1:
+        size = layout["block_size"]
+        starts = [first + depth * size for depth in range(layout["num_recursions"])]
+        spans = [f"depth {depth}: {start}-{start + size - 1}" for depth, start in enumerate(starts)]
+        lines.append(f"          {', '.join(spans)}")
     if layout["coda"]:
         lines.append(f"coda      layers {last}-{layout['effective_layers'] - 1}, once")
     return "\n".join(lines)
+
+
+def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one token over all effective layers."""
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * num_heads * head_dim * dtype.itemsize

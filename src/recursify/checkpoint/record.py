@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,3 +40,12 @@ def write_model_files(folder: Path, config: RecursiveConfig, record: dict[str, A
     home = Path(recursify.modeling.__file__).parent
     for file in TRAVELLING_FILES:
         shutil.copyfile(home / file, folder / file)
+
+
+def update_record(folder: Path, **entries: Any) -> dict[str, Any]:
+    """Put ``entries`` into ``recursify.json`` of a folder, in one step; returns the whole of it."""
+    record = {**read_record(folder), **entries}
+    beside = folder / f".{RECORD_FILE}.writing"
+    beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, folder / RECORD_FILE)
+    return record

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, load_tokenizer, open_checkpoint
+from recursify.checkpoint.record import update_record
+from recursify.evaluation.fingerprint import take_fingerprint
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import Text, default_text, read_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
@@ -82,13 +84,15 @@ def _has_tokenizer(checkpoint: DenseCheckpoint) -> bool:
 def check_conversion(conversion: Conversion, target: Path, *, progress: Progress) -> dict[str, Any]:
     """Compare what was written with the dense model on held-out text, and let it write a line.
 
-    Both models are held in memory, in the dtype on disk.
+    The figures, and a fingerprint of what the model says, go into ``recursify.json``. Both models are held in memory,
+    in the dtype on disk.
     """
     model = RecursiveForCausalLM.from_pretrained(target).eval()
     control = conversion.checkpoint.load_model()
     if not _has_tokenizer(conversion.checkpoint):
         ids = torch.randint(0, model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
         comparison = compare(model, control, ids)
+        update_record(target, fingerprint=take_fingerprint(model.float()).to_dict())
         return {**comparison.to_dict(), "text": "random tokens (the model has no tokenizer)", "sample": ""}
     tokenizer = load_tokenizer(conversion.checkpoint)
     text = default_text("held_out")
@@ -97,6 +101,11 @@ def check_conversion(conversion: Conversion, target: Path, *, progress: Progress
     comparison = compare(model, control, windows, progress=progress)
     prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
+    update_record(
+        target,
+        evaluation=[comparison.as_evaluation(text.name)],
+        fingerprint=take_fingerprint(model.float()).to_dict(),
+    )
     return {
         **comparison.to_dict(),
         "text": text.name,

@@ -77,9 +77,11 @@ def convert(
             "recursify_version": version("recursify"),
             "format_version": plan.config.format_version,
             "made_with": {name: version(name) for name in ("torch", "transformers", "safetensors")},
+            "base": checkpoint.origin().to_dict(),
             "plan": plan.to_dict(),
             "settings": {**vars(plan.settings)},
             "calibration": calibration,
+            "evaluation": [],
             "history": [],
         }
         write_model_files(folder, plan.config, record)

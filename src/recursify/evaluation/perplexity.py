@@ -54,6 +54,19 @@ class Comparison:
     top1_agreement: float
     kl: float
 
+    def as_evaluation(self, text: str) -> dict[str, Any]:
+        """As an entry of ``evaluation`` in ``recursify.json``, measured on the text of that name."""
+        return {
+            "kind": "text",
+            "name": text,
+            "depth": None,
+            "num_tokens": self.model.num_tokens,
+            "perplexity": self.model.perplexity,
+            "dense_perplexity": self.control.perplexity,
+            "top1_agreement": self.top1_agreement,
+            "kl": self.kl,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -190,8 +190,8 @@ class RecursiveConfig(PreTrainedConfig):
             exit_depth = self.exit_depth
         if exit_depth is not None and exit_depth not in self.exit_depths:
             raise ValueError(
-                f"There is no exit after depth {exit_depth}: those are after {list(self.exit_depths)}. Leave exit_depth "
-                f"out to run all recursions."
+                f"There is no exit after depth {exit_depth}: those are after {list(self.exit_depths)}. Leave "
+                f"exit_depth out to run all recursions."
             )
         return exit_depth
 
@@ -212,8 +212,11 @@ class RecursiveConfig(PreTrainedConfig):
         return min(rank, in_features, out_features)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """All fields: readers of ``config.json`` outside transformers do not know the dense family's defaults."""
-        return self.to_dict()
+        """All fields: readers of ``config.json`` outside transformers do not know the dense family's defaults.
+
+        Except where it was loaded from, which may be a path of this machine.
+        """
+        return {key: value for key, value in self.to_dict().items() if key != "_name_or_path"}
 
     @staticmethod
     def _refuse_misspelt(fields: dict[str, Any], dense: PreTrainedConfig) -> None:
@@ -226,4 +229,11 @@ class RecursiveConfig(PreTrainedConfig):
 
 
 _DERIVED = {"num_unique_layers", "layer_to_block", "block_size", "auto_map"}
-_NOT_COPIED = {"model_type", "architectures", "transformers_version", "auto_map", "quantization_config"}
+_NOT_COPIED = {
+    "model_type",
+    "architectures",
+    "transformers_version",
+    "auto_map",
+    "quantization_config",
+    "_name_or_path",
+}

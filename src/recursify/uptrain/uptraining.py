@@ -22,6 +22,7 @@ from recursify.checkpoint.record import read_record, write_model_files
 from recursify.checkpoint.recursive_checkpoint import RecursiveCheckpoint
 from recursify.checkpoint.writer import ShardedCheckpoint, check_target
 from recursify.errors import CheckpointError, OutputError, RecursifyError, SettingsError, TrainingError
+from recursify.evaluation.fingerprint import take_fingerprint
 from recursify.modeling import RecursiveConfig, RecursiveForCausalLM
 
 from . import checkpoints, sharding
@@ -393,6 +394,7 @@ def _finish(trainer: RecursiveTrainer, source: Path, outcome: Outcome, settings:
         settings,
         data,
         num_processes=trainer.args.world_size,
+        fingerprint=take_fingerprint(model.float().eval()).to_dict(),
     )
 
 
@@ -406,9 +408,11 @@ def _publish(
     data: str,
     *,
     num_processes: int,
+    fingerprint: dict[str, Any] | None = None,
 ) -> None:
     """Move the weights in ``scratch`` into the output folder, with all else that makes a model's folder."""
-    record = read_record(source)
+    # What was measured of the model before is no longer true of it.
+    record = {**read_record(source), "evaluation": [], "fingerprint": fingerprint}
     run = {
         "recursify_version": version("recursify"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
