@@ -10,6 +10,7 @@
     ├── SettingsError              a settings file with an unknown key or a value out of range
     ├── OutputError                a target that exists, lies inside the source, or has no room
     ├── TrainingError              a training run that cannot start, go on or be resumed
+    ├── HubError                   a repository that cannot be made, read or written, or a folder not fit for one
     └── ParityError                a converted or exported model whose logits differ where they must not
 
 Each message says what happened, with which values, and what to do.
@@ -46,6 +47,10 @@ class OutputError(RecursifyError):
 
 class TrainingError(RecursifyError):
     """A training run cannot start, go on, or be resumed."""
+
+
+class HubError(RecursifyError):
+    """A Hub repository cannot be made, read or written, or a folder is not fit for one."""
 
 
 class ParityError(RecursifyError):

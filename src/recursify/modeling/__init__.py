@@ -23,6 +23,9 @@ AutoConfig.register("recursive", RecursiveConfig, exist_ok=True)
 AutoModel.register(RecursiveConfig, RecursiveModel, exist_ok=True)
 AutoModelForCausalLM.register(RecursiveConfig, RecursiveForCausalLM, exist_ok=True)
 
+MINIMUM_TRANSFORMERS = "5.17"
+"""The oldest transformers that runs the files of this package."""
+
 TRAVELLING_FILES = (
     "configuration_recursive.py",
     "recursive_layout.py",
@@ -34,6 +37,7 @@ TRAVELLING_FILES = (
 __all__ = [
     "EXIT_HEADS",
     "FORMAT_VERSION",
+    "MINIMUM_TRANSFORMERS",
     "SHARINGS",
     "TRAVELLING_FILES",
     "DepthView",

@@ -1,0 +1,1 @@
+"""Sharing a recursive model: what is checked, the model card, the upload."""

@@ -1,0 +1,316 @@
+"""The model card, written from what was recorded and measured, and from nothing else.
+
+Every figure in it stands in ``recursify.json`` or in the headers of the weights. What is not recorded, for instance by
+an older recursify, is left out, never guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from recursify.checkpoint.description import draw_layout
+from recursify.checkpoint.origin import Origin
+from recursify.modeling import MINIMUM_TRANSFORMERS
+
+TAGS = ["recursify", "recursive", "parameter-sharing", "relaxed-recursive-transformer", "custom_code"]
+
+NO_DERIVATIVES = "nd"
+NON_COMMERCIAL = "nc"
+CONDITIONS = {
+    "llama2": "asks derivatives to carry its text and notice",
+    "llama3": "asks names of derivatives to begin with 'Llama 3', and 'Built with Meta Llama 3' to be shown",
+    "llama3.1": "asks names of derivatives to begin with 'Llama', and 'Built with Llama' to be shown",
+    "llama3.2": "asks names of derivatives to begin with 'Llama', and 'Built with Llama' to be shown",
+    "llama3.3": "asks names of derivatives to begin with 'Llama', and 'Built with Llama' to be shown",
+    "llama4": "asks names of derivatives to begin with 'Llama', and 'Built with Llama' to be shown",
+    "gemma": "passes its use restrictions on to whoever gets a derivative",
+    "other": "is one of its own",
+}
+"""Licences (by the Hub's identifiers) that ask something of whoever shares a derivative."""
+
+TEXT_METRICS = {
+    "perplexity": ("perplexity", "Perplexity"),
+    "top1_agreement": ("accuracy", "Same first choice as the dense model"),
+    "kl": ("kl_divergence", "KL from the dense model, nats per token"),
+}
+"""Figure of a text evaluation -> type and name in the model index."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A model card and what its author should know before it is shared.
+
+    Attributes:
+        text: Front matter and body.
+        warnings: About the licence.
+    """
+
+    text: str
+    warnings: list[str]
+
+
+def write_card(
+    description: dict[str, Any],
+    record: dict[str, Any],
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    picture: str | None = None,
+) -> Card:
+    """Write the card of a recursive model.
+
+    Args:
+        description: From :func:`recursify.checkpoint.description.describe`.
+        record: ``recursify.json``, without paths of this machine.
+        repo_id: Where the model will lie.
+        base_model: Hub id of the dense model, where the record does not have it.
+        license: The licence, where the record does not have it or the author has another.
+        picture: File name of a picture of the layout that lies beside the card.
+    """
+    origin = Origin.from_mapping(record.get("base") or {})
+    origin = replace(origin, hub_id=base_model or origin.hub_id)
+    if license is not None:
+        origin = replace(origin, license=license, license_name=None, license_link=None)
+    data = ModelCardData(
+        license=origin.license,
+        license_name=origin.license_name,
+        license_link=origin.license_link,
+        language=list(origin.languages) or None,
+        base_model=origin.hub_id,
+        base_model_relation="finetune" if origin.hub_id else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        datasets=_hub_datasets(record) or None,
+        model_name=repo_id.rpartition("/")[2],
+        eval_results=model_index(record) or None,
+    )
+    name = origin.hub_id or description["made_from"] or "a dense model"
+    sections = [
+        f"# {repo_id.rpartition('/')[2]}",
+        _introduction(description, name),
+        _layout(description, picture),
+        _sizes(description, record),
+        _evaluation(record, description),
+        _how_to_load(description, repo_id),
+        _how_it_was_made(record, name),
+        _limits(description),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return Card(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")), licence_warnings(origin))
+
+
+def licence_warnings(origin: Origin) -> list[str]:
+    """What a licence asks of whoever shares a derivative, as far as its identifier tells."""
+    if origin.license is None:
+        return ["The licence of the dense model is not recorded. Look it up, and give it with --license."]
+    parts = origin.license.split("-")
+    found = []
+    if NO_DERIVATIVES in parts:
+        found.append(f"The dense model's licence, {origin.license}, forbids sharing derivatives. This is one.")
+    if NON_COMMERCIAL in parts:
+        found.append(f"The dense model's licence, {origin.license}, forbids commercial use, of derivatives too.")
+    if condition := CONDITIONS.get(origin.license):
+        where = f" ({origin.license_link})" if origin.license_link else ""
+        found.append(
+            f"The dense model's licence, {origin.license_name or origin.license}{where}, {condition}. Read it."
+        )
+    return found
+
+
+def model_index(record: dict[str, Any]) -> list[EvalResult]:
+    """Everything measured of the model as it is, at full depth."""
+    results = []
+    for entry in record.get("evaluation", []):
+        if entry.get("depth") is not None:
+            continue
+        if entry["kind"] == "text":
+            figures = {key: entry[key] for key in TEXT_METRICS if key in entry}
+            metrics = [(*TEXT_METRICS[key], value) for key, value in figures.items()]
+        else:
+            metrics = [(entry["metric"], entry["metric"], entry["value"])]
+        results += [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=entry["name"],
+                dataset_name=entry["name"],
+                metric_type=kind,
+                metric_name=name,
+                metric_value=round(value, 6),
+            )
+            for kind, name, value in metrics
+        ]
+    return results
+
+
+def _hub_datasets(record: dict[str, Any]) -> list[str]:
+    """Hub names among what the model was uptrained on."""
+    data = [name for run in record.get("history", []) for name in run.get("settings", {}).get("data") or []]
+    return sorted({name for name in data if name.count("/") == 1 and "." not in name})
+
+
+def _introduction(description: dict[str, Any], name: str) -> str:
+    layout, parameters = description["layout"], description["parameters"]
+    return (
+        f"A *recursive* version of {name}, made with [recursify](https://github.com/recursify/recursify): "
+        f"{layout['unique_layers']} stored layers run as {layout['effective_layers']}, because a block of "
+        f"{layout['block_size']} is applied {layout['num_recursions']} times. It stores "
+        f"{parameters['stored'] / 1e6:,.1f}M parameters and computes with {parameters['effective'] / 1e6:,.1f}M."
+    )
+
+
+def _layout(description: dict[str, Any], picture: str | None) -> str:
+    image = f"![Layout]({picture})\n\n" if picture else ""
+    return f"## Layout\n\n{image}```text\n{draw_layout(description)}\n```\n\n{_residuals(description)}"
+
+
+def _residuals(description: dict[str, Any]) -> str:
+    norms = "One set of norms serves all depths." if description["tie_norms"] else "Every depth keeps its own norms."
+    if not description["parameters"]["residuals"]:
+        return f"Depths share their linear maps without residuals. {norms}"
+    own = len(description["lora_rank_pattern"])
+    further = f", {own} maps having ranks of their own" if own else ""
+    return (
+        f"Every depth adds a low-rank residual (rank {description['lora_rank']}{further}) to each shared linear map. "
+        f"{norms}"
+    )
+
+
+def _sizes(description: dict[str, Any], record: dict[str, Any]) -> str:
+    dense, parameters = record.get("plan", {}).get("dense") or {}, description["parameters"]
+    kv = description["kv_bytes_per_token"]
+    rows = [
+        ("parameters", dense.get("num_parameters"), parameters["stored"]),
+        ("bytes of weights", dense.get("num_bytes"), description["bytes"]),
+        ("KV cache, bytes per token", dense.get("kv_bytes_per_token"), kv),
+    ]
+    lines = [f"| {what} | {_count(before)} | {_count(after)} |" for what, before, after in rows]
+    return "\n".join(["## Size", "", "| | dense | this model |", "|---|--:|--:|", *lines])
+
+
+def _count(value: int | None) -> str:
+    return "not recorded" if value is None else f"{value:,}"
+
+
+def _evaluation(record: dict[str, Any], description: dict[str, Any]) -> str:
+    entries = record.get("evaluation", [])
+    rows = [row for entry in entries for row in _evaluation_rows(entry)]
+    runs = [run for run in record.get("history", []) if run.get("after")]
+    rows += _training_rows(runs[-1]) if runs else []
+    if not rows:
+        return "## Evaluation\n\nNothing has been measured of this model."
+    table = ["| | depth | this model | dense | n |", "|---|---|--:|--:|--:|", *rows]
+    return "\n".join(
+        [
+            "## Evaluation",
+            "",
+            "Measured by recursify, the dense model beside it in the same run; ± is one standard error.",
+            "",
+            *table,
+        ]
+    )
+
+
+def _evaluation_rows(entry: dict[str, Any]) -> list[str]:
+    depth = "all" if entry.get("depth") is None else str(entry["depth"])
+    if entry["kind"] == "text":
+        tokens = f"{entry['num_tokens']:,} tokens"
+        first = f"| perplexity, {entry['name']} | {depth} | {entry['perplexity']:,.2f} "
+        rows = [f"{first}| {entry['dense_perplexity']:,.2f} | {tokens} |"]
+        rows.append(f"| same first choice as dense | {depth} | {entry['top1_agreement']:.1%} | | {tokens} |")
+        rows.append(f"| KL from dense, nats per token | {depth} | {entry['kl']:.3f} | | {tokens} |")
+        return rows
+    mine, theirs = _with_error(entry["value"], entry.get("stderr")), ""
+    if entry.get("dense_value") is not None:
+        theirs = _with_error(entry["dense_value"], entry.get("dense_stderr"))
+    return [f"| {entry['name']}, {entry['metric']} | {depth} | {mine} | {theirs} | {entry.get('num_samples') or ''} |"]
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def _training_rows(run: dict[str, Any]) -> list[str]:
+    """Held-out figures at the end of the last uptraining."""
+    import math
+
+    after = run["after"]
+    dense = f"{math.exp(after['dense_ce']):,.2f}" if "dense_ce" in after else ""
+    rows = [f"| perplexity, held-out part of the training text | all | {after['perplexity']:,.2f} | {dense} | |"]
+    depth = 0
+    while f"perplexity_depth_{depth}" in after:
+        rows.append(f"| the same | {depth} | {after[f'perplexity_depth_{depth}']:,.2f} | | |")
+        agreement = after.get(f"agreement_depth_{depth}")
+        if agreement is not None:
+            rows.append(f"| same first choice as the last recursion | {depth} | {agreement:.1%} | | |")
+        depth += 1
+    return rows
+
+
+def _how_to_load(description: dict[str, Any], repo_id: str) -> str:
+    lines = [
+        "## How to load",
+        "",
+        f"transformers ≥ {MINIMUM_TRANSFORMERS} runs it with the code in this repository; read that code first.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'name = "{repo_id}"',
+        "model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)",
+        "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
+        "```",
+        "",
+        "Where recursify is installed, `import recursify.modeling` does instead of `trust_remote_code=True`, and "
+        f"`recursify export {repo_id.rpartition('/')[2]} -o DIR --format dense` writes a downloaded copy as a stock "
+        f"checkpoint of the {description['family']} family for other servers.",
+    ]
+    depths = (description["exits"] or {}).get("depths")
+    if depths:
+        lines += [
+            "",
+            f"It has trained exits after depth {', '.join(map(str, depths))}: every token then stops there, which is "
+            f"faster and says something else than the whole model.",
+            "",
+            "```python",
+            f"model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, exit_depth={depths[0]})",
+            "```",
+        ]
+    return "\n".join(lines)
+
+
+def _how_it_was_made(record: dict[str, Any], name: str) -> str:
+    plan = record.get("plan", {})
+    lines = ["## How it was made", ""]
+    if plan.get("initialization"):
+        residuals = f", residuals by `{plan['relaxation']}`" if plan.get("relaxation") else ""
+        lines.append(f"Converted from {name}: shared weights by `{plan['initialization']}`{residuals}.")
+    if text := (record.get("calibration") or {}).get("text"):
+        lines.append(f"Calibrated on {text}.")
+    for run in record.get("history", []):
+        rate = run.get("settings", {}).get("learning_rate")
+        at = f", peak learning rate {rate:g}" if rate else ""
+        stage = run.get("settings", {}).get("stage", "heal")
+        lines.append(f"Uptrained ({stage}) on {run['tokens']:,} tokens of {run['data_name']}{at}.")
+    if not record.get("history"):
+        lines.append("It has not been uptrained: it is a starting point, not a replacement for the dense model.")
+    if made := record.get("recursify_version"):
+        lines.append(f"recursify {made}; `recursify.json` holds all settings.")
+    return "\n".join(lines)
+
+
+def _limits(description: dict[str, Any]) -> str:
+    lines = [
+        "## Limits",
+        "",
+        "- The KV cache is as large as the dense model's: every effective layer keeps its own keys and values.",
+        "- At full depth it computes as much as the dense model, so it is smaller and not faster.",
+        "- Perplexity returns before abilities do: try your own task before you rely on it.",
+    ]
+    if description["exits"]:
+        lines.append("- An early exit is lossy: what it says is not what the whole model says.")
+    return "\n".join(lines)

@@ -1,0 +1,64 @@
+"""A tiny recursive model as the commands leave it, and a Hub on this machine."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from loopback_hub import LoopbackHub
+
+from recursify.checkpoint.record import update_record
+from recursify.convert.check import check_conversion, make_conversion
+from tiny_models import save_tiny
+
+SETTINGS = {
+    "initialization": "average",
+    "relaxation": "svd",
+    "lora_rank": 4,
+    "num_prelude_layers": 1,
+    "num_coda_layers": 1,
+    "calibration_data": [],
+}
+
+
+@pytest.fixture
+def hub():
+    with LoopbackHub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory) -> Path:
+    """Converted from a folder whose card says that it is under Apache-2.0, checked, and recorded."""
+    home = tmp_path_factory.mktemp("hub")
+    save_tiny(home / "dense")
+    (home / "dense" / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlanguage: en\n---\n# Dense\n", encoding="utf-8"
+    )
+    conversion = make_conversion(str(home / "dense"), SETTINGS)
+    conversion.write(home / "recursive", overwrite=False, progress=lambda *_: None)
+    check_conversion(conversion, home / "recursive", progress=lambda *_: None)
+    return home / "recursive"
+
+
+@pytest.fixture
+def folder(converted, tmp_path) -> Path:
+    """A copy of it to do things to."""
+    return Path(shutil.copytree(converted, tmp_path / "model"))
+
+
+@pytest.fixture
+def trained(folder) -> Path:
+    """The same with a history, as uptraining would leave it."""
+    run = {
+        "recursify_version": "0.1.0",
+        "data_name": "/home/me/notes",
+        "tokens": 30_000,
+        "steps": 30,
+        "settings": {"stage": "heal", "learning_rate": 1e-4, "data": ["/home/me/notes", "owner/stories"]},
+        "before": {},
+        "after": {"perplexity": 17.25, "dense_ce": 2.5, "perplexity_depth_0": 300.0, "agreement_depth_0": 0.25},
+    }
+    update_record(folder, history=[run])
+    return folder

@@ -1,0 +1,217 @@
+"""``recursify push`` against a Hub on this machine, by huggingface_hub's real client, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from loopback_hub import GITATTRIBUTES, READ_TOKEN, WRITE_TOKEN, LoopbackHub
+
+from recursify.modeling import RecursiveForCausalLM
+from tiny_models import random_ids
+
+REPO = "tester/tiny-recursive"
+
+PULL = """
+import json, sys
+sys.modules["recursify"] = None
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    torch.save(model(torch.tensor(json.loads(sys.argv[2]))).logits, sys.argv[3])
+card = ModelCard.load(sys.argv[1])
+card.validate()
+write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+print(write("Once", max_new_tokens=4, do_sample=False)[0]["generated_text"])
+"""
+
+PUSH_AGAIN_AND_AGAIN = """
+import json, sys, time
+from pathlib import Path
+time.sleep = lambda seconds: None  # the client waits between its own attempts
+from recursify.errors import HubError
+from recursify.hub.publication import Publication
+from recursify.hub.push import push
+
+stage = Path(sys.argv[1])
+sizes = {file.relative_to(stage).as_posix(): file.stat().st_size for file in stage.rglob("*") if file.is_file()}
+for line in sys.stdin:
+    told = []
+    repo_id, token = json.loads(line)
+    publication = Publication(stage, sizes, [], None)
+    try:
+        outcome = push(publication, repo_id, token=token, tell=told.append, wait=time.sleep).commit
+    except HubError as error:
+        outcome = str(error)
+    print(json.dumps([outcome, told]), flush=True)
+"""
+
+
+def recursify(
+    hub: LoopbackHub, home: Path, *arguments: str, token: str | None = WRITE_TOKEN, code: int = 0, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "recursify", *arguments]
+    environment = {**hub.environment(home, token), **more}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture
+def push(hub, folder, tmp_path) -> Iterator[Callable[..., tuple[str, list[str]]]]:
+    """Pushes the folder as it is, from one process: what came of it, and what was told on the way."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", PUSH_AGAIN_AND_AGAIN, str(folder)],
+        env=hub.environment(tmp_path / "home", token=None),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+
+    def push_once(repo_id: str, token: str | None = WRITE_TOKEN) -> tuple[str, list[str]]:
+        print(json.dumps([repo_id, token]), file=child.stdin, flush=True)
+        outcome, told = json.loads(child.stdout.readline())
+        return outcome, told
+
+    yield push_once
+    child.stdin.close()
+    child.wait(timeout=30)
+
+
+def pushed_files(folder: Path, hub: LoopbackHub, revision: str = "main") -> dict[str, bytes]:
+    """What the Hub has, less what differs from the folder by intent: the card, the picture, the record."""
+    made = {"README.md", "layout.svg", "recursify.json", *GITATTRIBUTES}
+    return {name: data for name, data in hub.files(REPO, revision).items() if name not in made}
+
+
+def test_a_model_makes_the_round_trip(hub, folder, tmp_path):
+    """Pushed bytes are pulled bytes; logits are bit-identical where recursify cannot be imported; the card is valid."""
+    done = recursify(hub, tmp_path / "a", "push", str(folder), REPO, "--private", "--license", "mit", "--json")
+    facts = json.loads(done.stdout)
+    assert facts["url"] == f"{hub.endpoint}/{REPO}"
+    assert facts["commit"] == hub.commits(REPO)[0].oid
+    assert facts["difference"] < 1e-4
+    files = pushed_files(folder, hub)
+    local = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "recursify.json"}
+    assert files == local
+    assert b"\nlicense: mit\n" in hub.files(REPO)["README.md"]
+    assert b"<svg" in hub.files(REPO)["layout.svg"]
+
+    ids = random_ids(2, 7)
+    command = [sys.executable, "-c", PULL, REPO, json.dumps(ids.tolist()), str(tmp_path / "logits.pt")]
+    done = subprocess.run(command, env=hub.environment(tmp_path / "b"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once")
+    with torch.no_grad():
+        wanted = RecursiveForCausalLM.from_pretrained(folder).eval()(ids).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), wanted)
+
+    sent = len(hub.received_lfs)
+    done = recursify(hub, tmp_path / "c", "push", str(folder), REPO, "--revision", "v2", "--license", "mit")
+    assert "pushed" in done.stdout
+    assert len(hub.received_lfs) == sent, "nothing is sent twice"
+    assert pushed_files(folder, hub, "v2") == local
+
+
+def test_a_dry_run_reaches_nobody(hub, folder, tmp_path):
+    """Files, sizes and the card; no request."""
+    done = recursify(hub, tmp_path, "push", str(folder), REPO, "--dry-run")
+    sizes = dict(line.split() for line in done.stdout.splitlines() if line.startswith("model.safetensors"))
+    assert sizes == {"model.safetensors": f"{(folder / 'model.safetensors').stat().st_size:,}"}
+    assert "# tiny-recursive" in done.stdout
+    assert "checking" in done.stderr
+    assert hub.requests == []
+
+
+def test_an_upload_cut_at_random_moments_is_resumed(hub, folder, push):
+    """Ten times: it fails with what to do, the Hub has no half model, and the same call then succeeds."""
+    weights = folder / "model.safetensors"
+    size = weights.stat().st_size
+    draw = random.Random(0)
+    for attempt in range(10):
+        weights.write_bytes(draw.randbytes(size))  # new ones every time, or the Hub would have them already
+        repo_id = f"tester/cut-{attempt}"
+        hub.cut_after(draw.randrange(size), times=1000)
+        outcome, told = push(repo_id)
+        assert "did not finish" in outcome
+        assert "run the same command again to go on" in outcome
+        assert len(told) == 4
+        assert all("upload interrupted" in line for line in told)
+        assert set(hub.files(repo_id)) == set(GITATTRIBUTES)
+        hub.cut_after(0, times=0)
+        outcome, told = push(repo_id)
+        assert (outcome, told) == (hub.commits(repo_id)[0].oid, [])
+        assert hub.files(repo_id) == GITATTRIBUTES | {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_an_overloaded_hub_is_tried_again(hub, folder, tmp_path):
+    """The client does not repeat a commit; we do."""
+    hub.fail_next(1, 503, "/commit/")
+    done = recursify(hub, tmp_path, "push", str(folder), REPO)
+    assert "upload interrupted" in done.stderr
+    assert pushed_files(folder, hub)
+
+
+def test_who_may_not_write_is_told_so(hub, push):
+    """No token, a wrong one, one that may only read, somebody else's account, no name."""
+    hub.add_repo("tester/there", {})
+    for token, repo_id, message in (
+        (None, REPO, "takes no upload to 'tester/tiny-recursive' without a valid token. Log in"),
+        ("hf_wrong", REPO, "takes no upload to 'tester/tiny-recursive' without a valid token. Log in"),
+        (READ_TOKEN, REPO, "Your token may not write to 'tester/tiny-recursive'"),
+        (READ_TOKEN, "tester/there", "Your token may not write to 'tester/there'"),
+        (WRITE_TOKEN, "somebody/else", "Your token may not write to 'somebody/else'"),
+        (WRITE_TOKEN, "a/b/c", "'a/b/c' is no repository name"),
+    ):
+        outcome, told = push(repo_id, token)
+        assert message in outcome
+        assert told == [], "it would be no use to try again"
+
+
+def test_offline_is_said(hub, folder, tmp_path):
+    """The client would name an environment variable in the middle of a traceback."""
+    done = recursify(hub, tmp_path, "push", str(folder), REPO, code=1, HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE is set, so nothing can be uploaded" in done.stderr
+
+
+def test_a_repository_with_other_files_is_left_alone(hub, folder, tmp_path):
+    """Unless told to overwrite: then they are gone."""
+    hub.add_repo(REPO, {"pytorch_model.bin": b"old", "config.json": b"{}"})
+    done = recursify(hub, tmp_path, "push", str(folder), REPO, code=1)
+    assert "holds 1 files that this model does not have, first 'pytorch_model.bin'" in done.stderr
+    assert hub.files(REPO)["config.json"] == b"{}"
+    recursify(hub, tmp_path, "push", str(folder), REPO, "--overwrite")
+    assert "pytorch_model.bin" not in hub.files(REPO)
+    assert hub.files(REPO)["config.json"] == (folder / "config.json").read_bytes()
+
+
+def test_a_folder_that_fails_its_own_parity_is_not_pushed(hub, folder, tmp_path):
+    """The config was edited by hand."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["rms_norm_eps"] = 0.5
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    done = recursify(hub, tmp_path, "push", str(folder), REPO, code=1)
+    assert "does not say what it said when it was made" in done.stderr
+    assert hub.requests == []
+
+
+def test_a_gated_base_model_says_where_to_accept_its_terms(hub, tmp_path):
+    """At conversion, where its files are asked for."""
+    hub.add_repo("org/gated", {"config.json": b"{}"}, gated=True)
+    done = recursify(hub, tmp_path, "convert", "org/gated", "-o", str(tmp_path / "out"), token=READ_TOKEN, code=1)
+    assert "'org/gated' is gated" in done.stderr
+    assert "Accept them at" in done.stderr
+    assert not (tmp_path / "out").exists()
