@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from recursify.cli.app import main
 from recursify.modeling import RecursiveForCausalLM
 from tiny_models import save_tiny
 
+COMMANDS = ("convert", "uptrain", "inspect", "perplexity", "eval", "generate", "export", "push")
 TINY = ["--lora-rank", "4", "--calibration-data", "none", "--no-check"]
 
 
@@ -42,13 +44,25 @@ def test_help_is_instant():
         "heavy = [m for m in ('torch', 'transformers', 'datasets', 'peft', 'numpy') if m in sys.modules]\n"
         "assert not heavy, heavy\n"
     )
-    for command in ([], ["convert"], ["inspect"], ["perplexity"], ["generate"], ["export"], ["uptrain"]):
+    for command in (
+        [],
+        ["convert"],
+        ["inspect"],
+        ["perplexity"],
+        ["generate"],
+        ["export"],
+        ["uptrain"],
+        ["push"],
+        ["eval"],
+    ):
         done = subprocess.run([sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "Usage" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "perplexity", "generate", "export", "uptrain"])
+@pytest.mark.parametrize(
+    "command", ["convert", "inspect", "perplexity", "generate", "export", "uptrain", "push", "eval"]
+)
 def test_help_has_examples(command, capsys):
     """Each command shows how it is used."""
     assert run(command, "--help") == 0
@@ -217,6 +231,28 @@ def test_inspect(models, capsys):
     assert facts["layout"]["layer_to_block"] == [0, 1, 2, 1, 2, 3]
     assert run("inspect", models / "recursive") == 0
     assert "block     2 shared layers × 2: positions 1-4" in capsys.readouterr().out
+
+
+def test_inspect_plot(models, tmp_path, capsys):
+    """A picture beside what is printed; a file that is no SVG, or in no folder, is refused and nothing drawn."""
+    file = tmp_path / "layout [1].svg"
+    assert run("inspect", models / "recursive", "--json", "--plot", file) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["layout"]["num_recursions"] == 2
+    assert f"drew the layout in {file}" in err
+    assert ET.parse(file).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    (tmp_path / "folder.svg").mkdir()
+    for name, message in (
+        ("layout.png", "Name a file that ends in .svg"),
+        ("folder.svg", "Name another file for --plot"),
+        ("nowhere/layout.svg", f"there is no folder '{tmp_path / 'nowhere'}'. Make it first"),
+    ):
+        assert run("inspect", models / "recursive", "--plot", tmp_path / name) == 1
+        out, err = capsys.readouterr()
+        assert message in err
+        assert str(tmp_path / name) in err
+        assert out == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.svg", "layout [1].svg"]
 
 
 def test_effective_parameters_are_the_unrolled_model_s(models, tmp_path, capsys):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
+from recursify.errors import OutputError, SettingsError
+
 from .options import JsonOption, RecursiveArgument
-from .report import print_data, print_json
+from .report import print_data, print_json, talk
 
 EXAMPLES = """
 What a recursive model is: layout, unique and effective parameters, bytes, KV bytes per token, history.
@@ -15,6 +20,8 @@ What a recursive model is: layout, unique and effective parameters, bytes, KV by
 `recursify inspect smollm2-r2`
 
 `recursify inspect smollm2-r2 --json | jq .parameters`
+
+`recursify inspect smollm2-r2 --plot layout.svg`
 """
 
 
@@ -22,14 +29,29 @@ def register(app: typer.Typer) -> None:
     app.command("inspect", help=EXAMPLES)(inspect_command)
 
 
-def inspect_command(folder: RecursiveArgument, json: JsonOption = False) -> None:
+def inspect_command(
+    folder: RecursiveArgument,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the layout as an SVG.", show_default=False)
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    from recursify.checkpoint.description import describe, draw_layout
+    from recursify.checkpoint.layout_picture import draw_svg
     from recursify.checkpoint.record import read_record
-    from recursify.convert.description import describe, draw_layout
 
     from .models import require_recursive
 
+    if plot is not None:
+        _require_svg(plot)
     require_recursive(folder)
     facts = describe(folder, read_record(folder))
+    if plot is not None:
+        try:
+            plot.write_text(draw_svg(facts), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"Cannot write '{plot}': {error.strerror}. Name another file for --plot.") from error
+        talk.print(f"drew the layout in {plot}", markup=False)
     if json:
         print_json(facts)
         return
@@ -58,3 +80,13 @@ def inspect_command(folder: RecursiveArgument, json: JsonOption = False) -> None
             ]
         )
     )
+
+
+def _require_svg(file: Path) -> None:
+    """Raises:
+    SettingsError: ``file`` is not named ``.svg``, or its folder is not there.
+    """
+    if file.suffix.lower() != ".svg":
+        raise SettingsError(f"--plot draws an SVG, so it cannot write '{file}'. Name a file that ends in .svg.")
+    if not file.parent.is_dir():
+        raise SettingsError(f"--plot cannot write '{file}': there is no folder '{file.parent}'. Make it first.")

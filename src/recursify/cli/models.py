@@ -60,3 +60,13 @@ def load_model(
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     return checkpoint.load_model(wanted).to(place), load_tokenizer(checkpoint)
+
+
+def require_exit(config: Any, model: str, depth: int) -> None:
+    """Raises:
+    SettingsError: The model has no exit after ``depth``.
+    """
+    exits = getattr(config, "exit_depths", ())
+    if depth not in exits:
+        having = f"exits after depths {', '.join(map(str, exits))}" if exits else "no exits"
+        raise SettingsError(f"'{model}' has {having}, so none at --depth {depth}. Leave it out for full depth.")

@@ -58,12 +58,12 @@ def perplexity_command(
     from recursify.evaluation.perplexity import measure
     from recursify.evaluation.text import default_text, read_text, token_windows
 
-    from .models import load_model
+    from .models import load_model, require_exit
 
     text = read_text(data) if data else default_text("held_out")
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if depth is not None:
-        _require_exit(loaded.config, model, depth)
+        require_exit(loaded.config, model, depth)
     windows = token_windows(tokenizer, text, length, max_tokens=max_tokens)
     control = None
     if against is not None:
@@ -82,15 +82,3 @@ def perplexity_command(
         f"{facts['model']['num_tokens']:,} tokens of {text.name}\n"
         f"same first choice {facts['top1_agreement']:.1%}, KL to {against} {facts['kl']:.4f} nats"
     )
-
-
-def _require_exit(config: Any, model: str, depth: int) -> None:
-    """Raises:
-    SettingsError: The model has no exit after ``depth``.
-    """
-    from recursify.errors import SettingsError
-
-    exits = getattr(config, "exit_depths", ())
-    if depth not in exits:
-        having = f"exits after depths {', '.join(map(str, exits))}" if exits else "no exits"
-        raise SettingsError(f"'{model}' has {having}, so none at --depth {depth}. Leave it out for full depth.")

@@ -1,0 +1,145 @@
+"""``recursify eval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import DeviceOption, DtypeOption, JsonOption, RecursiveArgument
+from .report import format_table, print_data, print_json, talk
+
+EXAMPLES = """
+Score a recursive model on tasks of lm-evaluation-harness, at any depth, beside its dense model.
+
+What is measured goes into `recursify.json`, and from there into the model card. The same figures come from lm-eval's
+own `--model hf`; a depth is `--model_args pretrained=DIR,trust_remote_code=True,exit_depth=0` there.
+
+**Examples**
+
+`recursify eval smollm2-healed --tasks arc_easy --tasks hellaswag --limit 200`
+
+`recursify eval smollm2-exits --tasks my_task --include-path tasks/ --depth 0 --depth all`
+"""
+
+FULL_DEPTH = "all"
+
+
+def register(app: typer.Typer) -> None:
+    app.command("eval", help=EXAMPLES)(eval_command)
+
+
+def eval_command(
+    folder: RecursiveArgument,
+    tasks: Annotated[list[str], typer.Option("--tasks", help="A task of lm-eval (repeatable).", show_default=False)],
+    depth: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--depth",
+            help="Let every token exit after this recursion, 0 being the first; all runs them all (repeatable). "
+            "[default: all]",
+            show_default=False,
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="A folder with tasks of your own.", show_default=False)
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option("--num-fewshot", help="Solved examples in the prompt. [default: the task's]", show_default=False),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="Samples of each task at most.", min=1, show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences at a time.", min=1)] = 8,
+    control: Annotated[
+        bool, typer.Option("--control/--no-control", help="Score the dense model that it was made from, too.")
+    ] = True,
+    save: Annotated[bool, typer.Option("--save/--no-save", help="Put the figures into recursify.json.")] = True,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    json: JsonOption = False,
+) -> None:
+    from recursify.checkpoint.record import read_record, update_record
+    from recursify.evaluation.tasks import TaskRunner
+
+    from .models import load_model, require_exit, require_recursive
+
+    require_recursive(folder)
+    depths = [_read_depth(text) for text in depth or [FULL_DEPTH]]
+    runner = TaskRunner(tasks, include_path=include_path, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size)
+    model, tokenizer = load_model(str(folder), dtype=dtype, device=device, trust_remote_code=False)
+    for chosen in depths:
+        if chosen is not None:
+            require_exit(model.config, str(folder), chosen)
+    record = read_record(folder)
+    dense = _load_control(record, dtype, device) if control else None
+    theirs = {}
+    if dense is not None:
+        talk.print("scoring the dense model")
+        theirs = {(score.task, score.metric): score for score in runner.score(*dense)}
+    entries = []
+    for chosen in depths:
+        talk.print(f"scoring {folder} {'at full depth' if chosen is None else f'at depth {chosen}'}")
+        for score in runner.score(model, tokenizer, chosen):
+            entry = score.as_evaluation(chosen, theirs.get((score.task, score.metric)))
+            entries.append({**entry, "limit": limit})
+    if save:
+        update_record(folder, evaluation=_merge(record.get("evaluation", []), entries))
+    if json:
+        print_json({"model": str(folder), "evaluation": entries})
+        return
+    print_data(_table(entries, depths))
+
+
+def _read_depth(text: str) -> int | None:
+    if text == FULL_DEPTH:
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"'{text}' is neither a depth nor {FULL_DEPTH}", param_hint="--depth") from error
+
+
+def _load_control(record: dict[str, Any], dtype: str, device: str) -> tuple[Any, Any] | None:
+    """The dense model that the record names, with its tokenizer; None where it is not at hand."""
+    from recursify.errors import RecursifyError
+
+    from .models import load_model
+
+    source = record.get("plan", {}).get("source")
+    if source is None:
+        talk.print("recursify.json names no dense model, so there is no control")
+        return None
+    try:
+        return load_model(source, dtype=dtype, device=device, trust_remote_code=False)
+    except RecursifyError as error:
+        talk.print(f"no control: {error}")
+        return None
+
+
+def _merge(before: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Newer figures in the place of older ones of the same task, metric and depth."""
+
+    def key(entry: dict[str, Any]) -> tuple[Any, ...]:
+        return entry["kind"], entry["name"], entry.get("metric"), entry.get("depth")
+
+    return [entry for entry in before if key(entry) not in {key(entry) for entry in new}] + new
+
+
+def _table(entries: list[dict[str, Any]], depths: list[int | None]) -> str:
+    """One line per task and metric, a column per depth, the dense model last."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        lines.setdefault((entry["name"], entry["metric"]), []).append(_cell(entry["value"], entry["stderr"]))
+    for entry in entries[: len(lines)]:
+        dense = "–" if entry["dense_value"] is None else _cell(entry["dense_value"], entry["dense_stderr"])
+        lines[entry["name"], entry["metric"]].append(dense)
+    names = ["full depth" if depth is None else f"depth {depth}" for depth in depths]
+    rows = [[f"{task}, {metric}", *cells] for (task, metric), cells in lines.items()]
+    return format_table(["task", *names, "dense"], rows)
+
+
+def _cell(value: float, stderr: float | None) -> str:
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
