@@ -698,6 +698,28 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
             head.apply(self._init_weights)
             cast(ExitHead, head).copy_from(self.model.norm, self.lm_head)
 
+    def lora_targets(self, *names: str) -> list[str]:
+        """Linear maps for peft's ``LoraConfig(target_modules=…)``, by their full names.
+
+        peft adapts an ``nn.Linear`` and refuses :class:`RelaxedLinear`, so a plain ``"q_proj"`` does not do. A shared
+        map is adapted inside, at its ``linear``: its depths share the adapter, which may therefore be merged into it.
+
+        Args:
+            names: Of maps in the family's layers (``"q_proj"``, ``"down_proj"``); all of them if there are none.
+
+        Raises:
+            ValueError: The layers have no map of such a name.
+        """
+        maps = {
+            path: path.removesuffix(".linear").rpartition(".")[2]
+            for path, module in self.model.named_modules(prefix="model")
+            if isinstance(module, nn.Linear)
+        }
+        if unknown := sorted(set(names) - set(maps.values())):
+            there = ", ".join(sorted(set(maps.values())))
+            raise ValueError(f"No linear map is called '{unknown[0]}'. There are: {there}.")
+        return [path for path, name in maps.items() if not names or name in names]
+
     def read_out(self, hidden_states: Tensor) -> Tensor:
         """Logits ``[..., V]`` of normed hidden states ``[..., D]``, soft-capped where the family does so."""
         return self._soft_cap(self.lm_head(hidden_states))
