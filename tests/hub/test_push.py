@@ -47,10 +47,15 @@ stage = Path(sys.argv[1])
 sizes = {file.relative_to(stage).as_posix(): file.stat().st_size for file in stage.rglob("*") if file.is_file()}
 for line in sys.stdin:
     told = []
-    repo_id, token = json.loads(line)
-    publication = Publication(stage, sizes, [], None)
+    repo_id, token, changed = json.loads(line)
+
+    def wait(seconds):
+        if changed:
+            with open(stage / changed, "ab") as file:
+                file.write(b"more")
+
     try:
-        outcome = push(publication, repo_id, token=token, tell=told.append, wait=time.sleep).commit
+        outcome = push(Publication(stage, sizes, [], None), repo_id, token=token, tell=told.append, wait=wait).commit
     except HubError as error:
         outcome = str(error)
     print(json.dumps([outcome, told]), flush=True)
@@ -81,8 +86,9 @@ def push(hub, folder, tmp_path) -> Iterator[Callable[..., tuple[str, list[str]]]
     assert child.stdin is not None
     assert child.stdout is not None
 
-    def push_once(repo_id: str, token: str | None = WRITE_TOKEN) -> tuple[str, list[str]]:
-        print(json.dumps([repo_id, token]), file=child.stdin, flush=True)
+    def push_once(repo_id: str, token: str | None = WRITE_TOKEN, changed: str | None = None) -> tuple[str, list[str]]:
+        """``changed`` grows while the upload waits for its next attempt."""
+        print(json.dumps([repo_id, token, changed]), file=child.stdin, flush=True)
         outcome, told = json.loads(child.stdout.readline())
         return outcome, told
 
@@ -163,6 +169,13 @@ def test_an_overloaded_hub_is_tried_again(hub, folder, tmp_path):
     done = recursify(hub, tmp_path, "push", str(folder), REPO)
     assert "upload interrupted" in done.stderr
     assert pushed_files(folder, hub)
+
+
+def test_a_folder_that_changes_during_the_upload_is_reported(hub, push):
+    """By another process that still writes into it."""
+    hub.fail_next(1, 503, "/commit/")
+    outcome, _ = push(REPO, changed="model.safetensors")
+    assert "'model.safetensors' was changed while it was uploaded, so 'tester/tiny-recursive' may hold a mix" in outcome
 
 
 def test_who_may_not_write_is_told_so(hub, push):
