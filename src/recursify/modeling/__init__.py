@@ -16,8 +16,10 @@ from .modeling_recursive import (
     SharedLayer,
     UnsupportedFamily,
 )
+from .recursive_decoding import DepthDecoder, ExitGenerateOutput
 from .recursive_exits import EXIT_HEADS, ExitHead, ExitKind
 from .recursive_layout import SHARINGS, LayerLayout, LayoutError, Slot
+from .recursive_policies import EXIT_POLICIES, KV_MODES, ExitPolicy, ExitSettings, make_policy
 
 AutoConfig.register("recursive", RecursiveConfig, exist_ok=True)
 AutoModel.register(RecursiveConfig, RecursiveModel, exist_ok=True)
@@ -30,19 +32,27 @@ TRAVELLING_FILES = (
     "configuration_recursive.py",
     "recursive_layout.py",
     "recursive_exits.py",
+    "recursive_policies.py",
+    "recursive_decoding.py",
     "modeling_recursive.py",
 )
 """Files of this package that a checkpoint carries, so that it loads where recursify is not installed."""
 
 __all__ = [
     "EXIT_HEADS",
+    "EXIT_POLICIES",
     "FORMAT_VERSION",
+    "KV_MODES",
     "MINIMUM_TRANSFORMERS",
     "SHARINGS",
     "TRAVELLING_FILES",
+    "DepthDecoder",
     "DepthView",
+    "ExitGenerateOutput",
     "ExitHead",
     "ExitKind",
+    "ExitPolicy",
+    "ExitSettings",
     "LayerLayout",
     "LayoutError",
     "PerDepth",
@@ -54,4 +64,5 @@ __all__ = [
     "SharedLayer",
     "Slot",
     "UnsupportedFamily",
+    "make_policy",
 ]

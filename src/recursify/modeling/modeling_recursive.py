@@ -32,8 +32,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_recursive import RecursiveConfig
+from .recursive_decoding import generate_with_exits
 from .recursive_exits import ExitHead, ExitKind
 from .recursive_layout import LayoutError, Slot
+from .recursive_policies import ExitSettings
 
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_masks_for_generate).parameters else "past_key_values"
 """What transformers calls a cache: ``cache`` from 5.24 on, in arguments and outputs alike."""
@@ -697,6 +699,32 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         for head in self.exit_heads:
             head.apply(self._init_weights)
             cast(ExitHead, head).copy_from(self.model.norm, self.lm_head)
+
+    def generate(self, inputs: Tensor | None = None, *arguments: Any, exit_policy: Any = None, **kwargs: Any) -> Any:
+        """transformers' ``generate``; with an ``exit_policy`` every row of the batch exits on its own.
+
+        Args:
+            inputs: Prompts ``[B, T]``, padded on the left.
+            arguments: As transformers has them.
+            exit_policy: A name (:data:`~recursify.modeling.EXIT_POLICIES`), a policy,
+                :class:`~recursify.modeling.ExitSettings`, or a list of one per prompt.
+            kwargs: As transformers has them. Beams and assistants exclude an exit policy; sampling, logits processors,
+                stopping criteria and streamers do not.
+
+        Raises:
+            ValueError: The model cannot exit so; see ``recursive_decoding.py``.
+        """
+        if exit_policy is None:
+            return super().generate(inputs, *arguments, **kwargs)
+        given = exit_policy if isinstance(exit_policy, list) else [exit_policy]
+        settings = [ExitSettings.of(entry) for entry in given]
+        streamer = kwargs.get("streamer")
+
+        def decode(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
+            each = settings * len(input_ids) if len(settings) == 1 else settings
+            return generate_with_exits(model, input_ids, settings=each, **{**prepared, "streamer": streamer})
+
+        return super().generate(inputs, *arguments, custom_generate=decode, **kwargs)
 
     def lora_targets(self, *names: str) -> list[str]:
         """Linear maps for peft's ``LoraConfig(target_modules=…)``, by their full names.

@@ -1,0 +1,527 @@
+"""Decoding in which every row of a batch exits on its own, with exact keys and values for what it skipped.
+
+The layers are cut into segments at the exits. A row's *column* is the place of a token in the padded batch. For every
+row and segment the decoder knows how many columns have been through it (``done``): a prefix, since a token can run a
+segment only when all before it have. A token that exits leaves later segments behind; the next token of its row that
+needs them takes all of those along in one call (FREE's synchronized parallel decoding, arXiv 2310.05424), so that their
+keys and values are those of a full forward. Rows need different numbers of tokens in such a call: the shorter ones are
+padded on the left and write nothing there.
+
+Shape legend: B rows of the batch, s rows in a call, n columns in a call, D hidden size, V vocabulary, T columns in all.
+
+This file travels inside every checkpoint: it imports torch and transformers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .recursive_policies import Boundary, ExitSettings
+
+ATTENTION = ("eager", "sdpa")
+"""Attention implementations that take a mask of any shape."""
+
+GROWTH = 256
+"""Columns by which caches grow."""
+
+
+@dataclass
+class ExitGenerateOutput(GenerateDecoderOnlyOutput):
+    """What ``generate(exit_policy=…, return_dict_in_generate=True)`` returns.
+
+    Attributes:
+        exit_depths: ``[B, new]``: the exit that each new token left by; the number of exits where all layers ran, as
+            for the first one always; -1 in padding.
+        layers_run: ``[B]``: layers that ran for the new tokens of each row; a call for several of them counts once.
+        block_calls: How often a segment was run, for all rows together.
+    """
+
+    exit_depths: Tensor | None = None
+    layers_run: Tensor | None = None
+    block_calls: int | None = None
+
+
+class KeysAndValuesWritten(Exception):
+    """Ends a layer's forward once its keys and values are in the cache, when nothing else of it is wanted."""
+
+
+class ColumnCache(Cache):
+    """Keys and values ``[B, heads, T, head size]`` per layer, written by row and column.
+
+    Where the next call writes is set by :meth:`aim`; transformers' layers then call :meth:`update` as of any cache.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        super().__init__(layers=[])
+        self.num_rows = num_rows
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self._rows = self._columns = self._valid = torch.empty(0)
+        self._span = 0
+        self._stop = False
+
+    def aim(self, rows: Tensor, columns: Tensor, valid: Tensor, span: int, *, stop: bool = False) -> None:
+        """Have layers write ``columns [s, n]`` of ``rows [s]`` where ``valid``, and read the first ``span`` columns.
+
+        Args:
+            rows: Rows of the batch.
+            columns: The column of each token.
+            valid: Which of them to write.
+            span: How many columns to attend to; the mask says which.
+            stop: End each layer's forward when its keys and values are written.
+        """
+        self._rows, self._columns, self._valid, self._span, self._stop = rows, columns, valid, span, stop
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any):
+        """Write ``[s, heads, n, head size]``; returns what is to be attended to."""
+        read = tuple(
+            self._write(store, layer_idx, new) for store, new in ((self.keys, key_states), (self.values, value_states))
+        )
+        if self._stop:
+            raise KeysAndValuesWritten
+        return read
+
+    def _write(self, store: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
+        held = store.get(layer)
+        if held is None or held.shape[2] < self._span:
+            columns = -(-self._span // GROWTH) * GROWTH
+            grown = new.new_zeros(self.num_rows, new.shape[1], columns, new.shape[3])
+            if held is not None:
+                grown[:, :, : held.shape[2]] = held
+            held = store[layer] = grown
+        by_column = held.transpose(1, 2)
+        where = (self._rows[:, None], self._columns)
+        by_column[where] = torch.where(self._valid[..., None, None], new.transpose(1, 2), by_column[where])
+        rows = held if len(self._rows) == self.num_rows else held[self._rows]
+        return rows[:, :, : self._span]
+
+    def copy_column(self, source: int, target: int, rows: Tensor, columns: Tensor) -> None:
+        """Give layer ``target`` what ``source`` has at one column of each row."""
+        for store in (self.keys, self.values):
+            store[target].transpose(1, 2)[rows, columns] = store[source].transpose(1, 2)[rows, columns]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns that are attended to."""
+        return self._span
+
+
+class DepthDecoder:
+    """Runs the tokens of a batch as far as they need, for one call of ``generate``.
+
+    Args:
+        model: A ``RecursiveForCausalLM``, which runs all recursions by its config.
+        settings: One for all rows, or one per row, alike but for thresholds, minimum depth and decay.
+        attention_mask: ``[B, T]`` of the prompt, 0 in the padding on its left.
+        max_length: Columns at most.
+
+    Raises:
+        ValueError: The model cannot exit as asked.
+    """
+
+    def __init__(self, model: Any, settings: Sequence[ExitSettings], attention_mask: Tensor, max_length: int) -> None:
+        self.model = model
+        self.settings = list(settings)
+        self.layout = model.config.layout
+        self.cuts = _cuts(model, self.settings[0])
+        self.num_exits = len(self.cuts)
+        bounds = [0, *self.cuts, self.layout.num_layers]
+        self.segments = [range(start, end) for start, end in pairwise(bounds)]
+        self.prompt_length = attention_mask.shape[1]
+        self.max_length = max_length
+        num_rows = len(attention_mask)
+        self.cache = ColumnCache(num_rows)
+        self.first = attention_mask.long().argmax(-1)
+        self.columns = [self.prompt_length - 1] * num_rows
+        self.done = [self.first.tolist() for _ in self.segments]
+        self.layers_run = [0] * num_rows
+        self.block_calls = 0
+        weight = model.get_input_embeddings().weight
+        # What enters each segment, by column: embeddings, then states at the exits.
+        self.entering = [weight.new_zeros(num_rows, GROWTH, model.config.hidden_size) for _ in self.segments]
+
+    # --- Running layers ------------------------------------------------------------------------------------------
+
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        """Logits ``[B, V]`` after the prompt ``[B, T]``, which runs all layers."""
+        rows = list(range(len(input_ids)))
+        self._put(torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids), input_ids, rows)
+        for segment in range(len(self.segments)):
+            states = self.advance(segment, rows)
+        self.layers_run = [0] * len(rows)
+        self.block_calls = 0
+        return self._read_out(states)
+
+    def append(self, tokens: Tensor, rows: list[int]) -> None:
+        """Put the next token of each of ``rows`` after its last column; ``tokens [B]``."""
+        for row in rows:
+            self.columns[row] += 1
+        self._put(self._last(rows)[:, None], tokens[rows][:, None], rows)
+
+    def advance(self, segment: int, rows: list[int]) -> Tensor:
+        """Run ``segment`` for the last tokens of ``rows`` and for those before them that wait; states ``[s, D]``."""
+        width = max(self.columns[row] + 1 - self.done[segment][row] for row in rows)
+        device = self.first.device
+        columns = self._last(rows)[:, None] + torch.arange(1 - width, 1, device=device)
+        valid = columns >= torch.tensor([self.done[segment][row] for row in rows], device=device)[:, None]
+        columns = columns.clamp(min=0)
+        index = torch.tensor(rows, device=device)
+        states = self.entering[segment][index[:, None], columns]
+        states = self._run(self.segments[segment], states, index, columns, valid)
+        if segment + 1 < len(self.segments):
+            held = self._reserve(segment + 1)
+            where = (index[:, None], columns)
+            held[where] = torch.where(valid[..., None], states, held[where])
+        for row in rows:
+            self.done[segment][row] = self.columns[row] + 1
+            self.layers_run[row] += len(self.segments[segment])
+        self.block_calls += 1
+        return states[:, -1]
+
+    def _run(
+        self,
+        positions: Sequence[int],
+        states: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        valid: Tensor,
+        *,
+        only_keys_and_values: bool = False,
+    ) -> Tensor:
+        """The layers at ``positions``, on ``states [s, n, D]``.
+
+        With ``only_keys_and_values`` each of them has the same states, and is done when it has written those.
+        """
+        base = self.model.model
+        span = max(self.columns) + 1
+        position_ids = (columns - self.first[rows][:, None]).clamp(min=0)
+        rotations = base.rotations(states, position_ids)
+        masks: dict[int | None, Tensor] = {None: self._mask(states, rows, columns, span, None)}
+        self.cache.aim(rows, columns, valid, span, stop=only_keys_and_values)
+        for position in positions:
+            window = _window(self.model.config, position)
+            if window not in masks:
+                masks[window] = self._mask(states, rows, columns, span, window)
+            kind = base.layer_type(position)
+            try:
+                states = base.run_slot(
+                    self.layout.slot(position),
+                    states,
+                    attention_mask=masks[window],
+                    position_embeddings=rotations[kind] if isinstance(rotations, dict) else rotations,
+                    position_ids=position_ids,
+                    use_cache=True,
+                    **{base.cache_argument: self.cache},
+                )
+            except KeysAndValuesWritten:
+                continue
+        return states
+
+    def _mask(self, states: Tensor, rows: Tensor, columns: Tensor, span: int, window: int | None) -> Tensor:
+        """What to add to scores ``[s, 1, n, span]``: 0 where a token may look, the lowest number elsewhere."""
+        keys = torch.arange(span, device=columns.device)
+        visible = (keys <= columns[..., None]) & (keys >= self.first[rows][:, None, None])
+        if window is not None:
+            visible &= columns[..., None] - keys < window
+        mask = torch.zeros(visible.shape, dtype=states.dtype, device=states.device)
+        return mask.masked_fill(~visible, torch.finfo(states.dtype).min)[:, None]
+
+    # --- Exiting -------------------------------------------------------------------------------------------------
+
+    def step(self, tokens: Tensor, rows: list[int], unfinished: Tensor) -> Step:
+        """Run the next token of every row as far as it needs.
+
+        Args:
+            tokens: ``[B]``.
+            rows: Rows that went on in the step before.
+            unfinished: ``[B]``, on the device: rows that go on in this one. It is fetched together with the first
+                exit's decisions, since every fetch waits for the device.
+        """
+        self.append(tokens, rows)
+        outcome = Step(tokens.new_full(tokens.shape, self.num_exits))
+        said = []
+        for depth in range(self.num_exits):
+            states = self.advance(depth, rows)
+            boundary = self._boundary(depth, states, rows)
+            goes_on, exits = torch.stack([unfinished[rows], self._leaves(boundary, rows)]).tolist()
+            if depth == 0:
+                self._take_back([row for row, on in zip(rows, goes_on, strict=True) if not on])
+            leaving = [place for place in range(len(rows)) if goes_on[place] and exits[place]]
+            staying = [place for place in range(len(rows)) if goes_on[place] and not exits[place]]
+            if leaving:
+                left = [rows[place] for place in leaving]
+                outcome.add(left, self._exit_logits(boundary, leaving, left), depth)
+                self._fill_skipped(depth, states[leaving], left)
+            rows = [rows[place] for place in staying]
+            if self.settings[0].policy.simulated:
+                said.append(boundary.logits.argmax(-1)[staying])
+            if not rows:
+                return outcome
+        outcome.add(rows, self._read_out(self.advance(self.num_exits, rows)), self.num_exits)
+        if said:
+            assert outcome.logits is not None
+            last = outcome.logits[rows].argmax(-1)
+            for depth in reversed(range(self.num_exits)):
+                outcome.exits[rows] = torch.where(said[depth] == last, depth, outcome.exits[rows])
+        return outcome
+
+    def _leaves(self, boundary: Boundary, rows: list[int]) -> Tensor:
+        """Which of ``rows`` exit, bool ``[s]``."""
+        depth = boundary.depth
+        barred = [
+            self.settings[row].policy.simulated
+            or depth < self.settings[row].min_depth
+            or (self.settings[row].kv == "deferred" and self._pending(row) > self.settings[row].max_pending)
+            for row in rows
+        ]
+        if all(barred):
+            return torch.zeros(len(rows), dtype=torch.bool, device=boundary.states.device)
+        first = self.prompt_length - 1
+        steps = max(self.max_length - self.prompt_length, 1)
+        thresholds = [
+            float("inf")
+            if is_barred
+            else self.settings[row].threshold_at(depth, self.num_exits, self.columns[row] - first - 1, steps)
+            for row, is_barred in zip(rows, barred, strict=True)
+        ]
+        confidence = self.settings[0].policy.confidence(boundary)
+        return confidence > torch.tensor(thresholds, device=confidence.device, dtype=confidence.dtype)
+
+    def _pending(self, row: int) -> int:
+        """Tokens of ``row``, its last included, that have not run the last segment."""
+        return self.columns[row] + 1 - self.done[-1][row]
+
+    def _boundary(self, depth: int, states: Tensor, rows: list[int]) -> Boundary:
+        index, columns = torch.tensor(rows, device=states.device), self._last(rows)
+        previous = self.entering[depth][index, columns]
+        heads = self.model.exit_heads if self.settings[0].layers is None else None
+        return Boundary(
+            depth,
+            states,
+            previous,
+            read=lambda: self._read_exit(depth, states, rows),
+            read_previous=(lambda: self._read_exit(depth - 1, previous, rows)) if depth else None,
+            test=None if heads is None else lambda: heads[depth].agreement(states),
+        )
+
+    def _exit_logits(self, boundary: Boundary, places: list[int], rows: list[int]) -> Tensor:
+        """The exit's logits for ``rows``, at ``places`` in the boundary; read out for them alone if not read yet."""
+        if "logits" in vars(boundary):
+            return boundary.logits[places]
+        return self._read_exit(boundary.depth, boundary.states[places], rows)
+
+    def _read_exit(self, depth: int, states: Tensor, rows: list[int]) -> Tensor:
+        """Logits ``[s, V]`` of an exit, of the states ``[s, D]`` there."""
+        if self.settings[0].layers is not None:
+            return self._read_out(states)
+        if self.model.config.exit_through_coda:
+            states = self._run_last(self._coda(), states, rows)
+        return self.model.read_exit(depth, states)
+
+    def _read_out(self, states: Tensor) -> Tensor:
+        return self.model.read_out(self.model.model.norm(states))
+
+    def _coda(self) -> range:
+        return range(self.layout.num_layers - self.layout.num_coda_layers, self.layout.num_layers)
+
+    def _run_last(self, positions: Sequence[int], states: Tensor, rows: list[int], **arguments: Any) -> Tensor:
+        """Layers for the last token of each of ``rows``: ``[s, D] -> [s, D]``."""
+        index, columns = torch.tensor(rows, device=states.device), self._last(rows)[:, None]
+        return self._run(positions, states[:, None], index, columns, torch.ones_like(columns).bool(), **arguments)[
+            :, -1
+        ]
+
+    def _fill_skipped(self, depth: int, states: Tensor, rows: list[int]) -> None:
+        """Give the layers that ``rows`` skip the keys and values that the mode of the settings has for them."""
+        kv = self.settings[0].kv
+        if kv == "deferred":
+            return
+        skipped = [position for segment in self.segments[depth + 1 :] for position in segment]
+        if self.settings[0].layers is None and self.model.config.exit_through_coda:
+            skipped = [position for position in skipped if position not in self._coda()]  # it has run
+        if kv == "latest":
+            index, columns = torch.tensor(rows, device=states.device), self._last(rows)
+            for position in skipped:
+                slot = self.layout.slot(position)
+                if slot.part == "block":
+                    self.cache.copy_column(self.layout.position(slot.index, depth), position, index, columns)
+            skipped = [position for position in skipped if self.layout.slot(position).part == "coda"]
+        self._run_last(skipped, states, rows, only_keys_and_values=True)
+        for done in self.done[depth + 1 :]:
+            for row in rows:
+                done[row] = self.columns[row] + 1
+
+    # --- Columns -------------------------------------------------------------------------------------------------
+
+    def _last(self, rows: list[int]) -> Tensor:
+        """The last column of each of ``rows``."""
+        return torch.tensor([self.columns[row] for row in rows], device=self.first.device)
+
+    def _put(self, columns: Tensor, tokens: Tensor, rows: list[int]) -> None:
+        """Embed ``tokens [s, n]`` into ``columns [s, n]`` of ``rows``."""
+        held = self._reserve(0)
+        held[torch.tensor(rows, device=columns.device)[:, None], columns] = self.model.get_input_embeddings()(tokens)
+
+    def _reserve(self, segment: int) -> Tensor:
+        """What enters ``segment``, with room for all columns there are."""
+        held, needed = self.entering[segment], max(self.columns) + 1
+        if held.shape[1] < needed:
+            columns = -(-needed // GROWTH) * GROWTH
+            grown = held.new_zeros(held.shape[0], columns, held.shape[2])
+            grown[:, : held.shape[1]] = held
+            held = self.entering[segment] = grown
+        return held
+
+    def _take_back(self, rows: list[int]) -> None:
+        """Undo the last token of ``rows``, which turned out to be finished when they had run the first segment."""
+        for row in rows:
+            self.columns[row] -= 1
+            self.done[0][row] = self.columns[row] + 1
+            self.layers_run[row] -= len(self.segments[0])
+
+
+@dataclass
+class Step:
+    """What came of one step.
+
+    Attributes:
+        exits: ``[B]``, see :class:`ExitGenerateOutput`.
+        logits: ``[B, V]``, of the rows that go on; None when there are none.
+        rows: Those rows.
+    """
+
+    exits: Tensor
+    logits: Tensor | None = None
+    rows: list[int] = field(default_factory=list)
+
+    def add(self, rows: list[int], logits: Tensor, exit: int) -> None:
+        """``rows`` left by ``exit``, saying ``logits [s, V]``."""
+        if self.logits is None:
+            self.logits = logits.new_zeros(len(self.exits), logits.shape[-1])
+        self.logits[rows] = logits
+        self.exits[rows] = exit
+        self.rows = sorted([*self.rows, *rows])
+
+
+def _window(config: Any, position: int) -> int | None:
+    """How far back the layer at ``position`` looks; None for all the way."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or (kinds and kinds[position] != "sliding_attention"):
+        return None
+    return int(window)
+
+
+def _cuts(model: Any, settings: ExitSettings) -> list[int]:
+    """After how many layers the exits are.
+
+    Raises:
+        ValueError: The model has none, or none there.
+    """
+    config, layout = model.config, model.config.layout
+    if config.exit_depth is not None:
+        raise ValueError(
+            f"The model is set to exit after depth {config.exit_depth} always (config.exit_depth). Set it to None for "
+            f"an exit policy."
+        )
+    if config._attn_implementation not in ATTENTION:
+        raise ValueError(
+            f"Exit policies need attention that takes any mask ({' or '.join(ATTENTION)}), and the model's is "
+            f"'{config._attn_implementation}'. Load it with attn_implementation='sdpa'."
+        )
+    if settings.layers is not None:
+        bad = [layer for layer in settings.layers if not 0 < layer < layout.num_layers]
+        if bad or list(settings.layers) != sorted(set(settings.layers)) or not settings.layers:
+            raise ValueError(
+                f"layers={settings.layers} must be rising numbers of layers from 1 to {layout.num_layers - 1}, after "
+                f"which a token may exit."
+            )
+        if settings.policy.needs_head or settings.kv == "latest":
+            what = f"policy '{settings.policy.name}'" if settings.policy.needs_head else "kv 'latest'"
+            raise ValueError(f"{what} works at recursion boundaries only. Leave layers out, or choose another.")
+        return list(settings.layers)
+    if not config.exit_depths:
+        raise ValueError(
+            f"A model with {layout.num_recursions} recursions in {layout.order} sharing has no boundary to exit at. "
+            f"Give layers=(…,) to exit after so many layers."
+        )
+    if settings.policy.needs_head and model.exit_heads is None:
+        raise ValueError(
+            f"Policy '{settings.policy.name}' needs exit heads, and the model has none. Train them (recursify uptrain "
+            f"--stage exits), or use policy 'confidence'."
+        )
+    return [layout.num_prelude_layers + (depth + 1) * layout.block_size for depth in config.exit_depths]
+
+
+def generate_with_exits(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    settings: Sequence[ExitSettings],
+    streamer: Any = None,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    attention_mask: Tensor | None = None,
+    exit_depth: int | None = None,
+    **_: Any,
+) -> Any:
+    """The decoding loop behind ``generate(exit_policy=…)``, called by it with all that it has prepared.
+
+    Returns:
+        Token ids ``[B, T]``, or :class:`ExitGenerateOutput` if the generation config asks for one.
+
+    Raises:
+        ValueError: Beams, settings that do not fit the model, or right padding.
+    """
+    if generation_config.num_beams > 1:
+        raise ValueError(
+            f"An exit policy works with one beam, and num_beams is {generation_config.num_beams}: beams that are "
+            f"reordered would take one another's pending tokens. Leave num_beams out."
+        )
+    if exit_depth is not None:
+        raise ValueError(f"exit_depth and an exit policy exclude one another, and exit_depth is {exit_depth}.")
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if bool((attention_mask[:, -1] == 0).any()):
+        raise ValueError("A prompt ends in padding. Pad on the left (tokenizer.padding_side = 'left').")
+    decoder = DepthDecoder(model, settings, attention_mask, generation_config.max_length)
+    pad = generation_config._pad_token_tensor
+    rows = list(range(len(input_ids)))
+    unfinished = torch.ones(len(rows), dtype=torch.bool, device=input_ids.device)
+    step = Step(input_ids.new_full((len(rows),), decoder.num_exits), decoder.prefill(input_ids), rows)
+    exit_depths, all_scores = [], []
+    while step.rows:
+        assert step.logits is not None
+        scores = logits_processor(input_ids, step.logits.to(torch.float32))
+        tokens = scores.argmax(-1)
+        if generation_config.do_sample:
+            tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+        if pad is not None:
+            tokens = torch.where(unfinished, tokens, pad)
+        exit_depths.append(torch.where(unfinished, step.exits, -1))
+        if generation_config.output_scores:
+            all_scores.append(scores)
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+        step = decoder.step(tokens, step.rows, unfinished)
+    if streamer is not None:
+        streamer.end()
+    if not generation_config.return_dict_in_generate:
+        return input_ids
+    return ExitGenerateOutput(
+        sequences=input_ids,
+        scores=tuple(all_scores) or None,
+        exit_depths=torch.stack(exit_depths, dim=1),
+        layers_run=torch.tensor(decoder.layers_run),
+        block_calls=decoder.block_calls,
+    )

@@ -1,0 +1,266 @@
+"""Exit policies: whether a token that has come to an exit is sure enough to stop there.
+
+A policy gives every token a confidence, and a token exits where that is *strictly* above the threshold (FREE, arXiv
+2310.05424). An early exit is lossy: what it says is not what the whole model would have said.
+
+Shape legend: s tokens at an exit, one per row; D hidden size; V vocabulary.
+
+This file travels inside every checkpoint: it imports torch only.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KV_MODES = ("deferred", "copied", "latest")
+"""Where keys and values of the depths that a token skips come from. ``deferred``: computed exactly, together, when a
+later token of the row needs them (FREE's synchronized parallel decoding). ``copied``: projected at once from the state
+at the exit (CALM's state copying). ``latest``: those of the deepest depth that ran. The last two are approximate."""
+
+
+class Boundary:
+    """What a policy can look at when ``s`` tokens have come to an exit.
+
+    Args:
+        depth: Of the exit, 0 being the first.
+        states: Hidden states ``[s, D]`` there.
+        previous: Hidden states ``[s, D]`` at the exit before; at the first, the embeddings.
+        read: Makes the exit's logits ``[s, V]``.
+        read_previous: Makes those of the exit before; None at the first.
+        test: Makes the trained log-odds ``[s]`` that the exit says what the last recursion says; None without a head.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        states: Tensor,
+        previous: Tensor,
+        read: Callable[[], Tensor],
+        read_previous: Callable[[], Tensor] | None,
+        test: Callable[[], Tensor] | None,
+    ):
+        self.depth = depth
+        self.states = states
+        self.previous = previous
+        self._read = read
+        self._read_previous = read_previous
+        self._test = test
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """``[s, V]``, read out when first asked for: on a small model that costs as much as several layers."""
+        return self._read()
+
+    @cached_property
+    def previous_logits(self) -> Tensor | None:
+        """``[s, V]`` of the exit before, if there is one."""
+        return None if self._read_previous is None else self._read_previous()
+
+    @cached_property
+    def log_odds(self) -> Tensor:
+        """``[s]``, of the trained test."""
+        assert self._test is not None, "policies that need heads are refused without them"
+        return self._test()
+
+
+@dataclass(frozen=True)
+class ExitPolicy(ABC):
+    """Decides by a confidence.
+
+    Attributes:
+        threshold: A token exits where its confidence is above. One number, or one per exit.
+        lowest, highest: The range that a threshold may have; at ``highest`` no token exits, below 0 all do.
+        needs_head: Whether the model needs trained exit heads.
+        simulated: Whether it looks at what the last recursion says, which costs all that an exit saves.
+    """
+
+    threshold: float | tuple[float, ...]
+    lowest: ClassVar[float] = -1.0
+    highest: ClassVar[float] = 1.0
+    default: ClassVar[float] = 0.9
+    needs_head: ClassVar[bool] = False
+    simulated: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for value in self.thresholds(1):  # all of them, where there are several
+            if not self.lowest <= value <= self.highest:
+                raise ValueError(
+                    f"threshold {value:g} is outside {self.lowest:g} .. {self.highest:g}, the range of policy "
+                    f"'{self.name}'. At {self.highest:g} no token exits, below 0 every token does."
+                )
+
+    @property
+    def name(self) -> str:
+        """As :data:`EXIT_POLICIES` has it."""
+        return next(name for name, kind in EXIT_POLICIES.items() if kind is type(self))
+
+    def thresholds(self, num_exits: int) -> tuple[float, ...]:
+        """One per exit."""
+        return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * num_exits
+
+    @abstractmethod
+    def confidence(self, boundary: Boundary) -> Tensor:
+        """``[s]``, the higher the surer."""
+
+
+class Fixed(ExitPolicy):
+    """Every token exits after the depth that ``threshold`` names."""
+
+    lowest: ClassVar[float] = 0
+    highest: ClassVar[float] = math.inf
+    default: ClassVar[float] = 0
+
+    def confidence(self, boundary: Boundary) -> Tensor:
+        depth = self.thresholds(1)[0]
+        return boundary.states.new_full((len(boundary.states),), math.inf if boundary.depth >= depth else -math.inf)
+
+
+class Confidence(ExitPolicy):
+    """Probability of the first choice less that of the second."""
+
+    def confidence(self, boundary: Boundary) -> Tensor:
+        best = boundary.logits.float().softmax(-1).topk(2).values
+        return best[:, 0] - best[:, 1]
+
+
+class Entropy(ExitPolicy):
+    """1 less the entropy over that of a uniform distribution."""
+
+    def confidence(self, boundary: Boundary) -> Tensor:
+        log_p = boundary.logits.float().log_softmax(-1)
+        return 1 + (log_p.exp() * log_p).sum(-1) / math.log(log_p.shape[-1])
+
+
+class Saturation(ExitPolicy):
+    """Cosine between the hidden states here and at the exit before (CALM)."""
+
+    default: ClassVar[float] = 0.98
+
+    def confidence(self, boundary: Boundary) -> Tensor:
+        return F.cosine_similarity(boundary.states.float(), boundary.previous.float(), dim=-1)
+
+
+class Convergence(ExitPolicy):
+    """How little hidden states changed since the exit before: ``1 − |h − h'| / |h|``, 0 at least."""
+
+    default: ClassVar[float] = 0.97
+
+    def confidence(self, boundary: Boundary) -> Tensor:
+        states = boundary.states.float()
+        change = (states - boundary.previous.float()).norm(dim=-1) / states.norm(dim=-1).clamp(min=1e-12)
+        return (1 - change).clamp(min=0)
+
+
+class Divergence(ExitPolicy):
+    """How little the distribution changed since the exit before: ``exp(−KL(here ‖ before))``; 0 at the first exit."""
+
+    default: ClassVar[float] = 0.9995
+
+    def confidence(self, boundary: Boundary) -> Tensor:
+        before = boundary.previous_logits
+        if before is None:
+            return boundary.states.new_zeros(len(boundary.states), dtype=torch.float32)
+        here, before = boundary.logits.float().log_softmax(-1), before.float().log_softmax(-1)
+        return torch.exp(-F.kl_div(before, here, log_target=True, reduction="none").sum(-1))
+
+
+class Head(ExitPolicy):
+    """Probability, by the trained test, that the exit says what the last recursion says. It needs no logits."""
+
+    needs_head: ClassVar[bool] = True
+    default: ClassVar[float] = 0.8
+
+    def confidence(self, boundary: Boundary) -> Tensor:
+        return boundary.log_odds.float().sigmoid()
+
+
+class Oracle(ExitPolicy):
+    """A simulation: exits at the first depth that says what the last one says, which it has to run to know."""
+
+    simulated: ClassVar[bool] = True
+    default: ClassVar[float] = 0.5
+
+    def confidence(self, boundary: Boundary) -> Tensor:
+        raise AssertionError("the decoder compares choices when all depths have run")
+
+
+EXIT_POLICIES: dict[str, type[ExitPolicy]] = {
+    "head": Head,
+    "confidence": Confidence,
+    "entropy": Entropy,
+    "saturation": Saturation,
+    "convergence": Convergence,
+    "divergence": Divergence,
+    "fixed": Fixed,
+    "oracle": Oracle,
+}
+"""By name. An entry of one's own is known to ``generate`` and the command line at once."""
+
+
+def make_policy(name: str, threshold: float | Sequence[float] | None = None) -> ExitPolicy:
+    """The policy ``name`` with its default threshold, or another.
+
+    Raises:
+        ValueError: Unknown name, or a threshold outside its range.
+    """
+    if name not in EXIT_POLICIES:
+        raise ValueError(f"Unknown exit policy '{name}'. Use one of: {', '.join(EXIT_POLICIES)}.")
+    kind = EXIT_POLICIES[name]
+    if threshold is None:
+        return kind(kind.default)
+    return kind(float(threshold) if isinstance(threshold, int | float) else tuple(map(float, threshold)))
+
+
+@dataclass(frozen=True)
+class ExitSettings:
+    """How a call of ``generate`` exits early.
+
+    Attributes:
+        policy: When.
+        kv: Of :data:`KV_MODES`.
+        min_depth: The first depth after which a token may exit.
+        max_pending: With ``deferred``: how many tokens of a row may wait for their deeper keys and values; one more
+            runs all depths, and the waiting ones with it. Bounds what a step costs.
+        decay: CALM's ``τ``: step ``t`` of ``N`` has the threshold ``0.9 λ + 0.1 λ exp(−τ t / N)``, more careful at the
+            start; 0 keeps ``λ``.
+        layers: Exit after so many layers instead of at recursion boundaries, read out with the model's own norm and
+            head: FREE, also of a model with one recursion.
+    """
+
+    policy: ExitPolicy
+    kv: str = "deferred"
+    min_depth: int = 0
+    max_pending: int = 64
+    decay: float = 0.0
+    layers: tuple[int, ...] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        if self.kv not in KV_MODES:
+            raise ValueError(f"Unknown kv '{self.kv}'. Use one of: {', '.join(KV_MODES)}.")
+        if self.max_pending < 1:
+            raise ValueError(f"max_pending must be at least 1, got {self.max_pending}.")
+        if self.min_depth < 0 or self.decay < 0:
+            raise ValueError(f"min_depth and decay cannot be negative, got {self.min_depth} and {self.decay:g}.")
+
+    @classmethod
+    def of(cls, given: Any) -> ExitSettings:
+        """Settings, or a policy or its name with all else as it is by default."""
+        if isinstance(given, cls):
+            return given
+        return cls(make_policy(given) if isinstance(given, str) else given)
+
+    def threshold_at(self, depth: int, num_exits: int, step: int, num_steps: int) -> float:
+        """The threshold of an exit at a 0-based step of ``num_steps``."""
+        threshold = self.policy.thresholds(num_exits)[depth]
+        if not self.decay:
+            return threshold
+        return 0.9 * threshold + 0.1 * threshold * math.exp(-self.decay * step / max(num_steps, 1))

@@ -1,0 +1,356 @@
+"""Early exit in batches: every row as if it were alone, and exact where that is promised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import TextStreamer
+
+from recursify.modeling import (
+    EXIT_POLICIES,
+    KV_MODES,
+    DepthDecoder,
+    ExitSettings,
+    LayerLayout,
+    RecursiveConfig,
+    RecursiveForCausalLM,
+    make_policy,
+)
+from tiny_models import byte_tokenizer, random_ids, tiny_config
+from tolerances import LOGITS
+
+STEPS = 64
+THRESHOLDS = {
+    "confidence": 0.02,
+    "entropy": 0.02,
+    "saturation": 0.8,
+    "convergence": 0.3,
+    "divergence": 0.8,
+    "head": 0.5,
+    "fixed": 1,
+    "oracle": 0.5,
+}
+"""At which a random model of four recursions exits here and there."""
+
+
+def tiny_recursive(
+    family: str = "llama", recursions: int = 4, *, through_coda: bool = True, heads: bool = True
+) -> RecursiveForCausalLM:
+    """A random recursive model of six layers whose exits differ from its end, and whose tests have opinions."""
+    torch.manual_seed(0)
+    layout = LayerLayout.fold(6, recursions, "middle_cycle" if recursions > 1 else "cycle")
+    model = RecursiveForCausalLM(RecursiveConfig.from_dense(tiny_config(family), layout, lora_rank=2)).eval()
+    if heads:
+        model.add_exit_heads("norm", through_coda=through_coda)
+        with torch.no_grad():
+            for head in model.exit_heads:
+                head.test.weight.normal_(std=0.3)
+    return model
+
+
+def left_padded(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of those lengths, and their mask."""
+    ids = random_ids(len(lengths), max(lengths))
+    mask = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
+    return ids * mask, mask
+
+
+def generate(model: RecursiveForCausalLM, ids: torch.Tensor, mask: torch.Tensor | None = None, **more):
+    arguments = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(ids, attention_mask=mask, **{**arguments, **more})
+
+
+def alone_and_together(model: RecursiveForCausalLM, settings: ExitSettings, lengths=(9, 4, 7)) -> list[int]:
+    """Check that every row of a batch is what it is alone; returns how many tokens left by each exit."""
+    ids, mask = left_padded(lengths)
+    together = generate(model, ids, mask, exit_policy=settings, return_dict_in_generate=True)
+    for row, length in enumerate(lengths):
+        alone = generate(model, ids[row : row + 1, -length:], exit_policy=settings, return_dict_in_generate=True)
+        assert torch.equal(together.sequences[row, -length - STEPS :], alone.sequences[0])
+        assert torch.equal(together.exit_depths[row], alone.exit_depths[0])
+        assert together.layers_run[row] == alone.layers_run[0]
+    return torch.bincount(together.exit_depths.flatten(), minlength=model.config.num_recursions).tolist()
+
+
+@pytest.mark.parametrize("kv", KV_MODES)
+@pytest.mark.parametrize("policy", EXIT_POLICIES)
+def test_batched_is_one_by_one(policy, kv):
+    """Every policy with every source of skipped keys and values, 64 steps, prompts of unlike lengths."""
+    model = tiny_recursive()
+    counts = alone_and_together(model, ExitSettings(make_policy(policy, THRESHOLDS[policy]), kv=kv))
+    assert sum(count > 0 for count in counts) > 1, f"{counts}: or the test would say nothing about rows that part"
+
+
+@pytest.mark.parametrize("through_coda", [True, False])
+def test_batched_is_one_by_one_in_every_family(family, through_coda):
+    """Sliding windows, several RoPE bases, parallel residuals, fused projections."""
+    model = tiny_recursive(family, recursions=2, through_coda=through_coda)
+    alone_and_together(model, ExitSettings(make_policy("confidence", 0.02)))
+
+
+def test_no_exit_is_greedy_decoding(family):
+    """A threshold of 1: the same tokens as generate without a policy, from the same number of layers."""
+    model = tiny_recursive(family, recursions=2)
+    ids, mask = left_padded((9, 4))
+    found = generate(model, ids, mask, exit_policy=make_policy("confidence", 1.0), return_dict_in_generate=True)
+    assert torch.equal(found.sequences, generate(model, ids, mask))
+    # The first token is the prompt's, which is not counted.
+    assert found.layers_run.tolist() == [6 * (STEPS - 1)] * 2
+    assert set(found.exit_depths.flatten().tolist()) == {1}
+
+
+def test_every_exit_is_static_shallow_decoding():
+    """A threshold below 0: after the first token, which is the prompt's, the model run at its first exit."""
+    model = tiny_recursive(recursions=2, through_coda=False)
+    ids = random_ids(2, 7)
+    found = generate(
+        model,
+        ids,
+        exit_policy=ExitSettings(make_policy("confidence", -1.0), max_pending=1000),
+        return_dict_in_generate=True,
+    )
+    first = torch.cat([ids, generate(model, ids, max_new_tokens=1)[:, -1:]], dim=1)
+    assert torch.equal(found.sequences, generate(model, first, exit_depth=0, max_new_tokens=STEPS - 1))
+    assert found.layers_run.tolist() == [3 * (STEPS - 1)] * 2
+    assert found.exit_depths[:, 1:].eq(0).all()
+
+
+def decoder_after(model: RecursiveForCausalLM, settings: ExitSettings, steps: int, lengths=(6, 4)):
+    """A decoder that has taken ``steps`` given tokens, with all tokens so far and what each of them left by."""
+    ids, mask = left_padded(lengths)
+    more = random_ids(len(lengths), steps, seed=1)
+    decoder = DepthDecoder(model, [settings] * len(lengths), mask, max_length=ids.shape[1] + steps)
+    with torch.no_grad():
+        decoder.prefill(ids)
+        exits = [
+            decoder.step(token, list(range(len(lengths))), torch.ones(len(lengths), dtype=torch.bool)).exits
+            for token in more.T
+        ]
+    return decoder, torch.cat([ids, more], dim=1), torch.cat([mask, torch.ones_like(more)], dim=1), torch.stack(exits)
+
+
+@pytest.mark.parametrize("through_coda", [True, False])
+def test_deferred_keys_and_values_are_those_of_a_full_forward(through_coda):
+    """After a row's flush; before it, deeper layers are as far as they say. Counters follow the block average."""
+    model = tiny_recursive(recursions=2, through_coda=through_coda)
+    settings = ExitSettings(make_policy("confidence", 0.03))
+    decoder, ids, mask, exits = decoder_after(model, settings, steps=20)
+    with torch.no_grad():
+        full = model.model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True)
+        cache = full.cache if "cache" in full else full.past_key_values
+    assert {0, 1} <= set(exits.flatten().tolist())
+    for row in range(2):
+        total = ids.shape[1]
+        pending = next((n for n, left in enumerate(exits[:, row].flip(0).tolist()) if left == 1), 20)
+        assert decoder.done[0][row] == total, "the shallow part has seen every token"
+        assert decoder.done[1][row] == total - pending, "the deep part all but those that wait"
+        first = int(decoder.first[row])
+        for position in range(6):
+            seen = decoder.done[0 if position < 3 else 1][row]
+            for mine, theirs in (
+                (decoder.cache.keys, cache.layers[position].keys),
+                (decoder.cache.values, cache.layers[position].values),
+            ):
+                torch.testing.assert_close(
+                    mine[position][row, :, first:seen], theirs[row, :, first:seen], atol=1e-5, rtol=0
+                )
+    deep = (exits == 1).sum(0)
+    assert decoder.layers_run == (deep * 6 + (20 - deep) * 3).tolist()
+
+
+def test_copied_and_latest_keys_are_what_they_say():
+    """Projected from the state at the exit; or those of the same layer at the depth before. Both differ from exact."""
+    model = tiny_recursive(recursions=2, through_coda=False)
+    always = make_policy("confidence", -1.0)
+    exact, ids, _, _ = decoder_after(model, ExitSettings(make_policy("confidence", 1.0)), steps=1)
+    copied, *_ = decoder_after(model, ExitSettings(always, kv="copied"), steps=1)
+    latest, *_ = decoder_after(model, ExitSettings(always, kv="latest"), steps=1)
+    # Not the first layer that is skipped: to that one the state at the exit is what it would have had.
+    last, position = ids.shape[1] - 1, model.config.layout.position(1, 1)
+    twin = model.config.layout.position(1, 0)
+    with torch.no_grad():
+        state = copied.entering[1][:, last]
+        view = model.model.block[1].views[1]
+        value = view.self_attn.v_proj(view.input_layernorm(state)).view(2, 2, 8)
+    found = copied.cache.values[position][:, :, last]
+    torch.testing.assert_close(found, value, atol=1e-5, rtol=0)
+    assert torch.equal(latest.cache.values[position][:, :, last], latest.cache.values[twin][:, :, last])
+    for other in (copied, latest):
+        assert float((other.cache.values[position] - exact.cache.values[position])[:, :, last].abs().max()) > 1e-2
+        assert other.done[1] == [last + 1] * 2, "nothing waits"
+
+
+def test_what_waits_is_bounded():
+    """With max_pending 3 every fourth token at the latest runs all layers."""
+    model = tiny_recursive(recursions=2)
+    settings = ExitSettings(make_policy("confidence", -1.0), max_pending=3)
+    found = generate(model, random_ids(2, 5), exit_policy=settings, return_dict_in_generate=True)
+    assert found.exit_depths[0, 1:].tolist() == ([0, 0, 0, 1] * STEPS)[: STEPS - 1]
+    alone_and_together(model, settings)
+
+
+def test_an_oracle_says_what_the_whole_model_says():
+    """Its tokens are those of full depth, at full cost; its exits agree with them."""
+    model = tiny_recursive()
+    ids, mask = left_padded((9, 4))
+    found = generate(model, ids, mask, exit_policy="oracle", return_dict_in_generate=True)
+    assert torch.equal(found.sequences, generate(model, ids, mask))
+    assert found.layers_run.tolist() == [6 * (STEPS - 1)] * 2
+    assert found.exit_depths.unique().numel() > 1
+
+
+def test_exits_after_any_layer_of_a_dense_model():
+    """FREE on a model of one recursion, read out by its own norm and head after a third of its layers."""
+    model = tiny_recursive(recursions=1, heads=False)
+    settings = ExitSettings(make_policy("confidence", 0.02), layers=(2,))
+    counts = alone_and_together(model, settings)
+    assert min(counts[:2]) > 0
+    never = ExitSettings(make_policy("confidence", 1.0), layers=(2, 4))
+    ids = random_ids(2, 7)
+    assert torch.equal(generate(model, ids, exit_policy=never), generate(model, ids))
+
+
+def test_requests_have_settings_of_their_own():
+    """One row never exits, one always does, in one batch."""
+    model = tiny_recursive(recursions=2)
+    never, always = (ExitSettings(make_policy("confidence", value), max_pending=1000) for value in (1.0, -1.0))
+    ids = random_ids(2, 7)
+    found = generate(model, ids, exit_policy=[never, always], return_dict_in_generate=True)
+    assert found.exit_depths[:, 1:].unique(dim=1).tolist() == [[1], [0]]
+    assert torch.equal(found.sequences[0], generate(model, ids[:1])[0])
+    late = ExitSettings(make_policy("confidence", -1.0), min_depth=1)
+    found = generate(tiny_recursive(), ids, exit_policy=late, return_dict_in_generate=True)
+    assert int(found.exit_depths.min()) == 1
+
+
+def test_the_decaying_threshold_is_calms():
+    """``0.9 λ + 0.1 λ exp(−τ t / N)``."""
+    settings = ExitSettings(make_policy("confidence", 0.8), decay=4.0)
+    assert settings.threshold_at(0, 1, 0, 100) == pytest.approx(0.8)
+    assert settings.threshold_at(0, 1, 50, 100) == pytest.approx(0.72 + 0.08 * 0.1353353)
+    each = ExitSettings(make_policy("confidence", [0.5, 0.7]))
+    assert [each.threshold_at(depth, 2, 3, 9) for depth in range(2)] == [0.5, 0.7]
+
+
+def test_generate_keeps_its_other_arguments(capsys):
+    """End of text by row, processors, stopping, sampling by seed, a streamer: as without a policy when nobody exits."""
+    model, never = tiny_recursive(recursions=2), make_policy("confidence", 1.0)
+    ids, mask = left_padded((9, 4, 6))
+    plain = generate(model, ids, mask)
+    stop = int(plain[1, 9 + 5])
+    for more in (
+        {"eos_token_id": stop},
+        {"repetition_penalty": 1.5},
+        {"min_new_tokens": 10, "eos_token_id": stop, "max_new_tokens": 20},
+        {"bad_words_ids": [[stop]]},
+    ):
+        assert torch.equal(generate(model, ids, mask, exit_policy=never, **more), generate(model, ids, mask, **more))
+    assert generate(model, ids, mask, exit_policy=never, eos_token_id=stop)[1, 9 + 6] == 0
+    for policy in (never, make_policy("confidence", 0.02)):
+        sampled = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            sampled.append(generate(model, ids, mask, exit_policy=policy, do_sample=True, temperature=0.7))
+        assert torch.equal(*sampled)
+    tokenizer = byte_tokenizer()
+    generate(model, ids[:1], exit_policy="confidence", streamer=TextStreamer(tokenizer), max_new_tokens=5)
+    streamed = capsys.readouterr().out
+    written = generate(model, ids[:1], exit_policy="confidence", max_new_tokens=5)[0]
+    assert streamed.strip("\n") == tokenizer.decode(written).strip("\n")
+
+
+def test_rows_that_finish_leave_the_others_alone():
+    """With exits and an end of text, every row is what it is alone, and cost is counted to its end only."""
+    model = tiny_recursive(recursions=2)
+    settings = ExitSettings(make_policy("confidence", 0.02))
+    ids, mask = left_padded((9, 4, 6))
+    stop = int(generate(model, ids, mask, exit_policy=settings)[1, 9 + 8])
+    more = {"exit_policy": settings, "eos_token_id": stop, "return_dict_in_generate": True}
+    together = generate(model, ids, mask, **more)
+    for row, length in enumerate((9, 4, 6)):
+        alone = generate(model, ids[row : row + 1, -length:], **more)
+        new = alone.exit_depths.shape[1]
+        assert torch.equal(together.exit_depths[row, :new], alone.exit_depths[0])
+        assert together.exit_depths[row, new:].eq(-1).all()
+        assert together.layers_run[row] == alone.layers_run[0]
+        assert torch.equal(together.sequences[row, 9 : 9 + new], alone.sequences[0, length:])
+
+
+def test_half_precision():
+    """bfloat16 runs and says nothing but finite logits; exits there may part from float32's."""
+    model = tiny_recursive(recursions=2).to(torch.bfloat16)
+    found = generate(
+        model, random_ids(2, 5), exit_policy="confidence", output_scores=True, return_dict_in_generate=True
+    )
+    assert found.sequences.shape == (2, 5 + STEPS)
+    assert all(bool(torch.isfinite(scores).all()) for scores in found.scores)
+
+
+def test_a_prompt_is_read_as_generate_reads_it():
+    """Logits after a left-padded prompt, on odd lengths."""
+    model = tiny_recursive("gemma3_text", recursions=2)
+    ids, mask = left_padded((11, 3))
+    decoder = DepthDecoder(model, [ExitSettings.of("confidence")] * 2, mask, max_length=12)
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits[:, -1]
+        torch.testing.assert_close(decoder.prefill(ids), wanted, atol=LOGITS[torch.float32], rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"exit_policy": "sure"}, r"Unknown exit policy 'sure'\. Use one of: head, confidence"),
+        ({"exit_policy": "confidence", "num_beams": 2}, "works with one beam, and num_beams is 2"),
+        (
+            {"exit_policy": "confidence", "attention_mask": torch.tensor([[1, 1, 0]])},
+            "ends in padding. Pad on the left",
+        ),
+        (
+            {"exit_policy": ExitSettings(make_policy("confidence"), layers=(9,))},
+            r"layers=\(9,\) must be rising numbers",
+        ),
+        ({"exit_policy": ExitSettings(make_policy("head"), layers=(2,))}, "'head' works at recursion boundaries only"),
+        ({"exit_policy": "confidence", "exit_depth": 0}, "exit_depth and an exit policy exclude one another"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments, message):
+    """One clear error each."""
+    model = tiny_recursive(recursions=2)
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, pad_token_id=0, **arguments)
+
+
+def test_models_that_cannot_exit_are_refused():
+    """No heads for their policy, no boundaries, a fixed depth, an attention that takes no mask."""
+    ids = random_ids(1, 3)
+    with pytest.raises(ValueError, match="Policy 'head' needs exit heads, and the model has none"):
+        tiny_recursive(recursions=2, heads=False).generate(ids, exit_policy="head")
+    with pytest.raises(ValueError, match="1 recursions in cycle sharing has no boundary to exit at"):
+        tiny_recursive(recursions=1, heads=False).generate(ids, exit_policy="confidence")
+    model = tiny_recursive(recursions=2)
+    model.config.exit_depth = 0
+    with pytest.raises(ValueError, match="set to exit after depth 0 always"):
+        model.generate(ids, exit_policy="confidence")
+    model = tiny_recursive(recursions=2)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="and the model's is 'flex_attention'"):
+        model.generate(ids, exit_policy="confidence")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: make_policy("confidence", 1.5), r"threshold 1\.5 is outside -1 \.\. 1, the range of policy 'confid"),
+        (lambda: make_policy("confidence", float("nan")), "threshold nan is outside"),
+        (lambda: make_policy("fixed", -1), r"threshold -1 is outside 0 \.\. inf"),
+        (lambda: make_policy("confidence", [0.5, 2.0]), "threshold 2 is outside"),
+        (lambda: ExitSettings(make_policy("head"), kv="lost"), r"Unknown kv 'lost'\. Use one of: deferred, copied"),
+        (lambda: ExitSettings(make_policy("head"), max_pending=0), "max_pending must be at least 1, got 0"),
+        (lambda: ExitSettings(make_policy("head"), decay=-1), "cannot be negative, got 0 and -1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, message):
+    """With the value and the range."""
+    with pytest.raises(ValueError, match=message):
+        make()
