@@ -44,25 +44,13 @@ def test_help_is_instant():
         "heavy = [m for m in ('torch', 'transformers', 'datasets', 'peft', 'numpy') if m in sys.modules]\n"
         "assert not heavy, heavy\n"
     )
-    for command in (
-        [],
-        ["convert"],
-        ["inspect"],
-        ["perplexity"],
-        ["generate"],
-        ["export"],
-        ["uptrain"],
-        ["push"],
-        ["eval"],
-    ):
+    for command in ([], *([name] for name in COMMANDS)):
         done = subprocess.run([sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "Usage" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "command", ["convert", "inspect", "perplexity", "generate", "export", "uptrain", "push", "eval"]
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_examples(command, capsys):
     """Each command shows how it is used."""
     assert run(command, "--help") == 0
@@ -321,6 +309,43 @@ def test_generate(models, capsys, monkeypatch):
     assert run("generate", models / "recursive", "abc", "--chat") == 1
     assert "The model has no chat template" in capsys.readouterr().err
     assert run("generate", models / "recursive", "") == 2
+
+
+def test_generate_with_early_exits(models, capsys):
+    """Where tokens left, what it cost, whether the whole model agrees; and an oracle is called a simulation."""
+    prompt = ("generate", models / "recursive", "abc", "--max-new-tokens", 20)
+    assert run(*prompt) == 0
+    whole = capsys.readouterr().out
+    assert run(*prompt, "--exit", "confidence", "--threshold", 1) == 0
+    assert capsys.readouterr().out == whole
+    assert run(*prompt, "--exit", "confidence", "--threshold", 0.02, "--stats", "--json") == 0
+    exits = json.loads(capsys.readouterr().out)["exits"]
+    assert sum(exits["histogram"]) == exits["num_tokens"] == 19
+    assert 0 < exits["histogram"][0] < 19
+    assert 3 < exits["mean_layers"] < exits["num_layers"] == 6
+    assert exits["agreement"] < 1
+    assert exits["simulated"] is False
+    assert run(*prompt, "--exit", "oracle", "--stats") == 0
+    captured = capsys.readouterr()
+    assert captured.out == whole
+    assert "agreement  100.0% of tokens" in captured.err
+    assert "simulated  policy 'oracle' runs all layers" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("recursive", ("--exit", "sure"), "Unknown exit policy 'sure'"),
+        ("recursive", ("--exit", "confidence", "--threshold", 2), "threshold 2 is outside -1 .. 1"),
+        ("recursive", ("--exit", "head"), "needs exit heads, and the model has none"),
+        ("recursive", ("--exit", "confidence", "--kv", "lost"), "Unknown kv 'lost'"),
+        ("dense", ("--exit", "confidence"), "is a dense model, and --exit needs a recursive one"),
+    ],
+)
+def test_generate_refuses_exits_that_do_not_fit(models, capsys, model, arguments, message):
+    """One clear line each."""
+    assert run("generate", models / model, "abc", *arguments) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_damaged_recursive_model(models, tmp_path, capsys):

@@ -20,6 +20,8 @@ Continue a prompt with a recursive (or dense) model. The prompt is an argument, 
 
 `recursify generate smollm2-r2 "What is a recursion?" --chat --max-new-tokens 80`
 
+`recursify generate smollm2-exits "Once upon a time" --exit head --threshold 0.9 --stats`
+
 `echo "def fibonacci(n):" | recursify generate smollm2-r2 --temperature 0.7 --seed 1 --stats`
 """
 
@@ -36,7 +38,35 @@ def generate_command(
     top_p: Annotated[float, typer.Option("--top-p", help="Nucleus when sampling.", min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Seed when sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Report tokens per second on stderr.")] = False,
+    exit_policy: Annotated[
+        str | None,
+        typer.Option(
+            "--exit",
+            help="Let tokens exit early, by: head, confidence, entropy, saturation, convergence, divergence, fixed "
+            "(after the depth --threshold), oracle (a simulation). What comes out is not what the whole model says.",
+            show_default=False,
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option("--threshold", help="Exit above this confidence. [default: the policy's]", show_default=False),
+    ] = None,
+    kv: Annotated[
+        str,
+        typer.Option("--kv", help="Keys and values of skipped depths: deferred (exact), copied, latest."),
+    ] = "deferred",
+    min_depth: Annotated[int, typer.Option("--min-depth", help="First depth that tokens exit after.", min=0)] = 0,
+    max_pending: Annotated[
+        int, typer.Option("--max-pending", help="Tokens that may wait for their deferred depths.", min=1)
+    ] = 64,
+    stats: Annotated[
+        bool,
+        typer.Option(
+            "--stats",
+            help="Report tokens per second on stderr; with --exit also where tokens left, and both beside the whole "
+            "model.",
+        ),
+    ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     trust_remote_code: TrustOption = False,
@@ -50,30 +80,99 @@ def generate_command(
 
     from .models import load_model
 
+    exits: dict[str, Any] = {}
+    if exit_policy is not None:
+        exits = {"exit_policy": _exit_settings(exit_policy, threshold, kv, min_depth, max_pending)}
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if exits:
+        _require_exits(loaded, model)
     inputs = _encode(tokenizer, prompt, chat=chat).to(loaded.device)
-    torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    started = time.perf_counter()
-    written = loaded.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)[0]
-    seconds = time.perf_counter() - started
-    new = written[inputs["input_ids"].shape[1] :]
+    arguments = {**inputs, **sampling, "max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
+
+    def write(**more: Any) -> tuple[Any, float]:
+        torch.manual_seed(seed)
+        started = time.perf_counter()
+        return loaded.generate(**arguments, **more), time.perf_counter() - started
+
+    try:
+        output, seconds = write(**exits)
+    except ValueError as error:
+        from recursify.errors import SettingsError
+
+        raise SettingsError(str(error)) from error
+    new = output.sequences[0, inputs["input_ids"].shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
-    facts = {
+    facts: dict[str, Any] = {
         "prompt": prompt,
         "text": text,
         "num_tokens": len(new),
         "seconds": round(seconds, 3),
         "tokens_per_second": round(len(new) / seconds, 2),
     }
+    if exits and stats:
+        facts |= _exit_facts(loaded, output, inputs, exits["exit_policy"], greedy=temperature == 0)
+        whole, whole_seconds = write()
+        count = whole.sequences.shape[1] - inputs["input_ids"].shape[1]
+        facts["tokens_per_second_at_full_depth"] = round(count / whole_seconds, 2)
     if json:
         print_json(facts)
         return
     print_data(text if chat else prompt.rstrip("\n") + text)
     if stats:
-        talk.print(f"{facts['num_tokens']} tokens in {seconds:.2f} s, {facts['tokens_per_second']} tokens/s")
+        talk.print(_stats(facts, exit_policy))
+
+
+def _exit_settings(policy: str, threshold: float | None, kv: str, min_depth: int, max_pending: int) -> Any:
+    """Raises:
+    SettingsError: An unknown policy or mode, or a threshold outside its range.
+    """
+    from recursify.errors import SettingsError
+    from recursify.modeling import ExitSettings, make_policy
+
+    try:
+        return ExitSettings(make_policy(policy, threshold), kv=kv, min_depth=min_depth, max_pending=max_pending)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+
+
+def _require_exits(loaded: Any, model: str) -> None:
+    """Raises:
+    SettingsError: A dense model, which has no exits.
+    """
+    from recursify.errors import SettingsError
+
+    if loaded.config.model_type != "recursive":
+        raise SettingsError(f"'{model}' is a dense model, and --exit needs a recursive one. Convert it first.")
+
+
+def _exit_facts(loaded: Any, output: Any, inputs: Any, settings: Any, *, greedy: bool) -> dict[str, Any]:
+    from recursify.evaluation.exits import exit_statistics
+
+    num_exits = len(settings.layers or loaded.config.exit_depths)
+    statistics = exit_statistics(loaded, output, inputs["attention_mask"], num_exits, agreement=greedy)
+    return {"exits": {**statistics.to_dict(), "simulated": settings.policy.simulated}}
+
+
+def _stats(facts: dict[str, Any], policy: str | None) -> str:
+    """The figures of a generation, for a person."""
+    lines = [f"{facts['num_tokens']} tokens in {facts['seconds']:.2f} s, {facts['tokens_per_second']} tokens/s"]
+    if "exits" in facts:
+        exits = facts["exits"]
+        lines[0] += f"; {facts['tokens_per_second_at_full_depth']} at full depth"
+        *early, whole = exits["histogram"]
+        left = ", ".join(f"{count} after depth {depth}" for depth, count in enumerate(early))
+        lines.append(f"exits      {left}; {whole} ran all layers")
+        lines.append(
+            f"layers     {exits['mean_layers']:.1f} of {exits['num_layers']} per token, in {exits['block_calls']} calls"
+        )
+        if exits["agreement"] is not None:
+            lines.append(f"agreement  {exits['agreement']:.1%} of tokens are the whole model's first choice")
+        if exits["simulated"]:
+            lines.append(f"simulated  policy '{policy}' runs all layers to know when it could have stopped")
+    return "\n".join(lines)
 
 
 def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
