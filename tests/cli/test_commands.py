@@ -332,6 +332,19 @@ def test_generate_with_early_exits(models, capsys):
     assert "simulated  policy 'oracle' runs all layers" in captured.err
 
 
+def test_generate_speculates(models, capsys):
+    """The whole model's text; drafts are counted; it excludes early exits, which are lossy."""
+    prompt = ("generate", models / "recursive", "abc", "--max-new-tokens", 20)
+    assert run(*prompt) == 0
+    whole = capsys.readouterr().out
+    assert run(*prompt, "--speculate", "--stats") == 0
+    captured = capsys.readouterr()
+    assert captured.out == whole
+    assert "were kept" in captured.err
+    assert "at full depth" in captured.err
+    assert run(*prompt, "--speculate", "--exit", "confidence") == 2
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
@@ -339,7 +352,7 @@ def test_generate_with_early_exits(models, capsys):
         ("recursive", ("--exit", "confidence", "--threshold", 2), "threshold 2 is outside -1 .. 1"),
         ("recursive", ("--exit", "head"), "needs exit heads, and the model has none"),
         ("recursive", ("--exit", "confidence", "--kv", "lost"), "Unknown kv 'lost'"),
-        ("dense", ("--exit", "confidence"), "is a dense model, and --exit needs a recursive one"),
+        ("dense", ("--exit", "confidence"), "is a dense model, and this needs a recursive one"),
     ],
 )
 def test_generate_refuses_exits_that_do_not_fit(models, capsys, model, arguments, message):

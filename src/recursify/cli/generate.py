@@ -22,6 +22,8 @@ Continue a prompt with a recursive (or dense) model. The prompt is an argument, 
 
 `recursify generate smollm2-exits "Once upon a time" --exit head --threshold 0.9 --stats`
 
+`recursify generate smollm2-exits "Once upon a time" --speculate --stats`
+
 `echo "def fibonacci(n):" | recursify generate smollm2-r2 --temperature 0.7 --seed 1 --stats`
 """
 
@@ -59,12 +61,18 @@ def generate_command(
     max_pending: Annotated[
         int, typer.Option("--max-pending", help="Tokens that may wait for their deferred depths.", min=1)
     ] = 64,
+    speculate: Annotated[
+        bool,
+        typer.Option(
+            "--speculate", help="Let the first recursion draft and the whole model check: its output, in fewer calls."
+        ),
+    ] = False,
     stats: Annotated[
         bool,
         typer.Option(
             "--stats",
-            help="Report tokens per second on stderr; with --exit also where tokens left, and both beside the whole "
-            "model.",
+            help="Report tokens per second on stderr; with --exit or --speculate also what they did, beside plain "
+            "decoding.",
         ),
     ] = False,
     dtype: DtypeOption = "auto",
@@ -80,12 +88,16 @@ def generate_command(
 
     from .models import load_model
 
-    exits: dict[str, Any] = {}
+    if speculate and exit_policy is not None:
+        raise typer.BadParameter("--exit is lossy and --speculate is not: give one of them", param_hint="--speculate")
+    shortcut: dict[str, Any] = {}
     if exit_policy is not None:
-        exits = {"exit_policy": _exit_settings(exit_policy, threshold, kv, min_depth, max_pending)}
+        shortcut = {"exit_policy": _exit_settings(exit_policy, threshold, kv, min_depth, max_pending)}
+    elif speculate:
+        shortcut = {"speculate": True}
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    if exits:
-        _require_exits(loaded, model)
+    if shortcut:
+        _require_recursive(loaded, model)
     inputs = _encode(tokenizer, prompt, chat=chat).to(loaded.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -98,7 +110,7 @@ def generate_command(
         return loaded.generate(**arguments, **more), time.perf_counter() - started
 
     try:
-        output, seconds = write(**exits)
+        output, seconds = write(**shortcut)
     except ValueError as error:
         from recursify.errors import SettingsError
 
@@ -112,8 +124,11 @@ def generate_command(
         "seconds": round(seconds, 3),
         "tokens_per_second": round(len(new) / seconds, 2),
     }
-    if exits and stats:
-        facts |= _exit_facts(loaded, output, inputs, exits["exit_policy"], greedy=temperature == 0)
+    if shortcut and stats:
+        if speculate:
+            facts |= {"drafted": int(output.drafted[0]), "accepted": int(output.accepted[0])}
+        else:
+            facts |= _exit_facts(loaded, output, inputs, shortcut["exit_policy"], greedy=temperature == 0)
         whole, whole_seconds = write()
         count = whole.sequences.shape[1] - inputs["input_ids"].shape[1]
         facts["tokens_per_second_at_full_depth"] = round(count / whole_seconds, 2)
@@ -138,14 +153,14 @@ def _exit_settings(policy: str, threshold: float | None, kv: str, min_depth: int
         raise SettingsError(str(error)) from error
 
 
-def _require_exits(loaded: Any, model: str) -> None:
+def _require_recursive(loaded: Any, model: str) -> None:
     """Raises:
-    SettingsError: A dense model, which has no exits.
+    SettingsError: A dense model.
     """
     from recursify.errors import SettingsError
 
     if loaded.config.model_type != "recursive":
-        raise SettingsError(f"'{model}' is a dense model, and --exit needs a recursive one. Convert it first.")
+        raise SettingsError(f"'{model}' is a dense model, and this needs a recursive one. Convert it first.")
 
 
 def _exit_facts(loaded: Any, output: Any, inputs: Any, settings: Any, *, greedy: bool) -> dict[str, Any]:
@@ -159,9 +174,12 @@ def _exit_facts(loaded: Any, output: Any, inputs: Any, settings: Any, *, greedy:
 def _stats(facts: dict[str, Any], policy: str | None) -> str:
     """The figures of a generation, for a person."""
     lines = [f"{facts['num_tokens']} tokens in {facts['seconds']:.2f} s, {facts['tokens_per_second']} tokens/s"]
+    if "tokens_per_second_at_full_depth" in facts:
+        lines[0] += f"; {facts['tokens_per_second_at_full_depth']} at full depth"
+    if "drafted" in facts:
+        lines.append(f"drafts     {facts['accepted']} of {facts['drafted']} were kept")
     if "exits" in facts:
         exits = facts["exits"]
-        lines[0] += f"; {facts['tokens_per_second_at_full_depth']} at full depth"
         *early, whole = exits["histogram"]
         left = ", ".join(f"{count} after depth {depth}" for depth, count in enumerate(early))
         lines.append(f"exits      {left}; {whole} ran all layers")

@@ -20,6 +20,7 @@ from .recursive_decoding import DepthDecoder, ExitGenerateOutput
 from .recursive_exits import EXIT_HEADS, ExitHead, ExitKind
 from .recursive_layout import SHARINGS, LayerLayout, LayoutError, Slot
 from .recursive_policies import EXIT_POLICIES, KV_MODES, ExitPolicy, ExitSettings, make_policy
+from .recursive_speculation import SpeculationOutput, SpeculationSettings
 
 AutoConfig.register("recursive", RecursiveConfig, exist_ok=True)
 AutoModel.register(RecursiveConfig, RecursiveModel, exist_ok=True)
@@ -34,6 +35,7 @@ TRAVELLING_FILES = (
     "recursive_exits.py",
     "recursive_policies.py",
     "recursive_decoding.py",
+    "recursive_speculation.py",
     "modeling_recursive.py",
 )
 """Files of this package that a checkpoint carries, so that it loads where recursify is not installed."""
@@ -63,6 +65,8 @@ __all__ = [
     "RelaxedLinear",
     "SharedLayer",
     "Slot",
+    "SpeculationOutput",
+    "SpeculationSettings",
     "UnsupportedFamily",
     "make_policy",
 ]

@@ -36,6 +36,7 @@ from .recursive_decoding import generate_with_exits
 from .recursive_exits import ExitHead, ExitKind
 from .recursive_layout import LayoutError, Slot
 from .recursive_policies import ExitSettings
+from .recursive_speculation import SpeculationSettings, generate_speculatively
 
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_masks_for_generate).parameters else "past_key_values"
 """What transformers calls a cache: ``cache`` from 5.24 on, in arguments and outputs alike."""
@@ -700,29 +701,46 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
             head.apply(self._init_weights)
             cast(ExitHead, head).copy_from(self.model.norm, self.lm_head)
 
-    def generate(self, inputs: Tensor | None = None, *arguments: Any, exit_policy: Any = None, **kwargs: Any) -> Any:
-        """transformers' ``generate``; with an ``exit_policy`` every row of the batch exits on its own.
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *arguments: Any,
+        exit_policy: Any = None,
+        speculate: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' ``generate``, and two ways to run fewer layers for a token.
+
+        With an ``exit_policy`` every row of the batch exits on its own, which is lossy. With ``speculate`` an exit
+        drafts and the whole model checks: the output is that of the whole model.
 
         Args:
             inputs: Prompts ``[B, T]``, padded on the left.
             arguments: As transformers has them.
             exit_policy: A name (:data:`~recursify.modeling.EXIT_POLICIES`), a policy,
                 :class:`~recursify.modeling.ExitSettings`, or a list of one per prompt.
-            kwargs: As transformers has them. Beams and assistants exclude an exit policy; sampling, logits processors,
-                stopping criteria and streamers do not.
+            speculate: ``True``, or :class:`~recursify.modeling.SpeculationSettings`.
+            kwargs: As transformers has them. Beams and assistants exclude both; sampling, logits processors, stopping
+                criteria and streamers do not.
 
         Raises:
             ValueError: The model cannot exit so; see ``recursive_decoding.py``.
         """
-        if exit_policy is None:
+        if exit_policy is None and not speculate:
             return super().generate(inputs, *arguments, **kwargs)
-        given = exit_policy if isinstance(exit_policy, list) else [exit_policy]
-        settings = [ExitSettings.of(entry) for entry in given]
+        if exit_policy is not None and speculate:
+            raise ValueError("Give exit_policy, which is lossy, or speculate, which is not; not both.")
         streamer = kwargs.get("streamer")
 
         def decode(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
-            each = settings * len(input_ids) if len(settings) == 1 else settings
-            return generate_with_exits(model, input_ids, settings=each, **{**prepared, "streamer": streamer})
+            prepared["streamer"] = streamer  # transformers keeps it from methods that are not its own
+            if speculate:
+                settings = SpeculationSettings.of(speculate)
+                return generate_speculatively(model, input_ids, settings=settings, **prepared)
+            given = exit_policy if isinstance(exit_policy, list) else [exit_policy] * len(input_ids)
+            return generate_with_exits(
+                model, input_ids, settings=[ExitSettings.of(entry) for entry in given], **prepared
+            )
 
         return super().generate(inputs, *arguments, custom_generate=decode, **kwargs)
 

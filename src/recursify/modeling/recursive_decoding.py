@@ -154,10 +154,10 @@ class DepthDecoder:
         rows = list(range(len(input_ids)))
         self._put(torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids), input_ids, rows)
         for segment in range(len(self.segments)):
-            states = self.advance(segment, rows)
+            states = self.advance(segment, rows)[:, -1]
         self.layers_run = [0] * len(rows)
         self.block_calls = 0
-        return self._read_out(states)
+        return self.read_out(states)
 
     def append(self, tokens: Tensor, rows: list[int]) -> None:
         """Put the next token of each of ``rows`` after its last column; ``tokens [B]``."""
@@ -166,7 +166,10 @@ class DepthDecoder:
         self._put(self._last(rows)[:, None], tokens[rows][:, None], rows)
 
     def advance(self, segment: int, rows: list[int]) -> Tensor:
-        """Run ``segment`` for the last tokens of ``rows`` and for those before them that wait; states ``[s, D]``."""
+        """Run ``segment`` for the last tokens of ``rows`` and for those before them that wait; states ``[s, n, D]``.
+
+        They end with the last column of each row; a row of which fewer wait has others before, of no meaning.
+        """
         width = max(self.columns[row] + 1 - self.done[segment][row] for row in rows)
         device = self.first.device
         columns = self._last(rows)[:, None] + torch.arange(1 - width, 1, device=device)
@@ -183,7 +186,7 @@ class DepthDecoder:
             self.done[segment][row] = self.columns[row] + 1
             self.layers_run[row] += len(self.segments[segment])
         self.block_calls += 1
-        return states[:, -1]
+        return states
 
     def _run(
         self,
@@ -248,11 +251,12 @@ class DepthDecoder:
         outcome = Step(tokens.new_full(tokens.shape, self.num_exits))
         said = []
         for depth in range(self.num_exits):
-            states = self.advance(depth, rows)
+            states = self.advance(depth, rows)[:, -1]
             boundary = self._boundary(depth, states, rows)
             goes_on, exits = torch.stack([unfinished[rows], self._leaves(boundary, rows)]).tolist()
-            if depth == 0:
-                self._take_back([row for row, on in zip(rows, goes_on, strict=True) if not on])
+            for row in [row for row, on in zip(rows, goes_on, strict=True) if not on]:
+                self.rewind(row, 1)
+                self.layers_run[row] -= len(self.segments[0])
             leaving = [place for place in range(len(rows)) if goes_on[place] and exits[place]]
             staying = [place for place in range(len(rows)) if goes_on[place] and not exits[place]]
             if leaving:
@@ -264,7 +268,7 @@ class DepthDecoder:
                 said.append(boundary.logits.argmax(-1)[staying])
             if not rows:
                 return outcome
-        outcome.add(rows, self._read_out(self.advance(self.num_exits, rows)), self.num_exits)
+        outcome.add(rows, self.read_out(self.advance(self.num_exits, rows)[:, -1]), self.num_exits)
         if said:
             assert outcome.logits is not None
             last = outcome.logits[rows].argmax(-1)
@@ -306,8 +310,8 @@ class DepthDecoder:
             depth,
             states,
             previous,
-            read=lambda: self._read_exit(depth, states, rows),
-            read_previous=(lambda: self._read_exit(depth - 1, previous, rows)) if depth else None,
+            read=lambda: self.read_exit(depth, states, rows),
+            read_previous=(lambda: self.read_exit(depth - 1, previous, rows)) if depth else None,
             test=None if heads is None else lambda: heads[depth].agreement(states),
         )
 
@@ -315,17 +319,18 @@ class DepthDecoder:
         """The exit's logits for ``rows``, at ``places`` in the boundary; read out for them alone if not read yet."""
         if "logits" in vars(boundary):
             return boundary.logits[places]
-        return self._read_exit(boundary.depth, boundary.states[places], rows)
+        return self.read_exit(boundary.depth, boundary.states[places], rows)
 
-    def _read_exit(self, depth: int, states: Tensor, rows: list[int]) -> Tensor:
+    def read_exit(self, depth: int, states: Tensor, rows: list[int]) -> Tensor:
         """Logits ``[s, V]`` of an exit, of the states ``[s, D]`` there."""
         if self.settings[0].layers is not None:
-            return self._read_out(states)
+            return self.read_out(states)
         if self.model.config.exit_through_coda:
             states = self._run_last(self._coda(), states, rows)
         return self.model.read_exit(depth, states)
 
-    def _read_out(self, states: Tensor) -> Tensor:
+    def read_out(self, states: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of the whole model, of what the last segment puts out, ``[..., D]``."""
         return self.model.read_out(self.model.model.norm(states))
 
     def _coda(self) -> range:
@@ -379,12 +384,11 @@ class DepthDecoder:
             held = self.entering[segment] = grown
         return held
 
-    def _take_back(self, rows: list[int]) -> None:
-        """Undo the last token of ``rows``, which turned out to be finished when they had run the first segment."""
-        for row in rows:
-            self.columns[row] -= 1
-            self.done[0][row] = self.columns[row] + 1
-            self.layers_run[row] -= len(self.segments[0])
+    def rewind(self, row: int, count: int) -> None:
+        """Forget the last ``count`` tokens of ``row``: what they wrote is written over."""
+        self.columns[row] -= count
+        for done in self.done:
+            done[row] = min(done[row], self.columns[row] + 1)
 
 
 @dataclass
