@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 JOBS ?= 2
 
-.PHONY: setup demo test test-oldest check format bench clean
+.PHONY: setup demo test test-oldest check docs format bench clean
 
 setup: $(VENV)/.ready
 
@@ -42,6 +42,10 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Into site/; a page, an anchor or a documented name that is not there is an error.
+docs: setup
+	$(BIN)/zensical build --clean --strict
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -52,4 +56,4 @@ bench: setup
 	$(BIN)/python benchmarks/uptrain_speed.py
 
 clean:
-	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache .cache build dist site
