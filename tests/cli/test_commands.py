@@ -311,7 +311,7 @@ def test_generate(models, capsys, monkeypatch):
     assert run("generate", models / "recursive", "") == 2
 
 
-def test_generate_with_early_exits(models, capsys):
+def test_generate_with_early_exits(models, tmp_path, capsys):
     """Where tokens left, what it cost, whether the whole model agrees; and an oracle is called a simulation."""
     prompt = ("generate", models / "recursive", "abc", "--max-new-tokens", 20)
     assert run(*prompt) == 0
@@ -325,6 +325,13 @@ def test_generate_with_early_exits(models, capsys):
     assert 3 < exits["mean_layers"] < exits["num_layers"] == 6
     assert exits["agreement"] < 1
     assert exits["simulated"] is False
+    drawn = tmp_path / "exits.svg"
+    assert run(*prompt, "--exit", "confidence", "--threshold", 0.02, "--plot", drawn) == 0
+    capsys.readouterr()
+    assert f"{exits['mean_layers']:.1f} of 6 layers per token" in drawn.read_text(encoding="utf-8")
+    assert run(*prompt, "--exit", "confidence", "--plot", tmp_path / "exits.xyz") == 1
+    assert "has no name of a picture" in capsys.readouterr().err
+    assert run(*prompt, "--plot", drawn) == 2
     assert run(*prompt, "--exit", "oracle", "--stats") == 0
     captured = capsys.readouterr()
     assert captured.out == whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -75,6 +76,10 @@ def generate_command(
             "decoding.",
         ),
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="With --exit: draw where tokens left (.png, .svg).", show_default=False),
+    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     trust_remote_code: TrustOption = False,
@@ -90,6 +95,8 @@ def generate_command(
 
     if speculate and exit_policy is not None:
         raise typer.BadParameter("--exit is lossy and --speculate is not: give one of them", param_hint="--speculate")
+    if plot is not None and exit_policy is None:
+        raise typer.BadParameter("it draws exits, and without --exit there are none", param_hint="--plot")
     shortcut: dict[str, Any] = {}
     if exit_policy is not None:
         shortcut = {"exit_policy": _exit_settings(exit_policy, threshold, kv, min_depth, max_pending)}
@@ -124,11 +131,13 @@ def generate_command(
         "seconds": round(seconds, 3),
         "tokens_per_second": round(len(new) / seconds, 2),
     }
+    if exit_policy is not None and (stats or plot is not None):
+        facts |= _exit_facts(
+            loaded, output, inputs, shortcut["exit_policy"], agreement=stats and temperature == 0, plot=plot
+        )
+    if speculate:
+        facts |= {"drafted": int(output.drafted[0]), "accepted": int(output.accepted[0])}
     if shortcut and stats:
-        if speculate:
-            facts |= {"drafted": int(output.drafted[0]), "accepted": int(output.accepted[0])}
-        else:
-            facts |= _exit_facts(loaded, output, inputs, shortcut["exit_policy"], greedy=temperature == 0)
         whole, whole_seconds = write()
         count = whole.sequences.shape[1] - inputs["input_ids"].shape[1]
         facts["tokens_per_second_at_full_depth"] = round(count / whole_seconds, 2)
@@ -163,11 +172,15 @@ def _require_recursive(loaded: Any, model: str) -> None:
         raise SettingsError(f"'{model}' is a dense model, and this needs a recursive one. Convert it first.")
 
 
-def _exit_facts(loaded: Any, output: Any, inputs: Any, settings: Any, *, greedy: bool) -> dict[str, Any]:
-    from recursify.evaluation.exits import exit_statistics
+def _exit_facts(
+    loaded: Any, output: Any, inputs: Any, settings: Any, *, agreement: bool, plot: Path | None
+) -> dict[str, Any]:
+    from recursify.evaluation.exits import draw_histogram, exit_statistics
 
     num_exits = len(settings.layers or loaded.config.exit_depths)
-    statistics = exit_statistics(loaded, output, inputs["attention_mask"], num_exits, agreement=greedy)
+    statistics = exit_statistics(loaded, output, inputs["attention_mask"], num_exits, agreement=agreement)
+    if plot is not None:
+        draw_histogram(statistics, plot)
     return {"exits": {**statistics.to_dict(), "simulated": settings.policy.simulated}}
 
 
