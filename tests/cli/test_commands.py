@@ -14,7 +14,7 @@ from recursify.cli.app import main
 from recursify.modeling import RecursiveForCausalLM
 from tiny_models import save_tiny
 
-COMMANDS = ("convert", "uptrain", "inspect", "perplexity", "eval", "generate", "export", "push")
+COMMANDS = ("convert", "uptrain", "calibrate-exits", "inspect", "perplexity", "eval", "generate", "export", "push")
 TINY = ["--lora-rank", "4", "--calibration-data", "none", "--no-check"]
 
 

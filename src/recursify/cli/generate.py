@@ -52,7 +52,11 @@ def generate_command(
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option("--threshold", help="Exit above this confidence. [default: the policy's]", show_default=False),
+        typer.Option(
+            "--threshold",
+            help="Exit above this confidence. [default: as calibrated, else the policy's]",
+            show_default=False,
+        ),
     ] = None,
     kv: Annotated[
         str,
@@ -97,14 +101,14 @@ def generate_command(
         raise typer.BadParameter("--exit is lossy and --speculate is not: give one of them", param_hint="--speculate")
     if plot is not None and exit_policy is None:
         raise typer.BadParameter("it draws exits, and without --exit there are none", param_hint="--plot")
-    shortcut: dict[str, Any] = {}
-    if exit_policy is not None:
-        shortcut = {"exit_policy": _exit_settings(exit_policy, threshold, kv, min_depth, max_pending)}
-    elif speculate:
-        shortcut = {"speculate": True}
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    if shortcut:
+    shortcut: dict[str, Any] = {}
+    if exit_policy is not None or speculate:
         _require_recursive(loaded, model)
+        shortcut = {"speculate": True}
+    if exit_policy is not None:
+        settings = _exit_settings(loaded.config, exit_policy, threshold, kv, min_depth, max_pending)
+        shortcut = {"exit_policy": settings}
     inputs = _encode(tokenizer, prompt, chat=chat).to(loaded.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -149,7 +153,7 @@ def generate_command(
         talk.print(_stats(facts, exit_policy))
 
 
-def _exit_settings(policy: str, threshold: float | None, kv: str, min_depth: int, max_pending: int) -> Any:
+def _exit_settings(config: Any, policy: str, threshold: float | None, kv: str, min_depth: int, max_pending: int) -> Any:
     """Raises:
     SettingsError: An unknown policy or mode, or a threshold outside its range.
     """
@@ -157,7 +161,7 @@ def _exit_settings(policy: str, threshold: float | None, kv: str, min_depth: int
     from recursify.modeling import ExitSettings, make_policy
 
     try:
-        return ExitSettings(make_policy(policy, threshold), kv=kv, min_depth=min_depth, max_pending=max_pending)
+        return ExitSettings(make_policy(policy, threshold, config), kv=kv, min_depth=min_depth, max_pending=max_pending)
     except ValueError as error:
         raise SettingsError(str(error)) from error
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recursify.errors import OutputError, SettingsError
 from recursify.modeling import ExitGenerateOutput
+
+from .pictures import SHARED, new_figure, save_figure
 
 
 @dataclass(frozen=True)
@@ -75,27 +76,16 @@ def draw_histogram(statistics: ExitStatistics, file: Path) -> None:
         SettingsError: matplotlib is not installed, or draws no such files.
         OutputError: The file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SettingsError("Pictures need matplotlib. Run: pip install 'recursify[plot]'") from error
     *early, _ = statistics.histogram
     names = [*(f"depth {depth}" for depth in range(len(early))), "all layers"]
-    figure = Figure(figsize=(1.2 * len(names) + 2, 3.2), layout="constrained")
+    figure = new_figure(1.2 * len(names) + 2, 3.2)
     axes = figure.subplots()
-    bars = axes.bar(names, [count / max(statistics.num_tokens, 1) for count in statistics.histogram], color="#c77f0a")
+    bars = axes.bar(names, [count / max(statistics.num_tokens, 1) for count in statistics.histogram], color=SHARED)
     axes.bar_label(bars, [f"{count:,}" for count in statistics.histogram])
     axes.set_ylim(0, 1.1)
     axes.set_ylabel("part of tokens")
     axes.set_title(f"{statistics.mean_layers:.1f} of {statistics.num_layers} layers per token", fontsize=10)
-    try:
-        figure.savefig(file, dpi=150)
-    except ValueError as error:
-        raise SettingsError(
-            f"'{file}' has no name of a picture: {str(error).splitlines()[0]} Use .png or .svg."
-        ) from error
-    except OSError as error:
-        raise OutputError(f"'{file}' cannot be written: {error}.") from error
+    save_figure(figure, file)
 
 
 @torch.inference_mode()

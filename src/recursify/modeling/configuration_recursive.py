@@ -47,6 +47,8 @@ class RecursiveConfig(PreTrainedConfig):
         exit_rank: Rank of a ``low_rank`` exit head.
         exit_through_coda: A token that exits still runs the coda, as at full depth, instead of being read out where it
             stopped.
+        exit_policy: The policy that ``exit_thresholds`` are for, of ``recursive_policies.EXIT_POLICIES``.
+        exit_thresholds: One per exit, which ``generate(exit_policy=…)`` takes where it is given that policy's name.
         exit_depth: Depth after which every token exits; None runs all recursions. It can be given to
             ``from_pretrained``, and so to whatever passes arguments on to it (lm-eval's ``--model_args``, a pipeline).
         format_version: Version of the on-disk format.
@@ -75,6 +77,8 @@ class RecursiveConfig(PreTrainedConfig):
         exit_head: str | None = None,
         exit_rank: int = 64,
         exit_through_coda: bool = True,
+        exit_policy: str | None = None,
+        exit_thresholds: list[float] | None = None,
         exit_depth: int | None = None,
         format_version: int = FORMAT_VERSION,
         **dense_fields: Any,
@@ -116,6 +120,8 @@ class RecursiveConfig(PreTrainedConfig):
         self.exit_head = exit_head
         self.exit_rank = exit_rank
         self.exit_through_coda = exit_through_coda
+        self.exit_policy = exit_policy
+        self.exit_thresholds = exit_thresholds
         self.exit_depth = exit_depth
         self.format_version = format_version
         self.auto_map = dict(AUTO_MAP)
@@ -133,6 +139,11 @@ class RecursiveConfig(PreTrainedConfig):
                 )
         if exit_head is not None:
             self.check_exits()
+        if exit_thresholds is not None and len(exit_thresholds) != len(self.exit_depths):
+            raise ValueError(
+                f"exit_thresholds has {len(exit_thresholds)} values, and the model {len(self.exit_depths)} exits. "
+                f"Choose them again: recursify calibrate-exits."
+            )
         self.depth_to_exit_at()
 
     @classmethod

@@ -739,7 +739,7 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
                 return generate_speculatively(model, input_ids, settings=settings, **prepared)
             given = exit_policy if isinstance(exit_policy, list) else [exit_policy] * len(input_ids)
             return generate_with_exits(
-                model, input_ids, settings=[ExitSettings.of(entry) for entry in given], **prepared
+                model, input_ids, settings=[ExitSettings.of(entry, model.config) for entry in given], **prepared
             )
 
         return super().generate(inputs, *arguments, custom_generate=decode, **kwargs)

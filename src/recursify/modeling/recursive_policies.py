@@ -206,8 +206,13 @@ EXIT_POLICIES: dict[str, type[ExitPolicy]] = {
 """By name. An entry of one's own is known to ``generate`` and the command line at once."""
 
 
-def make_policy(name: str, threshold: float | Sequence[float] | None = None) -> ExitPolicy:
-    """The policy ``name`` with its default threshold, or another.
+def make_policy(name: str, threshold: float | Sequence[float] | None = None, config: Any = None) -> ExitPolicy:
+    """The policy ``name`` with a threshold, or one per exit.
+
+    Args:
+        name: Of :data:`EXIT_POLICIES`.
+        threshold: None takes what ``config`` has for this policy, else its default.
+        config: Of the model.
 
     Raises:
         ValueError: Unknown name, or a threshold outside its range.
@@ -215,6 +220,8 @@ def make_policy(name: str, threshold: float | Sequence[float] | None = None) -> 
     if name not in EXIT_POLICIES:
         raise ValueError(f"Unknown exit policy '{name}'. Use one of: {', '.join(EXIT_POLICIES)}.")
     kind = EXIT_POLICIES[name]
+    if threshold is None and getattr(config, "exit_policy", None) == name:
+        threshold = config.exit_thresholds
     if threshold is None:
         return kind(kind.default)
     return kind(float(threshold) if isinstance(threshold, int | float) else tuple(map(float, threshold)))
@@ -252,11 +259,11 @@ class ExitSettings:
             raise ValueError(f"min_depth and decay cannot be negative, got {self.min_depth} and {self.decay:g}.")
 
     @classmethod
-    def of(cls, given: Any) -> ExitSettings:
-        """Settings, or a policy or its name with all else as it is by default."""
+    def of(cls, given: Any, config: Any = None) -> ExitSettings:
+        """Settings; or those around a policy, or around the one of that name with the thresholds of ``config``."""
         if isinstance(given, cls):
             return given
-        return cls(make_policy(given) if isinstance(given, str) else given)
+        return cls(make_policy(given, config=config) if isinstance(given, str) else given)
 
     def threshold_at(self, depth: int, num_exits: int, step: int, num_steps: int) -> float:
         """The threshold of an exit at a 0-based step of ``num_steps``."""
