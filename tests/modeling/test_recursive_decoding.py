@@ -95,8 +95,8 @@ def test_no_exit_is_greedy_decoding(family):
     ids, mask = left_padded((9, 4))
     found = generate(model, ids, mask, exit_policy=make_policy("confidence", 1.0), return_dict_in_generate=True)
     assert torch.equal(found.sequences, generate(model, ids, mask))
-    # The first token is the prompt's, which is not counted.
-    assert found.layers_run.tolist() == [6 * (STEPS - 1)] * 2
+    # The first token is the prompt's, which is not counted. Asking the exit runs the one layer of the coda.
+    assert found.layers_run.tolist() == [(6 + 1) * (STEPS - 1)] * 2
     assert set(found.exit_depths.flatten().tolist()) == {1}
 
 
@@ -156,7 +156,8 @@ def test_deferred_keys_and_values_are_those_of_a_full_forward(through_coda):
                     mine[position][row, :, first:seen], theirs[row, :, first:seen], atol=1e-5, rtol=0
                 )
     deep = (exits == 1).sum(0)
-    assert decoder.layers_run == (deep * 6 + (20 - deep) * 3).tolist()
+    # Confidence is asked at every token, through the one layer of the coda where exits run it.
+    assert decoder.layers_run == (deep * 6 + (20 - deep) * 3 + 20 * through_coda).tolist()
 
 
 def test_copied_and_latest_keys_are_what_they_say():
@@ -181,6 +182,46 @@ def test_copied_and_latest_keys_are_what_they_say():
         assert other.done[1] == [last + 1] * 2, "nothing waits"
 
 
+@pytest.mark.parametrize("kv", KV_MODES)
+def test_an_exit_through_the_coda_says_what_the_coda_makes_of_its_state(kv):
+    """By hand, on the decoder's own keys and values: the coda's layer on the state at the exit, norm and head."""
+    model = tiny_recursive(recursions=4)
+    decoder, ids, _, exits = decoder_after(model, ExitSettings(make_policy("fixed", 1), kv=kv), steps=6)
+    assert exits.eq(1).all()
+    last = ids.shape[1] - 1
+    with torch.no_grad():
+        state = decoder.entering[2][:, last : last + 1]
+        rotation = model.model.rotations(state, (last - decoder.first)[:, None])
+        layer = model.model.coda[0]
+        normed = layer.input_layernorm(state)
+        value = layer.self_attn.v_proj(normed).view(2, 1, 2, 8).transpose(1, 2)
+        torch.testing.assert_close(decoder.cache.values[5][:, :, last : last + 1], value, atol=1e-5, rtol=0)
+        columns = torch.arange(last + 1)
+        hidden = (columns < decoder.first[:, None])[:, None, None]
+
+        class Seen:
+            def update(self, *_, **__):
+                return decoder.cache.keys[5][:, :, : last + 1], decoder.cache.values[5][:, :, : last + 1]
+
+        mask = torch.zeros(2, 1, 1, last + 1).masked_fill(hidden, torch.finfo(torch.float32).min)
+        arguments = {model.model.cache_argument: Seen(), "use_cache": True}
+        out = layer(state, attention_mask=mask, position_embeddings=rotation, **arguments)
+        wanted = model.read_exit(1, out[:, 0])
+        found = decoder.read_exit(1, state[:, 0], [0, 1])
+    torch.testing.assert_close(found, wanted, atol=LOGITS[torch.float32], rtol=0)
+
+
+def test_latest_keys_are_those_of_the_deepest_depth_that_ran():
+    """With four recursions, after an exit at depth 1: depths 2 and 3 have what depth 1 has, and not depth 0."""
+    model = tiny_recursive(recursions=4)
+    decoder, ids, *_ = decoder_after(model, ExitSettings(make_policy("fixed", 1), kv="latest"), steps=3)
+    last, layout = ids.shape[1] - 1, model.config.layout
+    at = [decoder.cache.values[layout.position(0, depth)][:, :, last] for depth in range(4)]
+    assert torch.equal(at[2], at[1])
+    assert torch.equal(at[3], at[1])
+    assert not torch.equal(at[1], at[0])
+
+
 def test_what_waits_is_bounded():
     """With max_pending 3 every fourth token at the latest runs all layers."""
     model = tiny_recursive(recursions=2)
@@ -196,7 +237,7 @@ def test_an_oracle_says_what_the_whole_model_says():
     ids, mask = left_padded((9, 4))
     found = generate(model, ids, mask, exit_policy="oracle", return_dict_in_generate=True)
     assert torch.equal(found.sequences, generate(model, ids, mask))
-    assert found.layers_run.tolist() == [6 * (STEPS - 1)] * 2
+    assert found.layers_run.tolist() == [(6 + 3) * (STEPS - 1)] * 2, "all layers, and the coda for three exits"
     assert found.exit_depths.unique().numel() > 1
 
 
@@ -222,6 +263,78 @@ def test_requests_have_settings_of_their_own():
     late = ExitSettings(make_policy("confidence", -1.0), min_depth=1)
     found = generate(tiny_recursive(), ids, exit_policy=late, return_dict_in_generate=True)
     assert int(found.exit_depths.min()) == 1
+
+
+def test_a_fixed_depth_for_each_request():
+    """And one per prompt where a prompt has several rows."""
+    model, ids = tiny_recursive(), random_ids(2, 5)
+    first, last = (ExitSettings(make_policy("fixed", depth)) for depth in (0, 2))
+    for order in ([first, last], [last, first]):
+        found = generate(model, ids, exit_policy=order, return_dict_in_generate=True, max_new_tokens=5)
+        depths = [0 if settings is first else 2 for settings in order]
+        assert found.exit_depths[:, 1:].tolist() == [[depth] * 4 for depth in depths]
+    found = generate(
+        model,
+        ids,
+        exit_policy=[first, last],
+        num_return_sequences=2,
+        do_sample=True,
+        return_dict_in_generate=True,
+        max_new_tokens=3,
+    )
+    assert found.exit_depths[:, 1].tolist() == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("policies", "message"),
+    [
+        ([make_policy("fixed", 0)] * 3, "exit_policy has 3 settings for 2 rows"),
+        ([], "exit_policy has 0 settings for 2 rows"),
+        ([make_policy("fixed", 0), make_policy("confidence")], "share one kind of policy, kv and layers"),
+        ([ExitSettings(make_policy("entropy")), ExitSettings(make_policy("entropy"), kv="copied")], "share one kind"),
+        ([0.9], r"takes a name, a policy or ExitSettings, or a list of those, not 0\.9"),
+        ([make_policy("confidence", [0.5, 0.6])], "has 2 thresholds, and the model 3 exits"),
+        ([make_policy("fixed", 17)], "no exit after depth 17: the model has 3, after depths 0 to 2"),
+        ([ExitSettings(make_policy("confidence"), min_depth=3)], "no exit after depth 3"),
+    ],
+)
+def test_settings_that_rows_cannot_have_are_refused(policies, message):
+    """Their number, their kinds, and exits that are not there."""
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_recursive(), random_ids(2, 5), exit_policy=policies)
+
+
+@pytest.mark.parametrize("how", [{"exit_policy": "confidence"}, {"speculate": True}])
+def test_prompts_and_arguments_that_would_be_ignored_are_refused(how):
+    """Embeddings, an assistant, a number of recursions, a mask with a hole, an empty prompt."""
+    model, ids = tiny_recursive(recursions=2), random_ids(2, 4)
+    embeddings = model.get_input_embeddings()(ids)
+    with pytest.raises(ValueError, match="inputs_embeds works neither"):
+        model.generate(inputs_embeds=embeddings, max_new_tokens=2, **how)
+    for name, value in (("assistant_model", model), ("num_recursions", 1), ("prompt_lookup_num_tokens", 3)):
+        with pytest.raises(ValueError, match=f"{name} works neither"):
+            model.generate(ids, max_new_tokens=2, **{name: value}, **how)
+    for mask in ([[1, 1, 1, 1], [1, 0, 1, 1]], [[1, 1, 1, 1], [0, 0, 0, 0]]):
+        with pytest.raises(ValueError, match="A prompt is empty, or has padding elsewhere"):
+            generate(model, ids, torch.tensor(mask), **how)
+
+
+def test_logits_are_returned_and_criteria_see_scores():
+    """As generate does without a policy."""
+    model, ids = tiny_recursive(recursions=2), random_ids(2, 4)
+    seen = []
+
+    def criterion(input_ids, scores, **_):
+        seen.append(len(scores))
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    more = {"output_logits": True, "output_scores": True, "return_dict_in_generate": True, "max_new_tokens": 4}
+    never = make_policy("confidence", 1.0)
+    found = generate(model, ids, exit_policy=never, stopping_criteria=[criterion], **more)
+    wanted = generate(model, ids, **more)
+    assert seen == [1, 2, 3, 4]
+    for mine, theirs in ((found.logits, wanted.logits), (found.scores, wanted.scores)):
+        torch.testing.assert_close(torch.stack(mine), torch.stack(theirs), atol=LOGITS[torch.float32], rtol=0)
 
 
 def test_the_decaying_threshold_is_calms():
@@ -304,14 +417,14 @@ def test_a_prompt_is_read_as_generate_reads_it():
         ({"exit_policy": "confidence", "num_beams": 2}, "works with one beam, and num_beams is 2"),
         (
             {"exit_policy": "confidence", "attention_mask": torch.tensor([[1, 1, 0]])},
-            "ends in padding. Pad on the left",
+            "padding elsewhere than on its left. Pad",
         ),
         (
             {"exit_policy": ExitSettings(make_policy("confidence"), layers=(9,))},
             r"layers=\(9,\) must be rising numbers",
         ),
         ({"exit_policy": ExitSettings(make_policy("head"), layers=(2,))}, "'head' works at recursion boundaries only"),
-        ({"exit_policy": "confidence", "exit_depth": 0}, "exit_depth and an exit policy exclude one another"),
+        ({"exit_policy": "confidence", "exit_depth": 0}, "exit_depth works neither with an exit policy nor"),
     ],
 )
 def test_what_does_not_go_together_is_refused(arguments, message):

@@ -183,7 +183,7 @@ def _boundary(model: RecursiveForCausalLM, depth: int, states: list[Tensor], log
         here,
         states[depth],
         read=lambda: logits[depth],
-        read_previous=(lambda: logits[depth - 1]) if depth else None,
+        previous_logits=logits[depth - 1] if depth else None,
         test=None if head is None else lambda: head.agreement(here),
     )
 

@@ -32,7 +32,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_recursive import RecursiveConfig
-from .recursive_decoding import generate_with_exits
+from .recursive_decoding import generate_with_exits, refuse_arguments
 from .recursive_exits import ExitHead, ExitKind
 from .recursive_layout import LayoutError, Slot
 from .recursive_policies import ExitSettings
@@ -735,13 +735,12 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         def decode(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
             prepared["streamer"] = streamer  # transformers keeps it from methods that are not its own
             if speculate:
-                settings = SpeculationSettings.of(speculate)
-                return generate_speculatively(model, input_ids, settings=settings, **prepared)
-            given = exit_policy if isinstance(exit_policy, list) else [exit_policy] * len(input_ids)
-            return generate_with_exits(
-                model, input_ids, settings=[ExitSettings.of(entry, model.config) for entry in given], **prepared
-            )
+                return generate_speculatively(model, input_ids, settings=SpeculationSettings.of(speculate), **prepared)
+            given = exit_policy if isinstance(exit_policy, list) else [exit_policy]
+            settings = [ExitSettings.of(entry, model.config) for entry in given]
+            return generate_with_exits(model, input_ids, settings=settings, **prepared)
 
+        refuse_arguments(kwargs)
         return super().generate(inputs, *arguments, custom_generate=decode, **kwargs)
 
     def lora_targets(self, *names: str) -> list[str]:

@@ -40,7 +40,8 @@ class ExitGenerateOutput(GenerateDecoderOnlyOutput):
     Attributes:
         exit_depths: ``[B, new]``: the exit that each new token left by; the number of exits where all layers ran, as
             for the first one always; -1 in padding.
-        layers_run: ``[B]``: layers that ran for the new tokens of each row; a call for several of them counts once.
+        layers_run: ``[B]``: layers that ran for the new tokens of each row, readouts through the coda included. A call
+            for several of its tokens counts once, and what only makes keys and values (``copied``) does not count.
         block_calls: How often a segment was run, for all rows together.
     """
 
@@ -92,21 +93,24 @@ class ColumnCache(Cache):
     def _write(self, store: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
         held = store.get(layer)
         if held is None or held.shape[2] < self._span:
-            columns = -(-self._span // GROWTH) * GROWTH
-            grown = new.new_zeros(self.num_rows, new.shape[1], columns, new.shape[3])
+            size = -(-self._span // GROWTH) * GROWTH
+            grown = new.new_zeros(self.num_rows, new.shape[1], size, new.shape[3])
             if held is not None:
                 grown[:, :, : held.shape[2]] = held
             held = store[layer] = grown
         by_column = held.transpose(1, 2)
-        where = (self._rows[:, None], self._columns)
-        by_column[where] = torch.where(self._valid[..., None, None], new.transpose(1, 2), by_column[where])
-        rows = held if len(self._rows) == self.num_rows else held[self._rows]
-        return rows[:, :, : self._span]
+        rows, columns, valid = (index.to(new.device) for index in (self._rows, self._columns, self._valid))
+        where = (rows[:, None], columns)
+        by_column[where] = torch.where(valid[..., None, None], new.transpose(1, 2), by_column[where])
+        read = held if len(rows) == self.num_rows else held[rows]
+        return read[:, :, : self._span]
 
     def copy_column(self, source: int, target: int, rows: Tensor, columns: Tensor) -> None:
         """Give layer ``target`` what ``source`` has at one column of each row."""
         for store in (self.keys, self.values):
-            store[target].transpose(1, 2)[rows, columns] = store[source].transpose(1, 2)[rows, columns]
+            copied = store[source].transpose(1, 2)[rows.to(store[source].device), columns.to(store[source].device)]
+            held = store[target]
+            held.transpose(1, 2)[rows.to(held.device), columns.to(held.device)] = copied.to(held.device)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that are attended to."""
@@ -132,23 +136,26 @@ class DepthDecoder:
         self.layout = model.config.layout
         self.cuts = _cuts(model, self.settings[0])
         self.num_exits = len(self.cuts)
+        for each in self.settings:
+            _check_depths(each, self.num_exits)
         bounds = [0, *self.cuts, self.layout.num_layers]
         self.segments = [range(start, end) for start, end in pairwise(bounds)]
         self.prompt_length = attention_mask.shape[1]
         self.max_length = max_length
         num_rows = len(attention_mask)
         self.cache = ColumnCache(num_rows)
-        self.first = attention_mask.long().argmax(-1)
+        self.first = first_columns(attention_mask)
         self.columns = [self.prompt_length - 1] * num_rows
         self.done = [self.first.tolist() for _ in self.segments]
         self.layers_run = [0] * num_rows
         self.block_calls = 0
-        weight = model.get_input_embeddings().weight
         # What enters each segment, by column: embeddings, then states at the exits.
-        self.entering = [weight.new_zeros(num_rows, GROWTH, model.config.hidden_size) for _ in self.segments]
+        shape, dtype = (num_rows, GROWTH, model.config.hidden_size), model.get_input_embeddings().weight.dtype
+        self.entering = [torch.zeros(shape, dtype=dtype, device=self.first.device) for _ in self.segments]
 
     # --- Running layers ------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Logits ``[B, V]`` after the prompt ``[B, T]``, which runs all layers."""
         rows = list(range(len(input_ids)))
@@ -181,7 +188,7 @@ class DepthDecoder:
         if segment + 1 < len(self.segments):
             held = self._reserve(segment + 1)
             where = (index[:, None], columns)
-            held[where] = torch.where(valid[..., None], states, held[where])
+            held[where] = torch.where(valid[..., None], states.to(held.device), held[where])
         for row in rows:
             self.done[segment][row] = self.columns[row] + 1
             self.layers_run[row] += len(self.segments[segment])
@@ -238,6 +245,7 @@ class DepthDecoder:
 
     # --- Exiting -------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def step(self, tokens: Tensor, rows: list[int], unfinished: Tensor) -> Step:
         """Run the next token of every row as far as it needs.
 
@@ -247,16 +255,18 @@ class DepthDecoder:
             unfinished: ``[B]``, on the device: rows that go on in this one. It is fetched together with the first
                 exit's decisions, since every fetch waits for the device.
         """
+        policy, cost = self.settings[0].policy, list(self.layers_run)
         self.append(tokens, rows)
         outcome = Step(tokens.new_full(tokens.shape, self.num_exits))
-        said = []
+        said: list[Tensor] = []
+        before: Tensor | None = None
         for depth in range(self.num_exits):
             states = self.advance(depth, rows)[:, -1]
-            boundary = self._boundary(depth, states, rows)
+            boundary = self._boundary(depth, states, rows, before)
             goes_on, exits = torch.stack([unfinished[rows], self._leaves(boundary, rows)]).tolist()
             for row in [row for row, on in zip(rows, goes_on, strict=True) if not on]:
                 self.rewind(row, 1)
-                self.layers_run[row] -= len(self.segments[0])
+                self.layers_run[row] = cost[row]
             leaving = [place for place in range(len(rows)) if goes_on[place] and exits[place]]
             staying = [place for place in range(len(rows)) if goes_on[place] and not exits[place]]
             if leaving:
@@ -264,8 +274,10 @@ class DepthDecoder:
                 outcome.add(left, self._exit_logits(boundary, leaving, left), depth)
                 self._fill_skipped(depth, states[leaving], left)
             rows = [rows[place] for place in staying]
-            if self.settings[0].policy.simulated:
+            if policy.simulated:
                 said.append(boundary.logits.argmax(-1)[staying])
+            if policy.needs_previous_logits:
+                before = boundary.logits[staying]
             if not rows:
                 return outcome
         outcome.add(rows, self.read_out(self.advance(self.num_exits, rows)[:, -1]), self.num_exits)
@@ -302,7 +314,7 @@ class DepthDecoder:
         """Tokens of ``row``, its last included, that have not run the last segment."""
         return self.columns[row] + 1 - self.done[-1][row]
 
-    def _boundary(self, depth: int, states: Tensor, rows: list[int]) -> Boundary:
+    def _boundary(self, depth: int, states: Tensor, rows: list[int], before: Tensor | None) -> Boundary:
         index, columns = torch.tensor(rows, device=states.device), self._last(rows)
         previous = self.entering[depth][index, columns]
         heads = self.model.exit_heads if self.settings[0].layers is None else None
@@ -311,7 +323,7 @@ class DepthDecoder:
             states,
             previous,
             read=lambda: self.read_exit(depth, states, rows),
-            read_previous=(lambda: self.read_exit(depth - 1, previous, rows)) if depth else None,
+            previous_logits=before,
             test=None if heads is None else lambda: heads[depth].agreement(states),
         )
 
@@ -339,9 +351,10 @@ class DepthDecoder:
     def _run_last(self, positions: Sequence[int], states: Tensor, rows: list[int], **arguments: Any) -> Tensor:
         """Layers for the last token of each of ``rows``: ``[s, D] -> [s, D]``."""
         index, columns = torch.tensor(rows, device=states.device), self._last(rows)[:, None]
-        return self._run(positions, states[:, None], index, columns, torch.ones_like(columns).bool(), **arguments)[
-            :, -1
-        ]
+        for row in rows if not arguments else ():
+            self.layers_run[row] += len(positions)
+        written = torch.ones_like(columns, dtype=torch.bool)
+        return self._run(positions, states[:, None], index, columns, written, **arguments)[:, -1]
 
     def _fill_skipped(self, depth: int, states: Tensor, rows: list[int]) -> None:
         """Give the layers that ``rows`` skip the keys and values that the mode of the settings has for them."""
@@ -372,7 +385,8 @@ class DepthDecoder:
     def _put(self, columns: Tensor, tokens: Tensor, rows: list[int]) -> None:
         """Embed ``tokens [s, n]`` into ``columns [s, n]`` of ``rows``."""
         held = self._reserve(0)
-        held[torch.tensor(rows, device=columns.device)[:, None], columns] = self.model.get_input_embeddings()(tokens)
+        embedded = self.model.get_input_embeddings()(tokens).to(held.device)
+        held[torch.tensor(rows, device=columns.device)[:, None], columns] = embedded
 
     def _reserve(self, segment: int) -> Tensor:
         """What enters ``segment``, with room for all columns there are."""
@@ -412,6 +426,20 @@ class Step:
         self.logits[rows] = logits
         self.exits[rows] = exit
         self.rows = sorted([*self.rows, *rows])
+
+
+def _check_depths(settings: ExitSettings, num_exits: int) -> None:
+    """Raises:
+    ValueError: Settings for exits that are not there.
+    """
+    thresholds, policy = settings.policy.threshold, settings.policy
+    if isinstance(thresholds, tuple) and len(thresholds) != num_exits:
+        raise ValueError(f"Policy '{policy.name}' has {len(thresholds)} thresholds, and the model {num_exits} exits.")
+    depth = max(settings.min_depth, *(policy.thresholds(1) if policy.name == "fixed" else (0,)))
+    if depth >= num_exits:
+        raise ValueError(
+            f"There is no exit after depth {depth:g}: the model has {num_exits}, after depths 0 to {num_exits - 1}."
+        )
 
 
 def _window(config: Any, position: int) -> int | None:
@@ -464,6 +492,55 @@ def _cuts(model: Any, settings: ExitSettings) -> list[int]:
     return [layout.num_prelude_layers + (depth + 1) * layout.block_size for depth in config.exit_depths]
 
 
+REFUSED = ("inputs_embeds", "exit_depth", "num_recursions", "assistant_model", "prompt_lookup_num_tokens")
+"""Arguments of ``generate`` that neither early exits nor speculation can heed."""
+
+
+def refuse_arguments(given: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: One of :data:`REFUSED` is given.
+    """
+    for name in REFUSED:
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{name} works neither with an exit policy nor with speculation, which decide themselves how far a "
+                f"token runs, from ids. Leave it out."
+            )
+
+
+def first_columns(attention_mask: Tensor) -> Tensor:
+    """The column ``[B]`` at which each prompt begins.
+
+    Raises:
+        ValueError: One has no token, padding at its end, or a hole.
+    """
+    first = attention_mask.long().argmax(-1)
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    if not torch.equal(attention_mask.bool(), columns >= first[:, None]) or not bool(attention_mask[:, -1].all()):
+        raise ValueError(
+            "A prompt is empty, or has padding elsewhere than on its left. Pad on the left (tokenizer.padding_side = "
+            "'left')."
+        )
+    return first
+
+
+def _by_row(given: Sequence[ExitSettings], num_rows: int) -> list[ExitSettings]:
+    """Settings of every row, given one for all, or one per prompt (of which each may have several rows).
+
+    Raises:
+        ValueError: Another number, or settings that rows of one batch cannot have side by side.
+    """
+    if not given or num_rows % len(given):
+        raise ValueError(f"exit_policy has {len(given)} settings for {num_rows} rows. Give one, or one per prompt.")
+    alike = {(type(each.policy), each.kv, each.layers) for each in given}
+    if len(alike) > 1:
+        raise ValueError(
+            "The rows of a batch share one kind of policy, kv and layers; only thresholds, min_depth, max_pending and "
+            "decay may differ. Generate unlike ones in calls of their own."
+        )
+    return [each for each in given for _ in range(num_rows // len(given))]
+
+
 def generate_with_exits(
     model: Any,
     input_ids: Tensor,
@@ -474,8 +551,7 @@ def generate_with_exits(
     stopping_criteria: Any,
     generation_config: Any,
     attention_mask: Tensor | None = None,
-    exit_depth: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> Any:
     """The decoding loop behind ``generate(exit_policy=…)``, called by it with all that it has prepared.
 
@@ -490,18 +566,16 @@ def generate_with_exits(
             f"An exit policy works with one beam, and num_beams is {generation_config.num_beams}: beams that are "
             f"reordered would take one another's pending tokens. Leave num_beams out."
         )
-    if exit_depth is not None:
-        raise ValueError(f"exit_depth and an exit policy exclude one another, and exit_depth is {exit_depth}.")
+    refuse_arguments(others)
+    settings = _by_row(settings, len(input_ids))
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    if bool((attention_mask[:, -1] == 0).any()):
-        raise ValueError("A prompt ends in padding. Pad on the left (tokenizer.padding_side = 'left').")
     decoder = DepthDecoder(model, settings, attention_mask, generation_config.max_length)
     pad = generation_config._pad_token_tensor
     rows = list(range(len(input_ids)))
     unfinished = torch.ones(len(rows), dtype=torch.bool, device=input_ids.device)
     step = Step(input_ids.new_full((len(rows),), decoder.num_exits), decoder.prefill(input_ids), rows)
-    exit_depths, all_scores = [], []
+    exit_depths, all_scores, all_logits = [], [], []
     while step.rows:
         assert step.logits is not None
         scores = logits_processor(input_ids, step.logits.to(torch.float32))
@@ -513,10 +587,14 @@ def generate_with_exits(
         exit_depths.append(torch.where(unfinished, step.exits, -1))
         if generation_config.output_scores:
             all_scores.append(scores)
+        if generation_config.output_logits:
+            all_logits.append(step.logits)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
         if streamer is not None:
             streamer.put(tokens.cpu())
-        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+        unfinished = unfinished & ~stopping_criteria(input_ids, tuple(all_scores) or None)
+        if input_ids.shape[1] >= generation_config.max_length:
+            break
         step = decoder.step(tokens, step.rows, unfinished)
     if streamer is not None:
         streamer.end()
@@ -525,6 +603,7 @@ def generate_with_exits(
     return ExitGenerateOutput(
         sequences=input_ids,
         scores=tuple(all_scores) or None,
+        logits=tuple(all_logits) or None,
         exit_depths=torch.stack(exit_depths, dim=1),
         layers_run=torch.tensor(decoder.layers_run),
         block_calls=decoder.block_calls,

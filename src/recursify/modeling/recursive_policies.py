@@ -35,7 +35,7 @@ class Boundary:
         states: Hidden states ``[s, D]`` there.
         previous: Hidden states ``[s, D]`` at the exit before; at the first, the embeddings.
         read: Makes the exit's logits ``[s, V]``.
-        read_previous: Makes those of the exit before; None at the first.
+        previous_logits: Logits ``[s, V]`` at the exit before; None at the first, and if the policy does not need them.
         test: Makes the trained log-odds ``[s]`` that the exit says what the last recursion says; None without a head.
     """
 
@@ -45,25 +45,20 @@ class Boundary:
         states: Tensor,
         previous: Tensor,
         read: Callable[[], Tensor],
-        read_previous: Callable[[], Tensor] | None,
+        previous_logits: Tensor | None,
         test: Callable[[], Tensor] | None,
     ):
         self.depth = depth
         self.states = states
         self.previous = previous
         self._read = read
-        self._read_previous = read_previous
+        self.previous_logits = previous_logits
         self._test = test
 
     @cached_property
     def logits(self) -> Tensor:
         """``[s, V]``, read out when first asked for: on a small model that costs as much as several layers."""
         return self._read()
-
-    @cached_property
-    def previous_logits(self) -> Tensor | None:
-        """``[s, V]`` of the exit before, if there is one."""
-        return None if self._read_previous is None else self._read_previous()
 
     @cached_property
     def log_odds(self) -> Tensor:
@@ -78,8 +73,9 @@ class ExitPolicy(ABC):
 
     Attributes:
         threshold: A token exits where its confidence is above. One number, or one per exit.
-        lowest, highest: The range that a threshold may have; at ``highest`` no token exits, below 0 all do.
+        lowest, highest: The range that a threshold may have. No confidence is above ``highest``.
         needs_head: Whether the model needs trained exit heads.
+        needs_previous_logits: Whether it compares distributions; every exit is then read out.
         simulated: Whether it looks at what the last recursion says, which costs all that an exit saves.
     """
 
@@ -88,6 +84,7 @@ class ExitPolicy(ABC):
     highest: ClassVar[float] = 1.0
     default: ClassVar[float] = 0.9
     needs_head: ClassVar[bool] = False
+    needs_previous_logits: ClassVar[bool] = False
     simulated: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -95,13 +92,14 @@ class ExitPolicy(ABC):
             if not self.lowest <= value <= self.highest:
                 raise ValueError(
                     f"threshold {value:g} is outside {self.lowest:g} .. {self.highest:g}, the range of policy "
-                    f"'{self.name}'. At {self.highest:g} no token exits, below 0 every token does."
+                    f"'{self.name}'. A token exits where its confidence is above."
                 )
 
     @property
     def name(self) -> str:
         """As :data:`EXIT_POLICIES` has it."""
-        return next(name for name, kind in EXIT_POLICIES.items() if kind is type(self))
+        named = (name for name, kind in EXIT_POLICIES.items() if kind is type(self))
+        return next(named, type(self).__name__)
 
     def thresholds(self, num_exits: int) -> tuple[float, ...]:
         """One per exit."""
@@ -120,8 +118,7 @@ class Fixed(ExitPolicy):
     default: ClassVar[float] = 0
 
     def confidence(self, boundary: Boundary) -> Tensor:
-        depth = self.thresholds(1)[0]
-        return boundary.states.new_full((len(boundary.states),), math.inf if boundary.depth >= depth else -math.inf)
+        return boundary.states.new_full((len(boundary.states),), boundary.depth + 0.5)
 
 
 class Confidence(ExitPolicy):
@@ -146,7 +143,8 @@ class Saturation(ExitPolicy):
     default: ClassVar[float] = 0.98
 
     def confidence(self, boundary: Boundary) -> Tensor:
-        return F.cosine_similarity(boundary.states.float(), boundary.previous.float(), dim=-1)
+        # Rounding takes the cosine of a vector with itself above 1.
+        return F.cosine_similarity(boundary.states.float(), boundary.previous.float(), dim=-1).clamp(max=1)
 
 
 class Convergence(ExitPolicy):
@@ -164,13 +162,14 @@ class Divergence(ExitPolicy):
     """How little the distribution changed since the exit before: ``exp(−KL(here ‖ before))``; 0 at the first exit."""
 
     default: ClassVar[float] = 0.9995
+    needs_previous_logits: ClassVar[bool] = True
 
     def confidence(self, boundary: Boundary) -> Tensor:
         before = boundary.previous_logits
         if before is None:
             return boundary.states.new_zeros(len(boundary.states), dtype=torch.float32)
         here, before = boundary.logits.float().log_softmax(-1), before.float().log_softmax(-1)
-        return torch.exp(-F.kl_div(before, here, log_target=True, reduction="none").sum(-1))
+        return torch.exp(-F.kl_div(before, here, log_target=True, reduction="none").sum(-1)).clamp(max=1)
 
 
 class Head(ExitPolicy):
@@ -224,7 +223,7 @@ def make_policy(name: str, threshold: float | Sequence[float] | None = None, con
         threshold = config.exit_thresholds
     if threshold is None:
         return kind(kind.default)
-    return kind(float(threshold) if isinstance(threshold, int | float) else tuple(map(float, threshold)))
+    return kind(tuple(map(float, threshold)) if isinstance(threshold, Sequence) else float(threshold))
 
 
 @dataclass(frozen=True)
@@ -261,9 +260,14 @@ class ExitSettings:
     @classmethod
     def of(cls, given: Any, config: Any = None) -> ExitSettings:
         """Settings; or those around a policy, or around the one of that name with the thresholds of ``config``."""
-        if isinstance(given, cls):
+        # By what it has, not by its class: a model that brought its code along has classes of its own.
+        if hasattr(given, "policy"):
             return given
-        return cls(make_policy(given, config=config) if isinstance(given, str) else given)
+        if isinstance(given, str):
+            return cls(make_policy(given, config=config))
+        if hasattr(given, "confidence"):
+            return cls(given)
+        raise ValueError(f"exit_policy takes a name, a policy or ExitSettings, or a list of those, not {given!r}.")
 
     def threshold_at(self, depth: int, num_exits: int, step: int, num_steps: int) -> float:
         """The threshold of an exit at a 0-based step of ``num_steps``."""
