@@ -134,6 +134,21 @@ def test_figures_are_those_of_the_plain_backend(models, capsys, tmp_path):
     assert {entry["depth"]: entry["limit"] for entry in recorded} == {0: None, None: 5}
 
 
+def test_full_depth_is_full_depth_whatever_the_config_says(models, capsys, tmp_path):
+    """A model set to exit after its first recursion is scored at all of them, and left as it was."""
+    evaluate = ("--tasks", "tiny_mc", "--include-path", models / "tasks", "--no-control", "--json", "--limit", 6)
+    assert run("eval", models / "plain", *evaluate, "--no-save") == 0
+    wanted = by_metric(json.loads(capsys.readouterr().out)["evaluation"], None)
+    model = RecursiveForCausalLM.from_pretrained(models / "plain", exit_depth=0)
+    for file in (models / "plain").iterdir():
+        target = tmp_path / "shallow" / file.name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    model.save_pretrained(tmp_path / "shallow")
+    assert run("eval", tmp_path / "shallow", *evaluate) == 0
+    assert by_metric(json.loads(capsys.readouterr().out)["evaluation"], None) == wanted
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -57,6 +57,7 @@ def trained(folder) -> Path:
         "tokens": 30_000,
         "steps": 30,
         "settings": {"stage": "heal", "learning_rate": 1e-4, "data": ["/home/me/notes", "owner/stories"]},
+        "hub_datasets": ["owner/stories"],
         "before": {},
         "after": {"perplexity": 17.25, "dense_ce": 2.5, "perplexity_depth_0": 300.0, "agreement_depth_0": 0.25},
     }

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from recursify.checkpoint.description import describe
-from recursify.checkpoint.origin import Origin
+from recursify.checkpoint.origin import Origin, origin_of_folder
 from recursify.checkpoint.record import read_record, update_record
 from recursify.hub.card import licence_warnings, write_card
 from recursify.hub.publication import without_local_paths
@@ -74,6 +74,17 @@ def test_tasks_are_listed_by_depth_and_indexed_at_full_depth(folder):
     assert [(r.dataset_name, r.metric_value) for r in card.data.eval_results] == [("tiny_mc", 0.4)]
 
 
+def test_records_that_lack_parts_are_no_error(folder):
+    """Runs without figures or names, a text without a control, a metric that is no number."""
+    text = {"kind": "text", "name": "a book", "depth": None, "num_tokens": 5, "perplexity": 9.0}
+    task = {"kind": "task", "name": "t", "metric": "acc", "depth": None, "value": float("nan")}
+    update_record(folder, history=[{"tokens": 5}, {"after": {"ce": 1.0}}], evaluation=[text, task])
+    card, _ = card_of(folder)
+    assert "| perplexity, a book | all | 9.00 |  | 5 tokens |" in card.text
+    assert "Uptrained (heal) on 5 tokens of unrecorded data." in card.text
+    assert [result.metric_type for result in card.data.eval_results] == ["perplexity"]
+
+
 def test_what_an_older_version_did_not_record_is_left_out(folder):
     """An empty record: no figure is invented, and the licence is asked for."""
     (folder / "recursify.json").write_text("{}", encoding="utf-8")
@@ -83,6 +94,17 @@ def test_what_an_older_version_did_not_record_is_left_out(folder):
     assert card.data.eval_results is None
     assert "license" not in card.data.to_dict()
     assert warnings == ["The licence of the dense model is not recorded. Look it up, and give it with --license."]
+
+
+def test_cards_of_dense_models_are_read_as_they_are_written(tmp_path):
+    """Several licences are none in particular; the code of Norwegian is a truth value in YAML."""
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: [mit, apache-2.0]\nlanguage: [no, en]\n---\n", encoding="utf-8")
+    assert origin_of_folder("org/dense", tmp_path) == Origin("org/dense", license="other", languages=("no", "en"))
+    card.write_text("---\nlicense: [mit]\nlanguage: no\n---\n", encoding="utf-8")
+    assert origin_of_folder(str(tmp_path), tmp_path) == Origin(license="mit", languages=("no",))
+    card.write_text("---\n: :\n- [\n---\n", encoding="utf-8")
+    assert origin_of_folder(str(tmp_path), tmp_path) == Origin()
 
 
 @pytest.mark.parametrize(

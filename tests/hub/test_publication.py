@@ -14,6 +14,7 @@ from recursify.hub.publication import (
     check_folder,
     check_loading,
     read_card,
+    refuse_private,
     stage_publication,
     without_local_paths,
 )
@@ -41,43 +42,89 @@ def test_a_model_is_laid_out_with_card_and_record(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "message"),
     [
-        ("pytorch_model.bin", "x", "is a pickle, which can run any code .* move it out"),
-        ("notes.docx", "x", "is no part of a recursive model, so it was not meant to be uploaded"),
-        ("README.md", "token: hf_" + "a" * 34, r"line 1 holds what looks like a secret \('hf_aaaaa…'\).*revoke it"),
-        (
-            "LICENSE",
-            "ok\nsee /home/me/models/llama\n",
-            r"line 2 holds a path of this machine \('/home/me/models/llama'\)",
-        ),
-        ("README.md", r"from C:\Users\me\models", r"holds a path of this machine \('C:\\Users\\me\\models'\)"),
+        ("pytorch_model.bin", "is a pickle, which can run any code .* move it out"),
+        ("notes.docx", "is no part of a recursive model, so it was not meant to be uploaded"),
+        ("tokenizer_backup.zip", "is no part of a recursive model"),
+        ("optimizer.safetensors", "is no part of a recursive model"),
+        ("additional_chat_templates/id_rsa", "is no part of a recursive model"),
+        ("LICENSE/secrets.env", "is no part of a recursive model"),
     ],
 )
-def test_what_was_not_meant_to_be_shared_is_refused(folder, name, content, message):
-    """Pickles, stray files, secrets and paths, by name and line."""
-    (folder / name).write_text(content, encoding="utf-8")
+def test_what_belongs_to_no_model_is_refused(folder, name, message):
+    """Pickles and stray files, in folders too."""
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("x", encoding="utf-8")
     with pytest.raises(HubError, match=message):
         check_folder(folder)
 
 
-def test_a_vocabulary_may_hold_paths_but_no_secrets(folder):
-    """``/usr/…`` is a word there."""
-    file = folder / "tokenizer.json"
-    file.write_text(file.read_text(encoding="utf-8") + "\n/home/me/x\n", encoding="utf-8")
-    check_folder(folder)
-    file.write_text(file.read_text(encoding="utf-8") + "hf_" + "b" * 34, encoding="utf-8")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("token: hf_" + "a" * 34, r"line 1 holds what looks like a secret \('hf_aaaaa…'\).*revoke it"),
+        ("github_pat_" + "a" * 40, "secret"),
+        ("AIza" + "a" * 35, "secret"),
+        ("-----BEGIN RSA PRIVATE KEY-----", "secret"),
+        ("ok\nsee /home/me/models/llama\n", r"line 2 holds a path of this machine \('/home/me'\)"),
+        (r"from C:\Users\me\models", r"holds a path of this machine \('C:\\Users\\me'\)"),
+    ],
+)
+def test_secrets_and_homes_are_refused(tmp_path, text, message):
+    """By name and line, in whatever is read by people."""
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    with pytest.raises(HubError, match=message):
+        refuse_private(tmp_path / "README.md")
+
+
+def test_a_card_of_ones_own_is_searched_too(folder, tmp_path):
+    """It is not in the folder."""
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    with pytest.raises(HubError, match=r"'README\.md' line 3 holds what looks like a secret"):
+        stage_publication(folder, stage, "# Mine\n\nhf_" + "c" * 34, {})
+
+
+def test_prose_and_vocabularies_may_name_paths_that_are_nobodys(tmp_path):
+    """``/tmp/out`` in a manual, ``/home/…`` as a word of a tokenizer."""
+    (tmp_path / "README.md").write_text("cd ~/.cache; ls /tmp/out /mnt/data; GET /data/items\n", encoding="utf-8")
+    refuse_private(tmp_path / "README.md")
+    (tmp_path / "tokenizer.json").write_text('"/home/me/x"\n', encoding="utf-8")
+    refuse_private(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text("hf_" + "b" * 34, encoding="utf-8")
     with pytest.raises(HubError, match="secret"):
-        check_folder(folder)
+        refuse_private(tmp_path / "tokenizer.json")
+
+
+def test_where_a_tokenizer_was_loaded_from_is_left_out(folder, tmp_path):
+    """transformers writes it into its config."""
+    config = folder / "tokenizer_config.json"
+    fields = {**json.loads(config.read_text(encoding="utf-8")), "name_or_path": "/home/me/llama"}
+    config.write_text(json.dumps(fields), encoding="utf-8")
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    stage_publication(folder, stage, "# Card\n", {})
+    published = json.loads((stage / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert published == {key: value for key, value in fields.items() if key != "name_or_path"}
 
 
 def test_paths_become_names_and_nothing_else_changes():
     """Hub ids, URLs, ratios and prose stay."""
-    kept = ["owner/name", "https://hf.co/home/x/y", "1/2", "each 5th topic", "a/b/c", "/", 3, None]
+    kept = ["owner/name", "https://hf.co/home/x/y", "1/2", "each 5th topic", "a/b/c", "GET /items", 3, None]
     assert without_local_paths(kept) == kept
-    assert without_local_paths({"a": ["/tmp/x/notes.md", "text of /home/me/b.txt, all", "~/c/d"]}) == {
-        "a": ["notes.md", "text of b.txt, all", "d"]
+    paths = {
+        "/tmp/x/notes.md": "notes.md",
+        "text of /home/me/b.txt, all": "text of b.txt, all",
+        "~/c/d": "d",
+        "/lustre/me/my data/run 1": "run 1",
+        "../alice/x": "x",
+        "C:/Users/alice/m": "m",
+        "file:///home/alice/x": "x",
+        "/home/alice": "a local folder",
+        "\\\\server\\share\\m": "m",
     }
+    assert without_local_paths(list(paths)) == list(paths.values())
 
 
 def test_a_changed_weight_is_found(folder):
@@ -88,6 +135,13 @@ def test_a_changed_weight_is_found(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ParityError, match=r"does not say what it said when it was made: .* differ by .* nats"):
         check_loading(folder, read_record(folder))
+
+
+def test_a_fixed_depth_changes_no_fingerprint(folder):
+    """It is of all recursions, whatever depth the model is set to run at."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "exit_depth": 0}), encoding="utf-8")
+    assert check_loading(folder, read_record(folder)) < 1e-4
 
 
 def test_a_model_without_a_fingerprint_is_loaded_all_the_same(folder):

@@ -40,7 +40,7 @@ import json, sys, time
 from pathlib import Path
 time.sleep = lambda seconds: None  # the client waits between its own attempts
 from recursify.errors import HubError
-from recursify.hub.publication import Publication
+from recursify.hub.publication import Publication, sha256
 from recursify.hub.push import push
 
 stage = Path(sys.argv[1])
@@ -54,8 +54,10 @@ for line in sys.stdin:
             with open(stage / changed, "ab") as file:
                 file.write(b"more")
 
+    hashes = {name: sha256(stage / name) for name in sizes}
+    publication = Publication(stage, sizes, hashes, [], None)
     try:
-        outcome = push(Publication(stage, sizes, [], None), repo_id, token=token, tell=told.append, wait=wait).commit
+        outcome = push(publication, repo_id, token=token, tell=told.append, wait=wait).commit
     except HubError as error:
         outcome = str(error)
     print(json.dumps([outcome, told]), flush=True)
@@ -175,7 +177,10 @@ def test_a_folder_that_changes_during_the_upload_is_reported(hub, push):
     """By another process that still writes into it."""
     hub.fail_next(1, 503, "/commit/")
     outcome, _ = push(REPO, changed="model.safetensors")
-    assert "'model.safetensors' was changed while it was uploaded, so 'tester/tiny-recursive' may hold a mix" in outcome
+    assert (
+        "'model.safetensors' was changed while it was checked or uploaded, so 'tester/tiny-recursive' may hold a mix"
+        in outcome
+    )
 
 
 def test_who_may_not_write_is_told_so(hub, push):
@@ -194,6 +199,17 @@ def test_who_may_not_write_is_told_so(hub, push):
         assert told == [], "it would be no use to try again"
 
 
+def test_an_interruption_after_the_commit_is_no_failed_upload(hub, folder, push):
+    """Nor one when the repository is made."""
+    hub.fail_next(2, 503, "/tree/")
+    outcome, _ = push(REPO)
+    assert outcome == hub.commits(REPO)[0].oid
+    hub.fail_next(1, 503, "/api/repos/create")
+    outcome, told = push("tester/another")
+    assert outcome == hub.commits("tester/another")[0].oid
+    assert "upload interrupted" in told[0]
+
+
 def test_offline_is_said(hub, folder, tmp_path):
     """The client would name an environment variable in the middle of a traceback."""
     done = recursify(hub, tmp_path, "push", str(folder), REPO, code=1, HF_HUB_OFFLINE="1")
@@ -202,13 +218,15 @@ def test_offline_is_said(hub, folder, tmp_path):
 
 def test_a_repository_with_other_files_is_left_alone(hub, folder, tmp_path):
     """Unless told to overwrite: then they are gone."""
-    hub.add_repo(REPO, {"pytorch_model.bin": b"old", "config.json": b"{}"})
+    hub.add_repo(REPO, {"old[1].bin": b"old", "config.json": b"{}"})
     done = recursify(hub, tmp_path, "push", str(folder), REPO, code=1)
-    assert "holds 1 files that this model does not have, first 'pytorch_model.bin'" in done.stderr
+    assert "holds 1 files that this model does not have, first 'old[1].bin'" in done.stderr
     assert hub.files(REPO)["config.json"] == b"{}"
     recursify(hub, tmp_path, "push", str(folder), REPO, "--overwrite")
-    assert "pytorch_model.bin" not in hub.files(REPO)
+    assert "old[1].bin" not in hub.files(REPO)
     assert hub.files(REPO)["config.json"] == (folder / "config.json").read_bytes()
+    done = recursify(hub, tmp_path, "push", str(folder), REPO, "--private", code=1)
+    assert "is there and public, and --private makes only new repositories so" in done.stderr
 
 
 def test_a_folder_that_fails_its_own_parity_is_not_pushed(hub, folder, tmp_path):

@@ -34,13 +34,21 @@ class Origin:
     @classmethod
     def from_mapping(cls, mapping: dict[str, Any]) -> Origin:
         """From ``recursify.json``, or from the front matter of a model card."""
-        languages = mapping.get("languages") or mapping.get("language") or ()
+        languages = mapping.get("languages", mapping.get("language"))
+        listed = languages if isinstance(languages, list | tuple) else [languages]
         said = {key: mapping.get(key) for key in ("license", "license_name", "license_link")}
+        # A card may list several licences; the first is no more the licence than the second.
+        said = {key: "other" if isinstance(text, list) and len(text) > 1 else text for key, text in said.items()}
         return cls(
             hub_id=mapping.get("hub_id"),
-            languages=(languages,) if isinstance(languages, str) else tuple(map(str, languages)),
-            **{key: str(text) for key, text in said.items() if text is not None},
+            # YAML reads the code of Norwegian, no, as a truth value.
+            languages=tuple("no" if code is False else str(code) for code in listed if code is not None),
+            **{key: _one(text) for key, text in said.items() if text},
         )
+
+
+def _one(text: Any) -> str:
+    return str(text[0] if isinstance(text, list) else text)
 
 
 def origin_of_folder(source: str, folder: Path) -> Origin:

@@ -79,14 +79,16 @@ def eval_command(
     if dense is not None:
         talk.print("scoring the dense model")
         theirs = {(score.task, score.metric): score for score in runner.score(*dense)}
-    entries = []
+    entries: list[dict[str, Any]] = []
     for chosen in depths:
         talk.print(f"scoring {folder} {'at full depth' if chosen is None else f'at depth {chosen}'}")
-        for score in runner.score(model, tokenizer, chosen):
-            entry = score.as_evaluation(chosen, theirs.get((score.task, score.metric)))
-            entries.append({**entry, "limit": limit})
-    if save:
-        update_record(folder, evaluation=_merge(record.get("evaluation", []), entries))
+        scores = runner.score(model, tokenizer, chosen)
+        found = [score.as_evaluation(chosen, theirs.get((score.task, score.metric))) for score in scores]
+        found = [{**entry, "limit": limit} for entry in found]
+        entries += found
+        if save:
+            # What others have written meanwhile stays, and what follows may fail.
+            update_record(folder, evaluation=_merge(read_record(folder).get("evaluation", []), found))
     if json:
         print_json({"model": str(folder), "evaluation": entries})
         return

@@ -78,8 +78,12 @@ def push_command(
     written = write_card(
         description, record, repo_id, base_model=base_model, license=license, picture=next(iter(pictures))
     )
+    if card is not None and (base_model or license):
+        raise typer.BadParameter("a card of your own says these itself", param_hint="--base-model / --license")
     own = card or (folder / CARD_FILE if (folder / CARD_FILE).exists() else None)
     text = read_card(own) if own else written.text
+    if own is not None and (base_model or license):
+        talk.print(f"warning: {own} is used as it is; --base-model and --license are for a card that is written")
     for warning in written.warnings:
         talk.print(f"warning: {warning}")
     with tempfile.TemporaryDirectory() as scratch:

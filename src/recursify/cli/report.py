@@ -25,7 +25,7 @@ from rich.text import Text
 PLAIN_INTERVAL_SECONDS = 10.0
 """Without a terminal, a stage reports at its ends and this often in between."""
 
-talk = Console(stderr=True, highlight=False, soft_wrap=True)
+talk = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 """stderr."""
 
 

@@ -1,7 +1,8 @@
 """What a model said when it was made, in numbers that another machine can check.
 
-A fingerprint is the log-probability of the first choice after each of a few fixed tokens, in float32 on a CPU: small
-enough for ``recursify.json``, and wrong as soon as a weight, a config field or the modeling code is another.
+A fingerprint is the log-probability of the first choice after each of a few fixed tokens, with all recursions, in
+float32 on a CPU: small enough for ``recursify.json``, and another as soon as a weight on that way, or the code, is
+another. It says nothing of exit heads.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class Fingerprint:
 
 @torch.inference_mode()
 def take_fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """Read fixed random tokens with ``model``, which has to be in float32 on the CPU and to run all recursions."""
+    """Read fixed random tokens with a recursive ``model``, which has to be in float32 on the CPU."""
     ids = torch.randint(0, model.config.vocab_size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
-    best = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1).max(-1)
+    logits = model(input_ids=ids, num_recursions=model.config.num_recursions, use_cache=False).logits
+    best = logits.float().log_softmax(-1).max(-1)
     return Fingerprint(ids[0].tolist(), best.indices[0].tolist(), best.values[0].tolist())
 
 

@@ -128,7 +128,7 @@ class TaskRunner:
                     limit=self.limit,
                     log_samples=False,
                 )
-            except (OSError, ConnectionError, ValueError, KeyError) as error:
+            except (OSError, ValueError) as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise TextError(
                     f"The tasks {', '.join(self.tasks)} could not be run: {reason} Offline, a task needs its data in "
@@ -139,8 +139,8 @@ class TaskRunner:
 
 @contextlib.contextmanager
 def _fixed_depth(model: PreTrainedModel, depth: int | None) -> Iterator[None]:
-    """Every call runs as far as the exit after ``depth``."""
-    if depth is None:
+    """Every call runs as far as the exit after ``depth``, or all recursions, whatever the config says otherwise."""
+    if model.config.model_type != "recursive":
         yield
         return
     before = model.config.exit_depth

@@ -6,6 +6,7 @@ an older recursify, is left out, never guessed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -143,14 +144,14 @@ def model_index(record: dict[str, Any]) -> list[EvalResult]:
                 metric_value=round(value, 6),
             )
             for kind, name, value in metrics
+            if math.isfinite(value)
         ]
     return results
 
 
 def _hub_datasets(record: dict[str, Any]) -> list[str]:
-    """Hub names among what the model was uptrained on."""
-    data = [name for run in record.get("history", []) for name in run.get("settings", {}).get("data") or []]
-    return sorted({name for name in data if name.count("/") == 1 and "." not in name})
+    """Hub names among what the model was uptrained on, as uptraining recorded them."""
+    return sorted({name for run in record.get("history", []) for name in run.get("hub_datasets", [])})
 
 
 def _introduction(description: dict[str, Any], name: str) -> str:
@@ -199,7 +200,7 @@ def _count(value: int | None) -> str:
 def _evaluation(record: dict[str, Any], description: dict[str, Any]) -> str:
     entries = record.get("evaluation", [])
     rows = [row for entry in entries for row in _evaluation_rows(entry)]
-    runs = [run for run in record.get("history", []) if run.get("after")]
+    runs = [run for run in record.get("history", []) if "perplexity" in run.get("after", {})]
     rows += _training_rows(runs[-1]) if runs else []
     if not rows:
         return "## Evaluation\n\nNothing has been measured of this model."
@@ -208,7 +209,7 @@ def _evaluation(record: dict[str, Any], description: dict[str, Any]) -> str:
         [
             "## Evaluation",
             "",
-            "Measured by recursify, the dense model beside it in the same run; ± is one standard error.",
+            "Measured by recursify, a dense figure being of the same run; ± is one standard error.",
             "",
             *table,
         ]
@@ -219,10 +220,12 @@ def _evaluation_rows(entry: dict[str, Any]) -> list[str]:
     depth = "all" if entry.get("depth") is None else str(entry["depth"])
     if entry["kind"] == "text":
         tokens = f"{entry['num_tokens']:,} tokens"
-        first = f"| perplexity, {entry['name']} | {depth} | {entry['perplexity']:,.2f} "
-        rows = [f"{first}| {entry['dense_perplexity']:,.2f} | {tokens} |"]
-        rows.append(f"| same first choice as dense | {depth} | {entry['top1_agreement']:.1%} | | {tokens} |")
-        rows.append(f"| KL from dense, nats per token | {depth} | {entry['kl']:.3f} | | {tokens} |")
+        dense = f"{entry['dense_perplexity']:,.2f}" if "dense_perplexity" in entry else ""
+        rows = [f"| perplexity, {entry['name']} | {depth} | {entry['perplexity']:,.2f} | {dense} | {tokens} |"]
+        if "top1_agreement" in entry:
+            rows.append(f"| same first choice as dense | {depth} | {entry['top1_agreement']:.1%} | | {tokens} |")
+        if "kl" in entry:
+            rows.append(f"| KL from dense, nats per token | {depth} | {entry['kl']:.3f} | | {tokens} |")
         return rows
     mine, theirs = _with_error(entry["value"], entry.get("stderr")), ""
     if entry.get("dense_value") is not None:
@@ -236,8 +239,6 @@ def _with_error(value: float, error: float | None) -> str:
 
 def _training_rows(run: dict[str, Any]) -> list[str]:
     """Held-out figures at the end of the last uptraining."""
-    import math
-
     after = run["after"]
     dense = f"{math.exp(after['dense_ce']):,.2f}" if "dense_ce" in after else ""
     rows = [f"| perplexity, held-out part of the training text | all | {after['perplexity']:,.2f} | {dense} | |"]
@@ -295,7 +296,11 @@ def _how_it_was_made(record: dict[str, Any], name: str) -> str:
         rate = run.get("settings", {}).get("learning_rate")
         at = f", peak learning rate {rate:g}" if rate else ""
         stage = run.get("settings", {}).get("stage", "heal")
-        lines.append(f"Uptrained ({stage}) on {run['tokens']:,} tokens of {run['data_name']}{at}.")
+        tokens, data = (
+            f"{run['tokens']:,}" if "tokens" in run else "unrecorded",
+            run.get("data_name", "unrecorded data"),
+        )
+        lines.append(f"Uptrained ({stage}) on {tokens} tokens of {data}{at}.")
     if not record.get("history"):
         lines.append("It has not been uptrained: it is a starting point, not a replacement for the dense model.")
     if made := record.get("recursify_version"):

@@ -20,7 +20,8 @@ def main() -> None:
     found = []
     if asked:
         with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([asked["ids"]]), exit_depth=None, use_cache=False).logits[0]
+            ids, whole = torch.tensor([asked["ids"]]), model.config.num_recursions
+            logits = model(input_ids=ids, num_recursions=whole, use_cache=False).logits[0]
         chosen = torch.tensor(asked["choices"])[:, None]
         found = logits.float().log_softmax(-1).gather(-1, chosen)[:, 0].tolist()
     print(json.dumps({"log_probabilities": found}))

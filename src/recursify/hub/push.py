@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from recursify.errors import HubError
 
-from .publication import Publication
+from .publication import Publication, sha256
 
 ATTEMPTS = 5
 FIRST_WAIT_SECONDS = 1.0
@@ -75,7 +76,7 @@ def push(
     Args:
         publication: From :func:`recursify.hub.publication.stage_publication`.
         repo_id: ``owner/name``, or ``name`` for the token's own.
-        private: Make a new repository private; one that is there stays as it is.
+        private: Make a new repository private; one that is there and public is refused.
         revision: Branch to commit to; made from ``main`` if it is not there.
         overwrite: Delete files of the repository that the model does not have.
         message: Of the commit.
@@ -88,7 +89,7 @@ def push(
             a file that changed while it was uploaded.
     """
     api = HfApi(token=token)
-    repo_id = _find_repository(api, repo_id, private)
+    repo_id = _find_repository(api, repo_id, private, tell, wait)
     if revision is not None:
         _again(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id, tell, wait)
     others = _other_files(api, repo_id, revision, publication)
@@ -97,7 +98,6 @@ def push(
             f"'{repo_id}' holds {len(others)} files that this model does not have, first '{others[0]}'. Choose another "
             f"name, or --overwrite to delete them."
         )
-    before = _hashes(publication)
 
     def upload() -> str:
         done = api.upload_folder(
@@ -105,26 +105,29 @@ def push(
             folder_path=publication.stage,
             revision=revision,
             commit_message=message,
-            delete_patterns=others or None,
+            delete_patterns=[glob.escape(name) for name in others] or None,
         )
         return done.oid
 
     commit = _again(upload, repo_id, tell, wait)
-    if changed := [name for name, found in _hashes(publication).items() if found != before[name]]:
+    if changed := [name for name, found in publication.hashes.items() if sha256(publication.stage / name) != found]:
         raise HubError(
-            f"'{changed[0]}' was changed while it was uploaded, so '{repo_id}' may hold a mixture. Let the other "
-            f"process finish, and push again."
+            f"'{changed[0]}' was changed while it was checked or uploaded, so '{repo_id}' may hold a mixture. Let the "
+            f"other process finish, and push again."
         )
-    _check_arrived(api, repo_id, commit, before)
+    _check_arrived(api, repo_id, commit, publication, tell, wait)
     return Pushed(repo_id, f"{constants.ENDPOINT}/{repo_id}", commit, sum(publication.sizes.values()))
 
 
-def _find_repository(api: HfApi, repo_id: str, private: bool) -> str:
-    """The full name of the repository, which is there afterwards."""
-    try:
-        return api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
-    except CLIENT_ERRORS as error:
-        raise explain(error, repo_id) from error
+def _find_repository(api: HfApi, repo_id: str, private: bool, tell: Tell, wait: Callable[[float], None]) -> str:
+    """The full name of the repository, which is there afterwards, and private if that was asked for."""
+    url = _again(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), repo_id, tell, wait)
+    if private and not _again(lambda: api.repo_info(url.repo_id), repo_id, tell, wait).private:
+        raise HubError(
+            f"'{url.repo_id}' is there and public, and --private makes only new repositories so. Change its visibility "
+            f"on its page first, or choose another name."
+        )
+    return url.repo_id
 
 
 def _other_files(api: HfApi, repo_id: str, revision: str | None, publication: Publication) -> list[str]:
@@ -206,27 +209,23 @@ def _reason(error: Exception) -> str:
     return message.splitlines()[0] if message else type(error).__name__
 
 
-def _hashes(publication: Publication) -> dict[str, str]:
-    """SHA-256 of every file."""
-    return {name: _sha256(publication.stage / name) for name in publication.sizes}
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _check_arrived(api: HfApi, repo_id: str, commit: str, hashes: dict[str, str]) -> None:
+def _check_arrived(
+    api: HfApi, repo_id: str, commit: str, publication: Publication, tell: Tell, wait: Callable[[float], None]
+) -> None:
     """Raises:
-    HubError: A file of the commit is not the one that was uploaded.
+    HubError: A file of the commit is not the one that was sent.
     """
-    try:
-        entries = {e.path: e for e in api.list_repo_tree(repo_id, recursive=True, revision=commit)}
-    except CLIENT_ERRORS as error:
-        raise explain(error, repo_id) from error
-    for name, sha256 in hashes.items():
+    tree = _again(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)), repo_id, tell, wait)
+    entries = {entry.path: entry for entry in tree}
+    for name, sha in publication.hashes.items():
         entry = entries.get(name)
-        # Small files are kept as git blobs, whose own hash the client has checked.
-        wrong = not isinstance(entry, RepoFile) or (entry.lfs is not None and entry.lfs.sha256 != sha256)
-        if wrong:
+        if not isinstance(entry, RepoFile) or (
+            entry.lfs.sha256 != sha if entry.lfs else entry.blob_id != _git_blob(publication.stage / name)
+        ):
             raise HubError(f"'{name}' did not arrive in '{repo_id}' as it was sent. Push again.")
+
+
+def _git_blob(file: Path) -> str:
+    """The name that git gives the content of ``file``."""
+    data = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

@@ -107,12 +107,12 @@ class Heal(Objective):
             total, figures = self._last(logits, targets[rows], None if taught is None else taught[rows], model.training)
             total = coefficients[-1] * total
             for depth, coefficient in enumerate(coefficients[:-1]):
-                read = model.read_exit(depth, pieces[1 + depth])
-                ce = cross_entropy(read, targets[rows], self.settings.loss_backend)
-                one = ReadExit(depth, pieces[1 + len(exits) + depth], read, ce, same_choice(read, logits))
-                added, more = self.exit_loss(model, one, logits, coefficient)
+                said = model.read_exit(depth, pieces[1 + depth])
+                ce = cross_entropy(said, targets[rows], self.settings.loss_backend)
+                read = ReadExit(depth, pieces[1 + len(exits) + depth], said, ce, same_choice(said, logits))
+                added, more = self.exit_loss(model, read, logits, coefficient)
                 total = total + added
-                more |= {"ce": ce, "agreement": one.agrees.sum()}
+                more |= {"ce": ce, "agreement": read.agrees.sum()}
                 figures |= {f"{name}_depth_{depth}": figure for name, figure in more.items()}
             return total, figures
 

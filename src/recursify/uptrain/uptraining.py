@@ -417,6 +417,7 @@ def _publish(
         "recursify_version": version("recursify"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "data_name": data,
+        "hub_datasets": [name for name in settings.data or () if not Path(name).exists()],
         "tokens": outcome.tokens,
         "steps": outcome.steps,
         "num_processes": num_processes,
