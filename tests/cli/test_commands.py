@@ -10,21 +10,13 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
+from command_line import run
 from recursify.cli.app import main
 from recursify.modeling import RecursiveForCausalLM
 from tiny_models import save_tiny
 
 COMMANDS = ("convert", "uptrain", "calibrate-exits", "inspect", "perplexity", "eval", "generate", "export", "push")
 TINY = ["--lora-rank", "4", "--calibration-data", "none", "--no-check"]
-
-
-def run(*arguments: object) -> int:
-    """Run the command line and return its exit code."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +324,7 @@ def test_generate_with_early_exits(models, tmp_path, capsys):
     assert run(*prompt, "--exit", "confidence", "--plot", tmp_path / "exits.xyz") == 1
     assert "has no name of a picture" in capsys.readouterr().err
     assert run(*prompt, "--plot", drawn) == 2
+    assert run(*prompt, "--threshold", 0.5) == 2
     assert run(*prompt, "--exit", "oracle", "--stats") == 0
     captured = capsys.readouterr()
     assert captured.out == whole

@@ -37,7 +37,8 @@ from pages import (
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from recursify.cli.app import app, main
+from command_line import run
+from recursify.cli.app import app
 from recursify.convert.check import make_conversion
 from recursify.convert.initialization import INITIALIZATIONS
 from recursify.convert.relaxation import RELAXATIONS
@@ -73,15 +74,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 SENTENCES = ["The cat sat on the mat.", "A dog ran after the cat.", "The mat was red, and the cat was not."]
-
-
-def run(*arguments: object) -> int:
-    """Run the command line and return its exit code."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +197,7 @@ def test_examples_of_help_parse():
     """The same of what ``--help`` shows."""
     found = []
     for name in GROUP.commands:
-        text = importlib.import_module(f"recursify.cli.{name}").EXAMPLES
+        text = importlib.import_module(f"recursify.cli.{name.replace('-', '_')}").EXAMPLES
         for line in re.findall(r"^`(.+)`$", text, re.M):
             found += commands_in(line, name)
     for command in found:

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 from test_recursive_decoding import tiny_recursive
-from test_tasks import run
 
+from command_line import run
 from recursify.errors import SettingsError, TextError
 from recursify.evaluation.exit_calibration import (
     ReadTokens,

@@ -13,22 +13,13 @@ import pytest
 import torch
 import yaml
 
+from command_line import run
 from recursify.checkpoint.record import read_record
-from recursify.cli.app import main
 from recursify.modeling import RecursiveForCausalLM
 from tiny_models import save_tiny
 
 SAMPLES = 24
 METRICS = ("acc", "acc_norm", "brier_score")
-
-
-def run(*arguments: object) -> int:
-    """Run the command line and return its exit code."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,8 @@ def generate_command(
         raise typer.BadParameter("--exit is lossy and --speculate is not: give one of them", param_hint="--speculate")
     if plot is not None and exit_policy is None:
         raise typer.BadParameter("it draws exits, and without --exit there are none", param_hint="--plot")
+    if threshold is not None and exit_policy is None:
+        raise typer.BadParameter("it is for an exit policy, and without --exit there is none", param_hint="--threshold")
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     shortcut: dict[str, Any] = {}
     if exit_policy is not None or speculate:
@@ -120,6 +122,9 @@ def generate_command(
         started = time.perf_counter()
         return loaded.generate(**arguments, **more), time.perf_counter() - started
 
+    if shortcut and stats:
+        # Both ways are timed warm.
+        loaded.generate(**{**arguments, "max_new_tokens": 2})
     try:
         output, seconds = write(**shortcut)
     except ValueError as error:
