@@ -44,7 +44,6 @@ from recursify.hub.publication import Publication, sha256
 from recursify.hub.push import push
 
 stage = Path(sys.argv[1])
-sizes = {file.relative_to(stage).as_posix(): file.stat().st_size for file in stage.rglob("*") if file.is_file()}
 for line in sys.stdin:
     told = []
     repo_id, token, changed = json.loads(line)
@@ -54,7 +53,9 @@ for line in sys.stdin:
             with open(stage / changed, "ab") as file:
                 file.write(b"more")
 
-    hashes = {name: sha256(stage / name) for name in sizes}
+    files = {file.relative_to(stage).as_posix(): file for file in stage.rglob("*") if file.is_file()}
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    hashes = {name: sha256(file) for name, file in files.items()}
     publication = Publication(stage, sizes, hashes, [], None)
     try:
         outcome = push(publication, repo_id, token=token, tell=told.append, wait=wait).commit
@@ -145,12 +146,13 @@ def test_a_dry_run_reaches_nobody(hub, folder, tmp_path):
 
 
 def test_an_upload_cut_at_random_moments_is_resumed(hub, folder, push):
-    """Ten times: it fails with what to do, the Hub has no half model, and the same call then succeeds."""
-    weights = folder / "model.safetensors"
-    size = weights.stat().st_size
+    """Ten times: it fails with what to do, the Hub has no half model, and the same call then sends what is missing."""
+    shards = [folder / "model.safetensors", folder / "another.safetensors"]
+    size = shards[0].stat().st_size
     draw = random.Random(0)
     for attempt in range(10):
-        weights.write_bytes(draw.randbytes(size))  # new ones every time, or the Hub would have them already
+        for shard in shards:
+            shard.write_bytes(draw.randbytes(size))  # new ones every time, or the Hub would have them already
         repo_id = f"tester/cut-{attempt}"
         hub.cut_after(draw.randrange(size), times=1000)
         outcome, told = push(repo_id)
@@ -163,6 +165,7 @@ def test_an_upload_cut_at_random_moments_is_resumed(hub, folder, push):
         outcome, told = push(repo_id)
         assert (outcome, told) == (hub.commits(repo_id)[0].oid, [])
         assert hub.files(repo_id) == GITATTRIBUTES | {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert len(hub.received_lfs) == len(set(hub.received_lfs)), "what had arrived was not sent again"
 
 
 def test_an_overloaded_hub_is_tried_again(hub, folder, tmp_path):

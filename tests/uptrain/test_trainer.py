@@ -251,6 +251,7 @@ def test_settings_are_strict():
     """A misspelt key names the nearest; a number that YAML reads as text is a number."""
     assert UptrainSettings.from_mapping({"learning_rate": "3e-4"}, "here").learning_rate == 3e-4
     assert UptrainSettings.from_mapping({"lora_learning_rate": "1e-3"}, "here").lora_learning_rate == 1e-3
+    assert UptrainSettings.from_mapping({"precision": "bfloat16"}, "here").precision == "bfloat16"
     with pytest.raises(SettingsError, match=r"Unknown key 'learnin_rate' in here\. Did you mean 'learning_rate'"):
         UptrainSettings.from_mapping({"learnin_rate": 1}, "here")
     with pytest.raises(SettingsError, match="must be a number, got 'fast'"):

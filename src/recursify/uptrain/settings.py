@@ -229,7 +229,7 @@ class UptrainSettings:
                 values[key] = (values[key],) if isinstance(values[key], str) else tuple(values[key])
         # YAML reads 3e-4, without a dot, as a string.
         for entry in fields(cls):
-            if "float" in str(entry.type) and isinstance(values.get(entry.name), str):
+            if entry.type in ("float", "float | None") and isinstance(values.get(entry.name), str):
                 values[entry.name] = _number(entry.name, values[entry.name], where)
         return cls(**values)
 
