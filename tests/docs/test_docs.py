@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import typer.main
 from pages import (
     DOCS,
@@ -42,7 +43,7 @@ from recursify.cli.app import app
 from recursify.convert.check import make_conversion
 from recursify.convert.initialization import INITIALIZATIONS
 from recursify.convert.relaxation import RELAXATIONS
-from recursify.modeling import RecursiveForCausalLM
+from recursify.modeling import EXIT_POLICIES, RecursiveForCausalLM, make_policy
 from recursify.uptrain.settings import UptrainSettings
 from recursify.uptrain.uptraining import STAGES, uptrain
 from tiny_models import convert_tiny, save_tiny
@@ -134,7 +135,7 @@ def desk(workshop, tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def registries() -> Iterator[None]:
     """What a page registers is gone afterwards."""
-    before = [(registry, dict(registry)) for registry in (INITIALIZATIONS, RELAXATIONS, STAGES)]
+    before = [(registry, dict(registry)) for registry in (INITIALIZATIONS, RELAXATIONS, STAGES, EXIT_POLICIES)]
     yield
     for registry, entries in before:
         registry.clear()
@@ -286,6 +287,20 @@ def test_what_extend_registers_can_be_used(desk, registries):
     short = UptrainSettings(stage="imitating_exits", data=("notes.md",), max_tokens=256, length=64, batch_size=2)
     outcome = uptrain(Path("rows"), Path("imitating"), short, progress=lambda *_: None)
     assert "perplexity_depth_0" in outcome.after
+
+
+def test_the_exit_policy_of_extend_decides(desk, registries):
+    """At a threshold that its confidence is always above, every token exits; at 1 none does."""
+    namespace: dict[str, object] = {}
+    for block in blocks(DOCS / "extend.md", "python"):
+        if "EXIT_POLICIES[" in block.text:
+            execute(block, namespace)
+    model = RecursiveForCausalLM.from_pretrained("smollm2-exits")
+    ids = torch.tensor([[5, 6, 7]])
+    for threshold, exits in ((0.0, 0), (1.0, 1)):
+        policy = make_policy("odds", threshold)
+        found = model.generate(ids, max_new_tokens=5, do_sample=False, exit_policy=policy, return_dict_in_generate=True)
+        assert found.exit_depths[0, 1:].tolist() == [exits] * 4
 
 
 def test_changes_that_extend_shows_fit_the_code(monkeypatch):
