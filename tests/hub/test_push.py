@@ -30,7 +30,7 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 with torch.no_grad():
     torch.save(model(torch.tensor(json.loads(sys.argv[2]))).logits, sys.argv[3])
 card = ModelCard.load(sys.argv[1])
-card.validate()
+assert card.data.license == "mit"
 write = pipeline("text-generation", model=model, tokenizer=tokenizer)
 print(write("Once", max_new_tokens=4, do_sample=False)[0]["generated_text"])
 """
@@ -118,6 +118,8 @@ def test_a_model_makes_the_round_trip(hub, folder, tmp_path):
     assert files == local
     assert b"\nlicense: mit\n" in hub.files(REPO)["README.md"]
     assert b"<svg" in hub.files(REPO)["layout.svg"]
+    # Before an upload the client has the Hub validate the card. (ModelCard.validate asks the real one until 2.0.)
+    assert ("POST", "/api/validate-yaml", 200) in hub.requests
 
     ids = random_ids(2, 7)
     command = [sys.executable, "-c", PULL, REPO, json.dumps(ids.tolist()), str(tmp_path / "logits.pt")]

@@ -92,7 +92,7 @@ def push(
     repo_id = _find_repository(api, repo_id, private, tell, wait)
     if revision is not None:
         _again(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id, tell, wait)
-    others = _other_files(api, repo_id, revision, publication)
+    others = _other_files(api, repo_id, revision, publication, tell, wait)
     if others and not overwrite:
         raise HubError(
             f"'{repo_id}' holds {len(others)} files that this model does not have, first '{others[0]}'. Choose another "
@@ -130,12 +130,16 @@ def _find_repository(api: HfApi, repo_id: str, private: bool, tell: Tell, wait: 
     return url.repo_id
 
 
-def _other_files(api: HfApi, repo_id: str, revision: str | None, publication: Publication) -> list[str]:
+def _other_files(
+    api: HfApi,
+    repo_id: str,
+    revision: str | None,
+    publication: Publication,
+    tell: Tell,
+    wait: Callable[[float], None],
+) -> list[str]:
     """Files of the repository that the publication would leave standing."""
-    try:
-        there = api.list_repo_files(repo_id, revision=revision)
-    except CLIENT_ERRORS as error:
-        raise explain(error, repo_id) from error
+    there = _again(lambda: api.list_repo_files(repo_id, revision=revision), repo_id, tell, wait)
     return sorted(name for name in there if name not in publication.sizes and name not in GIT_FILES)
 
 
