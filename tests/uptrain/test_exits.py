@@ -15,7 +15,7 @@ from runs import BASE, assert_same, losses, silent, weights
 from recursify.errors import SettingsError
 from recursify.modeling import RecursiveForCausalLM
 from recursify.uptrain.data import IGNORED
-from recursify.uptrain.exits import Exits, layers_before
+from recursify.uptrain.exits import Exits
 from recursify.uptrain.losses import layer_distillation
 from recursify.uptrain.uptraining import uptrain
 from tiny_models import convert_tiny, random_ids, save_tiny
@@ -115,7 +115,7 @@ def test_fewer_recursions_have_fewer_exits(source):
     assert objective.forward_arguments(model, 2)["exit_depths"] == (0,)
     assert objective.forward_arguments(model, 1)["exit_depths"] == ()
     assert objective.coefficients(model.config, 1) == pytest.approx([3 / 7, 4 / 7])
-    assert [layers_before(model.config.layout, depth) for depth in range(3)] == [2, 3, 4]
+    assert [model.config.layout.layers_before(depth) for depth in range(3)] == [2, 3, 4]
 
 
 def test_the_test_teaches_nothing_but_itself(source):

@@ -132,16 +132,14 @@ def _merge(before: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict
 
 def _table(entries: list[dict[str, Any]], depths: list[int | None]) -> str:
     """One line per task and metric, a column per depth, the dense model last."""
+    from recursify.evaluation.tasks import format_score
+
     lines: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
-        lines.setdefault((entry["name"], entry["metric"]), []).append(_cell(entry["value"], entry["stderr"]))
+        lines.setdefault((entry["name"], entry["metric"]), []).append(format_score(entry["value"], entry["stderr"]))
     for entry in entries[: len(lines)]:
-        dense = "–" if entry["dense_value"] is None else _cell(entry["dense_value"], entry["dense_stderr"])
+        dense = "–" if entry["dense_value"] is None else format_score(entry["dense_value"], entry["dense_stderr"])
         lines[entry["name"], entry["metric"]].append(dense)
     names = ["full depth" if depth is None else f"depth {depth}" for depth in depths]
     rows = [[f"{task}, {metric}", *cells] for (task, metric), cells in lines.items()]
     return format_table(["task", *names, "dense"], rows)
-
-
-def _cell(value: float, stderr: float | None) -> str:
-    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"

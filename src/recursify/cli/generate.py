@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from recursify.errors import SettingsError
+
 from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
 from .report import print_data, print_json, talk
 
@@ -128,8 +130,6 @@ def generate_command(
     try:
         output, seconds = write(**shortcut)
     except ValueError as error:
-        from recursify.errors import SettingsError
-
         raise SettingsError(str(error)) from error
     new = output.sequences[0, inputs["input_ids"].shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
@@ -162,7 +162,6 @@ def _exit_settings(config: Any, policy: str, threshold: float | None, kv: str, m
     """Raises:
     SettingsError: An unknown policy or mode, or a threshold outside its range.
     """
-    from recursify.errors import SettingsError
     from recursify.modeling import ExitSettings, make_policy
 
     try:
@@ -175,8 +174,6 @@ def _require_recursive(loaded: Any, model: str) -> None:
     """Raises:
     SettingsError: A dense model.
     """
-    from recursify.errors import SettingsError
-
     if loaded.config.model_type != "recursive":
         raise SettingsError(f"'{model}' is a dense model, and this needs a recursive one. Convert it first.")
 
@@ -223,8 +220,6 @@ def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
     """
     if not chat:
         return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    from recursify.errors import SettingsError
-
     if not tokenizer.chat_template:
         raise SettingsError("The model has no chat template, so --chat cannot be used. Leave it out to continue text.")
     messages = [{"role": "user", "content": prompt}]

@@ -110,7 +110,7 @@ class ConversionPlan:
                     {"layer": index, "positions": layout.positions(index), "initialized_from": self.sources[index]}
                     for index in range(layout.block_size)
                 ],
-                "coda": list(range(layout.num_layers - layout.num_coda_layers, layout.num_layers)),
+                "coda": list(layout.coda_positions),
                 "num_recursions": layout.num_recursions,
                 "order": layout.order,
             },
@@ -159,9 +159,7 @@ class ConversionPlan:
                 f"  block {index:<9d} runs at {_span(layout.positions(index))}, from dense {_span(self.sources[index])}"
             )
         if layout.num_coda_layers:
-            lines.append(
-                f"  coda            dense {_span(range(layout.num_layers - layout.num_coda_layers, layout.num_layers))}"
-            )
+            lines.append(f"  coda            dense {_span(layout.coda_positions)}")
         return "\n".join(lines + [f"  warning: {warning}" for warning in self.warnings])
 
 

@@ -52,6 +52,11 @@ class Score:
         }
 
 
+def format_score(value: float, stderr: float | None) -> str:
+    """A score, and one standard error where there is one."""
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
+
+
 def require_lm_eval() -> None:
     """Raises:
     SettingsError: lm-eval is not installed.

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from recursify.checkpoint.description import draw_layout
 from recursify.checkpoint.origin import Origin
+from recursify.evaluation.tasks import format_score
 from recursify.modeling import MINIMUM_TRANSFORMERS
 
 TAGS = ["recursify", "recursive", "parameter-sharing", "relaxed-recursive-transformer", "custom_code"]
@@ -227,14 +228,10 @@ def _evaluation_rows(entry: dict[str, Any]) -> list[str]:
         if "kl" in entry:
             rows.append(f"| KL from dense, nats per token | {depth} | {entry['kl']:.3f} | | {tokens} |")
         return rows
-    mine, theirs = _with_error(entry["value"], entry.get("stderr")), ""
+    mine, theirs = format_score(entry["value"], entry.get("stderr")), ""
     if entry.get("dense_value") is not None:
-        theirs = _with_error(entry["dense_value"], entry.get("dense_stderr"))
+        theirs = format_score(entry["dense_value"], entry.get("dense_stderr"))
     return [f"| {entry['name']}, {entry['metric']} | {depth} | {mine} | {theirs} | {entry.get('num_samples') or ''} |"]
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 def _training_rows(run: dict[str, Any]) -> list[str]:

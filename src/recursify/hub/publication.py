@@ -287,11 +287,12 @@ def stage_publication(folder: Path, stage: Path, card: str, pictures: dict[str, 
             link.symlink_to(file.absolute())
     for name, text in written.items():
         (stage / name).write_text(text, encoding="utf-8")
-    for _, file in _files(stage):
+    files = dict(_files(stage))
+    for file in files.values():
         refuse_private(file)
-    hashes = {name: sha256(file) for name, file in _files(stage)}
-    difference = check_loading(folder, record)
-    return Publication(stage, {name: file.stat().st_size for name, file in _files(stage)}, hashes, left_out, difference)
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    hashes = {name: sha256(file) for name, file in files.items()}
+    return Publication(stage, sizes, hashes, left_out, check_loading(folder, record))
 
 
 def _without_origins(file: Path) -> str | None:

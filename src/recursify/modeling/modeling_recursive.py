@@ -430,13 +430,12 @@ class RecursiveModel(RecursivePreTrainedModel):
         self.layout = layout
         self.embed_tokens = materialize(family.embed_tokens)
         self.rotary_emb = materialize(family.rotary_emb)
-        start_of_coda = layout.num_layers - layout.num_coda_layers
         self.prelude = nn.ModuleList(materialize(layer) for layer in family.layers[: layout.num_prelude_layers])
         self.block = nn.ModuleList(
             SharedLayer(config, index, [family.layers[position] for position in layout.positions(index)])
             for index in range(layout.block_size)
         )
-        self.coda = nn.ModuleList(materialize(layer) for layer in family.layers[start_of_coda:])
+        self.coda = nn.ModuleList(materialize(layer) for layer in family.layers[layout.coda_positions.start :])
         self.norm = materialize(family.norm)
 
         self.cache_argument = family.cache_argument
@@ -572,7 +571,7 @@ class RecursiveModel(RecursivePreTrainedModel):
     def _to_exit(self, boundary_states: Tensor, run: Callable[[int, Tensor], Tensor]) -> Tensor:
         """What an exit reads out, of the states at its boundary."""
         if self.config.exit_through_coda:
-            for position in range(self.layout.num_layers - self.layout.num_coda_layers, self.layout.num_layers):
+            for position in self.layout.coda_positions:
                 boundary_states = run(position, boundary_states)
         return boundary_states
 

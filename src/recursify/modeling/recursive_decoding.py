@@ -92,12 +92,9 @@ class ColumnCache(Cache):
 
     def _write(self, store: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
         held = store.get(layer)
-        if held is None or held.shape[2] < self._span:
-            size = -(-self._span // GROWTH) * GROWTH
-            grown = new.new_zeros(self.num_rows, new.shape[1], size, new.shape[3])
-            if held is not None:
-                grown[:, :, : held.shape[2]] = held
-            held = store[layer] = grown
+        if held is None:
+            held = new.new_zeros(self.num_rows, new.shape[1], 0, new.shape[3])
+        held = store[layer] = with_room(held, 2, self._span)
         by_column = held.transpose(1, 2)
         rows, columns, valid = (index.to(new.device) for index in (self._rows, self._columns, self._valid))
         where = (rows[:, None], columns)
@@ -117,6 +114,16 @@ class ColumnCache(Cache):
         return self._span
 
 
+def with_room(held: Tensor, axis: int, columns: int) -> Tensor:
+    """``held`` with so many columns along ``axis`` at least; new ones are 0, and come :data:`GROWTH` at a time."""
+    missing = columns - held.shape[axis]
+    if missing <= 0:
+        return held
+    shape = list(held.shape)
+    shape[axis] = -(-missing // GROWTH) * GROWTH
+    return torch.cat([held, held.new_zeros(shape)], dim=axis)
+
+
 class DepthDecoder:
     """Runs the tokens of a batch as far as they need, for one call of ``generate``.
 
@@ -134,11 +141,11 @@ class DepthDecoder:
         self.model = model
         self.settings = list(settings)
         self.layout = model.config.layout
-        self.cuts = _cuts(model, self.settings[0])
-        self.num_exits = len(self.cuts)
+        cuts = _cuts(model, self.settings[0])
+        self.num_exits = len(cuts)
         for each in self.settings:
             _check_depths(each, self.num_exits)
-        bounds = [0, *self.cuts, self.layout.num_layers]
+        bounds = [0, *cuts, self.layout.num_layers]
         self.segments = [range(start, end) for start, end in pairwise(bounds)]
         self.prompt_length = attention_mask.shape[1]
         self.max_length = max_length
@@ -150,7 +157,7 @@ class DepthDecoder:
         self.layers_run = [0] * num_rows
         self.block_calls = 0
         # What enters each segment, by column: embeddings, then states at the exits.
-        shape, dtype = (num_rows, GROWTH, model.config.hidden_size), model.get_input_embeddings().weight.dtype
+        shape, dtype = (num_rows, 0, model.config.hidden_size), model.get_input_embeddings().weight.dtype
         self.entering = [torch.zeros(shape, dtype=dtype, device=self.first.device) for _ in self.segments]
 
     # --- Running layers ------------------------------------------------------------------------------------------
@@ -213,7 +220,7 @@ class DepthDecoder:
         span = max(self.columns) + 1
         position_ids = (columns - self.first[rows][:, None]).clamp(min=0)
         rotations = base.rotations(states, position_ids)
-        masks: dict[int | None, Tensor] = {None: self._mask(states, rows, columns, span, None)}
+        masks: dict[int | None, Tensor] = {}
         self.cache.aim(rows, columns, valid, span, stop=only_keys_and_values)
         for position in positions:
             window = _window(self.model.config, position)
@@ -299,12 +306,11 @@ class DepthDecoder:
         ]
         if all(barred):
             return torch.zeros(len(rows), dtype=torch.bool, device=boundary.states.device)
-        first = self.prompt_length - 1
         steps = max(self.max_length - self.prompt_length, 1)
         thresholds = [
             float("inf")
             if is_barred
-            else self.settings[row].threshold_at(depth, self.num_exits, self.columns[row] - first - 1, steps)
+            else self.settings[row].threshold_at(depth, self.num_exits, self.columns[row] - self.prompt_length, steps)
             for row, is_barred in zip(rows, barred, strict=True)
         ]
         confidence = self.settings[0].policy.confidence(boundary)
@@ -338,15 +344,12 @@ class DepthDecoder:
         if self.settings[0].layers is not None:
             return self.read_out(states)
         if self.model.config.exit_through_coda:
-            states = self._run_last(self._coda(), states, rows)
+            states = self._run_last(self.layout.coda_positions, states, rows)
         return self.model.read_exit(depth, states)
 
     def read_out(self, states: Tensor) -> Tensor:
         """Logits ``[..., V]`` of the whole model, of what the last segment puts out, ``[..., D]``."""
         return self.model.read_out(self.model.model.norm(states))
-
-    def _coda(self) -> range:
-        return range(self.layout.num_layers - self.layout.num_coda_layers, self.layout.num_layers)
 
     def _run_last(self, positions: Sequence[int], states: Tensor, rows: list[int], **arguments: Any) -> Tensor:
         """Layers for the last token of each of ``rows``: ``[s, D] -> [s, D]``."""
@@ -363,7 +366,7 @@ class DepthDecoder:
             return
         skipped = [position for segment in self.segments[depth + 1 :] for position in segment]
         if self.settings[0].layers is None and self.model.config.exit_through_coda:
-            skipped = [position for position in skipped if position not in self._coda()]  # it has run
+            skipped = [position for position in skipped if position not in self.layout.coda_positions]  # it has run
         if kv == "latest":
             index, columns = torch.tensor(rows, device=states.device), self._last(rows)
             for position in skipped:
@@ -390,13 +393,8 @@ class DepthDecoder:
 
     def _reserve(self, segment: int) -> Tensor:
         """What enters ``segment``, with room for all columns there are."""
-        held, needed = self.entering[segment], max(self.columns) + 1
-        if held.shape[1] < needed:
-            columns = -(-needed // GROWTH) * GROWTH
-            grown = held.new_zeros(held.shape[0], columns, held.shape[2])
-            grown[:, : held.shape[1]] = held
-            held = self.entering[segment] = grown
-        return held
+        self.entering[segment] = with_room(self.entering[segment], 1, max(self.columns) + 1)
+        return self.entering[segment]
 
     def rewind(self, row: int, count: int) -> None:
         """Forget the last ``count`` tokens of ``row``: what they wrote is written over."""
@@ -489,7 +487,7 @@ def _cuts(model: Any, settings: ExitSettings) -> list[int]:
             f"Policy '{settings.policy.name}' needs exit heads, and the model has none. Train them (recursify uptrain "
             f"--stage exits), or use policy 'confidence'."
         )
-    return [layout.num_prelude_layers + (depth + 1) * layout.block_size for depth in config.exit_depths]
+    return [layout.layers_before(depth) for depth in config.exit_depths]
 
 
 REFUSED = ("inputs_embeds", "exit_depth", "num_recursions", "assistant_model", "prompt_lookup_num_tokens")
@@ -551,7 +549,7 @@ def generate_with_exits(
     stopping_criteria: Any,
     generation_config: Any,
     attention_mask: Tensor | None = None,
-    **others: Any,
+    **_: Any,
 ) -> Any:
     """The decoding loop behind ``generate(exit_policy=…)``, called by it with all that it has prepared.
 
@@ -566,7 +564,6 @@ def generate_with_exits(
             f"An exit policy works with one beam, and num_beams is {generation_config.num_beams}: beams that are "
             f"reordered would take one another's pending tokens. Leave num_beams out."
         )
-    refuse_arguments(others)
     settings = _by_row(settings, len(input_ids))
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)

@@ -147,6 +147,15 @@ class LayerLayout:
         """The positions of block layer ``index``, by depth."""
         return [self.position(index, depth) for depth in range(self.num_recursions)]
 
+    def layers_before(self, depth: int) -> int:
+        """Layers that have run at the boundary after ``depth``; only a cycle has such."""
+        return self.position(self.block_size - 1, depth) + 1
+
+    @property
+    def coda_positions(self) -> range:
+        """The positions of the coda."""
+        return range(self.num_layers - self.num_coda_layers, self.num_layers)
+
     def layer_to_block(self) -> list[int]:
         """Per position, the index of the stored layer: prelude first, then the block, then the coda."""
         offset = {

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .recursive_decoding import DepthDecoder, refuse_arguments
+from .recursive_decoding import DepthDecoder
 from .recursive_policies import ExitSettings, make_policy
 
 
@@ -194,7 +194,7 @@ def generate_speculatively(
     stopping_criteria: Any,
     generation_config: Any,
     attention_mask: Tensor | None = None,
-    **others: Any,
+    **_: Any,
 ) -> Any:
     """The decoding loop behind ``generate(speculate=…)``, called by it with all that it has prepared.
 
@@ -208,7 +208,6 @@ def generate_speculatively(
         raise ValueError(
             f"Speculation works with one beam, and num_beams is {generation_config.num_beams}. Leave num_beams out."
         )
-    refuse_arguments(others)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     speculator = Speculator(model, settings, mask, logits_processor, generation_config)
     texts = list(input_ids)

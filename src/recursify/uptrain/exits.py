@@ -13,7 +13,6 @@ from recursify.errors import SettingsError
 from recursify.modeling import (
     ExitHead,
     ExitKind,
-    LayerLayout,
     RecursiveConfig,
     RecursiveForCausalLM,
     RecursiveOutput,
@@ -83,7 +82,7 @@ class Exits(Heal):
         coda = layout.num_coda_layers if config.exit_through_coda else 0
         # A step with fewer recursions than the model has is shorter by whole blocks.
         skipped = (layout.num_recursions - 1 - num_exits) * layout.block_size
-        layers = [layers_before(layout, depth) + coda for depth in range(num_exits)] + [layout.num_layers - skipped]
+        layers = [layout.layers_before(depth) + coda for depth in range(num_exits)] + [layout.num_layers - skipped]
         return [count / sum(layers) for count in layers]
 
     def exit_loss(
@@ -112,10 +111,5 @@ class Exits(Heal):
         normed = [model.model.norm(state[:, :-1][keep]) for state in layer_states]
         kind = self.settings.free_distillation
         assert kind is not None
-        parts = [layer_distillation(normed, layers_before(layout, depth), kind) for depth in range(num_exits)]
+        parts = [layer_distillation(normed, layout.layers_before(depth), kind) for depth in range(num_exits)]
         return torch.stack(parts).mean()
-
-
-def layers_before(layout: LayerLayout, depth: int) -> int:
-    """Layers that have run at the boundary after ``depth``."""
-    return layout.position(layout.block_size - 1, depth) + 1
