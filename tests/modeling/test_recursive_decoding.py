@@ -467,3 +467,60 @@ def test_settings_out_of_range_are_refused(make, message):
     """With the value and the range."""
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", ["shared", "low_rank", "full"])
+@pytest.mark.parametrize("policy", ["confidence", "entropy", "divergence"])
+def test_a_reduced_vocabulary_decides_and_the_whole_one_speaks(policy, kind):
+    """Confidence is that of the first entries alone; what a token says is of all, and a batch is one by one."""
+    model = tiny_recursive(heads=False)
+    model.add_exit_heads(kind)
+    with torch.no_grad():
+        for head in model.exit_heads:
+            for parameter in head.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    chosen = make_policy(policy, THRESHOLDS[policy], vocabulary=50)
+    counts = alone_and_together(model, ExitSettings(chosen))
+    assert sum(count > 0 for count in counts) > 1
+
+    ids = random_ids(2, 9)
+    states = model.model(ids, exit_depths=(0,), use_cache=False).exit_states[0][:, -1]
+    by_fifty, by_all = model.read_exit(0, states, 50), model.read_exit(0, states)
+    torch.testing.assert_close(by_fifty, by_all[:, :50], atol=LOGITS[torch.float32], rtol=0)
+    found = generate(model, ids, exit_policy=ExitSettings(make_policy(policy, -1.0, vocabulary=50)))
+    assert torch.equal(found, generate(model, ids, exit_policy=ExitSettings(make_policy(policy, -1.0))))
+    assert found[:, 9:].max() >= 50, "or the whole vocabulary would not have spoken"
+
+
+def test_a_reduced_vocabulary_saves_the_readout_of_tokens_that_go_on():
+    """No exit reads the whole head but for tokens that leave by it."""
+    model = tiny_recursive(recursions=2)
+    read = []
+    hook = model.lm_head.register_forward_hook(
+        lambda module, inputs, output: read.append(len(inputs[0].flatten(0, -2)))
+    )
+    generate(model, random_ids(1, 9), exit_policy=ExitSettings(make_policy("confidence", 1.0, vocabulary=50)))
+    hook.remove()
+    assert sum(read) == STEPS
+
+
+def test_a_vocabulary_that_means_nothing_is_refused():
+    """A policy without logits, a single entry, more than there are."""
+    with pytest.raises(ValueError, match=r"Policy 'head' looks at no logits\. Leave vocabulary=50 out"):
+        make_policy("head", vocabulary=50)
+    with pytest.raises(ValueError, match="2 entries of the vocabulary at least, got vocabulary=1"):
+        make_policy("confidence", vocabulary=1)
+    model = tiny_recursive(recursions=2)
+    with pytest.raises(ValueError, match="vocabulary=100000 is more than the model has"):
+        generate(model, random_ids(1, 4), exit_policy=make_policy("confidence", vocabulary=100_000))
+
+
+def test_thresholds_of_the_config_come_with_the_vocabulary_that_they_were_chosen_for():
+    """Given by name; a threshold or a vocabulary of one's own stands alone."""
+    config = tiny_recursive(recursions=2).config
+    config.exit_policy, config.exit_thresholds, config.exit_vocabulary = "confidence", [0.3], 50
+    assert make_policy("confidence", config=config) == make_policy("confidence", [0.3], vocabulary=50)
+    assert make_policy("confidence", config=config, vocabulary=50) == make_policy("confidence", [0.3], vocabulary=50)
+    assert make_policy("confidence", 0.5, config) == make_policy("confidence", 0.5)
+    assert make_policy("confidence", config=config, vocabulary=60).threshold == 0.9
+    assert make_policy("entropy", config=config).vocabulary is None

@@ -46,6 +46,14 @@ def calibrate_exits_command(
             show_default=False,
         ),
     ] = None,
+    vocabulary: Annotated[
+        int | None,
+        typer.Option(
+            "--vocabulary",
+            help="Judge by so many entries of the vocabulary, the first and most frequent, instead of all.",
+            show_default=False,
+        ),
+    ] = None,
     length: Annotated[int, typer.Option("--length", help="Tokens per window.", min=2)] = 256,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Stop after this many.", min=2)] = 16384,
     plot: Annotated[
@@ -68,12 +76,13 @@ def calibrate_exits_command(
     model, tokenizer = load_model(str(folder), dtype=dtype, device=device)
     windows = token_windows(tokenizer, text, length, max_tokens=max_tokens)
     with progress_report() as progress:
-        found = calibrate_exits(model, windows, policy, target, progress=progress)
+        found = calibrate_exits(model, windows, policy, target, vocabulary=vocabulary, progress=progress)
     if plot is not None:
         draw_curve(found, plot)
-    facts: dict[str, Any] = {"text": text.name, **found.to_dict()}
+    facts: dict[str, Any] = {"text": text.name, "vocabulary": vocabulary, **found.to_dict()}
     if not dry_run:
         model.config.exit_policy, model.config.exit_thresholds = policy, found.chosen.thresholds
+        model.config.exit_vocabulary = vocabulary
         model.config.save_pretrained(folder)
         update_record(folder, exit_calibration=facts)
     if json:
@@ -92,7 +101,8 @@ def calibrate_exits_command(
     print_data(
         "\n".join(
             [
-                f"thresholds  {', '.join(f'{value:.4g}' for value in outcome.thresholds)} for policy {policy}",
+                f"thresholds  {', '.join(f'{value:.4g}' for value in outcome.thresholds)} for policy {policy}"
+                + (f", by {vocabulary:,} entries of the vocabulary" if vocabulary else ""),
                 f"agreement   {outcome.agreement:.1%} on {found.num_tokens:,} tokens of {text.name} that they were not "
                 f"chosen by (asked: {target:.1%})",
                 f"mean depth  {outcome.mean_depth:.2f} of {len(outcome.thresholds)}",

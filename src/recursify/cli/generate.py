@@ -60,6 +60,14 @@ def generate_command(
             show_default=False,
         ),
     ] = None,
+    vocabulary: Annotated[
+        int | None,
+        typer.Option(
+            "--vocabulary",
+            help="With --exit: judge by so many entries of the vocabulary, the first ones. [default: as calibrated]",
+            show_default=False,
+        ),
+    ] = None,
     kv: Annotated[
         str,
         typer.Option("--kv", help="Keys and values of skipped depths: deferred (exact), copied, latest."),
@@ -103,15 +111,16 @@ def generate_command(
         raise typer.BadParameter("--exit is lossy and --speculate is not: give one of them", param_hint="--speculate")
     if plot is not None and exit_policy is None:
         raise typer.BadParameter("it draws exits, and without --exit there are none", param_hint="--plot")
-    if threshold is not None and exit_policy is None:
-        raise typer.BadParameter("it is for an exit policy, and without --exit there is none", param_hint="--threshold")
+    for option, value in (("--threshold", threshold), ("--vocabulary", vocabulary)):
+        if value is not None and exit_policy is None:
+            raise typer.BadParameter("it is for an exit policy, and without --exit there is none", param_hint=option)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     shortcut: dict[str, Any] = {}
     if exit_policy is not None or speculate:
         _require_recursive(loaded, model)
         shortcut = {"speculate": True}
     if exit_policy is not None:
-        settings = _exit_settings(loaded.config, exit_policy, threshold, kv, min_depth, max_pending)
+        settings = _exit_settings(loaded.config, exit_policy, threshold, vocabulary, kv, min_depth, max_pending)
         shortcut = {"exit_policy": settings}
     inputs = _encode(tokenizer, prompt, chat=chat).to(loaded.device)
     sampling: dict[str, Any] = {"do_sample": False}
@@ -158,14 +167,23 @@ def generate_command(
         talk.print(_stats(facts, exit_policy))
 
 
-def _exit_settings(config: Any, policy: str, threshold: float | None, kv: str, min_depth: int, max_pending: int) -> Any:
+def _exit_settings(
+    config: Any,
+    policy: str,
+    threshold: float | None,
+    vocabulary: int | None,
+    kv: str,
+    min_depth: int,
+    max_pending: int,
+) -> Any:
     """Raises:
     SettingsError: An unknown policy or mode, or a threshold outside its range.
     """
     from recursify.modeling import ExitSettings, make_policy
 
     try:
-        return ExitSettings(make_policy(policy, threshold, config), kv=kv, min_depth=min_depth, max_pending=max_pending)
+        chosen = make_policy(policy, threshold, config, vocabulary=vocabulary)
+        return ExitSettings(chosen, kv=kv, min_depth=min_depth, max_pending=max_pending)
     except ValueError as error:
         raise SettingsError(str(error)) from error
 

@@ -101,9 +101,12 @@ def calibrate_exits(
     policy: str,
     target: float,
     *,
+    vocabulary: int | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> ExitCalibration:
     """Choose thresholds of ``policy`` on the first half of token windows ``[W, T]``, and try them on the second.
+
+    With ``vocabulary``, confidences are those that the policy has by so many entries of it.
 
     Raises:
         SettingsError: A target that is no part, or a policy that has no threshold to choose or does not fit the model.
@@ -111,7 +114,7 @@ def calibrate_exits(
     """
     if not 0 < target < 1:
         raise SettingsError(f"The target agreement must be above 0 and below 1, got {target:g}.")
-    chosen_policy = _require_policy(model, policy)
+    chosen_policy = _require_policy(model, policy, vocabulary)
     read = read_exits(model, windows, chosen_policy, progress=progress)
     first, second = read.split()
     if first.agrees.shape[1] < MINIMUM_TOKENS:
@@ -130,11 +133,16 @@ def calibrate_exits(
     )
 
 
-def _require_policy(model: RecursiveForCausalLM, name: str) -> ExitPolicy:
+def _require_policy(model: RecursiveForCausalLM, name: str, vocabulary: int | None) -> ExitPolicy:
     able = [name for name, kind in EXIT_POLICIES.items() if not kind.simulated and name != "fixed"]
     if name not in able:
         raise SettingsError(f"Policy '{name}' has no confidence to set a threshold on. Use one of: {', '.join(able)}.")
-    policy = make_policy(name)
+    try:
+        policy = make_policy(name, vocabulary=vocabulary)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    if vocabulary is not None and vocabulary > model.config.vocab_size:
+        raise SettingsError(f"vocabulary={vocabulary} is more than the model has: {model.config.vocab_size}.")
     if not model.config.exit_depths:
         raise SettingsError("The model has no boundary between recursions, so it has no exits to set thresholds for.")
     if policy.needs_head and model.exit_heads is None:
@@ -163,28 +171,48 @@ def read_exits(
         last = model.read_out(outputs.last_hidden_state[:, :-1]).argmax(-1).flatten()
         states = [model.get_input_embeddings()(ids), *(outputs.boundary_states or ())]
         states = [state[:, :-1].flatten(0, 1) for state in states]
-        logits = [
-            model.read_exit(depth, state[:, :-1].flatten(0, 1))
-            for depth, state in zip(depths, outputs.exit_states or (), strict=True)
-        ]
-        found = [policy.confidence(_boundary(model, depth, states, logits)) for depth in depths]
+        arrived = [state[:, :-1].flatten(0, 1) for state in outputs.exit_states or ()]
+        found, agrees, before = [], [], None
+        for depth in depths:
+            boundary = _boundary(model, policy, depth, states, arrived[depth], before)
+            found.append(policy.confidence(boundary))
+            agrees.append(boundary.all_logits.argmax(-1) == last)
+            before = boundary.logits if policy.needs_previous_logits else None
         confidences.append(torch.stack(found).float().cpu())
-        agreements.append(torch.stack([each.argmax(-1) == last for each in logits]).cpu())
+        agreements.append(torch.stack(agrees).cpu())
         progress("read", done + 1, len(batches))
     return ReadTokens(torch.cat(confidences, dim=1), torch.cat(agreements, dim=1))
 
 
-def _boundary(model: RecursiveForCausalLM, depth: int, states: list[Tensor], logits: list[Tensor]) -> Boundary:
-    """All tokens at the exit after ``depth``, given ``[n, D]`` states from the embeddings on, and logits by exit."""
+def _boundary(
+    model: RecursiveForCausalLM,
+    policy: ExitPolicy,
+    depth: int,
+    states: list[Tensor],
+    exit_states: Tensor,
+    before: Tensor | None,
+) -> Boundary:
+    """All tokens at the exit after ``depth``.
+
+    Args:
+        model: That has the exit.
+        policy: That will look.
+        depth: Of the exit.
+        states: ``[n, D]`` from the embeddings on.
+        exit_states: ``[n, D]``, what the exit reads out.
+        before: The logits at the exit before.
+    """
     head = None if model.exit_heads is None else cast(ExitHead, model.exit_heads[depth])
     here = states[depth + 1]
     return Boundary(
         depth,
         here,
         states[depth],
-        read=lambda: logits[depth],
-        previous_logits=logits[depth - 1] if depth else None,
+        arrive=lambda: exit_states,
+        read=lambda arrived, vocabulary: model.read_exit(depth, arrived, vocabulary),
+        previous_logits=before,
         test=None if head is None else lambda: head.agreement(here),
+        vocabulary=policy.vocabulary,
     )
 
 

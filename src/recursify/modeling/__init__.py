@@ -21,6 +21,7 @@ from .recursive_exits import EXIT_HEADS, ExitHead, ExitKind
 from .recursive_layout import SHARINGS, LayerLayout, LayoutError, Slot
 from .recursive_policies import EXIT_POLICIES, KV_MODES, ExitPolicy, ExitSettings, make_policy
 from .recursive_speculation import SpeculationOutput, SpeculationSettings
+from .recursive_thresholds import AdaptiveThresholds
 
 AutoConfig.register("recursive", RecursiveConfig, exist_ok=True)
 AutoModel.register(RecursiveConfig, RecursiveModel, exist_ok=True)
@@ -33,6 +34,7 @@ TRAVELLING_FILES = (
     "configuration_recursive.py",
     "recursive_layout.py",
     "recursive_exits.py",
+    "recursive_thresholds.py",
     "recursive_policies.py",
     "recursive_decoding.py",
     "recursive_speculation.py",
@@ -48,6 +50,7 @@ __all__ = [
     "MINIMUM_TRANSFORMERS",
     "SHARINGS",
     "TRAVELLING_FILES",
+    "AdaptiveThresholds",
     "DepthDecoder",
     "DepthView",
     "ExitGenerateOutput",

@@ -48,6 +48,7 @@ class RecursiveConfig(PreTrainedConfig):
         exit_through_coda: A token that exits still runs the coda, as at full depth, instead of being read out where it
             stopped.
         exit_policy: The policy that ``exit_thresholds`` are for, of ``recursive_policies.EXIT_POLICIES``.
+        exit_vocabulary: How many entries of the vocabulary that policy judges by; None for all.
         exit_thresholds: One per exit, which ``generate(exit_policy=…)`` takes where it is given that policy's name.
         exit_depth: Depth after which every token exits; None runs all recursions. It can be given to
             ``from_pretrained``, and so to whatever passes arguments on to it (lm-eval's ``--model_args``, a pipeline).
@@ -79,6 +80,7 @@ class RecursiveConfig(PreTrainedConfig):
         exit_through_coda: bool = True,
         exit_policy: str | None = None,
         exit_thresholds: list[float] | None = None,
+        exit_vocabulary: int | None = None,
         exit_depth: int | None = None,
         format_version: int = FORMAT_VERSION,
         **dense_fields: Any,
@@ -122,6 +124,7 @@ class RecursiveConfig(PreTrainedConfig):
         self.exit_through_coda = exit_through_coda
         self.exit_policy = exit_policy
         self.exit_thresholds = exit_thresholds
+        self.exit_vocabulary = exit_vocabulary
         self.exit_depth = exit_depth
         self.format_version = format_version
         self.auto_map = dict(AUTO_MAP)

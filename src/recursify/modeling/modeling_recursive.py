@@ -33,7 +33,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_recursive import RecursiveConfig
 from .recursive_decoding import generate_with_exits, refuse_arguments
-from .recursive_exits import ExitHead, ExitKind
+from .recursive_exits import ExitHead, ExitKind, read_vocabulary
 from .recursive_layout import LayoutError, Slot
 from .recursive_policies import ExitSettings
 from .recursive_speculation import SpeculationSettings, generate_speculatively
@@ -764,18 +764,21 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
             raise ValueError(f"No linear map is called '{unknown[0]}'. There are: {there}.")
         return [path for path, name in maps.items() if not names or name in names]
 
-    def read_out(self, hidden_states: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of normed hidden states ``[..., D]``, soft-capped where the family does so."""
-        return self._soft_cap(self.lm_head(hidden_states))
+    def read_out(self, hidden_states: Tensor, vocabulary: int | None = None) -> Tensor:
+        """Logits ``[..., V]`` of normed hidden states ``[..., D]``, soft-capped where the family does so.
 
-    def read_exit(self, depth: int, exit_states: Tensor) -> Tensor:
+        With ``vocabulary``, those of its first so many entries.
+        """
+        return self._soft_cap(read_vocabulary(self.lm_head, hidden_states, vocabulary))
+
+    def read_exit(self, depth: int, exit_states: Tensor, vocabulary: int | None = None) -> Tensor:
         """Logits ``[..., V]`` of an exit after ``depth``, of its ``exit_states [..., D]`` (which are not normed).
 
         A model without exit heads reads out with its own final norm and head.
         """
         if self.exit_heads is None:
-            return self.read_out(self.model.norm(exit_states))
-        return self._soft_cap(self.exit_heads[depth](exit_states, self.model.norm, self.lm_head))
+            return self.read_out(self.model.norm(exit_states), vocabulary)
+        return self._soft_cap(self.exit_heads[depth](exit_states, self.model.norm, self.lm_head, vocabulary))
 
     def _soft_cap(self, logits: Tensor) -> Tensor:
         softcap = getattr(self.config, "final_logit_softcapping", None)

@@ -159,6 +159,11 @@ class DepthDecoder:
         # What enters each segment, by column: embeddings, then states at the exits.
         shape, dtype = (num_rows, 0, model.config.hidden_size), model.get_input_embeddings().weight.dtype
         self.entering = [torch.zeros(shape, dtype=dtype, device=self.first.device) for _ in self.segments]
+        adapt = self.settings[0].adapt
+        if adapt is not None:
+            adapt.begin(num_rows)
+        self.learning = adapt if adapt is not None and adapt.learning else None
+        self.readings = ExitReadings(num_rows, self.num_exits, self.first.device)
 
     # --- Running layers ------------------------------------------------------------------------------------------
 
@@ -287,13 +292,26 @@ class DepthDecoder:
                 before = boundary.logits[staying]
             if not rows:
                 return outcome
-        outcome.add(rows, self.read_out(self.advance(self.num_exits, rows)[:, -1]), self.num_exits)
+        outcome.add(rows, self._read_last(self.advance(self.num_exits, rows), rows), self.num_exits)
         if said:
             assert outcome.logits is not None
             last = outcome.logits[rows].argmax(-1)
             for depth in reversed(range(self.num_exits)):
                 outcome.exits[rows] = torch.where(said[depth] == last, depth, outcome.exits[rows])
         return outcome
+
+    def _read_last(self, states: Tensor, rows: list[int]) -> Tensor:
+        """Logits ``[s, V]`` of the last tokens, given what the last segment makes of them and of those before them.
+
+        Thresholds that are learned in use learn from all of these ``[s, n, D]``.
+        """
+        if self.learning is None:
+            return self.read_out(states[:, -1])
+        logits = self.read_out(states)
+        columns = self._last(rows)[:, None] + torch.arange(1 - states.shape[1], 1, device=self.first.device)
+        for depth, (confidence, choice) in enumerate(self.readings.take(rows, columns.clamp(min=0))):
+            self.learning.learn(depth, confidence, choice == logits.argmax(-1), choice >= 0)
+        return logits[:, -1]
 
     def _leaves(self, boundary: Boundary, rows: list[int]) -> Tensor:
         """Which of ``rows`` exit, bool ``[s]``."""
@@ -304,7 +322,7 @@ class DepthDecoder:
             or (self.settings[row].kv == "deferred" and self._pending(row) > self.settings[row].max_pending)
             for row in rows
         ]
-        if all(barred):
+        if all(barred) and self.learning is None:
             return torch.zeros(len(rows), dtype=torch.bool, device=boundary.states.device)
         steps = max(self.max_length - self.prompt_length, 1)
         thresholds = [
@@ -314,6 +332,8 @@ class DepthDecoder:
             for row, is_barred in zip(rows, barred, strict=True)
         ]
         confidence = self.settings[0].policy.confidence(boundary)
+        if self.learning is not None:
+            self.readings.note(depth, rows, self.columns, confidence, boundary.all_logits.argmax(-1))
         return confidence > torch.tensor(thresholds, device=confidence.device, dtype=confidence.dtype)
 
     def _pending(self, row: int) -> int:
@@ -328,28 +348,40 @@ class DepthDecoder:
             depth,
             states,
             previous,
-            read=lambda: self.read_exit(depth, states, rows),
+            arrive=lambda: self._to_exit(states, rows),
+            read=lambda exit_states, vocabulary: self._read_arrived(depth, exit_states, vocabulary),
             previous_logits=before,
             test=None if heads is None else lambda: heads[depth].agreement(states),
+            vocabulary=self.settings[0].policy.vocabulary,
         )
 
     def _exit_logits(self, boundary: Boundary, places: list[int], rows: list[int]) -> Tensor:
-        """The exit's logits for ``rows``, at ``places`` in the boundary; read out for them alone if not read yet."""
-        if "logits" in vars(boundary):
-            return boundary.logits[places]
-        return self.read_exit(boundary.depth, boundary.states[places], rows)
+        """The exit's logits for ``rows``, at ``places`` in the boundary; what is not known is made for them alone."""
+        logits, arrived = boundary.known("all_logits"), boundary.known("exit_states")
+        if logits is not None:
+            return logits[places]
+        if arrived is None:
+            return self.read_exit(boundary.depth, boundary.states[places], rows)
+        return self._read_arrived(boundary.depth, arrived[places])
 
     def read_exit(self, depth: int, states: Tensor, rows: list[int]) -> Tensor:
         """Logits ``[s, V]`` of an exit, of the states ``[s, D]`` there."""
-        if self.settings[0].layers is not None:
-            return self.read_out(states)
-        if self.model.config.exit_through_coda:
-            states = self._run_last(self.layout.coda_positions, states, rows)
-        return self.model.read_exit(depth, states)
+        return self._read_arrived(depth, self._to_exit(states, rows))
 
-    def read_out(self, states: Tensor) -> Tensor:
+    def _to_exit(self, states: Tensor, rows: list[int]) -> Tensor:
+        """What an exit reads out, ``[s, D]``, of the states there."""
+        if self.settings[0].layers is None and self.model.config.exit_through_coda:
+            return self._run_last(self.layout.coda_positions, states, rows)
+        return states
+
+    def _read_arrived(self, depth: int, exit_states: Tensor, vocabulary: int | None = None) -> Tensor:
+        if self.settings[0].layers is not None:
+            return self.read_out(exit_states, vocabulary)
+        return self.model.read_exit(depth, exit_states, vocabulary)
+
+    def read_out(self, states: Tensor, vocabulary: int | None = None) -> Tensor:
         """Logits ``[..., V]`` of the whole model, of what the last segment puts out, ``[..., D]``."""
-        return self.model.read_out(self.model.model.norm(states))
+        return self.model.read_out(self.model.model.norm(states), vocabulary)
 
     def _run_last(self, positions: Sequence[int], states: Tensor, rows: list[int], **arguments: Any) -> Tensor:
         """Layers for the last token of each of ``rows``: ``[s, D] -> [s, D]``."""
@@ -401,6 +433,37 @@ class DepthDecoder:
         self.columns[row] -= count
         for done in self.done:
             done[row] = min(done[row], self.columns[row] + 1)
+
+
+class ExitReadings:
+    """What exits said of tokens that have not run all layers yet, by exit, row and column.
+
+    Args:
+        num_rows: Rows of the batch.
+        num_exits: Exits.
+        device: Of the tensors.
+    """
+
+    def __init__(self, num_rows: int, num_exits: int, device: torch.device) -> None:
+        self._confidence = torch.zeros(num_exits, num_rows, 0, device=device)
+        self._choice = torch.zeros(num_exits, num_rows, 0, dtype=torch.long, device=device)  # the token + 1; 0 for none
+
+    def note(self, depth: int, rows: list[int], columns: list[int], confidence: Tensor, choice: Tensor) -> None:
+        """Keep ``confidence [s]`` and first ``choice [s]`` of an exit for ``rows``, at the ``columns`` of all rows."""
+        self._confidence = with_room(self._confidence, 2, max(columns) + 1)
+        self._choice = with_room(self._choice, 2, max(columns) + 1)
+        where = torch.tensor([rows, [columns[row] for row in rows]], device=choice.device)
+        self._confidence[depth, where[0], where[1]] = confidence.float()
+        self._choice[depth, where[0], where[1]] = choice + 1
+
+    def take(self, rows: list[int], columns: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Per exit, confidences and choices ``[s, n]`` at ``columns [s, n]``, -1 where none was; forgets them."""
+        index = torch.tensor(rows, device=columns.device)[:, None]
+        taken = []
+        for confidence, choice in zip(self._confidence, self._choice, strict=True):
+            taken.append((confidence[index, columns], choice[index, columns] - 1))
+            choice[index, columns] = 0
+        return taken
 
 
 @dataclass
@@ -466,6 +529,9 @@ def _cuts(model: Any, settings: ExitSettings) -> list[int]:
             f"Exit policies need attention that takes any mask ({' or '.join(ATTENTION)}), and the model's is "
             f"'{config._attn_implementation}'. Load it with attn_implementation='sdpa'."
         )
+    vocabulary = settings.policy.vocabulary
+    if vocabulary is not None and vocabulary > config.vocab_size:
+        raise ValueError(f"vocabulary={vocabulary} is more than the model has: {config.vocab_size}.")
     if settings.layers is not None:
         bad = [layer for layer in settings.layers if not 0 < layer < layout.num_layers]
         if bad or list(settings.layers) != sorted(set(settings.layers)) or not settings.layers:
@@ -530,11 +596,11 @@ def _by_row(given: Sequence[ExitSettings], num_rows: int) -> list[ExitSettings]:
     """
     if not given or num_rows % len(given):
         raise ValueError(f"exit_policy has {len(given)} settings for {num_rows} rows. Give one, or one per prompt.")
-    alike = {(type(each.policy), each.kv, each.layers) for each in given}
+    alike = {(type(each.policy), each.policy.vocabulary, each.kv, each.layers, each.adapt) for each in given}
     if len(alike) > 1:
         raise ValueError(
-            "The rows of a batch share one kind of policy, kv and layers; only thresholds, min_depth, max_pending and "
-            "decay may differ. Generate unlike ones in calls of their own."
+            "The rows of a batch share one kind of policy, vocabulary, kv, layers and adapt; only thresholds, "
+            "min_depth, max_pending and decay may differ. Generate unlike ones in calls of their own."
         )
     return [each for each in given for _ in range(num_rows // len(given))]
 

@@ -52,12 +52,17 @@ class ExitHead(nn.Module):
         self.lora_b = nn.Parameter(like.new_empty(vocabulary, rank)) if kind == "low_rank" else None
         self.test = nn.Linear(width, 1, device=like.device, dtype=like.dtype)
 
-    def forward(self, hidden_states: Tensor, norm: nn.Module, lm_head: nn.Module) -> Tensor:
-        """Logits ``[..., V]`` of ``[..., D]`` hidden states, given the model's own norm and head."""
+    def forward(
+        self, hidden_states: Tensor, norm: nn.Module, lm_head: nn.Module, vocabulary: int | None = None
+    ) -> Tensor:
+        """Logits ``[..., V]`` of ``[..., D]`` hidden states, given the model's own norm and head.
+
+        With ``vocabulary``, those of its first so many entries.
+        """
         normed = (self.norm or norm)(hidden_states)
-        logits = (self.head or lm_head)(normed)
+        logits = read_vocabulary(self.head or lm_head, normed, vocabulary)
         if self.lora_a is not None and self.lora_b is not None:
-            logits = logits + F.linear(F.linear(normed, self.lora_a), self.lora_b)
+            logits = logits + F.linear(F.linear(normed, self.lora_a), self.lora_b[:vocabulary])
         return logits
 
     def agreement(self, boundary_states: Tensor) -> Tensor:
@@ -74,6 +79,18 @@ class ExitHead(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}"
+
+
+def read_vocabulary(head: nn.Module, normed: Tensor, vocabulary: int | None) -> Tensor:
+    """What ``head`` says of ``normed [..., D]``: logits ``[..., V]``, or of the first ``vocabulary`` entries only.
+
+    A head that is not torch's own (a quantized one) reads out all of them first.
+    """
+    if vocabulary is None:
+        return head(normed)
+    if type(head) is not nn.Linear:
+        return head(normed)[..., :vocabulary]
+    return F.linear(normed, head.weight[:vocabulary], None if head.bias is None else head.bias[:vocabulary])
 
 
 def _own_head(lm_head: nn.Linear) -> nn.Linear:

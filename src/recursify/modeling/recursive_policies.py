@@ -5,7 +5,7 @@ A policy gives every token a confidence, and a token exits where that is *strict
 
 Shape legend: s tokens at an exit, one per row; D hidden size; V vocabulary.
 
-This file travels inside every checkpoint: it imports torch only.
+This file travels inside every checkpoint: it imports torch and its neighbours only.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .recursive_thresholds import AdaptiveThresholds
 
 KV_MODES = ("deferred", "copied", "latest")
 """Where keys and values of the depths that a token skips come from. ``deferred``: computed exactly, together, when a
@@ -34,9 +36,11 @@ class Boundary:
         depth: Of the exit, 0 being the first.
         states: Hidden states ``[s, D]`` there.
         previous: Hidden states ``[s, D]`` at the exit before; at the first, the embeddings.
-        read: Makes the exit's logits ``[s, V]``.
-        previous_logits: Logits ``[s, V]`` at the exit before; None at the first, and if the policy does not need them.
+        arrive: Makes of the states what the exit reads out, ``[s, D]``: runs the coda, where exits do.
+        read: Makes logits ``[s, V]`` of that, of the first entries of the vocabulary only if it is given their number.
+        previous_logits: ``logits`` at the exit before; None at the first, and if the policy does not need them.
         test: Makes the trained log-odds ``[s]`` that the exit says what the last recursion says; None without a head.
+        vocabulary: How many entries a policy looks at; None for all.
     """
 
     def __init__(
@@ -44,21 +48,44 @@ class Boundary:
         depth: int,
         states: Tensor,
         previous: Tensor,
-        read: Callable[[], Tensor],
+        arrive: Callable[[], Tensor],
+        read: Callable[[Tensor, int | None], Tensor],
         previous_logits: Tensor | None,
         test: Callable[[], Tensor] | None,
+        vocabulary: int | None = None,
     ):
         self.depth = depth
         self.states = states
         self.previous = previous
+        self._arrive = arrive
         self._read = read
         self.previous_logits = previous_logits
         self._test = test
+        self._vocabulary = vocabulary
+
+    @cached_property
+    def exit_states(self) -> Tensor:
+        """``[s, D]``: what the exit reads out, made when first asked for."""
+        return self._arrive()
 
     @cached_property
     def logits(self) -> Tensor:
-        """``[s, V]``, read out when first asked for: on a small model that costs as much as several layers."""
-        return self._read()
+        """``[s, V]`` to judge by, read out when first asked for: on a small model that costs as much as several layers.
+
+        Of the first entries of the vocabulary only, if the policy has a number of them.
+        """
+        if self._vocabulary is None:
+            return self.all_logits
+        return self._read(self.exit_states, self._vocabulary)
+
+    @cached_property
+    def all_logits(self) -> Tensor:
+        """``[s, V]`` of the whole vocabulary."""
+        return self._read(self.exit_states, None)
+
+    def known(self, name: str) -> Tensor | None:
+        """``exit_states``, ``logits`` or ``all_logits``, if they were asked for."""
+        return vars(self).get(name)
 
     @cached_property
     def log_odds(self) -> Tensor:
@@ -73,16 +100,21 @@ class ExitPolicy(ABC):
 
     Attributes:
         threshold: A token exits where its confidence is above. One number, or one per exit.
+        vocabulary: Judge by so many entries of the vocabulary, the first ones, instead of all. In byte-pair encodings
+            those are the most frequent. The readout of the others is saved where a token goes on.
         lowest, highest: The range that a threshold may have. No confidence is above ``highest``.
+        reads_logits: Whether it looks at logits, so that ``vocabulary`` means something.
         needs_head: Whether the model needs trained exit heads.
         needs_previous_logits: Whether it compares distributions; every exit is then read out.
         simulated: Whether it looks at what the last recursion says, which costs all that an exit saves.
     """
 
     threshold: float | tuple[float, ...]
+    vocabulary: int | None = None
     lowest: ClassVar[float] = -1.0
     highest: ClassVar[float] = 1.0
     default: ClassVar[float] = 0.9
+    reads_logits: ClassVar[bool] = False
     needs_head: ClassVar[bool] = False
     needs_previous_logits: ClassVar[bool] = False
     simulated: ClassVar[bool] = False
@@ -94,6 +126,10 @@ class ExitPolicy(ABC):
                     f"threshold {value:g} is outside {self.lowest:g} .. {self.highest:g}, the range of policy "
                     f"'{self.name}'. A token exits where its confidence is above."
                 )
+        if self.vocabulary is not None and not self.reads_logits:
+            raise ValueError(f"Policy '{self.name}' looks at no logits. Leave vocabulary={self.vocabulary} out.")
+        if self.vocabulary is not None and self.vocabulary < 2:
+            raise ValueError(f"A policy needs 2 entries of the vocabulary at least, got vocabulary={self.vocabulary}.")
 
     @property
     def name(self) -> str:
@@ -124,6 +160,8 @@ class Fixed(ExitPolicy):
 class Confidence(ExitPolicy):
     """Probability of the first choice less that of the second."""
 
+    reads_logits: ClassVar[bool] = True
+
     def confidence(self, boundary: Boundary) -> Tensor:
         best = boundary.logits.float().softmax(-1).topk(2).values
         return best[:, 0] - best[:, 1]
@@ -131,6 +169,8 @@ class Confidence(ExitPolicy):
 
 class Entropy(ExitPolicy):
     """1 less the entropy over that of a uniform distribution."""
+
+    reads_logits: ClassVar[bool] = True
 
     def confidence(self, boundary: Boundary) -> Tensor:
         log_p = boundary.logits.float().log_softmax(-1)
@@ -162,6 +202,7 @@ class Divergence(ExitPolicy):
     """How little the distribution changed since the exit before: ``exp(−KL(here ‖ before))``; 0 at the first exit."""
 
     default: ClassVar[float] = 0.9995
+    reads_logits: ClassVar[bool] = True
     needs_previous_logits: ClassVar[bool] = True
 
     def confidence(self, boundary: Boundary) -> Tensor:
@@ -205,25 +246,34 @@ EXIT_POLICIES: dict[str, type[ExitPolicy]] = {
 """By name. An entry of one's own is known to ``generate`` and the command line at once."""
 
 
-def make_policy(name: str, threshold: float | Sequence[float] | None = None, config: Any = None) -> ExitPolicy:
+def make_policy(
+    name: str,
+    threshold: float | Sequence[float] | None = None,
+    config: Any = None,
+    *,
+    vocabulary: int | None = None,
+) -> ExitPolicy:
     """The policy ``name`` with a threshold, or one per exit.
 
     Args:
         name: Of :data:`EXIT_POLICIES`.
-        threshold: None takes what ``config`` has for this policy, else its default.
+        threshold: None takes what ``config`` has for this policy, with the vocabulary that it was chosen for, else the
+            policy's default.
         config: Of the model.
+        vocabulary: Judge by so many entries of the vocabulary.
 
     Raises:
-        ValueError: Unknown name, or a threshold outside its range.
+        ValueError: Unknown name, a threshold outside its range, or a vocabulary for a policy that reads none.
     """
     if name not in EXIT_POLICIES:
         raise ValueError(f"Unknown exit policy '{name}'. Use one of: {', '.join(EXIT_POLICIES)}.")
     kind = EXIT_POLICIES[name]
-    if threshold is None and getattr(config, "exit_policy", None) == name:
-        threshold = config.exit_thresholds
+    calibrated = threshold is None and getattr(config, "exit_policy", None) == name
+    if calibrated and vocabulary in (None, config.exit_vocabulary):
+        threshold, vocabulary = config.exit_thresholds, config.exit_vocabulary
     if threshold is None:
-        return kind(kind.default)
-    return kind(tuple(map(float, threshold)) if isinstance(threshold, Sequence) else float(threshold))
+        threshold = kind.default
+    return kind(tuple(map(float, threshold)) if isinstance(threshold, Sequence) else float(threshold), vocabulary)
 
 
 @dataclass(frozen=True)
@@ -240,6 +290,7 @@ class ExitSettings:
             start; 0 keeps ``λ``.
         layers: Exit after so many layers instead of at recursion boundaries, read out with the model's own norm and
             head: FREE, also of a model with one recursion.
+        adapt: Thresholds that are learned in use, in place of the policy's. One object for all rows and calls.
     """
 
     policy: ExitPolicy
@@ -247,7 +298,8 @@ class ExitSettings:
     min_depth: int = 0
     max_pending: int = 64
     decay: float = 0.0
-    layers: tuple[int, ...] | None = field(default=None)
+    layers: tuple[int, ...] | None = None
+    adapt: AdaptiveThresholds | None = None
 
     def __post_init__(self) -> None:
         if self.kv not in KV_MODES:
@@ -256,6 +308,12 @@ class ExitSettings:
             raise ValueError(f"max_pending must be at least 1, got {self.max_pending}.")
         if self.min_depth < 0 or self.decay < 0:
             raise ValueError(f"min_depth and decay cannot be negative, got {self.min_depth} and {self.decay:g}.")
+        if self.adapt is not None and (self.kv != "deferred" or self.policy.simulated or self.policy.name == "fixed"):
+            raise ValueError(
+                f"Thresholds are learned from tokens that left early and ran deeper later, by their confidence: policy "
+                f"'{self.policy.name}' with kv '{self.kv}' has no such. Use kv 'deferred' and a policy with a "
+                f"confidence, or leave adapt out."
+            )
 
     @classmethod
     def of(cls, given: Any, config: Any = None) -> ExitSettings:
@@ -271,7 +329,8 @@ class ExitSettings:
 
     def threshold_at(self, depth: int, num_exits: int, step: int, num_steps: int) -> float:
         """The threshold of an exit at a 0-based step of ``num_steps``."""
-        threshold = self.policy.thresholds(num_exits)[depth]
+        policy, adapt = self.policy, self.adapt
+        threshold = policy.thresholds(num_exits)[depth] if adapt is None else adapt.threshold(depth)
         if not self.decay:
             return threshold
         return 0.9 * threshold + 0.1 * threshold * math.exp(-self.decay * step / max(num_steps, 1))

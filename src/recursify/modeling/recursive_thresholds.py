@@ -1,0 +1,185 @@
+"""Thresholds that are learned in use, from what exits said and what the whole model says of the same tokens.
+
+With exact keys and values every token that left early runs all layers in the end, so it becomes known whether the exit
+was right. Confidences of tokens where exit and whole model agree are taken to have one Beta distribution, those of the
+others another (FREE, arXiv 2310.05424, section 3.3); the threshold is where they part.
+
+Two estimators of it: FREE's as released, which compares densities as if both classes were equally frequent, and can end
+at 0.3 or 0.9 whatever the text; and a guarded one, which aims at an agreement and needs samples of both classes.
+
+Shape legend: n samples of one exit.
+
+This file travels inside every checkpoint: it imports torch only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EDGE = 1e-4
+"""Confidences are kept so far from 0 and 1, where densities are infinite."""
+
+FREE_GRID = (0.3, 0.9, 10)
+FREE_TARGET = 0.4
+FREE_SEQUENCES = 300
+FREE_OTHER_CLASS = 5e-4
+"""FREE's released settings. Its responsibilities never reach 0, so each class counts the other's samples a little."""
+
+GUARDED_TARGET = 0.95
+
+
+def fit_beta(confidence: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """``α`` and ``β`` of a Beta distribution with the weighted mean and variance of ``confidence [n]``.
+
+    ``α = m (m (1 − m) / s² − 1)`` and ``β = α (1 − m) / m``.
+    """
+    weights = weights / weights.sum()
+    mean = (weights * confidence).sum()
+    # All alike would have a density of one point.
+    variance = (weights * (confidence - mean) ** 2).sum().clamp(min=1e-8)
+    alpha = mean * (mean * (1 - mean) / variance - 1)
+    return alpha, alpha * (1 - mean) / mean
+
+
+def beta_density(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """Density at ``x``, in (0, 1)."""
+    scale = torch.lgamma(alpha + beta) - torch.lgamma(alpha) - torch.lgamma(beta)
+    return torch.exp(scale + (alpha - 1) * x.log() + (beta - 1) * (-x).log1p())
+
+
+def free_threshold(confidence: Tensor, agrees: Tensor, target: float = FREE_TARGET) -> float:
+    """FREE's estimator as released: where, on a grid, the agreeing class has more than ``target`` of both densities.
+
+    Args:
+        confidence: ``[n]``; none gives what the released starting values give.
+        agrees: ``[n]``, bool.
+        target: ``ζ``.
+    """
+    x = confidence.double().clamp(EDGE, 1 - EDGE)
+    if len(x):
+        fits = [fit_beta(x, torch.where(agrees == kind, 1.0, FREE_OTHER_CLASS)) for kind in (False, True)]
+    else:
+        fits = [(x.new_tensor(1.0), x.new_tensor(2.0)), (x.new_tensor(2.0), x.new_tensor(1.0))]
+    # It takes the class with the larger mean for the agreeing one.
+    lower, upper = sorted(fits, key=lambda fit: float(fit[0] / (fit[0] + fit[1])))
+    grid = torch.linspace(*FREE_GRID, dtype=torch.float64)
+    share = beta_density(grid, *upper) / (beta_density(grid, *upper) + beta_density(grid, *lower))
+    above = int((share > target).sum())
+    return float(grid[min(max(0, len(grid) - above), len(grid) - 1)])
+
+
+def guarded_threshold(confidence: Tensor, agrees: Tensor, target: float = GUARDED_TARGET) -> float:
+    """The lowest threshold above which a part ``target`` of tokens agrees, by two Betas and how frequent each class is.
+
+    ``P(agree | c > λ) = π₊ S₊(λ) / (π₊ S₊(λ) + π₋ S₋(λ))``, with ``S`` the mass above. 1, where no token leaves, if
+    there is no such threshold.
+
+    Args:
+        confidence: ``[n]``, of both classes.
+        agrees: ``[n]``, bool.
+        target: Agreement of the tokens that leave.
+    """
+    x = confidence.double().clamp(EDGE, 1 - EDGE)
+    prior = agrees.double().mean()
+    # Cells of equal width in log-odds: fine where thresholds near 1 matter, and mass near 0 and 1 stays finite.
+    log_odds = torch.linspace(-9.2, 9.2, 4001, dtype=torch.float64)
+    grid = log_odds.sigmoid()
+    masses = []
+    for weight, kind in ((1 - prior, False), (prior, True)):
+        mass = beta_density(grid, *fit_beta(x, (agrees == kind).double())) * grid * (1 - grid)
+        masses.append(weight * mass.flip(0).cumsum(0).flip(0) / mass.sum())
+    wrong, right = masses
+    within = (right >= target * (right + wrong)).nonzero()
+    return float(grid[within[0, 0]]) if len(within) else 1.0
+
+
+class AdaptiveThresholds:
+    """One threshold per exit, fitted anew when a generation begins; share one object between calls.
+
+    Args:
+        target: ``ζ``. Guarded: the agreement with the whole model of the tokens that leave. Compatible: FREE's share.
+        initial: Threshold until there is a fit.
+        minimum: Samples of each class that the guarded estimator needs; with fewer, ``initial`` stands.
+        window: How many of the newest samples of an exit count.
+        compatible: FREE's estimator as released: all samples, no minimum, ``target`` 0.4, nothing learned after 300
+            sequences.
+        num_sequences: Learn from so many sequences, and stay; None goes on.
+
+    Raises:
+        ValueError: A target that is no part, or no samples at all.
+    """
+
+    def __init__(
+        self,
+        target: float | None = None,
+        *,
+        initial: float = 0.9,
+        minimum: int = 32,
+        window: int = 4096,
+        compatible: bool = False,
+        num_sequences: int | None = None,
+    ) -> None:
+        self.target = target if target is not None else FREE_TARGET if compatible else GUARDED_TARGET
+        if not 0 < self.target < 1:
+            raise ValueError(f"The target must be above 0 and below 1, got {self.target:g}.")
+        if minimum < 2 or window < 2 * minimum:
+            raise ValueError(
+                f"An estimate needs 2 samples of each class at least, and a window for them: got minimum={minimum} and "
+                f"window={window}."
+            )
+        self.initial = initial
+        self.minimum = minimum
+        self.window = window
+        self.compatible = compatible
+        self.num_sequences = FREE_SEQUENCES if compatible and num_sequences is None else num_sequences
+        self.seen = 0
+        self._fitted: dict[int, float] = {}
+        self._samples: dict[int, tuple[Tensor, Tensor]] = {}
+        self._new: list[tuple[int, Tensor, Tensor, Tensor]] = []
+
+    def threshold(self, depth: int) -> float:
+        """Of the exit after ``depth``."""
+        return self._fitted.get(depth, self.initial)
+
+    def samples(self, depth: int) -> tuple[Tensor, Tensor]:
+        """Confidences ``[n]`` and agreement ``[n]`` that the threshold of an exit was fitted to."""
+        return self._samples.get(depth, (torch.empty(0), torch.empty(0, dtype=torch.bool)))
+
+    @property
+    def learning(self) -> bool:
+        """Whether samples are still wanted."""
+        return self.num_sequences is None or self.seen <= self.num_sequences
+
+    def learn(self, depth: int, confidence: Tensor, agrees: Tensor, counted: Tensor) -> None:
+        """Take note of tokens that ran all layers; tensors of one shape, left on their device until the next fit.
+
+        Args:
+            depth: Of the exit.
+            confidence: What it had.
+            agrees: Whether its first choice is the whole model's.
+            counted: Which entries are tokens that came by this exit.
+        """
+        self._new.append((depth, confidence, agrees, counted))
+
+    def begin(self, num_sequences: int) -> None:
+        """Fit thresholds to what was learned, as so many sequences begin."""
+        if not self.learning:
+            return
+        for depth, *found in self._new:
+            confidence, agrees, counted = (each.flatten().cpu() for each in found)
+            old = self.samples(depth)
+            self._samples[depth] = (
+                torch.cat([old[0], confidence[counted].float()]),
+                torch.cat([old[1], agrees[counted]]),
+            )
+        self._new.clear()
+        for depth, (confidence, agrees) in self._samples.items():
+            if self.compatible:
+                self._fitted[depth] = free_threshold(confidence, agrees, self.target)
+                continue
+            self._samples[depth] = confidence, agrees = confidence[-self.window :], agrees[-self.window :]
+            self._fitted[depth] = self.initial
+            if min(int(agrees.sum()), int((~agrees).sum())) >= self.minimum:
+                self._fitted[depth] = guarded_threshold(confidence, agrees, self.target)
+        self.seen += num_sequences
