@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import TextStreamer
 
 from recursify.modeling import (
     EXIT_POLICIES,
     KV_MODES,
+    AdaptiveThresholds,
     DepthDecoder,
     ExitSettings,
     LayerLayout,
@@ -290,7 +292,10 @@ def test_a_fixed_depth_for_each_request():
     [
         ([make_policy("fixed", 0)] * 3, "exit_policy has 3 settings for 2 rows"),
         ([], "exit_policy has 0 settings for 2 rows"),
-        ([make_policy("fixed", 0), make_policy("confidence")], "share one kind of policy, kv and layers"),
+        (
+            [make_policy("fixed", 0), make_policy("confidence")],
+            "share one kind of policy, vocabulary, kv, layers and adapt",
+        ),
         ([ExitSettings(make_policy("entropy")), ExitSettings(make_policy("entropy"), kv="copied")], "share one kind"),
         ([0.9], r"takes a name, a policy or ExitSettings, or a list of those, not 0\.9"),
         ([make_policy("confidence", [0.5, 0.6])], "has 2 thresholds, and the model 3 exits"),
@@ -524,3 +529,53 @@ def test_thresholds_of_the_config_come_with_the_vocabulary_that_they_were_chosen
     assert make_policy("confidence", 0.5, config) == make_policy("confidence", 0.5)
     assert make_policy("confidence", config=config, vocabulary=60).threshold == 0.9
     assert make_policy("entropy", config=config).vocabulary is None
+
+
+class Waits(TorchFunctionMode):
+    """Counts what waits for a GPU: values fetched, and lists of the host that index or become tensors there."""
+
+    FETCHES = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.fetched = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        self.fetched += name in self.FETCHES
+        if name in ("__getitem__", "__setitem__"):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(each, list) for each in index), "a list as index is copied, and waited for"
+        assert not (name == "tensor" and (kwargs or {}).get("device") is not None), "a copy that waits: use on_device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kv", KV_MODES)
+@pytest.mark.parametrize("policy", EXIT_POLICIES)
+def test_a_step_waits_for_the_device_once_per_exit(policy, kv):
+    """Decisions of all rows come over together, with which of them have ended; nothing else does."""
+    model = tiny_recursive()
+    ids, mask = left_padded((9, 4, 7))
+    decoder = DepthDecoder(model, [ExitSettings(make_policy(policy, THRESHOLDS[policy]), kv=kv)] * 3, mask, 100)
+    tokens, goes_on = decoder.prefill(ids).argmax(-1), torch.ones(3, dtype=torch.bool)
+    rows, fetches = [0, 1, 2], []
+    for _ in range(12):
+        with Waits() as waits:
+            step = decoder.step(tokens, rows, goes_on)
+            tokens, rows = step.logits.argmax(-1), step.rows
+        reached = min(int(step.exits.max()) + 1, 3) if policy != "oracle" else 3
+        fetches.append((waits.fetched, reached))
+    assert all(fetched == exits for fetched, exits in fetches), fetches
+
+
+def test_learning_thresholds_waits_for_nothing_more():
+    """Samples stay on the device until the next generation begins."""
+    model = tiny_recursive(recursions=2)
+    ids, mask = left_padded((9, 4, 7))
+    settings = ExitSettings(make_policy("confidence"), adapt=AdaptiveThresholds(initial=0.02, minimum=2))
+    decoder = DepthDecoder(model, [settings] * 3, mask, 100)
+    tokens, goes_on = decoder.prefill(ids).argmax(-1), torch.ones(3, dtype=torch.bool)
+    with Waits() as waits:
+        for _ in range(12):
+            tokens = decoder.step(tokens, [0, 1, 2], goes_on).logits.argmax(-1)
+    assert waits.fetched == 12

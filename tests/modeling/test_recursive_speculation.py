@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_recursive_decoding import generate, left_padded, tiny_recursive
+from test_recursive_decoding import Waits, generate, left_padded, tiny_recursive
 from transformers import GenerationConfig, LogitsProcessorList, TextStreamer
 
 from recursify.modeling import SpeculationSettings
@@ -101,9 +101,9 @@ def test_sampling_keeps_the_distribution():
     torch.manual_seed(0)
     counts, kept, number = torch.zeros(5), 0, 20_000
     for draft in torch.multinomial(q, number, replacement=True):
-        tokens = speculator._settle(draft[None], [q], torch.tensor([0, 3]), p)
+        tokens, count = speculator._settle(draft[None], [q], torch.tensor([0, 3]), p)
         counts[tokens[0]] += 1
-        kept += len(tokens) == 2
+        kept += int(count)
     # Five standard errors.
     assert float((counts / number - p[0]).abs().max()) < 5 * (0.25 / number) ** 0.5
     assert kept / number == pytest.approx(float(torch.minimum(p[0], q).sum()), abs=0.02)
@@ -142,3 +142,20 @@ def test_settings_out_of_range_are_refused():
     """With the values."""
     with pytest.raises(ValueError, match="num_drafts must be from 1 to max_drafts, got 0"):
         SpeculationSettings(num_drafts=0)
+
+
+def test_a_round_waits_for_the_device_once_for_all_rows():
+    """How many drafts of each row are kept comes over together, sampled or not."""
+    model = tiny_recursive(recursions=2)
+    ids, mask = left_padded((9, 4, 7))
+    for sampled in (False, True):
+        config = GenerationConfig(do_sample=sampled, max_length=100)
+        speculator = Speculator(model, SpeculationSettings(), mask, [], config)
+        rows, texts = [0, 1, 2], list(ids)
+        first = speculator.choose(rows, texts, speculator.decoder.prefill(ids))[0]
+        texts = [torch.cat([text, first[row : row + 1]]) for row, text in enumerate(texts)]
+        with Waits() as waits:
+            for _ in range(4):
+                new = speculator.round(texts, rows)
+                texts = [torch.cat([text, chosen]) for text, chosen in zip(texts, new, strict=True)]
+        assert waits.fetched == 4

@@ -114,6 +114,15 @@ class ColumnCache(Cache):
         return self._span
 
 
+def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host as a tensor on ``device``, without waiting for what the device is doing.
+
+    A plain copy to a GPU waits, from lists that index a tensor, too: several times per step and segment.
+    """
+    held = torch.tensor(values, dtype=dtype)
+    return (held.pin_memory() if device.type == "cuda" else held).to(device, non_blocking=True)
+
+
 def with_room(held: Tensor, axis: int, columns: int) -> Tensor:
     """``held`` with so many columns along ``axis`` at least; new ones are 0, and come :data:`GROWTH` at a time."""
     missing = columns - held.shape[axis]
@@ -170,8 +179,9 @@ class DepthDecoder:
     @torch.no_grad()
     def prefill(self, input_ids: Tensor) -> Tensor:
         """Logits ``[B, V]`` after the prompt ``[B, T]``, which runs all layers."""
-        rows = list(range(len(input_ids)))
-        self._put(torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids), input_ids, rows)
+        rows, device = list(range(len(input_ids))), input_ids.device
+        columns = torch.arange(input_ids.shape[1], device=device).expand_as(input_ids)
+        self._put(torch.arange(len(rows), device=device), columns, input_ids)
         for segment in range(len(self.segments)):
             states = self.advance(segment, rows)[:, -1]
         self.layers_run = [0] * len(rows)
@@ -182,7 +192,8 @@ class DepthDecoder:
         """Put the next token of each of ``rows`` after its last column; ``tokens [B]``."""
         for row in rows:
             self.columns[row] += 1
-        self._put(self._last(rows)[:, None], tokens[rows][:, None], rows)
+        index, columns = self._places(rows)
+        self._put(index, columns[:, None], tokens[index][:, None])
 
     def advance(self, segment: int, rows: list[int]) -> Tensor:
         """Run ``segment`` for the last tokens of ``rows`` and for those before them that wait; states ``[s, n, D]``.
@@ -191,10 +202,11 @@ class DepthDecoder:
         """
         width = max(self.columns[row] + 1 - self.done[segment][row] for row in rows)
         device = self.first.device
-        columns = self._last(rows)[:, None] + torch.arange(1 - width, 1, device=device)
-        valid = columns >= torch.tensor([self.done[segment][row] for row in rows], device=device)[:, None]
+        last, done = [self.columns[row] for row in rows], [self.done[segment][row] for row in rows]
+        index, columns, done = on_device([rows, last, done], device)
+        columns = columns[:, None] + torch.arange(1 - width, 1, device=device)
+        valid = columns >= done[:, None]
         columns = columns.clamp(min=0)
-        index = torch.tensor(rows, device=device)
         states = self.entering[segment][index[:, None], columns]
         states = self._run(self.segments[segment], states, index, columns, valid)
         if segment + 1 < len(self.segments):
@@ -275,7 +287,8 @@ class DepthDecoder:
         for depth in range(self.num_exits):
             states = self.advance(depth, rows)[:, -1]
             boundary = self._boundary(depth, states, rows, before)
-            goes_on, exits = torch.stack([unfinished[rows], self._leaves(boundary, rows)]).tolist()
+            here = unfinished if len(rows) == len(unfinished) else unfinished[self._places(rows)[0]]
+            goes_on, exits = torch.stack([here, self._leaves(boundary, rows)]).tolist()
             for row in [row for row, on in zip(rows, goes_on, strict=True) if not on]:
                 self.rewind(row, 1)
                 self.layers_run[row] = cost[row]
@@ -284,20 +297,21 @@ class DepthDecoder:
             if leaving:
                 left = [rows[place] for place in leaving]
                 outcome.add(left, self._exit_logits(boundary, leaving, left), depth)
-                self._fill_skipped(depth, states[leaving], left)
+                self._fill_skipped(depth, pick(states, leaving), left)
             rows = [rows[place] for place in staying]
             if policy.simulated:
-                said.append(boundary.logits.argmax(-1)[staying])
+                said.append(pick(boundary.logits.argmax(-1), staying))
             if policy.needs_previous_logits:
-                before = boundary.logits[staying]
+                before = pick(boundary.logits, staying)
             if not rows:
                 return outcome
         outcome.add(rows, self._read_last(self.advance(self.num_exits, rows), rows), self.num_exits)
         if said:
             assert outcome.logits is not None
-            last = outcome.logits[rows].argmax(-1)
+            index = self._places(rows)[0]
+            last = outcome.logits[index].argmax(-1)
             for depth in reversed(range(self.num_exits)):
-                outcome.exits[rows] = torch.where(said[depth] == last, depth, outcome.exits[rows])
+                outcome.exits[index] = torch.where(said[depth] == last, depth, outcome.exits[index])
         return outcome
 
     def _read_last(self, states: Tensor, rows: list[int]) -> Tensor:
@@ -308,8 +322,9 @@ class DepthDecoder:
         if self.learning is None:
             return self.read_out(states[:, -1])
         logits = self.read_out(states)
-        columns = self._last(rows)[:, None] + torch.arange(1 - states.shape[1], 1, device=self.first.device)
-        for depth, (confidence, choice) in enumerate(self.readings.take(rows, columns.clamp(min=0))):
+        index, last = self._places(rows)
+        columns = last[:, None] + torch.arange(1 - states.shape[1], 1, device=last.device)
+        for depth, (confidence, choice) in enumerate(self.readings.take(index, columns.clamp(min=0))):
             self.learning.learn(depth, confidence, choice == logits.argmax(-1), choice >= 0)
         return logits[:, -1]
 
@@ -333,15 +348,16 @@ class DepthDecoder:
         ]
         confidence = self.settings[0].policy.confidence(boundary)
         if self.learning is not None:
-            self.readings.note(depth, rows, self.columns, confidence, boundary.all_logits.argmax(-1))
-        return confidence > torch.tensor(thresholds, device=confidence.device, dtype=confidence.dtype)
+            columns = max(self.columns) + 1
+            self.readings.note(depth, self._places(rows), columns, confidence, boundary.all_logits.argmax(-1))
+        return confidence > on_device(thresholds, confidence.device, confidence.dtype)
 
     def _pending(self, row: int) -> int:
         """Tokens of ``row``, its last included, that have not run the last segment."""
         return self.columns[row] + 1 - self.done[-1][row]
 
     def _boundary(self, depth: int, states: Tensor, rows: list[int], before: Tensor | None) -> Boundary:
-        index, columns = torch.tensor(rows, device=states.device), self._last(rows)
+        index, columns = self._places(rows)
         previous = self.entering[depth][index, columns]
         heads = self.model.exit_heads if self.settings[0].layers is None else None
         return Boundary(
@@ -359,10 +375,10 @@ class DepthDecoder:
         """The exit's logits for ``rows``, at ``places`` in the boundary; what is not known is made for them alone."""
         logits, arrived = boundary.known("all_logits"), boundary.known("exit_states")
         if logits is not None:
-            return logits[places]
+            return pick(logits, places)
         if arrived is None:
-            return self.read_exit(boundary.depth, boundary.states[places], rows)
-        return self._read_arrived(boundary.depth, arrived[places])
+            return self.read_exit(boundary.depth, pick(boundary.states, places), rows)
+        return self._read_arrived(boundary.depth, pick(arrived, places))
 
     def read_exit(self, depth: int, states: Tensor, rows: list[int]) -> Tensor:
         """Logits ``[s, V]`` of an exit, of the states ``[s, D]`` there."""
@@ -385,7 +401,8 @@ class DepthDecoder:
 
     def _run_last(self, positions: Sequence[int], states: Tensor, rows: list[int], **arguments: Any) -> Tensor:
         """Layers for the last token of each of ``rows``: ``[s, D] -> [s, D]``."""
-        index, columns = torch.tensor(rows, device=states.device), self._last(rows)[:, None]
+        index, columns = self._places(rows)
+        columns = columns[:, None]
         for row in rows if not arguments else ():
             self.layers_run[row] += len(positions)
         written = torch.ones_like(columns, dtype=torch.bool)
@@ -400,7 +417,7 @@ class DepthDecoder:
         if self.settings[0].layers is None and self.model.config.exit_through_coda:
             skipped = [position for position in skipped if position not in self.layout.coda_positions]  # it has run
         if kv == "latest":
-            index, columns = torch.tensor(rows, device=states.device), self._last(rows)
+            index, columns = self._places(rows)
             for position in skipped:
                 slot = self.layout.slot(position)
                 if slot.part == "block":
@@ -413,15 +430,15 @@ class DepthDecoder:
 
     # --- Columns -------------------------------------------------------------------------------------------------
 
-    def _last(self, rows: list[int]) -> Tensor:
-        """The last column of each of ``rows``."""
-        return torch.tensor([self.columns[row] for row in rows], device=self.first.device)
+    def _places(self, rows: list[int]) -> Tensor:
+        """``rows`` and the last column of each, ``[2, s]``."""
+        return on_device([rows, [self.columns[row] for row in rows]], self.first.device)
 
-    def _put(self, columns: Tensor, tokens: Tensor, rows: list[int]) -> None:
-        """Embed ``tokens [s, n]`` into ``columns [s, n]`` of ``rows``."""
+    def _put(self, rows: Tensor, columns: Tensor, tokens: Tensor) -> None:
+        """Embed ``tokens [s, n]`` into ``columns [s, n]`` of ``rows [s]``."""
         held = self._reserve(0)
         embedded = self.model.get_input_embeddings()(tokens).to(held.device)
-        held[torch.tensor(rows, device=columns.device)[:, None], columns] = embedded
+        held[rows[:, None], columns] = embedded
 
     def _reserve(self, segment: int) -> Tensor:
         """What enters ``segment``, with room for all columns there are."""
@@ -433,6 +450,11 @@ class DepthDecoder:
         self.columns[row] -= count
         for done in self.done:
             done[row] = min(done[row], self.columns[row] + 1)
+
+
+def pick(tensor: Tensor, places: list[int]) -> Tensor:
+    """The entries at rising ``places`` of the first axis; all of them as they are."""
+    return tensor if len(places) == len(tensor) else tensor[on_device(places, tensor.device, torch.long)]
 
 
 class ExitReadings:
@@ -448,17 +470,16 @@ class ExitReadings:
         self._confidence = torch.zeros(num_exits, num_rows, 0, device=device)
         self._choice = torch.zeros(num_exits, num_rows, 0, dtype=torch.long, device=device)  # the token + 1; 0 for none
 
-    def note(self, depth: int, rows: list[int], columns: list[int], confidence: Tensor, choice: Tensor) -> None:
-        """Keep ``confidence [s]`` and first ``choice [s]`` of an exit for ``rows``, at the ``columns`` of all rows."""
-        self._confidence = with_room(self._confidence, 2, max(columns) + 1)
-        self._choice = with_room(self._choice, 2, max(columns) + 1)
-        where = torch.tensor([rows, [columns[row] for row in rows]], device=choice.device)
-        self._confidence[depth, where[0], where[1]] = confidence.float()
-        self._choice[depth, where[0], where[1]] = choice + 1
+    def note(self, depth: int, places: Tensor, num_columns: int, confidence: Tensor, choice: Tensor) -> None:
+        """Keep ``confidence [s]`` and first ``choice [s]`` of an exit at ``places [2, s]``, rows and columns."""
+        self._confidence = with_room(self._confidence, 2, num_columns)
+        self._choice = with_room(self._choice, 2, num_columns)
+        self._confidence[depth, places[0], places[1]] = confidence.float()
+        self._choice[depth, places[0], places[1]] = choice + 1
 
-    def take(self, rows: list[int], columns: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def take(self, rows: Tensor, columns: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Per exit, confidences and choices ``[s, n]`` at ``columns [s, n]``, -1 where none was; forgets them."""
-        index = torch.tensor(rows, device=columns.device)[:, None]
+        index = rows[:, None]
         taken = []
         for confidence, choice in zip(self._confidence, self._choice, strict=True):
             taken.append((confidence[index, columns], choice[index, columns] - 1))
@@ -484,8 +505,12 @@ class Step:
         """``rows`` left by ``exit``, saying ``logits [s, V]``."""
         if self.logits is None:
             self.logits = logits.new_zeros(len(self.exits), logits.shape[-1])
-        self.logits[rows] = logits
-        self.exits[rows] = exit
+        if len(rows) == len(self.exits):
+            self.logits, self.exits = logits, torch.full_like(self.exits, exit)
+        else:
+            index = on_device(rows, logits.device)
+            self.logits[index] = logits
+            self.exits[index] = exit
         self.rows = sorted([*self.rows, *rows])
 
 

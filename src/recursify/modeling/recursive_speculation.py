@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .recursive_decoding import DepthDecoder
+from .recursive_decoding import DepthDecoder, on_device, pick
 from .recursive_policies import ExitSettings, make_policy
 
 
@@ -135,14 +135,14 @@ class Speculator:
         drafting = rows
         while drafting:
             last = texts[0].new_zeros(len(texts))
-            last[drafting] = torch.stack([tried[row][-1] for row in drafting])
+            last[on_device(drafting, last.device)] = torch.stack([tried[row][-1] for row in drafting])
             decoder.append(last, drafting)
             for segment in range(self.settings.depth + 1):
                 states = decoder.advance(segment, drafting)[:, -1]
             going_on = [row for row in drafting if len(q[row]) < wanted[row]]
             if going_on:
                 places = [drafting.index(row) for row in going_on]
-                logits = decoder.read_exit(self.settings.depth, states[places], going_on)
+                logits = decoder.read_exit(self.settings.depth, pick(states, places), going_on)
                 tokens, scores = self.choose(going_on, [tried[row] for row in going_on], logits)
                 for row, token, score in zip(going_on, tokens, scores, strict=True):
                     tried[row] = torch.cat([tried[row], token[None]])
@@ -150,27 +150,40 @@ class Speculator:
             drafting = going_on
         for segment in range(self.settings.depth + 1, decoder.num_exits + 1):
             states = decoder.advance(segment, rows)
-        kept = []
+        settled = []
         for place, row in enumerate(rows):
             count = len(q[row])
             logits = decoder.read_out(states[place, -count - 1 :])
             prefixes = [tried[row][: start[row] + n] for n in range(count + 1)]
             choices, p = self.choose([row] * (count + 1), prefixes, logits)
-            kept.append(self._settle(tried[row][start[row] :], q[row], choices, p))
-            self._take_back(row, count, len(kept[-1]) - 1)
-        return kept
+            settled.append(self._settle(tried[row][start[row] :], q[row], choices, p))
+        # All rows' in one: every fetch waits for the device.
+        accepted = torch.stack([count for _, count in settled]).tolist()
+        for row, count in zip(rows, accepted, strict=True):
+            self._take_back(row, len(q[row]), count)
+        return [tokens[: count + 1] for (tokens, _), count in zip(settled, accepted, strict=True)]
 
-    def _settle(self, drafts: Tensor, q: list[Tensor], choices: Tensor, p: Tensor) -> Tensor:
-        """The drafts ``[m]`` that are kept and the whole model's next token, given its choices ``[m + 1]``."""
+    def _settle(self, drafts: Tensor, q: list[Tensor], choices: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """How many of the drafts ``[m]`` are kept, and tokens ``[m + 1]`` that begin with those and the one after them.
+
+        Args:
+            drafts: Drafted tokens.
+            q: Their distributions.
+            choices: ``[m + 1]``, the whole model's.
+            p: ``[m + 1, V]``, its distributions.
+        """
         if not self.samples:
-            agrees = (drafts == choices[: len(drafts)]).long()
-            count = int(agrees.cumprod(0).sum())
-            return choices[: count + 1]
-        for place, draft in enumerate(drafts):
-            if float(torch.rand((), device=p.device) * q[place][draft]) >= float(p[place, draft]):
-                rest = (p[place] - q[place]).clamp(min=0)
-                return torch.cat([drafts[:place], torch.multinomial(rest if rest.sum() > 0 else p[place], 1)])
-        return torch.cat([drafts, choices[-1:]])
+            return choices, (drafts == choices[: len(drafts)]).long().cumprod(0).sum()
+        # After the last draft there is nothing to take off, and the draw is from p itself.
+        q_all = torch.cat([torch.stack(q), torch.zeros_like(p[:1])]) if q else torch.zeros_like(p)
+        place = torch.arange(len(drafts), device=p.device)
+        keeps = torch.rand(len(drafts), device=p.device) * q_all[place, drafts] < p[place, drafts]
+        count = keeps.long().cumprod(0).sum()
+        rest = (p - q_all).clamp(min=0)
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+        after = torch.multinomial(rest, 1)[:, 0]
+        everywhere = torch.arange(len(p), device=p.device)
+        return torch.where(everywhere < count, torch.cat([drafts, after[-1:]]), after), count
 
     def _take_back(self, row: int, drafted: int, accepted: int) -> None:
         """Forget the drafts after the first ``accepted``, and learn how many to try next."""
@@ -215,16 +228,19 @@ def generate_speculatively(
     first = speculator.choose(rows, texts, speculator.decoder.prefill(input_ids))[0]
     new: dict[int, Tensor] = {row: first[row : row + 1] for row in rows}
     while True:
-        stopped = []
+        ends = []
         for row, chosen in new.items():
-            for token in chosen:
-                texts[row] = torch.cat([texts[row], token[None]])
-                if streamer is not None:
-                    streamer.put(token[None].cpu())
-                if bool(stopping_criteria(texts[row][None], None)):
-                    stopped.append(row)
-                    break
-        rows = [row for row in rows if row not in stopped]
+            longer = torch.cat([texts[row], chosen])
+            lengths = range(len(texts[row]) + 1, len(longer) + 1)
+            ends.append(torch.cat([stopping_criteria(longer[None, :length], None) for length in lengths]))
+        stops = torch.nn.utils.rnn.pad_sequence(ends, batch_first=True).tolist()
+        for (row, chosen), stop in zip(new.items(), stops, strict=True):
+            count = stop.index(True) + 1 if True in stop else len(chosen)
+            texts[row] = torch.cat([texts[row], chosen[:count]])
+            if streamer is not None:
+                for token in chosen[:count].cpu():
+                    streamer.put(token[None])
+        rows = [row for row, stop in zip(new, stops, strict=True) if True not in stop]
         if not rows:
             break
         new = dict(zip(rows, speculator.round(texts, rows), strict=True))
