@@ -16,6 +16,7 @@ from recursify.evaluation.exit_calibration import (
     apply_thresholds,
     calibrate_exits,
     choose_thresholds,
+    read_boundaries,
     read_exits,
 )
 from recursify.modeling import ExitSettings, RecursiveConfig, RecursiveForCausalLM, make_policy
@@ -58,6 +59,19 @@ def test_exits_share_the_budget():
         below = read.confidences[depth][read.confidences[depth] < thresholds[depth]]
         lower[depth] = float(below.max()) - 1e-6
         assert sum(apply_thresholds(read, lower, 0.99).leaving) > sum(outcome.leaving)
+
+
+@torch.inference_mode()
+def test_boundaries_have_what_the_exits_and_the_whole_model_say():
+    """Logits of a fixed depth, and of all recursions, at every token that another follows."""
+    model = tiny_recursive(recursions=4)
+    windows = random_ids(2, 12)
+    boundaries, last_states = read_boundaries(model, windows)
+    assert [each.depth for each in boundaries] == [0, 1, 2]
+    for each in boundaries:
+        expected = model(windows, exit_depth=each.depth).logits[:, :-1].flatten(0, 1)
+        torch.testing.assert_close(each.logits, expected)
+    torch.testing.assert_close(model.read_out(last_states), model(windows).logits[:, :-1].flatten(0, 1))
 
 
 @pytest.mark.parametrize("policy", ABLE)

@@ -164,43 +164,54 @@ def read_exits(
     """Confidence and agreement of all exits on all tokens of ``[W, T]`` windows that another follows."""
     confidences, agreements = [], []
     batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
-    depths = model.config.exit_depths
     for done, batch in enumerate(batches):
-        ids = batch.to(model.device)
-        outputs = model.model(ids, use_cache=False, exit_depths=depths)
-        last = model.read_out(outputs.last_hidden_state[:, :-1]).argmax(-1).flatten()
-        states = [model.get_input_embeddings()(ids), *(outputs.boundary_states or ())]
-        states = [state[:, :-1].flatten(0, 1) for state in states]
-        arrived = [state[:, :-1].flatten(0, 1) for state in outputs.exit_states or ()]
-        found, agrees, before = [], [], None
-        for depth in depths:
-            boundary = _boundary(model, policy, depth, states, arrived[depth], before)
-            found.append(policy.confidence(boundary))
-            agrees.append(boundary.all_logits.argmax(-1) == last)
-            before = boundary.logits if policy.needs_previous_logits else None
-        confidences.append(torch.stack(found).float().cpu())
-        agreements.append(torch.stack(agrees).cpu())
+        boundaries, last_states = read_boundaries(model, batch, policy.vocabulary)
+        last = model.read_out(last_states).argmax(-1)
+        confidences.append(torch.stack([policy.confidence(each) for each in boundaries]).float().cpu())
+        agreements.append(torch.stack([each.all_logits.argmax(-1) == last for each in boundaries]).cpu())
         progress("read", done + 1, len(batches))
     return ReadTokens(torch.cat(confidences, dim=1), torch.cat(agreements, dim=1))
 
 
+@torch.inference_mode()
+def read_boundaries(
+    model: RecursiveForCausalLM, windows: Tensor, vocabulary: int | None = None
+) -> tuple[list[Boundary], Tensor]:
+    """All tokens of ``[w, T]`` windows that another follows, ``n`` in number: at every exit, and after the last layer.
+
+    Returns:
+        A boundary per exit, for policies that judge by so many entries of the ``vocabulary``, and the normed states
+        ``[n, D]`` that the whole model reads out.
+    """
+    ids = windows.to(model.device)
+    depths = model.config.exit_depths
+    outputs = model.model(ids, use_cache=False, exit_depths=depths)
+    states = [model.get_input_embeddings()(ids), *(outputs.boundary_states or ())]
+    states = [state[:, :-1].flatten(0, 1) for state in states]
+    arrived = [state[:, :-1].flatten(0, 1) for state in outputs.exit_states or ()]
+    # Of all entries: whether an exit agrees depends on them.
+    logits = [model.read_exit(depth, state) for depth, state in zip(depths, arrived, strict=True)]
+    last_states = outputs.last_hidden_state[:, :-1].flatten(0, 1)
+    return [_boundary(model, depth, states, arrived[depth], logits, vocabulary) for depth in depths], last_states
+
+
 def _boundary(
     model: RecursiveForCausalLM,
-    policy: ExitPolicy,
     depth: int,
     states: list[Tensor],
     exit_states: Tensor,
-    before: Tensor | None,
+    logits: list[Tensor],
+    vocabulary: int | None,
 ) -> Boundary:
     """All tokens at the exit after ``depth``.
 
     Args:
         model: That has the exit.
-        policy: That will look.
         depth: Of the exit.
         states: ``[n, D]`` from the embeddings on.
         exit_states: ``[n, D]``, what the exit reads out.
-        before: The logits at the exit before.
+        logits: ``[n, V]`` by exit.
+        vocabulary: How many entries a policy looks at.
     """
     head = None if model.exit_heads is None else cast(ExitHead, model.exit_heads[depth])
     here = states[depth + 1]
@@ -209,10 +220,10 @@ def _boundary(
         here,
         states[depth],
         arrive=lambda: exit_states,
-        read=lambda arrived, vocabulary: model.read_exit(depth, arrived, vocabulary),
-        previous_logits=before,
+        read=lambda _, entries: logits[depth][:, :entries],
+        previous_logits=logits[depth - 1][:, :vocabulary] if depth else None,
         test=None if head is None else lambda: head.agreement(here),
-        vocabulary=policy.vocabulary,
+        vocabulary=vocabulary,
     )
 
 
