@@ -44,8 +44,10 @@ def export_dense(folder: Path, target: Path, *, overwrite: bool, progress: Progr
 
     Raises:
         CheckpointError, OutputError: The source is damaged, or the target cannot be written.
+        PlanError: It computes what no stock layers do.
     """
     checkpoint = RecursiveCheckpoint(folder)
+    _require_stock_steps(checkpoint)
     config = checkpoint.config.dense_config()
     config.dtype = checkpoint.dtype
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
@@ -84,6 +86,7 @@ def export_peft(folder: Path, target: Path, *, overwrite: bool, progress: Progre
         PlanError: The layout or family is one that peft cannot repeat.
     """
     checkpoint = RecursiveCheckpoint(folder)
+    _require_stock_steps(checkpoint)
     _require_replicable(checkpoint)
     num_bytes = sum(info.num_bytes for info in checkpoint.tensors.values())
     check_target(target, folder, overwrite=overwrite, num_bytes=num_bytes)
@@ -113,6 +116,18 @@ def export_peft(folder: Path, target: Path, *, overwrite: bool, progress: Progre
         copy_passengers(folder, scratch)
         _write_adapter(checkpoint, scratch / "adapter")
     return {"format": "peft", "architecture": config.architectures[0], "bytes": num_bytes, "adapter": "adapter"}
+
+
+def _require_stock_steps(checkpoint: RecursiveCheckpoint) -> None:
+    config = checkpoint.config
+    if config.residual_scale != 1 or config.anderson:
+        what = f"scales its layers' steps by {config.residual_scale:g}"
+        if config.residual_scale == 1:
+            what = f"mixes {config.anderson} earlier loops into a loop"
+        raise PlanError(
+            f"'{checkpoint.folder}' {what}, which stock layers do not. Export the model that it was made from, or make "
+            f"it again with_recursions(..., residual_scale=1, anderson=0)."
+        )
 
 
 def _require_replicable(checkpoint: RecursiveCheckpoint) -> None:

@@ -33,6 +33,7 @@ MINIMUM_TRANSFORMERS = "5.17"
 TRAVELLING_FILES = (
     "configuration_recursive.py",
     "recursive_layout.py",
+    "recursive_loops.py",
     "recursive_exits.py",
     "recursive_thresholds.py",
     "recursive_policies.py",

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any, ClassVar
+import math
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .recursive_exits import EXIT_HEADS
 from .recursive_layout import LayerLayout, LayoutError
+from .recursive_loops import spread_depths
 
 FORMAT_VERSION = 1
 """Version of the on-disk format. Raised when an older recursify could not read a newer folder."""
@@ -52,12 +55,16 @@ class RecursiveConfig(PreTrainedConfig):
         exit_thresholds: One per exit, which ``generate(exit_policy=…)`` takes where it is given that policy's name.
         exit_depth: Depth after which every token exits; None runs all recursions. It can be given to
             ``from_pretrained``, and so to whatever passes arguments on to it (lm-eval's ``--model_args``, a pipeline).
+        residual_scale: What the steps of the shared layers are multiplied by: ``h + residual_scale · (layer(h) - h)``.
+        depth_map: By depth, the depth of the model it was made from (:meth:`with_recursions`) that its own parameters
+            are of; None where the model is as it was made.
+        anderson: How many earlier loops are mixed into one that repeats them (``recursive_loops.py``); 0 for none.
         format_version: Version of the on-disk format.
         dense_fields: Every field of the dense family's config, ``num_hidden_layers`` being the effective depth.
 
     Raises:
-        ValueError: An unknown ``dense_model_type``, a newer ``format_version``, a misspelt field of our own, or exits
-            where there is no boundary between recursions.
+        ValueError: An unknown ``dense_model_type``, a newer ``format_version``, a misspelt field of our own, exits
+            where there is no boundary between recursions, or fields of the loops that do not fit.
         LayoutError: The effective depth does not fold as the other fields say.
     """
 
@@ -82,6 +89,9 @@ class RecursiveConfig(PreTrainedConfig):
         exit_thresholds: list[float] | None = None,
         exit_vocabulary: int | None = None,
         exit_depth: int | None = None,
+        residual_scale: float = 1.0,
+        depth_map: list[int] | None = None,
+        anderson: int = 0,
         format_version: int = FORMAT_VERSION,
         **dense_fields: Any,
     ):
@@ -126,6 +136,9 @@ class RecursiveConfig(PreTrainedConfig):
         self.exit_thresholds = exit_thresholds
         self.exit_vocabulary = exit_vocabulary
         self.exit_depth = exit_depth
+        self.residual_scale = residual_scale
+        self.depth_map = depth_map
+        self.anderson = anderson
         self.format_version = format_version
         self.auto_map = dict(AUTO_MAP)
 
@@ -148,6 +161,7 @@ class RecursiveConfig(PreTrainedConfig):
                 f"Choose them again: recursify calibrate-exits."
             )
         self.depth_to_exit_at()
+        self.check_loops()
 
     @classmethod
     def from_dense(cls, dense: PreTrainedConfig, layout: LayerLayout, **fields: Any) -> RecursiveConfig:
@@ -208,6 +222,82 @@ class RecursiveConfig(PreTrainedConfig):
                 f"exit_depth out to run all recursions."
             )
         return exit_depth
+
+    @property
+    def repetitions(self) -> list[int]:
+        """By depth, how many depths right before it run the same map; 0 where another one begins.
+
+        Depths run the same map that have the same parameters and, where layers differ in what is not a weight (window,
+        RoPE or NoPE), the same kinds of layers.
+        """
+        layout = self.layout
+        sources = self.depth_map or list(range(self.num_recursions))
+        if self.tie_norms and not self.lora_rank and not any(self.lora_rank_pattern.values()):
+            sources = [0] * self.num_recursions
+        by_layer = [value for _, value in self._by_layer(self.to_dict())]
+        maps = [
+            (source, [[value[layout.position(index, depth)] for value in by_layer] for index in range(self.block_size)])
+            for depth, source in enumerate(sources)
+        ]
+        counts = [0]
+        for before, here in pairwise(maps):
+            counts.append(counts[-1] + 1 if here == before else 0)
+        return counts
+
+    def check_loops(self) -> None:
+        """Raises:
+        ValueError: A scale, map or history that the recursions cannot have.
+        """
+        if not 0 < self.residual_scale < math.inf:
+            raise ValueError(f"residual_scale must be a positive number, got {self.residual_scale}.")
+        depths = self.depth_map
+        if depths is not None and (len(depths) != self.num_recursions or sorted(depths) != depths or depths[0] < 0):
+            raise ValueError(
+                f"depth_map {depths} is not one rising depth for each of {self.num_recursions} recursions. It is made "
+                f"by with_recursions."
+            )
+        if self.anderson < 0:
+            raise ValueError(f"anderson must be a number of loops, 0 for none; got {self.anderson}.")
+        if self.anderson and not any(self.repetitions):
+            raise ValueError(
+                f"anderson={self.anderson} mixes loops that repeat a depth, and of {self.num_recursions} recursions "
+                f"none does. Take more recursions than the model was made with, or leave anderson out."
+            )
+
+    def with_recursions(
+        self, num_recursions: int, *, residual_scale: float | Literal["auto"] = "auto", anderson: int = 0
+    ) -> RecursiveConfig:
+        """The config of ``RecursiveForCausalLM.with_recursions``, which says what the arguments mean.
+
+        Raises:
+            ValueError: Less than one recursion, or a scale or history that they cannot have.
+        """
+        if num_recursions < 1:
+            raise ValueError(f"A model has at least 1 recursion, got {num_recursions}.")
+        changes: dict[str, Any] = {"num_recursions": num_recursions, "anderson": anderson}
+        changes["residual_scale"] = residual_scale
+        if residual_scale == "auto":
+            changes["residual_scale"] = self.residual_scale * self.num_recursions / num_recursions
+        fields = {key: value for key, value in self.to_dict().items() if key not in _DERIVED}
+        if num_recursions != self.num_recursions:
+            depths = spread_depths(num_recursions, self.num_recursions)
+            positions = self.layout.sources(depths)
+            changes["num_hidden_layers"] = len(positions)
+            changes["depth_map"] = depths if self.depth_map is None else [self.depth_map[depth] for depth in depths]
+            changes |= {key: [value[position] for position in positions] for key, value in self._by_layer(fields)}
+            changes |= {"exit_policy": None, "exit_thresholds": None, "exit_depth": None}
+            if num_recursions == 1:
+                changes["exit_head"] = None
+        return type(self)(**{**fields, **changes, "attn_implementation": self._attn_implementation})
+
+    def _by_layer(self, fields: dict[str, Any]) -> list[tuple[str, list[Any]]]:
+        """The dense family's fields, among ``fields``, that have an entry for every effective layer."""
+        own = set(inspect.signature(RecursiveConfig.__init__).parameters) | _DERIVED | _NOT_COPIED | {"eos_token_id"}
+        return [
+            (key, list(value))
+            for key, value in fields.items()
+            if key not in own and isinstance(value, list | tuple) and len(value) == self.num_hidden_layers
+        ]
 
     def dense_config(self) -> PreTrainedConfig:
         """The dense family's own config, of the effective depth: what the unrolled model has."""

@@ -17,7 +17,8 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from functools import partial
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ from .configuration_recursive import RecursiveConfig
 from .recursive_decoding import generate_with_exits, refuse_arguments
 from .recursive_exits import ExitHead, ExitKind, read_vocabulary
 from .recursive_layout import LayoutError, Slot
+from .recursive_loops import LoopMixing, scale_step, with_recursions
 from .recursive_policies import ExitSettings
 from .recursive_speculation import SpeculationSettings, generate_speculatively
 
@@ -208,6 +210,9 @@ class SharedLayer(nn.Module):
             self.shared_paths.append(path)
             for depth, layer in enumerate(layers):
                 layer.set_submodule(path, DepthView(stored, depth))
+        if config.residual_scale != 1:
+            for layer in layers:
+                layer.register_forward_hook(partial(scale_step, scale=config.residual_scale))
         self.views = nn.ModuleList(layers)
 
     @staticmethod
@@ -440,6 +445,7 @@ class RecursiveModel(RecursivePreTrainedModel):
 
         self.cache_argument = family.cache_argument
         self.rope_by_layer_type = family.rope_by_layer_type
+        self.repetitions = config.repetitions if config.anderson else None
         self.gradient_checkpointing = False
         object.__setattr__(self, "_skeleton", family.strip())
         self.post_init()
@@ -526,13 +532,16 @@ class RecursiveModel(RecursivePreTrainedModel):
                 **kwargs,
             )
 
+        mixing = LoopMixing(self.layout, self.repetitions, self.config.anderson) if self.repetitions else None
         hidden_states = inputs_embeds
         layer_states: list[Tensor] = []
         boundary_states: list[Tensor] = []
         for position, slot in enumerate(self.layout.slots()):
             if slot.depth >= recursions or (without_coda and slot.part == "coda"):
                 continue
-            hidden_states = run(position, hidden_states)
+            entered, hidden_states = hidden_states, run(position, hidden_states)
+            if mixing is not None:
+                hidden_states = mixing.after(slot, entered, hidden_states)
             if return_layer_states:
                 layer_states.append(hidden_states)
             if slot.part == "block" and slot.index == self.layout.block_size - 1 and slot.depth in branches:
@@ -699,6 +708,28 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         for head in self.exit_heads:
             head.apply(self._init_weights)
             cast(ExitHead, head).copy_from(self.model.norm, self.lm_head)
+
+    def with_recursions(
+        self, num_recursions: int, *, residual_scale: float | Literal["auto"] = "auto", anderson: int = 0
+    ) -> Self:
+        """A model that applies the shared block ``num_recursions`` times, fewer or more than this one does.
+
+        It holds the same shared weights, in the same memory: what changes them in place in one changes both. Depth
+        ``i`` of ``n`` takes a copy of what depth ``i · R // n`` has of its own here (residuals, norms, biases, window
+        or RoPE), and an exit the head of the exit at which its time ends. Thresholds and ``exit_depth``, which were
+        chosen for other exits, are left out unless ``n`` is ``R``. It is an ordinary model otherwise.
+
+        Args:
+            num_recursions: ``n``, at least 1. With ``R`` the logits are these, to the bit.
+            residual_scale: What the shared layers' steps are multiplied by. ``"auto"`` is ``R / n``, a longer or
+                shorter step of the same equation (arXiv 2310.12818); 1 leaves the layers as they are.
+            anderson: How many earlier loops are mixed into each that repeats a depth, 0 for none. For a block that
+                converges; exit policies and speculation refuse it. Recorded ``hidden_states`` are those before mixing.
+
+        Raises:
+            ValueError: Less than one recursion, a scale that is not positive, or a history where nothing repeats.
+        """
+        return with_recursions(self, num_recursions, residual_scale=residual_scale, anderson=anderson)
 
     def generate(
         self,

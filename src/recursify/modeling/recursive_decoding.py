@@ -544,6 +544,11 @@ def _cuts(model: Any, settings: ExitSettings) -> list[int]:
         ValueError: The model has none, or none there.
     """
     config, layout = model.config, model.config.layout
+    if config.anderson:
+        raise ValueError(
+            f"The model mixes loops (anderson={config.anderson}), which tokens that stop between them would not take "
+            f"part in. Make it with_recursions(..., anderson=0) for an exit policy or speculation."
+        )
     if config.exit_depth is not None:
         raise ValueError(
             f"The model is set to exit after depth {config.exit_depth} always (config.exit_depth). Set it to None for "

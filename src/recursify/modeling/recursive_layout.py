@@ -12,8 +12,8 @@ This file travels inside every checkpoint: it imports the standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 SHARINGS = ("cycle", "sequence", "middle_cycle", "middle_sequence")
@@ -150,6 +150,19 @@ class LayerLayout:
     def layers_before(self, depth: int) -> int:
         """Layers that have run at the boundary after ``depth``; only a cycle has such."""
         return self.position(self.block_size - 1, depth) + 1
+
+    def sources(self, depths: Sequence[int]) -> list[int]:
+        """By position of a layout of ``len(depths)`` recursions, the position here that runs the same layer.
+
+        Its depth ``i`` is the depth ``depths[i]`` here.
+        """
+        found = []
+        for slot in replace(self, num_recursions=len(depths)).slots():
+            if slot.part == "block":
+                found.append(self.position(slot.index, depths[slot.depth]))
+            else:
+                found.append(slot.index if slot.part == "prelude" else self.coda_positions[slot.index])
+        return found
 
     @property
     def coda_positions(self) -> range:
