@@ -351,7 +351,14 @@ def _open_teacher(source: Path, config: RecursiveConfig, settings: UptrainSettin
 
     Raises:
         CheckpointError: There is none, or it has another vocabulary.
+        TrainingError: The stage reads the teacher's layers by position, where the model has others.
     """
+    if needs_teacher(settings) and (config.depth_map is not None or config.anderson):
+        raise TrainingError(
+            f"Stage '{settings.stage}' takes the dense model's layers one by one, and '{source}' runs other recursions "
+            f"than it was made with (config.depth_map, config.anderson): they do not pair up. Train the model that it "
+            f"was made from, or use --stage heal."
+        )
     without = "" if needs_teacher(settings) else ", or --kl-weight 0 to learn from the data alone"
     name = settings.teacher or read_record(source).get("plan", {}).get("source")
     if name is None:
