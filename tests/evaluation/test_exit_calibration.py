@@ -74,12 +74,15 @@ def test_boundaries_have_what_the_exits_and_the_whole_model_say():
     torch.testing.assert_close(model.read_out(last_states), model(windows).logits[:, :-1].flatten(0, 1))
 
 
-@pytest.mark.parametrize("policy", ABLE)
-def test_a_text_is_read_as_decoding_reads_it(policy):
+@pytest.mark.parametrize(
+    ("policy", "vocabulary"), [*((name, None) for name in ABLE), ("confidence", 50), ("divergence", 50)]
+)
+def test_a_text_is_read_as_decoding_reads_it(policy, vocabulary):
     """Without the coda, confidences over a text are those that decoding has at the same tokens."""
     model = tiny_recursive(recursions=4, through_coda=False)
     windows = random_ids(2, 12)
-    read = read_exits(model, windows, make_policy(policy))
+    read = read_exits(model, windows, make_policy(policy, vocabulary=vocabulary))
+    assert torch.equal(read.agrees, read_exits(model, windows, make_policy(policy)).agrees)
     assert read.confidences.shape == (3, 22)
     seen: list[torch.Tensor] = []
 
@@ -90,7 +93,7 @@ def test_a_text_is_read_as_decoding_reads_it(policy):
 
     from recursify.modeling import DepthDecoder
 
-    settings = ExitSettings(Watching(make_policy(policy).threshold))
+    settings = ExitSettings(Watching(make_policy(policy).threshold, vocabulary))
     decoder = DepthDecoder(model, [settings] * 2, torch.ones(2, 3, dtype=torch.long), max_length=12)
     with torch.no_grad():
         decoder.prefill(windows[:, :3])
