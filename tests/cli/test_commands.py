@@ -287,6 +287,58 @@ def test_perplexity_with_wrong_values(models, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_other_numbers_of_recursions(models, capsys):
+    """As many as there are change nothing; others do, by the scale, too, and are said in JSON."""
+    measured = []
+    for extra in ([], ["--recursions", 2], ["--recursions", 1], ["--recursions", 1, "--residual-scale", 1]):
+        assert run("perplexity", models / "recursive", "--max-tokens", 1024, *extra, "--json") == 0
+        measured.append(json.loads(capsys.readouterr().out))
+    assert "recursions" not in measured[0]
+    assert [facts["residual_scale"] for facts in measured[1:]] == [1, 2, 1]
+    figures = [facts["perplexity"] for facts in measured]
+    assert figures[0] == figures[1]
+    assert len(set(figures)) == 3
+    prompt = ("generate", models / "recursive", "abc", "--max-new-tokens", 6)
+    assert run(*prompt) == 0
+    whole = capsys.readouterr().out
+    assert run(*prompt, "--recursions", 2) == 0
+    assert capsys.readouterr().out == whole
+    assert run(*prompt, "--recursions", 4, "--anderson", 2) == 0
+    assert capsys.readouterr().out != whole
+
+
+@pytest.mark.parametrize(
+    ("command", "model", "arguments", "code", "message"),
+    [
+        (("perplexity",), "recursive", ("--recursions", 2, "--depth", 0), 2, "an exit of --depth"),
+        (("perplexity",), "recursive", ("--residual-scale", 2), 2, "it is for --recursions, which is not given"),
+        (("generate", "abc"), "recursive", ("--anderson", 2), 2, "it is for --recursions, which is not given"),
+        (("perplexity",), "recursive", ("--recursions", 0), 2, "Invalid value for '--recursions'"),
+        (("perplexity",), "dense", ("--recursions", 2), 1, "is a dense model, and this needs a recursive one"),
+        (
+            ("perplexity",),
+            "recursive",
+            ("--recursions", 2, "--residual-scale", -1),
+            1,
+            "residual_scale must be a positive number, got -1.0",
+        ),
+        (("generate", "abc"), "recursive", ("--recursions", 2, "--anderson", 2), 1, "of 2 recursions none does"),
+        (
+            ("generate", "abc"),
+            "recursive",
+            ("--recursions", 4, "--anderson", 2, "--exit", "confidence"),
+            1,
+            "The model mixes loops (anderson=2)",
+        ),
+    ],
+)
+def test_other_numbers_of_recursions_that_cannot_be(models, capsys, command, model, arguments, code, message):
+    """One clear line each."""
+    name, *rest = command
+    assert run(name, models / model, *rest, *arguments) == code
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
 def test_generate(models, capsys, monkeypatch):
     """The prompt and what follows; seeded sampling; JSON; a chat template that is not there."""
     assert run("generate", models / "recursive", "abc", "--max-new-tokens", 5) == 0

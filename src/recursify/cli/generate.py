@@ -11,7 +11,17 @@ import typer
 
 from recursify.errors import SettingsError
 
-from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
+from .options import (
+    AndersonOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    RecursionsOption,
+    ResidualScaleOption,
+    TrustOption,
+    check_recursions,
+)
 from .report import print_data, print_json, talk
 
 EXAMPLES = """
@@ -26,6 +36,8 @@ Continue a prompt with a recursive (or dense) model. The prompt is an argument, 
 `recursify generate smollm2-exits "Once upon a time" --exit head --threshold 0.9 --stats`
 
 `recursify generate smollm2-exits "Once upon a time" --speculate --stats`
+
+`recursify generate smollm2-r2 "Once upon a time" --recursions 3`
 
 `echo "def fibonacci(n):" | recursify generate smollm2-r2 --temperature 0.7 --seed 1 --stats`
 """
@@ -82,6 +94,9 @@ def generate_command(
             "--speculate", help="Let the first recursion draft and the whole model check: its output, in fewer calls."
         ),
     ] = False,
+    recursions: RecursionsOption = None,
+    residual_scale: ResidualScaleOption = None,
+    anderson: AndersonOption = 0,
     stats: Annotated[
         bool,
         typer.Option(
@@ -105,8 +120,9 @@ def generate_command(
         raise typer.BadParameter("give a prompt as an argument or on standard input", param_hint="PROMPT")
     import torch
 
-    from .models import load_model
+    from .models import load_model, require_recursive_model, with_recursions
 
+    check_recursions(recursions, residual_scale, anderson)
     if speculate and exit_policy is not None:
         raise typer.BadParameter("--exit is lossy and --speculate is not: give one of them", param_hint="--speculate")
     if plot is not None and exit_policy is None:
@@ -115,9 +131,10 @@ def generate_command(
         if value is not None and exit_policy is None:
             raise typer.BadParameter("it is for an exit policy, and without --exit there is none", param_hint=option)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded = with_recursions(loaded, model, recursions, residual_scale, anderson)
     shortcut: dict[str, Any] = {}
     if exit_policy is not None or speculate:
-        _require_recursive(loaded, model)
+        require_recursive_model(loaded, model)
         shortcut = {"speculate": True}
     if exit_policy is not None:
         settings = _exit_settings(loaded.config, exit_policy, threshold, vocabulary, kv, min_depth, max_pending)
@@ -186,14 +203,6 @@ def _exit_settings(
         return ExitSettings(chosen, kv=kv, min_depth=min_depth, max_pending=max_pending)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-
-
-def _require_recursive(loaded: Any, model: str) -> None:
-    """Raises:
-    SettingsError: A dense model.
-    """
-    if loaded.config.model_type != "recursive":
-        raise SettingsError(f"'{model}' is a dense model, and this needs a recursive one. Convert it first.")
 
 
 def _exit_facts(

@@ -70,3 +70,29 @@ def require_exit(config: Any, model: str, depth: int) -> None:
     if depth not in exits:
         having = f"exits after depths {', '.join(map(str, exits))}" if exits else "no exits"
         raise SettingsError(f"'{model}' has {having}, so none at --depth {depth}. Leave it out for full depth.")
+
+
+def require_recursive_model(loaded: PreTrainedModel, model: str) -> None:
+    """Raises:
+    SettingsError: A dense model.
+    """
+    if loaded.config.model_type != "recursive":
+        raise SettingsError(f"'{model}' is a dense model, and this needs a recursive one. Convert it first.")
+
+
+def with_recursions(
+    loaded: Any, model: str, recursions: int | None, residual_scale: float | None, anderson: int
+) -> PreTrainedModel:
+    """What was loaded from ``model``, run so many times; as it is without a number.
+
+    Raises:
+        SettingsError: A dense model, or what its recursions cannot be.
+    """
+    if recursions is None:
+        return loaded
+    require_recursive_model(loaded, model)
+    scale = "auto" if residual_scale is None else residual_scale
+    try:
+        return loaded.with_recursions(recursions, residual_scale=scale, anderson=anderson)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error

@@ -24,3 +24,28 @@ TrustOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="float32, bfloat16, float16; auto keeps what the checkpoint has.")
 ]
+RecursionsOption = Annotated[
+    int | None,
+    typer.Option("--recursions", help="Run the shared block so often, fewer times or more.", min=1, show_default=False),
+]
+ResidualScaleOption = Annotated[
+    float | None,
+    typer.Option(
+        "--residual-scale",
+        help="With --recursions N: what its layers' steps are multiplied by. [default: the model's own number / N]",
+        show_default=False,
+    ),
+]
+AndersonOption = Annotated[
+    int,
+    typer.Option("--anderson", help="With --recursions: mix so many earlier loops into one that repeats them.", min=0),
+]
+
+
+def check_recursions(recursions: int | None, residual_scale: float | None, anderson: int) -> None:
+    """Raises:
+    BadParameter: An option for ``--recursions``, and no ``--recursions``.
+    """
+    for option, is_given in (("--residual-scale", residual_scale is not None), ("--anderson", anderson > 0)):
+        if is_given and recursions is None:
+            raise typer.BadParameter("it is for --recursions, which is not given", param_hint=option)

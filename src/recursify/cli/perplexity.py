@@ -6,7 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
+from .options import (
+    AndersonOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    RecursionsOption,
+    ResidualScaleOption,
+    TrustOption,
+    check_recursions,
+)
 from .report import print_data, print_json, progress_report
 
 EXAMPLES = """
@@ -17,6 +27,8 @@ Perplexity of a recursive or dense model on a text, and beside a control on the 
 `recursify perplexity smollm2-r2`
 
 `recursify perplexity smollm2-r2 --data notes.md --against smollm2-135m`
+
+`recursify perplexity smollm2-r2 --recursions 3 --residual-scale 1`
 
 `recursify perplexity smollm2-135m --data chats.jsonl --max-tokens 20000 --json`
 """
@@ -46,6 +58,9 @@ def perplexity_command(
             "--depth", help="Let every token exit after this recursion, 0 being the first.", min=0, show_default=False
         ),
     ] = None,
+    recursions: RecursionsOption = None,
+    residual_scale: ResidualScaleOption = None,
+    anderson: AndersonOption = 0,
     length: Annotated[int, typer.Option("--length", help="Tokens per window.", min=2)] = 512,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Stop after this many.", min=2, show_default=False)
@@ -58,10 +73,14 @@ def perplexity_command(
     from recursify.evaluation.perplexity import measure
     from recursify.evaluation.text import default_text, read_text, token_windows
 
-    from .models import load_model, require_exit
+    from .models import load_model, require_exit, with_recursions
 
+    check_recursions(recursions, residual_scale, anderson)
+    if depth is not None and recursions is not None:
+        raise typer.BadParameter("an exit of --depth is one of the model's own recursions", param_hint="--recursions")
     text = read_text(data) if data else default_text("held_out")
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded = with_recursions(loaded, model, recursions, residual_scale, anderson)
     if depth is not None:
         require_exit(loaded.config, model, depth)
     windows = token_windows(tokenizer, text, length, max_tokens=max_tokens)
@@ -71,6 +90,9 @@ def perplexity_command(
     with progress_report() as progress:
         result = measure(loaded, windows, control, depth=depth, progress=progress)
     facts: dict[str, Any] = {"text": text.name, "window": length, "depth": depth, **result.to_dict()}
+    if recursions is not None:
+        chosen = {"recursions": recursions, "residual_scale": loaded.config.residual_scale, "anderson": anderson}
+        facts = {**chosen, **facts}
     if json:
         print_json(facts)
         return
