@@ -9,6 +9,7 @@ import pytest
 import torch
 from processes import run
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, open_checkpoint
 from recursify.convert.parity import fold_exactly
@@ -215,3 +216,14 @@ def test_several_processes_are_refused(source, settings, tmp_path):
     """Both ranks say so and end."""
     with pytest.raises(AssertionError, match=r"one process, and 2 were started\. Leave out --num-processes"):
         run(tmp_path / "log", source, tmp_path / "out", settings, world_size=2)
+
+
+@pytest.mark.parametrize("stage", ["layers", "tie"])
+def test_recursions_of_another_number_do_not_pair_with_dense_layers(source, settings, tmp_path, stage):
+    """The dense model has layers at all positions of a shorter one: the wrong ones."""
+    RecursiveForCausalLM.from_pretrained(source).with_recursions(1).save_pretrained(tmp_path / "shorter")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "shorter")
+    chosen = UptrainSettings(stage=stage, data=settings.data, length=LENGTH, teacher=str(source.parent / "dense"))
+    with pytest.raises(TrainingError, match=f"Stage '{stage}' takes the dense model's layers one by one.*--stage heal"):
+        uptrain(tmp_path / "shorter", tmp_path / "out", chosen, progress=silent)
+    assert not (tmp_path / "out").exists()
