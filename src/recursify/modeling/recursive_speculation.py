@@ -164,7 +164,7 @@ class Speculator:
         return [tokens[: count + 1] for (tokens, _), count in zip(settled, accepted, strict=True)]
 
     def _settle(self, drafts: Tensor, q: list[Tensor], choices: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """How many of the drafts ``[m]`` are kept, and tokens ``[m + 1]`` that begin with those and the one after them.
+        """Tokens ``[m + 1]`` that begin with the drafts kept and the one after them, and how many of ``[m]`` are kept.
 
         Args:
             drafts: Drafted tokens.
