@@ -20,6 +20,17 @@ from .recursive_decoding import DepthDecoder, ExitGenerateOutput
 from .recursive_exits import EXIT_HEADS, ExitHead, ExitKind
 from .recursive_layout import SHARINGS, LayerLayout, LayoutError, Slot
 from .recursive_policies import EXIT_POLICIES, KV_MODES, ExitPolicy, ExitSettings, make_policy
+from .recursive_routed_cache import RoutedCache
+from .recursive_routing import (
+    ROUTED_KV,
+    ROUTER_DECISIONS,
+    ROUTER_GATES,
+    ROUTER_WIDTHS,
+    ROUTERS,
+    RouterKind,
+    Routing,
+    TokenRouter,
+)
 from .recursive_speculation import SpeculationOutput, SpeculationSettings
 from .recursive_thresholds import AdaptiveThresholds
 
@@ -39,6 +50,9 @@ TRAVELLING_FILES = (
     "recursive_policies.py",
     "recursive_decoding.py",
     "recursive_speculation.py",
+    "recursive_routing.py",
+    "recursive_routed_cache.py",
+    "recursive_routed_walk.py",
     "modeling_recursive.py",
 )
 """Files of this package that a checkpoint carries, so that it loads where recursify is not installed."""
@@ -49,6 +63,11 @@ __all__ = [
     "FORMAT_VERSION",
     "KV_MODES",
     "MINIMUM_TRANSFORMERS",
+    "ROUTED_KV",
+    "ROUTERS",
+    "ROUTER_DECISIONS",
+    "ROUTER_GATES",
+    "ROUTER_WIDTHS",
     "SHARINGS",
     "TRAVELLING_FILES",
     "AdaptiveThresholds",
@@ -67,10 +86,14 @@ __all__ = [
     "RecursiveModel",
     "RecursiveOutput",
     "RelaxedLinear",
+    "RoutedCache",
+    "RouterKind",
+    "Routing",
     "SharedLayer",
     "Slot",
     "SpeculationOutput",
     "SpeculationSettings",
+    "TokenRouter",
     "UnsupportedFamily",
     "make_policy",
 ]

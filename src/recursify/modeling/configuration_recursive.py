@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .recursive_exits import EXIT_HEADS
 from .recursive_layout import LayerLayout, LayoutError
 from .recursive_loops import spread_depths
+from .recursive_routing import check_routers
 
 FORMAT_VERSION = 1
 """Version of the on-disk format. Raised when an older recursify could not read a newer folder."""
@@ -59,12 +60,24 @@ class RecursiveConfig(PreTrainedConfig):
         depth_map: By depth, the depth of the model it was made from (:meth:`with_recursions`) that its own parameters
             are of; None where the model is as it was made.
         anderson: How many earlier loops are mixed into one that repeats them (``recursive_loops.py``); 0 for none.
+        router: Who decides which tokens go through a recursion (``recursive_routing.ROUTERS``), or None: all do.
+        router_width: What a router is, of ``recursive_routing.ROUTER_WIDTHS``.
+        router_activation: ``sigmoid`` or ``softmax``; None takes MoR's, by the kind of router.
+        router_temperature: Divides what a router sees.
+        router_alpha: Scales gates; None takes MoR's, 0.1 for ``expert_choice`` and 1 for ``token_choice``.
+        router_gate: How a recursion's result comes back, of ``recursive_routing.ROUTER_GATES``.
+        router_capacities: With ``expert_choice``, the part of the tokens that goes into each recursion, not rising;
+            None takes ``(R − r + 1) / R``.
+        router_kv: Which keys a recursion attends to, of ``recursive_routing.ROUTED_KV``.
+        router_decision: Whose score decides in inference, of ``recursive_routing.ROUTER_DECISIONS``.
+        router_thresholds: The score from which on a token goes in at inference, by depth; None is 0.5, and none where
+            the capacity is 1.
         format_version: Version of the on-disk format.
         dense_fields: Every field of the dense family's config, ``num_hidden_layers`` being the effective depth.
 
     Raises:
-        ValueError: An unknown ``dense_model_type``, a newer ``format_version``, a misspelt field of our own, exits
-            where there is no boundary between recursions, or fields of the loops that do not fit.
+        ValueError: An unknown ``dense_model_type``, a newer ``format_version``, a misspelt field of our own, exits or
+            routers where there is no boundary between recursions, or fields of the loops or routers that do not fit.
         LayoutError: The effective depth does not fold as the other fields say.
     """
 
@@ -92,6 +105,16 @@ class RecursiveConfig(PreTrainedConfig):
         residual_scale: float = 1.0,
         depth_map: list[int] | None = None,
         anderson: int = 0,
+        router: str | None = None,
+        router_width: str = "linear",
+        router_activation: str | None = None,
+        router_temperature: float = 1.0,
+        router_alpha: float | None = None,
+        router_gate: str = "residual",
+        router_capacities: list[float] | None = None,
+        router_kv: str = "recursion_wise",
+        router_decision: str = "own",
+        router_thresholds: list[float] | None = None,
         format_version: int = FORMAT_VERSION,
         **dense_fields: Any,
     ):
@@ -139,6 +162,16 @@ class RecursiveConfig(PreTrainedConfig):
         self.residual_scale = residual_scale
         self.depth_map = depth_map
         self.anderson = anderson
+        self.router = router
+        self.router_width = router_width
+        self.router_activation = router_activation
+        self.router_temperature = router_temperature
+        self.router_alpha = router_alpha
+        self.router_gate = router_gate
+        self.router_capacities = router_capacities
+        self.router_kv = router_kv
+        self.router_decision = router_decision
+        self.router_thresholds = router_thresholds
         self.format_version = format_version
         self.auto_map = dict(AUTO_MAP)
 
@@ -160,6 +193,8 @@ class RecursiveConfig(PreTrainedConfig):
                 f"exit_thresholds has {len(exit_thresholds)} values, and the model {len(self.exit_depths)} exits. "
                 f"Choose them again: recursify calibrate-exits."
             )
+        if router is not None:
+            check_routers(self)
         self.depth_to_exit_at()
         self.check_loops()
 
@@ -205,6 +240,12 @@ class RecursiveConfig(PreTrainedConfig):
                 f"A model with {self.num_recursions} recursions in {self.sharing} sharing has no boundary between "
                 f"recursions, so it cannot exit. Exits need cycle sharing and at least 2 recursions."
             )
+
+    @staticmethod
+    def router_defaults() -> dict[str, Any]:
+        """The router fields and what they are by default."""
+        parameters = inspect.signature(RecursiveConfig.__init__).parameters
+        return {name: each.default for name, each in parameters.items() if name.partition("_")[0] == "router"}
 
     def depth_to_exit_at(self, num_recursions: int | None = None, exit_depth: int | None = None) -> int | None:
         """The depth after which a call exits: ``exit_depth``, else the config's, if it names no ``num_recursions``.

@@ -38,6 +38,9 @@ from .recursive_exits import ExitHead, ExitKind, read_vocabulary
 from .recursive_layout import LayoutError, Slot
 from .recursive_loops import LoopMixing, scale_step, with_recursions
 from .recursive_policies import ExitSettings
+from .recursive_routed_cache import RoutedCache
+from .recursive_routed_walk import RoutedWalk, drop_key_projections, routed_generate_arguments
+from .recursive_routing import RouterKind, Routing, TokenRouter, check_routers, make_auxiliary_routers, make_routers
 from .recursive_speculation import SpeculationSettings, generate_speculatively
 
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_masks_for_generate).parameters else "past_key_values"
@@ -360,11 +363,13 @@ class RecursiveOutput(BaseModelOutputWithPast):
         boundary_states: ``[B, T, D]`` after the recursion of each exit depth asked for, where the exit test looks.
         exit_states: The same after the coda where exits run it: what an exit reads out.
         layer_states: ``[B, T, D]`` after every position that ran, in order, if asked for; none of them normed.
+        routing: What the routers of a routed model decided.
     """
 
     boundary_states: tuple[Tensor, ...] | None = None
     exit_states: tuple[Tensor, ...] | None = None
     layer_states: tuple[Tensor, ...] | None = None
+    routing: Routing | None = None
 
 
 class RecursivePreTrainedModel(PreTrainedModel):
@@ -407,7 +412,7 @@ class RecursivePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The family's own; LoRA starts at zero (A as ``nn.Linear``, B zero), exit tests at even odds."""
+        """The family's own; LoRA starts at zero (A as ``nn.Linear``, B zero), exit tests and routers at even odds."""
         if isinstance(module, RelaxedLinear | ExitHead) and module.lora_a is not None:
             bound = 1 / math.sqrt(module.lora_a.shape[-1])
             init.uniform_(module.lora_a, -bound, bound)
@@ -418,6 +423,12 @@ class RecursivePreTrainedModel(PreTrainedModel):
         elif isinstance(module, ExitHead):
             init.zeros_(module.test.weight)
             init.zeros_(module.test.bias)
+        elif isinstance(module, TokenRouter):
+            if module.inner is not None:
+                init.normal_(module.inner, std=module.inner.shape[1] ** -0.5)
+            for zero in (module.weight, *module.buffers()):
+                if zero is not None:
+                    init.zeros_(zero)
         else:
             self._family_skeleton()._init_weights(module)
 
@@ -442,6 +453,11 @@ class RecursiveModel(RecursivePreTrainedModel):
         )
         self.coda = nn.ModuleList(materialize(layer) for layer in family.layers[layout.coda_positions.start :])
         self.norm = materialize(family.norm)
+        self.routers: nn.ModuleList | None = None
+        self.auxiliary_routers: nn.ModuleList | None = None
+        self.training_capacities: list[float] | None = None
+        if config.router is not None:
+            self._make_routers()
 
         self.cache_argument = family.cache_argument
         self.rope_by_layer_type = family.rope_by_layer_type
@@ -452,6 +468,17 @@ class RecursiveModel(RecursivePreTrainedModel):
 
     def _family_skeleton(self) -> PreTrainedModel:
         return self._skeleton
+
+    def _make_routers(self) -> None:
+        self.routers, self.auxiliary_routers = make_routers(self.config), make_auxiliary_routers(self.config)
+        if self.config.router_kv == "shared":
+            drop_key_projections(self.block)
+
+    def _new_cache(self) -> Cache | None:
+        if self.routers is None:
+            return DynamicCache(config=self.config)
+        # What chooses from whole sequences has no use for a cache.
+        return None if self.training else RoutedCache(self.config)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -503,7 +530,7 @@ class RecursiveModel(RecursivePreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = self._new_cache()
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + seen
@@ -533,13 +560,27 @@ class RecursiveModel(RecursivePreTrainedModel):
             )
 
         mixing = LoopMixing(self.layout, self.repetitions, self.config.anderson) if self.repetitions else None
+        walk: Callable[[int, Tensor], Tensor] = run
+        if self.routers is not None:
+            if return_layer_states:
+                raise ValueError("return_layer_states: a routed model's layers run on unlike tokens. Leave it out.")
+            walk = RoutedWalk(
+                self,
+                run,
+                inputs_embeds,
+                attention_mask=attention_mask,
+                masks=masks,
+                position_ids=position_ids,
+                cache=past_key_values,
+                arguments=kwargs,
+            )
         hidden_states = inputs_embeds
         layer_states: list[Tensor] = []
         boundary_states: list[Tensor] = []
         for position, slot in enumerate(self.layout.slots()):
             if slot.depth >= recursions or (without_coda and slot.part == "coda"):
                 continue
-            entered, hidden_states = hidden_states, run(position, hidden_states)
+            entered, hidden_states = hidden_states, walk(position, hidden_states)
             if mixing is not None:
                 hidden_states = mixing.after(slot, entered, hidden_states)
             if return_layer_states:
@@ -555,6 +596,7 @@ class RecursiveModel(RecursivePreTrainedModel):
             boundary_states=tuple(boundary_states) or None,
             exit_states=exit_states or None,
             layer_states=tuple(layer_states) if return_layer_states else None,
+            routing=walk.routing if isinstance(walk, RoutedWalk) else None,
         )
 
     def _recursions(self, num_recursions: int | None, exit_depth: int | None) -> int:
@@ -731,6 +773,43 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         """
         return with_recursions(self, num_recursions, residual_scale=residual_scale, anderson=anderson)
 
+    def add_routers(self, kind: RouterKind, **fields: Any) -> None:
+        """Give the model routers, in place of those it has; until they are trained, all tokens go everywhere.
+
+        With ``router_kv="shared"`` the model is another at once: deeper recursions read the first one's keys.
+
+        Args:
+            kind: Of :data:`~recursify.modeling.ROUTERS`.
+            fields: Router fields of :class:`RecursiveConfig` (``router_capacities=[1, 0.5]``); the others are as by
+                default.
+
+        Raises:
+            ValueError: The layout has no boundaries between recursions, unknown fields, or fields that do not go
+                together.
+        """
+        config = self.config
+        known = {name: default for name, default in config.router_defaults().items() if name != "router"}
+        if unknown := sorted(fields.keys() - known.keys()):
+            raise ValueError(f"Unknown router field '{unknown[0]}'. There are: {', '.join(known)}.")
+        before = {name: getattr(config, name) for name in ("router", *known)}
+        if before["router_kv"] == "shared" != fields.get("router_kv", "recursion_wise"):
+            raise ValueError(
+                "The model's deeper recursions read the first one's keys and values, and have given up their own. Keep "
+                "router_kv at 'shared', or start from the model as it was before."
+            )
+        for name, value in {**known, **fields, "router": kind}.items():
+            setattr(config, name, value)
+        try:
+            check_routers(config)
+        except ValueError:
+            for name, value in before.items():
+                setattr(config, name, value)
+            raise
+        self.model._make_routers()
+        for routers in (self.model.routers, self.model.auxiliary_routers):
+            for router in routers or ():
+                router.to(self.device, self.dtype).apply(self._init_weights)
+
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -756,6 +835,10 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         Raises:
             ValueError: The model cannot exit so; see ``recursive_decoding.py``.
         """
+        if self.model.routers is not None:
+            if exit_policy is not None or speculate:
+                raise ValueError("The model's routers say how far a token goes. Leave exit_policy and speculate out.")
+            kwargs = routed_generate_arguments(self, kwargs, CACHE_ARGUMENT)
         if exit_policy is None and not speculate:
             return super().generate(inputs, *arguments, **kwargs)
         if exit_policy is not None and speculate:

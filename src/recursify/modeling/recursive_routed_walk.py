@@ -1,0 +1,316 @@
+"""Running a routed model: at every recursion, its tokens are put side by side, the block runs on them alone, and what
+it makes of them is put back.
+
+So the block costs what its tokens cost, in training, in prefill and in decoding. Tokens keep their order, their RoPE
+positions and, of the whole sequence's mask, their own part: windows, padding and packed documents stay what they were.
+Where all tokens go in, the block is called as if there were no router, and what it returns is the same to the last bit.
+
+Shape legend: B batch, T tokens, D hidden size, s rows in a call, n tokens in a call, w keys.
+
+This file travels inside every checkpoint: it imports torch and transformers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from .recursive_decoding import ATTENTION
+from .recursive_routed_cache import Packing, RoutedCache, pack
+from .recursive_routing import (
+    Routing,
+    activated,
+    activation_of,
+    alpha_of,
+    capacities_of,
+    choose_above,
+    choose_depths,
+    choose_top_k,
+    even_scores,
+    gated,
+    tokens_of,
+)
+
+
+class NoProjection(nn.Module):
+    """Stands for a key or value projection whose output nobody reads."""
+
+    def __init__(self, out_features: int):
+        super().__init__()
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., I] -> [..., O]``, zeros that take no memory."""
+        return x.new_zeros(1).expand(*x.shape[:-1], self.out_features)
+
+
+def drop_key_projections(block: nn.ModuleList) -> None:
+    """Have no depth but the first project keys and values, where they are maps of their own (not in phi3, gpt_neox)."""
+    layer: Any  # a SharedLayer
+    for layer in block:
+        for path, stored in layer.stored_modules():
+            if path.rpartition(".")[2] in ("k_proj", "v_proj"):
+                for view in list(layer.views)[1:]:
+                    view.set_submodule(path, NoProjection(stored.linear.out_features))
+
+
+class RoutedWalk:
+    """One forward of a routed model: called with each position in turn, as the plain one is.
+
+    Args:
+        model: A ``RecursiveModel`` with routers.
+        plain: Runs the layer at a position on ``[B, T, D]``.
+        states: What enters the first layer, ``[B, T, D]``.
+        attention_mask: As the model got it; a ``[B, past + T]`` one tells padding.
+        masks: What transformers made of it, one or by layer type.
+        position_ids: ``[B, T]`` or ``[1, T]``.
+        cache: A :class:`RoutedCache`, or None.
+        arguments: Further arguments of every layer.
+
+    Attributes:
+        routing: What the routers decide, as they do.
+
+    Raises:
+        ValueError: Another kind of cache or attention, or activation checkpointing with shared keys.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        plain: Callable[[int, Tensor], Tensor],
+        states: Tensor,
+        *,
+        attention_mask: Any,
+        masks: Any,
+        position_ids: Tensor,
+        cache: Cache | None,
+        arguments: dict[str, Any],
+    ):
+        _check_call(model, cache)
+        self.model, self.plain, self.masks, self.arguments = model, plain, masks, arguments
+        self.config, self.layout = model.config, model.layout
+        self.num_rows, self.num_tokens, _ = states.shape
+        self.position_ids = position_ids.expand(self.num_rows, -1)
+        self.chooses_top_k = model.training and cache is None
+        self.capacities = capacities_of(self.config)
+        if self.chooses_top_k and model.training_capacities is not None:
+            self.capacities = model.training_capacities
+        padded = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+        self.real = attention_mask[:, -self.num_tokens :].bool() if padded else None
+        self.store = cast(RoutedCache | None, cache)
+        self.past = self.store.length if self.store is not None else 0
+        if self.store is None and self.config.router_kv == "shared":
+            self.store = RoutedCache(self.config)
+        if self.store is not None:
+            self.store.begin(self.num_rows, self.num_tokens, states.device)
+        self.routing = Routing([], [], [], [])
+
+    def __call__(self, position: int, states: Tensor) -> Tensor:
+        """Run the layer at ``position``.
+
+        Inside a recursion what goes in and comes out are its tokens, ``[s, n, D]``; before and after, ``[B, T, D]``.
+        """
+        slot = self.layout.slot(position)
+        if slot.part != "block":
+            return self.plain(position, states)
+        if slot.index == 0:
+            states = self._enter(slot.depth, states)
+        if self._packing is not None:
+            states = self._run(position, states)
+        if slot.index == self.layout.block_size - 1:
+            states = self._leave(slot.depth, states)
+        return states
+
+    # --- Deciding ------------------------------------------------------------------------------------------------
+
+    def _enter(self, depth: int, states: Tensor) -> Tensor:
+        if depth == 0:
+            self._first = states
+            candidates = self.real
+            if candidates is None:
+                candidates = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        else:
+            candidates = self.routing.selected[-1]
+        choose = self._choose_experts if self.config.router == "expert_choice" else self._choose_by_token
+        selected, self._gate = choose(depth, states, candidates)
+        self.routing.candidates.append(candidates)
+        self.routing.selected.append(selected)
+        self._whole, self._packing = states, self._pack(depth, selected)
+        if self._packing is None:
+            return states
+        if self.store is not None:
+            self.store.aim(depth, self._packing, self.past, selected)
+        self._entered = self._packing.take(states)
+        self._made_for: dict[str | None, Any] = {}
+        self._rotations = self.model.rotations(self._entered, self._packing.take(self.position_ids))
+        return self._entered
+
+    def _choose_experts(self, depth: int, states: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """Which tokens the router of ``depth`` takes, and their gates, each ``[B, T]``."""
+        router = self.model.routers[depth]
+        logits = router(states)
+        deciding = logits[..., 0]
+        if self.model.auxiliary_routers is not None:
+            deciding = self.model.auxiliary_routers[depth](states.detach())[..., 0]
+            self.routing.deciding.append(deciding)
+        self.routing.logits.append(logits[..., 0])
+        if self.chooses_top_k:
+            selected = choose_top_k(logits[..., 0], candidates, self.capacities[depth])
+        else:
+            selected = choose_above(deciding, candidates, self._threshold(depth))
+        activation = activation_of(self.config)
+        even = even_scores(logits, activation)
+        scores = even if router.weight is None else activated(logits, activation)
+        if self.config.router_gate == "residual":
+            scores = scores - even
+        return selected, alpha_of(self.config) * scores[..., 0]
+
+    def _threshold(self, depth: int) -> float | None:
+        """The score from which on a token goes in at inference; None takes all."""
+        if self.config.router_thresholds is not None:
+            return float(self.config.router_thresholds[depth])
+        before = self.capacities[depth - 1] if depth else 1.0
+        if self.config.router_width == "random":
+            return 1 - self.capacities[depth] / before
+        return None if self.capacities[depth] == 1 else 0.5
+
+    def _choose_by_token(self, depth: int, states: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """Which tokens go as far as ``depth``, and their gates, which only their last recursion has."""
+        if depth == 0:
+            logits = self.model.routers[0](states)
+            self.routing.logits.append(logits)
+            activation = activation_of(self.config)
+            scores = activated(logits, activation)
+            self._depths = choose_depths(scores, self.model.routers[0].bias)
+            if self.config.router_gate == "residual":
+                scores = scores - even_scores(logits, activation)
+            self._scores = alpha_of(self.config) * scores.gather(-1, self._depths.unsqueeze(-1)).squeeze(-1)
+        is_last = self._depths == depth
+        return candidates & (self._depths >= depth), self._scores * is_last
+
+    # --- Moving --------------------------------------------------------------------------------------------------
+
+    def _pack(self, depth: int, selected: Tensor) -> Packing | None:
+        if self.chooses_top_k and self.real is None and self.config.router == "expert_choice":
+            # Known without asking the device.
+            counts = [tokens_of(self.capacities[depth], self.num_tokens)] * self.num_rows
+            is_whole = counts[0] == self.num_tokens
+        else:
+            left_out = ~selected if self.real is None else ~selected & self.real
+            counts, missing = torch.stack([selected.sum(-1), left_out.sum(-1)]).tolist()
+            is_whole = not any(missing)
+        if is_whole and self.store is not None:
+            is_whole = self.store.is_dense(self.store.home(depth), self.num_rows, self._keys_before(depth))
+        if is_whole:
+            columns = torch.arange(self.num_tokens, device=selected.device).expand_as(selected)
+            counts = [self.num_tokens] * self.num_rows
+            return Packing(None, columns, torch.ones_like(selected), counts, is_whole=True)
+        return pack(selected, counts, all_rows=self.model.training)
+
+    def _keys_before(self, depth: int) -> int:
+        """How many keys a recursion would find if every token had gone into the one that made them."""
+        assert self.store is not None
+        return self.past if self.store.home(depth) == depth else self.past + self.num_tokens
+
+    def _run(self, position: int, states: Tensor) -> Tensor:
+        kind = self.model.layer_type(position)
+        if kind not in self._made_for:
+            self._made_for[kind] = self._mask(kind, states)
+        assert self._packing is not None
+        return self.model.run_slot(
+            self.layout.slot(position),
+            states,
+            attention_mask=self._made_for[kind],
+            position_embeddings=self._rotations[kind] if isinstance(self._rotations, dict) else self._rotations,
+            position_ids=self._packing.take(self.position_ids),
+            use_cache=self.store is not None,
+            **{self.model.cache_argument: self.store},
+            **self.arguments,
+        )
+
+    def _mask(self, kind: str | None, states: Tensor) -> Any:
+        """The mask of the packed tokens, ``[s, 1, n, w]``, cut out of the whole one."""
+        whole = self.masks[kind] if isinstance(self.masks, dict) else self.masks
+        packing = self._packing
+        assert packing is not None
+        if packing.is_whole:
+            return whole
+        keys, there = packing.columns, packing.valid
+        if self.store is not None:
+            keys, there = self.store.seen(len(self.routing.selected) - 1)
+        if whole is None:
+            visible = keys[:, None, :] <= packing.columns[:, :, None] + self.past
+        else:
+            rows = packing.of_rows(torch.arange(self.num_rows, device=keys.device))
+            rows = torch.zeros_like(rows) if len(whole) == 1 else rows
+            found = whole[:, 0][rows[:, None, None], packing.columns[:, :, None], keys[:, None, :]]
+            visible = found if found.dtype == torch.bool else found > torch.finfo(found.dtype).min / 2
+        visible = visible & there[:, None, :]
+        # What fills a row up sees everything: of nothing at all, a softmax is NaN.
+        visible = (visible | ~packing.valid[:, :, None])[:, None]
+        if self.config._attn_implementation == "sdpa":
+            return visible
+        low = torch.finfo(states.dtype).min
+        return torch.zeros(visible.shape, dtype=states.dtype, device=states.device).masked_fill(~visible, low)
+
+    def _leave(self, depth: int, made: Tensor) -> Tensor:
+        packing = self._packing
+        if packing is None:
+            return self._whole
+        gate = packing.take(self._gate)
+        if self.config.router == "token_choice" and self.config.router_gate == "mor":
+            # As in its published code: recursions add up unweighted, and the last is weighted beside the first's input.
+            is_last = packing.take(self._depths == depth).unsqueeze(-1)
+            new = torch.where(is_last, gated(packing.take(self._first), made, gate, "mor"), made)
+        else:
+            new = gated(self._entered, made, gate, self.config.router_gate)
+        return packing.put(self._whole, new)
+
+
+def _check_call(model: Any, cache: Cache | None) -> None:
+    config = model.config
+    # By what it has, not by its class: a model that brought its code along has a class of its own.
+    if cache is not None and not hasattr(cache, "aim"):
+        raise ValueError(
+            f"A routed model keeps keys and values in a RoutedCache, and got a {type(cache).__name__}. Leave the cache "
+            f"out (generate makes the right one), or pass RoutedCache(model.config)."
+        )
+    if config._attn_implementation not in ATTENTION:
+        raise ValueError(
+            f"Routers need attention that takes any mask ({' or '.join(ATTENTION)}), and the model's is "
+            f"'{config._attn_implementation}'. Load it with attn_implementation='sdpa'."
+        )
+    checkpoints = model.training and getattr(model.block[0].views[0], "gradient_checkpointing", False)
+    if config.router_kv == "shared" and checkpoints:
+        raise ValueError(
+            "router_kv 'shared' and activation checkpointing exclude one another: checkpointed layers are not given "
+            "the first recursion's keys. Turn off gradient_checkpointing, or use router_kv recursion_wise."
+        )
+
+
+def routed_generate_arguments(model: Any, given: dict[str, Any], cache_argument: str) -> dict[str, Any]:
+    """The arguments of transformers' ``generate`` for a routed model: those given, and its cache, by its name.
+
+    Raises:
+        ValueError: Beams with an expert-choice router, or another cache or an assistant asked for.
+    """
+    settings = given.get("generation_config") or model.generation_config
+    asked = {
+        name: given.get(name, getattr(settings, name, None))
+        for name in ("num_beams", "cache_implementation", "use_cache", "assistant_model", "prompt_lookup_num_tokens")
+    }
+    if model.config.router == "expert_choice" and (asked["num_beams"] or 1) > 1:
+        raise ValueError(
+            f"num_beams is {asked['num_beams']}, and the routers are expert_choice: a beam wins by what it says, and "
+            f"the routers' thresholds would give each its own number of recursions to say it with. Leave num_beams out."
+        )
+    for name in ("cache_implementation", "assistant_model", "prompt_lookup_num_tokens"):
+        if asked[name] is not None:
+            raise ValueError(f"{name} does not work with routers, which need a cache of their own. Leave it out.")
+    if asked["use_cache"] is False or any(given.get(name) is not None for name in ("cache", "past_key_values")):
+        return given
+    return {**given, cache_argument: RoutedCache(model.config)}
