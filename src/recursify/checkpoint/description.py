@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from recursify.errors import CheckpointError
 from recursify.modeling import RecursiveConfig
+from recursify.modeling.recursive_routing import capacities_of
 
 from .dense_checkpoint import folder_tensors
 
@@ -31,6 +32,7 @@ def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     once = sum(info.num_parameters for name, info in block.items() if name.endswith(".linear.weight"))
     residuals = sum(info.num_parameters for name, info in block.items() if ".lora_" in name)
     exits = sum(info.num_parameters for name, info in tensors.items() if name.startswith("exit_heads."))
+    routers = sum(info.num_parameters for name, info in tensors.items() if "routers." in name)
     dtype = max(tensors.values(), key=lambda info: info.num_bytes).dtype
     return {
         "family": config.dense_model_type,
@@ -49,10 +51,11 @@ def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         "tie_norms": config.tie_norms,
         "parameters": {
             "stored": stored,
-            "effective": stored + (layout.num_recursions - 1) * once - residuals - exits,
+            "effective": stored + (layout.num_recursions - 1) * once - residuals - exits - routers,
             "shared": once,
             "residuals": residuals,
             "exits": exits,
+            "routers": routers,
         },
         "exits": None
         if config.exit_head is None
@@ -62,6 +65,15 @@ def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
             "through_coda": config.exit_through_coda,
         },
         "exit_depth": config.exit_depth,
+        "routing": None
+        if config.router is None
+        else {
+            "router": config.router,
+            "capacities": capacities_of(config) if config.router == "expert_choice" else None,
+            "thresholds": config.router_thresholds,
+            "kv": config.router_kv,
+            "gate": config.router_gate,
+        },
         "bytes": sum(info.num_bytes for info in tensors.values()),
         "dtype": str(dtype).removeprefix("torch."),
         "kv_bytes_per_token": kv_bytes_per_token(config, dtype),

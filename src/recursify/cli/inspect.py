@@ -61,6 +61,12 @@ def inspect_command(
     if exits:
         depths = ", ".join(map(str, exits["depths"]))
         exit_line = f"after depth {depths}: {exits['head']} head{', through the coda' if exits['through_coda'] else ''}"
+    routing = facts["routing"]
+    router_line = "none"
+    if routing:
+        loads = ", ".join(f"{capacity:.0%}" for capacity in routing["capacities"] or ())
+        taken = f", which take {loads} of the tokens" if loads else ""
+        router_line = f"{routing['router']}{taken}; keys and values {routing['kv']}, gate {routing['gate']}"
     made = ", ".join(str(facts[key]) for key in ("initialization", "relaxation") if facts[key])
     print_data(
         "\n".join(
@@ -76,6 +82,7 @@ def inspect_command(
                 f"LoRA      rank {facts['lora_rank']}"
                 + (f", {len(facts['lora_rank_pattern'])} of its own" if facts["lora_rank_pattern"] else ""),
                 f"exits     {exit_line}",
+                f"routers   {router_line}",
                 f"history   {len(facts['history'])} uptraining runs",
             ]
         )

@@ -28,6 +28,8 @@ A run that was killed goes on where it was with the same command and `--resume`.
 
 `recursify uptrain smollm2-healed -o smollm2-exits --stage exits --max-tokens 30000`
 
+`recursify uptrain smollm2-healed -o smollm2-routed --stage routers --capacity 1 --capacity 0.5 --max-tokens 30000`
+
 `recursify uptrain qwen-r4 -o healed --data roneneldan/TinyStories --streaming --eval-data held_out.txt`
 
 `recursify uptrain llama-r2 -o healed --stage layers --data corpus/ --max-tokens 100000`
@@ -53,7 +55,8 @@ def uptrain_command(
             "--stage",
             help="heal: the whole model, by cross-entropy and distillation. layers: each shared layer by itself, "
             "fitted to the dense layers' outputs in bounded memory. tie: heal, starting from the dense layers and "
-            "letting them become one. exits: heads after every recursion. "
+            "letting them become one. exits: heads after every recursion. routers: heal, with routers that say which "
+            "tokens go through which recursions. "
             "[default: heal]",
             show_default=False,
         ),
@@ -97,7 +100,7 @@ def uptrain_command(
     trainable: Annotated[
         str | None,
         typer.Option(
-            "--trainable", help="What is trained: all, lora, shared, heads. [default: all]", show_default=False
+            "--trainable", help="What is trained: all, lora, shared, heads, routers. [default: all]", show_default=False
         ),
     ] = None,
     teacher: Annotated[
@@ -118,6 +121,28 @@ def uptrain_command(
         str | None,
         typer.Option(
             "--exit-head", help="Of an exit: shared, norm, low_rank, full. [default: shared]", show_default=False
+        ),
+    ] = None,
+    router: Annotated[
+        str | None,
+        typer.Option("--router", help="expert_choice, token_choice. [default: expert_choice]", show_default=False),
+    ] = None,
+    capacity: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--capacity",
+            help="With expert_choice: part of the tokens that goes into a recursion, once for each (repeatable). "
+            "[default: evenly falling]",
+            show_default=False,
+        ),
+    ] = None,
+    router_kv: Annotated[
+        str | None,
+        typer.Option(
+            "--router-kv",
+            help="Keys that a recursion attends to: recursion_wise (its own), shared (the first one's). "
+            "[default: recursion_wise]",
+            show_default=False,
         ),
     ] = None,
     eval_every: Annotated[
@@ -182,6 +207,9 @@ def uptrain_command(
         "kl_weight": kl_weight,
         "ce_weight": ce_weight,
         "exit_head": exit_head,
+        "router": router,
+        "router_capacities": capacity or None,
+        "router_kv": router_kv,
         "eval_every": eval_every,
         "save_every": save_every,
         "gradient_checkpointing": gradient_checkpointing or None,
@@ -292,6 +320,7 @@ def _summary(facts: dict[str, Any]) -> str:
         format_table(["held-out", "perplexity", "same token", "KL"], rows),
         "",
         *_exit_summary(before, after),
+        *_router_summary(after),
     ]
     if facts["curves"]:
         lines.append(f"curves      {facts['curves']}")
@@ -310,3 +339,17 @@ def _exit_summary(before: dict[str, float], after: dict[str, float]) -> list[str
     if not rows:
         return []
     return [format_table(["exit after", "perplexity", "same as last", "test is right"], rows), ""]
+
+
+def _router_summary(after: dict[str, float]) -> list[str]:
+    """What each recursion takes of held-out text, routers deciding as in inference; nothing without routers."""
+    depths = range(sum(key.startswith("load_depth_") for key in after))
+    rows = []
+    for depth in depths:
+        right = f"{after[key]:.1%}" if (key := f"sampling_accuracy_depth_{depth}") in after else "–"
+        rows.append([f"depth {depth}", f"{after[f'load_depth_{depth}']:.1%}", right])
+    if not rows:
+        return []
+    mean = sum(after[f"load_depth_{depth}"] for depth in depths)
+    table = format_table(["recursion", "of the tokens", "as the best k"], rows)
+    return [table, "", f"recursions  {mean:.2f} per token, of {len(rows)}", ""]

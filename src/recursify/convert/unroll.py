@@ -120,6 +120,11 @@ def export_peft(folder: Path, target: Path, *, overwrite: bool, progress: Progre
 
 def _require_stock_steps(checkpoint: RecursiveCheckpoint) -> None:
     config = checkpoint.config
+    if config.router is not None:
+        raise PlanError(
+            f"'{checkpoint.folder}' has {config.router} routers, and stock layers take every token. Export the model that "
+            f"they were trained on instead."
+        )
     if config.residual_scale != 1 or config.anderson:
         what = f"scales its layers' steps by {config.residual_scale:g}"
         if config.residual_scale == 1:

@@ -28,6 +28,11 @@ def is_exit_head(name: str) -> bool:
     return ".exit_heads." in f".{name}"
 
 
+def is_router(name: str) -> bool:
+    """Whether a parameter belongs to a router."""
+    return any(part in f".{name}" for part in (".routers.", ".auxiliary_routers."))
+
+
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: to matrices, not to norms and to biases (which are ``[R, O]`` when relaxed)."""
     return parameter.ndim > 1 and not name.endswith(".bias")
@@ -46,7 +51,7 @@ def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], settings: U
     """Groups for an optimizer of those parameters, given with their names in the model, that require gradients.
 
     Residuals, norms and biases have a learning rate of their own: a shared weight gathers the gradients of all depths,
-    a residual those of one, so one rate rarely fits both. So have exit heads. Vectors have no weight decay.
+    a residual those of one, so one rate rarely fits both. So have exit heads and routers. Vectors have no weight decay.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
@@ -67,13 +72,18 @@ def peak_rate(name: str, settings: UptrainSettings) -> float:
     """Learning rate, at its peak, of the parameter ``name``."""
     if is_exit_head(name):
         return settings.head_learning_rate
+    if is_router(name):
+        return settings.router_learning_rate
     return (settings.lora_learning_rate or settings.learning_rate) if is_per_depth(name) else settings.learning_rate
 
 
 def is_trained(name: str, settings: UptrainSettings) -> bool:
-    """Whether the settings train the parameter ``name``; exit heads only where the stage has a use for them."""
+    """Whether the settings train the parameter ``name``; exit heads and routers only where the stage
+    has a use for them."""
     if is_exit_head(name):
         return settings.stage == "exits"
+    if is_router(name):
+        return settings.stage == "routers"
     if settings.trainable == "lora":
         return is_per_depth(name)
     if settings.trainable == "shared":

@@ -8,12 +8,26 @@ from typing import Any, Literal, get_args
 from recursify.errors import SettingsError
 from recursify.settings import check_keys
 
-TRAINABLE = ("all", "lora", "shared", "heads")
-"""What is trained: everything; residuals, per-depth norms and biases; the shared weights; or exit heads alone. A stage
-that trains exit heads trains them beside any of these."""
+TRAINABLE = ("all", "lora", "shared", "heads", "routers")
+"""What is trained: everything; residuals, per-depth norms and biases; the shared weights; or exit heads or routers
+alone. A stage that trains exit heads or routers trains them beside any of these."""
+
+ROUTER_FIELDS = (
+    "router",
+    "router_width",
+    "router_activation",
+    "router_temperature",
+    "router_alpha",
+    "router_gate",
+    "router_capacities",
+    "router_kv",
+    "router_decision",
+)
+"""What the settings say of routers by the names that a model's config has for them."""
 
 ExitLoss = Literal["aggressive", "weighted", "free"]
 LayerDistillation = Literal["kd_last", "kd_unif", "kd_dyna"]
+RouterBalance = Literal["loss", "bias", "none"]
 
 SHARDING = ("none", "fsdp2", "zero2")
 """What is cut over processes: nothing; weights, gradients and optimizer; or gradients and optimizer, by DeepSpeed."""
@@ -61,6 +75,8 @@ class UptrainSettings:
     """Peak, of residuals, per-depth norms and biases; None takes ``learning_rate``."""
     head_learning_rate: float = 1e-3
     """Peak, of exit heads."""
+    router_learning_rate: float = 1e-3
+    """Peak, of routers."""
     schedule: str = "cosine"
     """Any scheduler of transformers (``cosine``, ``linear``, ``constant_with_warmup``, ...)."""
     warmup_fraction: float = 0.05
@@ -71,7 +87,7 @@ class UptrainSettings:
     """Of matrices; never of norms and biases."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    trainable: Literal["all", "lora", "shared", "heads"] = "all"
+    trainable: Literal["all", "lora", "shared", "heads", "routers"] = "all"
     """What is trained; see ``TRAINABLE``."""
     random_recursions: bool = False
     """Draw each step's number of recursions, the same on all ranks."""
@@ -134,6 +150,39 @@ class UptrainSettings:
     test_weight: float = 1.0
     """Weight of the cross-entropy of the exit test, whose gradient reaches nothing else."""
 
+    router: str | None = None
+    """Who chooses: every recursion its tokens (``expert_choice``), or every token the number of its recursions
+    (``token_choice``). This and the next eight are fields of the model's config; None keeps what the model has, else
+    takes ``expert_choice`` and the config's defaults."""
+    router_width: str | None = None
+    """What a router is: ``linear``, ``mlp``, ``wide_mlp``, or chance (``random``), as a control."""
+    router_activation: str | None = None
+    """``sigmoid`` or ``softmax``."""
+    router_temperature: float | None = None
+    """Divides what a router sees."""
+    router_alpha: float | None = None
+    """Scales gates."""
+    router_gate: str | None = None
+    """How a recursion's result comes back: ``residual``, which starts as the model without routers, or ``mor``."""
+    router_capacities: tuple[float, ...] | None = None
+    """With ``expert_choice``: the part of the tokens that goes into each recursion."""
+    router_kv: str | None = None
+    """Which keys a recursion attends to: its own (``recursion_wise``), or the first one's (``shared``)."""
+    router_decision: str | None = None
+    """Whose score decides in inference: the router's ``own``, or that of an ``auxiliary`` one."""
+    router_warmup_fraction: float = 0.0
+    """With ``expert_choice``: part of the steps over which capacities fall from 1, along a cosine."""
+    router_weight: float = 0.001
+    """With ``expert_choice``: weight of the cross-entropy that has scores say who is among the best ``k``."""
+    router_balance: RouterBalance = "loss"
+    """What evens out the depths that tokens choose: a loss, a bias on the choice that follows the loads, or nothing."""
+    router_balance_weight: float = 0.1
+    """Weight of the balancing loss."""
+    router_bias_rate: float = 0.001
+    """By how much the bias moves after a step."""
+    router_z_weight: float = 0.0
+    """Weight of the squared size of a router's logits."""
+
     eval_every: int = 100
     """Steps between evaluations; one more comes at the end."""
     save_every: int = 100
@@ -155,6 +204,7 @@ class UptrainSettings:
             "loss_backend": get_args(LossBackend),
             "exit_loss": get_args(ExitLoss),
             "free_distillation": (None, *get_args(LayerDistillation)),
+            "router_balance": get_args(RouterBalance),
         }
         for name, values in choices.items():
             if getattr(self, name) not in values:
@@ -165,15 +215,16 @@ class UptrainSettings:
     def _check_ranges(self) -> None:
         positive = ("length", "max_tokens", "batch_size", "accumulate", "learning_rate", "temperature", "loss_chunk")
         counts = ("exit_rank", "eval_sequences", "eval_every", "save_every", "keep", "layer_tokens", "layer_passes")
-        for name in (*positive, "head_learning_rate", *counts):
+        for name in (*positive, "head_learning_rate", "router_learning_rate", *counts):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise SettingsError(f"{name} must be above 0, got {getattr(self, name)}.")
         not_negative = ("ce_weight", "kl_weight", "weight_decay", "max_grad_norm")
         exits = ("exit_weight", "exit_kl_weight", "free_distillation_weight", "test_weight")
-        for name in (*not_negative, *exits):
+        routers = ("router_weight", "router_balance_weight", "router_bias_rate", "router_z_weight")
+        for name in (*not_negative, *exits, *routers):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} cannot be negative, got {getattr(self, name)}.")
-        for name in ("warmup_fraction", "recursion_curriculum", "tie_noise"):
+        for name in ("warmup_fraction", "recursion_curriculum", "tie_noise", "router_warmup_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
         if not 0 <= self.tie_fraction < 1:
@@ -190,7 +241,11 @@ class UptrainSettings:
             raise SettingsError(
                 f"Stage '{self.stage}' has no heads to train. Use --stage exits, or another --trainable."
             )
-        if self.stage in ("heal", "tie") and self.ce_weight == self.kl_weight == 0:
+        if self.trainable == "routers" and self.stage != "routers":
+            raise SettingsError(
+                f"Stage '{self.stage}' has no routers to train. Use --stage routers, or another --trainable."
+            )
+        if self.stage in ("heal", "tie", "routers") and self.ce_weight == self.kl_weight == 0:
             raise SettingsError("ce_weight and kl_weight are both 0, so there is nothing to learn. Raise one of them.")
         if "fsdp" in self.trainer:
             raise SettingsError("trainer: fsdp would shard a shared layer like any other. Use sharding: fsdp2 instead.")
@@ -224,9 +279,9 @@ class UptrainSettings:
         """
         check_keys(mapping, [entry.name for entry in fields(cls)], where)
         values = dict(mapping)
-        for key in ("data", "eval_data", "report_to"):
+        for key in ("data", "eval_data", "report_to", "router_capacities"):
             if values.get(key) is not None:
-                values[key] = (values[key],) if isinstance(values[key], str) else tuple(values[key])
+                values[key] = (values[key],) if isinstance(values[key], str | float) else tuple(values[key])
         # YAML reads 3e-4, without a dot, as a string.
         for entry in fields(cls):
             if entry.type in ("float", "float | None") and isinstance(values.get(entry.name), str):

@@ -33,12 +33,13 @@ from .fused_losses import check_backend
 from .layer_healing import LayerHealing, require_same_layers
 from .objectives import Heal, Objective
 from .parameters import choose_trained
+from .routers import Routers
 from .settings import UptrainSettings
 from .soft_tying import SoftTying
 from .trainer import RecursiveTrainer, training_arguments
 from .watching import METRICS_FILE, Progress, Watcher, append_metrics, draw_curves
 
-STAGES: dict[str, type[Objective]] = {"heal": Heal, "tie": SoftTying, "exits": Exits}
+STAGES: dict[str, type[Objective]] = {"heal": Heal, "tie": SoftTying, "exits": Exits, "routers": Routers}
 """Stage that trains end to end -> its objective."""
 
 LAYER_STAGE = "layers"
@@ -146,6 +147,7 @@ def _train(run: Run) -> Outcome:
     # Also a resumed run begins with the source: what a stage changes in prepare() is made from it, and then takes the
     # checkpoint's weights.
     model, tokenizer = _load(source, settings)
+    _require_unrouted(model.config, settings)
     objective = STAGES[settings.stage](settings, _load_teacher(source, model, settings, state))
     with state.main_process_first():
         data = prepare_data(settings, tokenizer)
@@ -155,6 +157,9 @@ def _train(run: Run) -> Outcome:
             if state.is_main_process:
                 _begin(run)
     arguments = training_arguments(settings, folder, world_size=state.num_processes, resumes=resumed is not None)
+    if model.config.router is not None and (model.config.router_kv == "shared" or not settings.router_weight):
+        # The norms of keys that no recursion reads, and auxiliary routers that nothing teaches, get no gradient.
+        arguments.ddp_find_unused_parameters = True
     per_step = settings.batch_size * settings.accumulate * settings.length * state.num_processes
     trainer = RecursiveTrainer(
         model,
@@ -185,6 +190,17 @@ def _prepare_model(model: RecursiveForCausalLM, objective: Objective, settings: 
         model.gradient_checkpointing_enable()
     if settings.sharding == "fsdp2":
         sharding.shard(model)
+
+
+def _require_unrouted(config: RecursiveConfig, settings: UptrainSettings) -> None:
+    """Raises:
+    SettingsError: A routed model in a stage that takes all tokens to be everywhere.
+    """
+    if config.router is not None and settings.stage not in ("heal", "routers"):
+        raise SettingsError(
+            f"Stage '{settings.stage}' trains a model all of whose tokens run all recursions, and this one has "
+            f"{config.router} routers. Train routers last, or heal this model (--stage heal)."
+        )
 
 
 def _held_out_figures(trainer: RecursiveTrainer) -> tuple[dict[str, float], dict[str, float]]:
@@ -249,6 +265,7 @@ def _heal_layers(run: Run) -> Outcome:
         )
     _check_output(source, output, run.overwrite)
     student = RecursiveCheckpoint(source)
+    _require_unrouted(student.config, settings)
     tokenizer = _load_tokenizer(source, student.config, settings)
     teacher = _open_teacher(source, student.config, settings)
     require_same_layers(teacher, student.names)

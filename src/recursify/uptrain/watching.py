@@ -19,6 +19,8 @@ PANELS = {
     "nats per token": r"(eval_)?(ce|kl)|eval_dense_ce",
     "same first token as the dense model": r"(eval_)?agreement",
     "nats per token, by exit": r"(eval_)?ce_depth_\d+",
+    "part of tokens, by recursion": r"(eval_)?load_depth_\d+|(eval_)?dead_tokens",
+    "score and best k agree": r"(eval_)?sampling_accuracy_depth_\d+",
     "same first token as the last recursion": r"(eval_)?(agreement|test_accuracy)_depth_\d+",
 }
 """Panels of the plot: title -> the figures in it."""
