@@ -570,6 +570,10 @@ def test_calls_that_cannot_be_routed_are_refused():
         model.model(ids, return_layer_states=True)
     with pytest.raises(ValueError, match="The cache holds 1 rows, and the call has 2"):
         model(random_ids(2, 3), past_key_values=generate(model, ids, max_new_tokens=3)[2])
+    with pytest.raises(ValueError, match="routers, which were trained for 2 recursions"):
+        model.with_recursions(3)
+    with pytest.raises(ValueError, match="anderson=2 mixes loops of all tokens"):
+        tiny_recursive().with_recursions(4, anderson=2).add_routers("expert_choice")
     model = tiny_routed(router_kv="shared").train()
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="'shared' and activation checkpointing exclude one another"):

@@ -11,6 +11,7 @@ import typer
 
 from recursify.errors import SettingsError
 
+from .depth_view import DepthView, token_pieces
 from .options import (
     AndersonOption,
     DeviceOption,
@@ -22,7 +23,7 @@ from .options import (
     TrustOption,
     check_recursions,
 )
-from .report import print_data, print_json, talk
+from .report import print_data, print_json, print_styled, talk
 
 EXAMPLES = """
 Continue a prompt with a recursive (or dense) model. The prompt is an argument, or standard input.
@@ -38,6 +39,8 @@ Continue a prompt with a recursive (or dense) model. The prompt is an argument, 
 `recursify generate smollm2-exits "Once upon a time" --speculate --stats`
 
 `recursify generate smollm2-r2 "Once upon a time" --recursions 3`
+
+`recursify generate smollm2-routed "Once upon a time" --show-depth --depth-page depths.html`
 
 `echo "def fibonacci(n):" | recursify generate smollm2-r2 --temperature 0.7 --seed 1 --stats`
 """
@@ -109,6 +112,17 @@ def generate_command(
         Path | None,
         typer.Option("--plot", help="With --exit: draw where tokens left (.png, .svg).", show_default=False),
     ] = None,
+    show_depth: Annotated[
+        bool,
+        typer.Option(
+            "--show-depth",
+            help="Colour each token by the depth it was read at, with routers or --exit; --json has the depths.",
+        ),
+    ] = False,
+    depth_page: Annotated[
+        Path | None,
+        typer.Option("--depth-page", metavar="FILE", help="Write that as a page (.html).", show_default=False),
+    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     trust_remote_code: TrustOption = False,
@@ -130,11 +144,14 @@ def generate_command(
     for option, value in (("--threshold", threshold), ("--vocabulary", vocabulary)):
         if value is not None and exit_policy is None:
             raise typer.BadParameter("it is for an exit policy, and without --exit there is none", param_hint=option)
+    if speculate and (show_depth or depth_page is not None):
+        raise typer.BadParameter("--speculate has the whole model check every token", param_hint="--show-depth")
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     loaded = with_recursions(loaded, model, recursions, residual_scale, anderson)
     shortcut: dict[str, Any] = {}
-    if exit_policy is not None or speculate:
+    if exit_policy is not None or speculate or show_depth or depth_page is not None:
         require_recursive_model(loaded, model)
+    if speculate:
         shortcut = {"speculate": True}
     if exit_policy is not None:
         settings = _exit_settings(loaded.config, exit_policy, threshold, vocabulary, kv, min_depth, max_pending)
@@ -144,13 +161,16 @@ def generate_command(
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     arguments = {**inputs, **sampling, "max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
+    cache = _routed_cache(loaded)
+    if cache is not None:
+        shortcut |= cache
 
     def write(**more: Any) -> tuple[Any, float]:
         torch.manual_seed(seed)
         started = time.perf_counter()
         return loaded.generate(**arguments, **more), time.perf_counter() - started
 
-    if shortcut and stats:
+    if (exit_policy is not None or speculate) and stats:
         # Both ways are timed warm.
         loaded.generate(**{**arguments, "max_new_tokens": 2})
     try:
@@ -172,16 +192,50 @@ def generate_command(
         )
     if speculate:
         facts |= {"drafted": int(output.drafted[0]), "accepted": int(output.accepted[0])}
-    if shortcut and stats:
+    if (exit_policy is not None or speculate) and stats:
         whole, whole_seconds = write()
         count = whole.sequences.shape[1] - inputs["input_ids"].shape[1]
         facts["tokens_per_second_at_full_depth"] = round(count / whole_seconds, 2)
+    shown = "" if chat else prompt.rstrip("\n")
+    view = None
+    if loaded.config.model_type == "recursive" and not speculate:
+        depths = _depths(loaded, output, cache, inputs["input_ids"].shape[1], len(new))
+        view = DepthView(shown, token_pieces(tokenizer, new.tolist()), depths, loaded.config.num_recursions)
+        facts |= {"tokens": view.pieces, "depths": view.depths}
+    if view is not None and depth_page is not None:
+        view.write_page(depth_page)
+        talk.print(f"wrote the depths of tokens to {depth_page}", markup=False)
     if json:
         print_json(facts)
         return
-    print_data(text if chat else prompt.rstrip("\n") + text)
+    if view is not None and show_depth:
+        print_styled(view.for_terminal())
+    else:
+        print_data(shown + text)
     if stats:
         talk.print(_stats(facts, exit_policy))
+
+
+def _routed_cache(loaded: Any) -> dict[str, Any] | None:
+    """The argument of ``generate`` that will hold the depths of a routed model's tokens; None for other models."""
+    if getattr(loaded.config, "router", None) is None:
+        return None
+    from recursify.modeling import RoutedCache
+    from recursify.modeling.modeling_recursive import CACHE_ARGUMENT
+
+    return {CACHE_ARGUMENT: RoutedCache(loaded.config)}
+
+
+def _depths(loaded: Any, output: Any, cache: dict[str, Any] | None, prompt_length: int, num_new: int) -> list[int]:
+    """Per new token, the last recursion of the forward that it was read from."""
+    if cache is not None:
+        (routed,) = cache.values()
+        return routed.depths[0, prompt_length - 1 : prompt_length - 1 + num_new].tolist()
+    exits = getattr(output, "exit_depths", None)
+    if exits is not None:
+        return exits[0].tolist()
+    fixed = loaded.config.exit_depth
+    return [loaded.config.num_recursions - 1 if fixed is None else fixed] * num_new
 
 
 def _exit_settings(
@@ -224,6 +278,8 @@ def _stats(facts: dict[str, Any], policy: str | None) -> str:
         lines[0] += f"; {facts['tokens_per_second_at_full_depth']} at full depth"
     if "drafted" in facts:
         lines.append(f"drafts     {facts['accepted']} of {facts['drafted']} were kept")
+    if policy is None and "depths" in facts:
+        lines.append(f"recursions {1 + sum(facts['depths']) / max(len(facts['depths']), 1):.2f} per token")
     if "exits" in facts:
         exits = facts["exits"]
         *early, whole = exits["histogram"]

@@ -35,6 +35,11 @@ def print_data(text: str) -> None:
     sys.stdout.flush()
 
 
+def print_styled(text: Text) -> None:
+    """Print a result on stdout, in colours where that is a terminal."""
+    Console(highlight=False, soft_wrap=True).print(text)
+
+
 def print_json(data: Any) -> None:
     """Print a result on stdout as JSON."""
     print_data(json.dumps(data, indent=2))

@@ -122,8 +122,8 @@ def _require_stock_steps(checkpoint: RecursiveCheckpoint) -> None:
     config = checkpoint.config
     if config.router is not None:
         raise PlanError(
-            f"'{checkpoint.folder}' has {config.router} routers, and stock layers take every token. Export the model that "
-            f"they were trained on instead."
+            f"'{checkpoint.folder}' has {config.router} routers, and stock layers take every token. Export the model "
+            f"that they were trained on instead."
         )
     if config.residual_scale != 1 or config.anderson:
         what = f"scales its layers' steps by {config.residual_scale:g}"

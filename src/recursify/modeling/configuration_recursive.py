@@ -315,6 +315,11 @@ class RecursiveConfig(PreTrainedConfig):
         """
         if num_recursions < 1:
             raise ValueError(f"A model has at least 1 recursion, got {num_recursions}.")
+        if self.router is not None:
+            raise ValueError(
+                f"The model has {self.router} routers, which were trained for {self.num_recursions} recursions at "
+                f"their scale. Change those of a model without routers."
+            )
         changes: dict[str, Any] = {"num_recursions": num_recursions, "anderson": anderson}
         changes["residual_scale"] = residual_scale
         if residual_scale == "auto":

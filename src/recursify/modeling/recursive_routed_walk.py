@@ -146,7 +146,8 @@ class RoutedWalk:
             self.store.aim(depth, self._packing, self.past, selected)
         self._entered = self._packing.take(states)
         self._made_for: dict[str | None, Any] = {}
-        self._rotations = self.model.rotations(self._entered, self._packing.take(self.position_ids))
+        self._positions = self._packing.take(self.position_ids)
+        self._rotations = self.model.rotations(self._entered, self._positions)
         return self._entered
 
     def _choose_experts(self, depth: int, states: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,13 +221,12 @@ class RoutedWalk:
         kind = self.model.layer_type(position)
         if kind not in self._made_for:
             self._made_for[kind] = self._mask(kind, states)
-        assert self._packing is not None
         return self.model.run_slot(
             self.layout.slot(position),
             states,
             attention_mask=self._made_for[kind],
             position_embeddings=self._rotations[kind] if isinstance(self._rotations, dict) else self._rotations,
-            position_ids=self._packing.take(self.position_ids),
+            position_ids=self._positions,
             use_cache=self.store is not None,
             **{self.model.cache_argument: self.store},
             **self.arguments,

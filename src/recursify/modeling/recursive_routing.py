@@ -93,6 +93,10 @@ def check_routers(config: Any) -> None:
             f"A model with {config.num_recursions} recursions in {config.sharing} sharing has no boundary between "
             f"recursions, so there is nothing to route tokens to. Routers need cycle sharing and at least 2 recursions."
         )
+    if config.anderson:
+        raise ValueError(
+            f"anderson={config.anderson} mixes loops of all tokens, and routers keep some out of a loop. Leave one out."
+        )
     if config.router_temperature <= 0:
         raise ValueError(f"router_temperature must be above 0, got {config.router_temperature:g}.")
     _check_activation(config)
