@@ -87,3 +87,13 @@ def test_ends_that_leave_nothing_are_refused():
     """A prelude and coda as long as the model."""
     with pytest.raises(LayoutError, match=r"6 layers less a prelude of 3 and a coda of 3 leave 0"):
         LayerLayout.fold(6, 2, "cycle", num_prelude_layers=3, num_coda_layers=3)
+
+
+@pytest.mark.parametrize(
+    ("order", "block"), [("cycle", [1, 2, 1, 2, 3, 4]), ("sequence", [1, 1, 2, 3, 3, 4])], ids=["cycle", "sequence"]
+)
+def test_sources_of_another_number_of_recursions(order, block):
+    """Prelude and coda keep their order; the block's layers come from the depths that they stand for."""
+    layout = LayerLayout(num_prelude_layers=1, block_size=2, num_recursions=2, num_coda_layers=2, order=order)
+    assert layout.sources([0, 0, 1]) == [0, *block, 5, 6]
+    assert layout.sources([0, 1]) == list(range(7))
