@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
-from test_recursive_decoding import Waits, generate, left_padded, tiny_recursive
+from test_recursive_decoding import STEPS, Waits, generate, left_padded, tiny_recursive
 from transformers import GenerationConfig, LogitsProcessorList, TextStreamer
 
 from recursify.modeling import SpeculationSettings
-from recursify.modeling.recursive_speculation import Speculator
+from recursify.modeling.recursive_speculation import DraftLength, Speculator
 from tiny_models import byte_tokenizer, random_ids
 
 
@@ -159,3 +161,61 @@ def test_a_round_waits_for_the_device_once_for_all_rows():
                 new = speculator.round(texts, rows)
                 texts = [torch.cat([text, chosen]) for text, chosen in zip(texts, new, strict=True)]
         assert waits.fetched == 4
+
+
+def test_drafts_are_as_many_as_pay():
+    """Twice as many tokens where all are kept, none where too few are, and a try now and then."""
+    length = DraftLength(SpeculationSettings(num_drafts=2, max_drafts=7), cost=0.5)
+    seen = []
+    for _ in range(5):
+        seen.append(length.length)
+        length.learn(length.length, length.length)
+    assert seen == [2, 4, 6, 7, 7]
+    for _ in range(12):  # each draft is kept four times out of five: 0.8 ** 3 > 0.5 > 0.8 ** 4
+        length.learn(4, 4)
+        length.learn(1, 0)
+    assert length.length == 3
+
+    never = DraftLength(SpeculationSettings(num_drafts=4), cost=0.5)
+    drafted = []
+    for _ in range(200):
+        drafted.append(never.length)
+        never.learn(never.length, 0)
+    tries = [step for step, count in enumerate(drafted) if count]
+    assert max(drafted[tries[1] :]) == 1
+    gaps = [after - before for before, after in pairwise(tries)]
+    assert gaps[-1] > 60, "it tries ever more rarely"
+    while not never.length:
+        never.learn(0, 0)
+    for _ in range(30):
+        never.learn(1, 1)
+    assert never.length > 1, "and goes on where a try is kept"
+
+    fixed = DraftLength(SpeculationSettings(num_drafts=4, adaptive=False), cost=0.5)
+    fixed.learn(4, 0)
+    assert fixed.length == 4
+
+
+@pytest.mark.parametrize("through_coda", [True, False])
+def test_what_a_draft_costs_is_counted_in_weights(through_coda):
+    """Three layers of six, the coda's one where exits run it, and the head, which both read."""
+    model = tiny_recursive(recursions=2, through_coda=through_coda)
+    mask = torch.ones(1, 4, dtype=torch.long)
+    config = GenerationConfig(max_length=10)
+    speculator = Speculator(model, SpeculationSettings(), mask, LogitsProcessorList(), config)
+    layer = sum(weight.numel() for weight in model.model.prelude[0].parameters() if weight.ndim == 2)
+    head = model.lm_head.weight.numel()
+    expected = ((4 if through_coda else 3) * layer + head) / (6 * layer + head)
+    assert speculator.lengths[0].cost == pytest.approx(expected)
+
+
+def test_seldom_kept_drafts_are_hardly_made():
+    """An exit that is never right costs a few drafts, and no token."""
+    model = tiny_recursive(recursions=2)
+    with torch.no_grad():
+        model.exit_heads[0].norm.weight.neg_()
+    ids = random_ids(2, 5)
+    found = generate(model, ids, speculate=True, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, generate(model, ids))
+    assert int(found.accepted.max()) <= 1
+    assert int(found.drafted.max()) < STEPS / 4

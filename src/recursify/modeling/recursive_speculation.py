@@ -13,6 +13,7 @@ This file travels inside every checkpoint: it imports torch and transformers onl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ class SpeculationSettings:
     Attributes:
         depth: The exit that drafts.
         num_drafts: Drafted tokens per round, at first.
-        adaptive: Draft two more after a round that kept all of a row's drafts, one less after another.
+        adaptive: Draft as many as pay, see :class:`DraftLength`; none, where the exit is seldom right.
         max_drafts: Drafted tokens per round at most.
         layers: Draft after so many layers instead, read out by the model's own norm and head.
     """
@@ -52,6 +53,48 @@ class SpeculationSettings:
     def of(cls, given: Any) -> SpeculationSettings:
         """Settings, or ``True`` for those by default."""
         return cls() if given is True else given
+
+
+class DraftLength:
+    """How many tokens of a row to draft next, learned from how many were kept.
+
+    A draft costs ``r`` of what a step of the whole model costs, and saves one if it is kept. Where each is kept with
+    probability ``α`` if those before it are, the ``m``-th is with ``α^m``: drafts pay while that is above ``r``. If not
+    even the first does, none is drafted but one in some rounds, to notice when the text becomes easier.
+
+    Args:
+        settings: Where to begin, and how far to go.
+        cost: ``r``.
+    """
+
+    DECAY = 0.9
+    """Of what was seen, per round that drafts."""
+    PAUSES = (8, 64)
+    """Rounds without drafts before another is tried: at first, and at most; twice as many after each that fails."""
+
+    def __init__(self, settings: SpeculationSettings, cost: float) -> None:
+        self.settings, self.cost = settings, cost
+        self.length = settings.num_drafts
+        self.kept = self.tried = 2.0
+        self.pause = self.left = self.PAUSES[0]
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """After a round that drafted so many tokens, of which so many were kept."""
+        if not self.settings.adaptive:
+            return
+        if not drafted:
+            self.left -= 1
+            self.length = int(self.left <= 0)
+            return
+        # Drafts after the first that was refused were not put to the test.
+        self.kept = self.DECAY * self.kept + accepted
+        self.tried = self.DECAY * self.tried + min(accepted + 1, drafted)
+        rate = self.kept / self.tried
+        paying = self.settings.max_drafts if rate >= 1 else int(math.log(self.cost) / math.log(rate))
+        if not paying:
+            self.pause = self.PAUSES[0] if accepted else min(2 * self.pause, self.PAUSES[1])
+            self.left = self.pause
+        self.length = min(paying, self.length + 2, self.settings.max_drafts)
 
 
 @dataclass
@@ -100,7 +143,8 @@ class Speculator:
         self.processor = logits_processor
         self.samples = generation_config.do_sample
         self.max_length = generation_config.max_length
-        self.lengths = [settings.num_drafts] * num_rows
+        cost = self._draft_cost(model)
+        self.lengths = [DraftLength(settings, cost) for _ in range(num_rows)]
         self.drafted, self.accepted, self.rounds = ([0] * num_rows for _ in range(3))
 
     def choose(self, rows: list[int], texts: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,7 +172,7 @@ class Speculator:
         """Tokens that ``rows`` get, at least one each; ``texts`` by row, of which the last token has not run yet."""
         decoder = self.decoder
         room = {row: self.max_length - len(texts[row]) - 1 for row in rows}
-        wanted = {row: min(self.lengths[row], room[row]) for row in rows}
+        wanted = {row: min(self.lengths[row].length, room[row]) for row in rows}
         start = {row: len(texts[row]) for row in rows}
         tried = {row: texts[row] for row in rows}
         q: dict[int, list[Tensor]] = {row: [] for row in rows}  # distributions of the drafts, or scores when greedy
@@ -192,9 +236,16 @@ class Speculator:
         self.drafted[row] += drafted
         self.accepted[row] += accepted
         self.rounds[row] += 1
-        if self.settings.adaptive and drafted:
-            longer = self.lengths[row] + 2 if accepted == drafted else self.lengths[row] - 1
-            self.lengths[row] = min(max(longer, 1), self.settings.max_drafts)
+        self.lengths[row].learn(drafted, accepted)
+
+    def _draft_cost(self, model: Any) -> float:
+        """What a draft costs of a step of the whole model, by the weights that each reads."""
+        layer = sum(weight.numel() for weight in model.model.block[0].parameters() if weight.ndim == 2)
+        head, layers = model.lm_head.weight.numel(), sum(map(len, self.decoder.segments))
+        drafting = sum(map(len, self.decoder.segments[: self.settings.depth + 1]))
+        if self.settings.layers is None and model.config.exit_through_coda:
+            drafting += len(model.config.layout.coda_positions)
+        return (drafting * layer + head) / (layers * layer + head)
 
 
 def generate_speculatively(
