@@ -39,6 +39,7 @@ from keyed_results import KeyedResults, markdown_table, short
 from quality import MODEL, commit
 from recursify.cli.models import load_model
 from recursify.cli.report import talk
+from recursify.evaluation.exit_calibration import read_boundaries
 from recursify.evaluation.router_calibration import calibrate_thresholds
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import (
@@ -49,7 +50,6 @@ from recursify.modeling import (
     RecursiveForCausalLM,
     make_policy,
 )
-from recursify.modeling.recursive_policies import Boundary
 
 CAPACITIES = {"1": 1.0, "2/3": 2 / 3, "1/3": 1 / 3}
 RESULTS = Path(__file__).parent / "results"
@@ -179,47 +179,39 @@ def report_block(setup: dict[str, Any], output: Path, rows: dict[Any, dict[str, 
 
 
 Read = Callable[[RecursiveForCausalLM, Tensor], tuple[Tensor, Tensor]]
+"""Of a window ``[1, T]``, logits ``[T - 1, V]`` and recursions ``[T - 1]`` of the tokens that another follows."""
 
 
 class Reading:
-    """How a model reads a text: logits ``[B, T, V]`` and recursions ``[B, T]`` of each token, and how it generates."""
+    """A model, how it reads a text, and the arguments it generates with."""
 
-    def __init__(
-        self, folder: Path, read: Callable[[RecursiveForCausalLM, Tensor], tuple[Tensor, Tensor]], **more: Any
-    ):
-        loaded, self.tokenizer = load_model(str(folder), dtype="float32")
+    def __init__(self, folder: Path, read: Read, **generates: Any):
+        loaded, _ = load_model(str(folder), dtype="float32")
         assert isinstance(loaded, RecursiveForCausalLM)
-        self.model, self.read, self.generates = loaded, partial(read, loaded), more
+        self.model, self.read, self.generates = loaded, read, generates
 
 
 def read_routed(model: RecursiveForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
     outputs = model.model(ids, use_cache=False)
     assert outputs.routing is not None
-    return model.read_out(outputs.last_hidden_state), outputs.routing.depths + 1
+    return model.read_out(outputs.last_hidden_state[0, :-1]), outputs.routing.depths[0, :-1] + 1
 
 
 def read_at_depth(depth: int | None, model: RecursiveForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
-    logits = model(ids, use_cache=False, **({} if depth is None else {"exit_depth": depth})).logits
-    return logits, torch.full(ids.shape, model.config.num_recursions if depth is None else depth + 1)
+    logits = model(ids, use_cache=False, **({} if depth is None else {"exit_depth": depth})).logits[0, :-1]
+    return logits, torch.full(logits.shape[:1], model.config.num_recursions if depth is None else depth + 1)
 
 
 def read_with_exits(policy: ExitPolicy, model: RecursiveForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Each token by the first exit that is sure enough; deeper keys are exact, as with ``kv`` deferred."""
-    outputs = model.model(ids, use_cache=False, exit_depths=model.config.exit_depths)
-    logits = model.read_out(outputs.last_hidden_state)
-    recursions = torch.full(ids.shape, model.config.num_recursions)
-    thresholds = policy.thresholds(len(model.config.exit_depths))
-    for depth in reversed(model.config.exit_depths):
-        assert outputs.boundary_states is not None
-        assert outputs.exit_states is not None
-        said = model.read_exit(depth, outputs.exit_states[depth])
-        states, flat = outputs.boundary_states[depth].flatten(0, 1), said.flatten(0, 1)
-        head = None if model.exit_heads is None else model.exit_heads[depth]
-        test = None if head is None else partial(head.agreement, states)
-        boundary = Boundary(depth, states, states, lambda flat=flat: flat, None, test)
-        leaves = (policy.confidence(boundary) > thresholds[depth]).view(ids.shape)
-        logits = torch.where(leaves[..., None], said, logits)
-        recursions = torch.where(leaves, depth + 1, recursions)
+    boundaries, last = read_boundaries(model, ids, policy.vocabulary)
+    logits = model.read_out(last)
+    recursions = torch.full(logits.shape[:1], model.config.num_recursions)
+    thresholds = policy.thresholds(len(boundaries))
+    for boundary in reversed(boundaries):
+        leaves = policy.confidence(boundary) > thresholds[boundary.depth]
+        logits = torch.where(leaves[:, None], boundary.all_logits, logits)
+        recursions = torch.where(leaves, boundary.depth + 1, recursions)
     return logits, recursions
 
 
@@ -229,7 +221,7 @@ def matching_threshold(model: RecursiveForCausalLM, name: str, windows: Tensor, 
     low, high = policy.lowest, policy.highest
     for _ in range(12):
         middle = (low + high) / 2
-        _, found = read_with_exits(make_policy(name, middle), model, windows)
+        found = torch.cat([read_with_exits(make_policy(name, middle), model, each)[1] for each in windows.split(1)])
         low, high = (middle, high) if float(found.float().mean()) < recursions else (low, middle)
     return (low + high) / 2
 
@@ -239,9 +231,9 @@ def measure_reading(reading: Reading, windows: Tensor, choices: Tensor, prompts:
     """Figures on ``windows [N, T]``; ``choices`` are the dense model's first tokens ``[N, T − 1]``."""
     loss, agreed, recursions = 0.0, 0, 0.0
     for window, choice in zip(windows, choices, strict=True):
-        logits, depths = reading.read(window[None])
-        loss += float(F.cross_entropy(logits[0, :-1].float(), window[1:], reduction="sum"))
-        agreed += int((logits[0, :-1].argmax(-1) == choice).sum())
+        logits, depths = reading.read(reading.model, window[None])
+        loss += float(F.cross_entropy(logits.float(), window[1:], reduction="sum"))
+        agreed += int((logits.argmax(-1) == choice).sum())
         recursions += float(depths.float().mean())
     count = choices.numel()
     seconds = []
@@ -291,7 +283,7 @@ def exiting(arguments: argparse.Namespace, name: str, calibration: Tensor) -> Re
         threshold = matching_threshold(reading.model, name, calibration, arguments.recursions)
     policy = make_policy(name, threshold)
     talk.print(f"exit by {name}: threshold {threshold:.3f}")
-    reading.read = partial(read_with_exits, policy, reading.model)
+    reading.read = partial(read_with_exits, policy)
     reading.generates = {"exit_policy": ExitSettings(policy)}
     return reading
 
