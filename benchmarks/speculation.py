@@ -238,7 +238,7 @@ def run_batches(bench: Bench, names: list[str], prompts: list[Tensor], size: int
         spent: dict[str, Spent] = {}
         for name in names:
             row = ROWS[name]
-            if size not in row.batches or not (row.everywhere or start + size <= few):
+            if size not in row.batches or not (row.everywhere or start < few):
                 continue
             if not start:
                 bench.generate(row, batch, max_new_tokens=4)
@@ -304,7 +304,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), help="plain ones are added")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4], choices=[1, 4])
     parser.add_argument("--prompts", type=int, default=20, help="for plain and speculate [%(default)s]")
-    parser.add_argument("--few-prompts", type=int, default=8, help="for the other rows [%(default)s]")
+    parser.add_argument(
+        "--few-prompts", type=int, default=8, help="for the other rows, rounded up to a batch [%(default)s]"
+    )
     parser.add_argument("--new-tokens", type=int, default=128, help="[%(default)s]")
     parser.add_argument("--output", type=Path, required=True, help="CSV; other rows in it are kept")
     return parser.parse_args()
