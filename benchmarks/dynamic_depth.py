@@ -284,26 +284,32 @@ def write_report(setup: dict[str, Any], output: Path, rows: dict[Any, dict[str, 
     """The table with what a reader must know of it."""
     lines = [_line(row) for row in rows.values()]
     head = ["", "target", "agreement", "mean depth", "perplexity", "left early", "layers", "agreement, decoding"]
-    gaps = {
-        f"`{row['row']}` at {float(row['target']):.0%}": float(row["gap_points"])
-        for row in rows.values()
-        if row.get("gap_points") not in (None, "") and row["kv"] not in APPROXIMATE
-    }
-    missed = [f"{name} ({gap:+.1f})" for name, gap in gaps.items() if abs(gap) > AIM]
-    within = f"{len(gaps) - len(missed)} of {len(gaps)} thresholds hit their target within {AIM:g} points on the half"
     return (
         f"# Dynamic depth\n\nMade by `python benchmarks/dynamic_depth.py`; figures in `{output.name}`, settings and "
         f"versions in `{output.with_suffix('.json').name}`.\n\n{setup['model_is']}: {setup['layers']}. *Agreement*, "
         f"*mean depth* and *perplexity*: of the second half of {setup['text_tokens']:,} tokens of {setup['text']}, "
         f"read in windows of {WINDOW} with the keys and values of full depth; thresholds are chosen on the first half. "
         f"Agreement is with the last recursion, over all tokens. The first exit has depth 0, the last recursion "
-        f"{setup['num_exits']}. {within} that they were not chosen on{': not ' + ', '.join(missed) if missed else ''}. "
+        f"{setup['num_exits']}. {_hits(setup, rows)} "
         f"The other columns: {setup['prompts']} prompts of {PROMPT_LENGTHS[0]} to {PROMPT_LENGTHS[-1]} tokens "
         f"continued by {setup['new_tokens']} each, greedily, one at a time; {setup['dtype']}, {setup['threads']} "
         f"thread(s). *Left early*: of new tokens. *Layers*: that ran per token, those of the coda at exits included, "
         f"but no readout. {SPEED_NOTE} The control is plain decoding at full depth.\n\n"
         f"{markdown_table([*head, *SPEED_HEAD], lines)}\n"
     )
+
+
+def _hits(setup: dict[str, Any], rows: dict[Any, dict[str, Any]]) -> str:
+    """How near agreements came to their targets."""
+    aimed = [row for row in rows.values() if row.get("gap_points") not in (None, "") and row["kv"] not in APPROXIMATE]
+    missed = []
+    for row in aimed:
+        gap = float(row["gap_points"])
+        if abs(gap) > AIM:
+            why = ", no token leaves" if float(row["mean_depth"]) == setup["num_exits"] else ""
+            missed.append(f"`{row['row']}` at {float(row['target']):.0%} ({gap:+.2f}{why})")
+    hit = f"{len(aimed) - len(missed)} of {len(aimed)} hit their target within {AIM:g} points there"
+    return f"{hit}; the others: {', '.join(missed)}." if missed else f"{hit}."
 
 
 def _line(row: dict[str, Any]) -> list[str]:
