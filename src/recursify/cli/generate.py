@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,80 +127,35 @@ def generate_command(
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
-    if prompt is None:
-        prompt = "" if sys.stdin.isatty() else sys.stdin.read()
-    if not prompt.strip():
-        raise typer.BadParameter("give a prompt as an argument or on standard input", param_hint="PROMPT")
-    import torch
+    prompt = _read(prompt)
+    check_recursions(recursions, residual_scale, anderson)
+    shows = show_depth or depth_page is not None
+    _refuse_unlike(exit_policy, {"--threshold": threshold, "--vocabulary": vocabulary}, plot, speculate, shows=shows)
 
+    from .generation import Generation
     from .models import load_model, require_recursive_model, with_recursions
 
-    check_recursions(recursions, residual_scale, anderson)
-    if speculate and exit_policy is not None:
-        raise typer.BadParameter("--exit is lossy and --speculate is not: give one of them", param_hint="--speculate")
-    if plot is not None and exit_policy is None:
-        raise typer.BadParameter("it draws exits, and without --exit there are none", param_hint="--plot")
-    for option, value in (("--threshold", threshold), ("--vocabulary", vocabulary)):
-        if value is not None and exit_policy is None:
-            raise typer.BadParameter("it is for an exit policy, and without --exit there is none", param_hint=option)
-    if speculate and (show_depth or depth_page is not None):
-        raise typer.BadParameter("--speculate has the whole model check every token", param_hint="--show-depth")
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     loaded = with_recursions(loaded, model, recursions, residual_scale, anderson)
-    shortcut: dict[str, Any] = {}
-    if exit_policy is not None or speculate or show_depth or depth_page is not None:
+    if exit_policy is not None or speculate or shows:
         require_recursive_model(loaded, model)
-    if speculate:
-        shortcut = {"speculate": True}
+    exits = None
     if exit_policy is not None:
-        settings = _exit_settings(loaded.config, exit_policy, threshold, vocabulary, kv, min_depth, max_pending)
-        shortcut = {"exit_policy": settings}
+        exits = _exit_settings(loaded.config, exit_policy, threshold, vocabulary, kv, min_depth, max_pending)
     inputs = _encode(tokenizer, prompt, chat=chat).to(loaded.device)
-    sampling: dict[str, Any] = {"do_sample": False}
+    arguments: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    arguments = {**inputs, **sampling, "max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
-    cache = _routed_cache(loaded)
-    if cache is not None:
-        shortcut |= cache
-
-    def write(**more: Any) -> tuple[Any, float]:
-        torch.manual_seed(seed)
-        started = time.perf_counter()
-        return loaded.generate(**arguments, **more), time.perf_counter() - started
-
-    if (exit_policy is not None or speculate) and stats:
-        # Both ways are timed warm.
-        loaded.generate(**{**arguments, "max_new_tokens": 2})
-    try:
-        output, seconds = write(**shortcut)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-    new = output.sequences[0, inputs["input_ids"].shape[1] :]
-    text = tokenizer.decode(new, skip_special_tokens=True)
-    facts: dict[str, Any] = {
-        "prompt": prompt,
-        "text": text,
-        "num_tokens": len(new),
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(len(new) / seconds, 2),
-    }
-    if exit_policy is not None and (stats or plot is not None):
-        facts |= _exit_facts(
-            loaded, output, inputs, shortcut["exit_policy"], agreement=stats and temperature == 0, plot=plot
-        )
-    if speculate:
-        facts |= {"drafted": int(output.drafted[0]), "accepted": int(output.accepted[0])}
-    if (exit_policy is not None or speculate) and stats:
-        whole, whole_seconds = write()
-        count = whole.sequences.shape[1] - inputs["input_ids"].shape[1]
-        facts["tokens_per_second_at_full_depth"] = round(count / whole_seconds, 2)
-    shown = "" if chat else prompt.rstrip("\n")
-    view = None
-    if loaded.config.model_type == "recursive" and not speculate:
-        depths = _depths(loaded, output, cache, inputs["input_ids"].shape[1], len(new))
-        view = DepthView(shown, token_pieces(tokenizer, new.tolist()), depths, loaded.config.num_recursions)
-        facts |= {"tokens": view.pieces, "depths": view.depths}
+        arguments |= {"temperature": temperature, "top_p": top_p}
+    generation = Generation(loaded, tokenizer, inputs, arguments, seed=seed, exits=exits, speculate=speculate)
+    generation.run(warm=stats)
+    facts = {"prompt": prompt, **generation.facts(beside_plain=stats)}
+    if exits is not None and (stats or plot is not None):
+        facts |= _exit_facts(generation, agreement=stats and temperature == 0, plot=plot)
+    shown, view, depths = "" if chat else prompt.rstrip("\n"), None, generation.depths()
+    if depths is not None:
+        pieces = token_pieces(tokenizer, generation.new.tolist())
+        view = DepthView(shown, pieces, depths, loaded.config.num_recursions)
+        facts |= {"tokens": pieces, "depths": depths}
     if view is not None and depth_page is not None:
         view.write_page(depth_page)
         talk.print(f"wrote the depths of tokens to {depth_page}", markup=False)
@@ -211,31 +165,35 @@ def generate_command(
     if view is not None and show_depth:
         print_styled(view.for_terminal())
     else:
-        print_data(shown + text)
+        print_data(shown + facts["text"])
     if stats:
         talk.print(_stats(facts, exit_policy))
 
 
-def _routed_cache(loaded: Any) -> dict[str, Any] | None:
-    """The argument of ``generate`` that will hold the depths of a routed model's tokens; None for other models."""
-    if getattr(loaded.config, "router", None) is None:
-        return None
-    from recursify.modeling import RoutedCache
-    from recursify.modeling.modeling_recursive import CACHE_ARGUMENT
+def _read(prompt: str | None) -> str:
+    """The prompt, from standard input if it is None."""
+    if prompt is None:
+        prompt = "" if sys.stdin.isatty() else sys.stdin.read()
+    if not prompt.strip():
+        raise typer.BadParameter("give a prompt as an argument or on standard input", param_hint="PROMPT")
+    return prompt
 
-    return {CACHE_ARGUMENT: RoutedCache(loaded.config)}
 
-
-def _depths(loaded: Any, output: Any, cache: dict[str, Any] | None, prompt_length: int, num_new: int) -> list[int]:
-    """Per new token, the last recursion of the forward that it was read from."""
-    if cache is not None:
-        (routed,) = cache.values()
-        return routed.depths[0, prompt_length - 1 : prompt_length - 1 + num_new].tolist()
-    exits = getattr(output, "exit_depths", None)
-    if exits is not None:
-        return exits[0].tolist()
-    fixed = loaded.config.exit_depth
-    return [loaded.config.num_recursions - 1 if fixed is None else fixed] * num_new
+def _refuse_unlike(
+    exit_policy: str | None, of_policies: dict[str, Any], plot: Path | None, speculate: bool, *, shows: bool
+) -> None:
+    """Raises:
+    typer.BadParameter: Options that exclude or lack one another.
+    """
+    if speculate and exit_policy is not None:
+        raise typer.BadParameter("--exit is lossy and --speculate is not: give one of them", param_hint="--speculate")
+    if plot is not None and exit_policy is None:
+        raise typer.BadParameter("it draws exits, and without --exit there are none", param_hint="--plot")
+    for option, value in of_policies.items():
+        if value is not None and exit_policy is None:
+            raise typer.BadParameter("it is for an exit policy, and without --exit there is none", param_hint=option)
+    if speculate and shows:
+        raise typer.BadParameter("--speculate has the whole model check every token", param_hint="--show-depth")
 
 
 def _exit_settings(
@@ -259,13 +217,13 @@ def _exit_settings(
         raise SettingsError(str(error)) from error
 
 
-def _exit_facts(
-    loaded: Any, output: Any, inputs: Any, settings: Any, *, agreement: bool, plot: Path | None
-) -> dict[str, Any]:
+def _exit_facts(generation: Any, *, agreement: bool, plot: Path | None) -> dict[str, Any]:
     from recursify.evaluation.exits import draw_histogram, exit_statistics
 
-    num_exits = len(settings.layers or loaded.config.exit_depths)
-    statistics = exit_statistics(loaded, output, inputs["attention_mask"], num_exits, agreement=agreement)
+    model, settings = generation.model, generation.exits
+    num_exits = len(settings.layers or model.config.exit_depths)
+    mask = generation.inputs["attention_mask"]
+    statistics = exit_statistics(model, generation.output, mask, num_exits, agreement=agreement)
     if plot is not None:
         draw_histogram(statistics, plot)
     return {"exits": {**statistics.to_dict(), "simulated": settings.policy.simulated}}
