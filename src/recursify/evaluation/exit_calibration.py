@@ -139,10 +139,9 @@ def _require_policy(model: RecursiveForCausalLM, name: str, vocabulary: int | No
         raise SettingsError(f"Policy '{name}' has no confidence to set a threshold on. Use one of: {', '.join(able)}.")
     try:
         policy = make_policy(name, vocabulary=vocabulary)
+        policy.check_vocabulary(model.config.vocab_size)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    if vocabulary is not None and vocabulary > model.config.vocab_size:
-        raise SettingsError(f"vocabulary={vocabulary} is more than the model has: {model.config.vocab_size}.")
     if not model.config.exit_depths:
         raise SettingsError("The model has no boundary between recursions, so it has no exits to set thresholds for.")
     if policy.needs_head and model.exit_heads is None:

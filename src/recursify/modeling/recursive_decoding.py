@@ -559,9 +559,7 @@ def _cuts(model: Any, settings: ExitSettings) -> list[int]:
             f"Exit policies need attention that takes any mask ({' or '.join(ATTENTION)}), and the model's is "
             f"'{config._attn_implementation}'. Load it with attn_implementation='sdpa'."
         )
-    vocabulary = settings.policy.vocabulary
-    if vocabulary is not None and vocabulary > config.vocab_size:
-        raise ValueError(f"vocabulary={vocabulary} is more than the model has: {config.vocab_size}.")
+    settings.policy.check_vocabulary(config.vocab_size)
     if settings.layers is not None:
         bad = [layer for layer in settings.layers if not 0 < layer < layout.num_layers]
         if bad or list(settings.layers) != sorted(set(settings.layers)) or not settings.layers:

@@ -131,6 +131,13 @@ class ExitPolicy(ABC):
         if self.vocabulary is not None and self.vocabulary < 2:
             raise ValueError(f"A policy needs 2 entries of the vocabulary at least, got vocabulary={self.vocabulary}.")
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raises:
+        ValueError: The policy judges by more entries than a model has, which are ``size``.
+        """
+        if self.vocabulary is not None and self.vocabulary > size:
+            raise ValueError(f"vocabulary={self.vocabulary} is more than the model has: {size}.")
+
     @property
     def name(self) -> str:
         """As :data:`EXIT_POLICIES` has it."""
