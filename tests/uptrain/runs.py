@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from recursify.uptrain.settings import UptrainSettings
+from recursify.uptrain.uptraining import uptrain
 from recursify.uptrain.watching import read_metrics
 
 BASE = UptrainSettings(
@@ -36,3 +39,22 @@ def assert_same(first, second, tolerance=2e-5):
     assert mine.keys() == theirs.keys()
     for name, weight in mine.items():
         torch.testing.assert_close(weight, theirs[name], atol=tolerance, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_resumes(source: Path, folder: Path, settings: UptrainSettings) -> None:
+    """A run of six steps, cut after the fourth, goes on to the same losses and weights as one that was not."""
+    uptrain(source, folder / "whole", settings, progress=silent)
+
+    class Cut(Exception):
+        pass
+
+    def cut(stage, done, total):
+        if done == 4 * 4 * 32:
+            raise Cut
+
+    with pytest.raises(Cut):
+        uptrain(source, folder / "cut", settings, progress=cut)
+    uptrain(source, folder / "cut", settings, resume=True, progress=silent)
+    assert losses(folder / "cut") == losses(folder / "whole")
+    mine, theirs = weights(folder / "cut"), weights(folder / "whole")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from processes import run
-from runs import BASE, assert_same, losses, silent, weights
+from runs import BASE, assert_resumes, assert_same, silent, weights
 
 from recursify.errors import SettingsError
 from recursify.modeling import RecursiveForCausalLM, Routing
@@ -279,21 +279,7 @@ def test_sharded_processes_are_one(source, tmp_path):
 def test_runs_resume(source, tmp_path):
     """A run cut at a checkpoint goes on to the same losses and weights, the bias included."""
     settings = replace(ROUTED, router="token_choice", router_balance="bias", save_every=3)
-    uptrain(source, tmp_path / "whole", settings, progress=silent)
-
-    class Cut(Exception):
-        pass
-
-    def cut(stage, done, total):
-        if done == 4 * 4 * 32:
-            raise Cut
-
-    with pytest.raises(Cut):
-        uptrain(source, tmp_path / "cut", settings, progress=cut)
-    uptrain(source, tmp_path / "cut", settings, resume=True, progress=silent)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    mine, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert_resumes(source, tmp_path, settings)
 
 
 def test_healing_a_routed_model(trained, tmp_path):
