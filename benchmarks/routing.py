@@ -256,7 +256,7 @@ def readings(arguments: argparse.Namespace, calibration: Tensor) -> dict[str, Ca
     """The rows, each made when it is measured; thresholds are chosen on text that is not measured on."""
     rows: dict[str, Callable[[], Reading]] = {}
     if arguments.routed:
-        rows["router"] = lambda: Reading(arguments.routed, read_routed)
+        rows["router"] = lambda: at_even_odds(Reading(arguments.routed, read_routed))
         rows["router, calibrated"] = lambda: calibrated(Reading(arguments.routed, read_routed), calibration)
     if arguments.random:
         rows["random router"] = lambda: Reading(arguments.random, read_routed)
@@ -269,6 +269,12 @@ def readings(arguments: argparse.Namespace, calibration: Tensor) -> dict[str, Ca
         for policy in arguments.policies:
             rows[f"exit by {policy}"] = partial(exiting, arguments, policy, calibration)
     return rows
+
+
+def at_even_odds(reading: Reading) -> Reading:
+    """A score of 0.5 decides, whatever thresholds were chosen when the model was trained."""
+    reading.model.config.router_thresholds = None
+    return reading
 
 
 def calibrated(reading: Reading, calibration: Tensor) -> Reading:

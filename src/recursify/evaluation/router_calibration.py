@@ -16,7 +16,7 @@ from recursify.modeling import RecursiveForCausalLM, Routing
 from recursify.modeling.recursive_routing import capacities_of, tokens_of
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def calibrate_thresholds(
     model: RecursiveForCausalLM, sequences: Iterable[Tensor], capacities: list[float] | None = None
 ) -> list[float]:
@@ -55,7 +55,8 @@ def calibrate_thresholds(
         config.router_thresholds = list(thresholds)
         scores, tokens = [], 0
         for ids in texts:
-            routing = model.model(ids.to(model.device), use_cache=False).routing
+            # Inside the model's forward: where it is sharded, the weights are together there.
+            routing = model(ids.to(model.device), use_cache=False, objective=lambda _, outputs: outputs.routing)
             scores.append(_deciding(routing, depth)[routing.candidates[depth]].sigmoid())
             tokens += ids.numel()
         thresholds[depth] = _threshold_for(torch.cat(scores), tokens_of(capacity, tokens))

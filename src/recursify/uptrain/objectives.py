@@ -7,6 +7,7 @@ are whole, and may therefore read out hidden states chunk by chunk.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,6 +52,15 @@ class Objective(ABC):
         What is set here has to follow from settings and step alone, so that all ranks and a resumed run agree, and
         stays as it is until the step is done, so that recomputed activations are what they were.
         """
+
+    def settle(self, model: RecursiveForCausalLM, sequences: Callable[[int], list[Tensor]]) -> bool:
+        """Choose what is chosen when the weights stand, before the last measurement; whether there was such a thing.
+
+        Args:
+            model: Trained, in eval mode. All ranks call this with the same text.
+            sequences: Makes token ids ``[1, T]`` of the training text, so many tokens at least if it has them.
+        """
+        return False
 
     def finish(self, model: RecursiveForCausalLM) -> None:
         """Change a trained model before it is written, in place."""

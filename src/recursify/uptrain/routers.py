@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recursify.errors import SettingsError
+from recursify.evaluation.router_calibration import calibrate_thresholds
 from recursify.modeling import RecursiveForCausalLM, RecursiveOutput, RouterKind, Routing, TokenRouter
 from recursify.modeling.recursive_routing import activated, activation_of, capacities_of, choose_top_k, warmed_up
 
@@ -21,6 +23,9 @@ from .objectives import Heal
 from .settings import ROUTER_FIELDS
 
 logger = logging.getLogger(__name__)
+
+CALIBRATION_TOKENS = 4096
+"""Thresholds are chosen on so much training text: a load of one half is then known to about 1 %."""
 
 
 # --- Losses, each a mean over the tokens of a sequence, ``[B]`` ----------------------------------------------------
@@ -166,6 +171,16 @@ class Routers(Heal):
             progress = step / steps if steps else 1.0
             self._model.model.training_capacities = [warmed_up(each, progress) for each in capacities_of(config)]
         self._move_bias()
+
+    def settle(self, model: RecursiveForCausalLM, sequences: Callable[[int], list[Tensor]]) -> bool:
+        """Choose the thresholds of expert choice, where a router has learnt anything that they could be for."""
+        config = model.config
+        learnt = config.router == "expert_choice" and config.router_width != "random"
+        if not (self.settings.router_calibrate and learnt and min(capacities_of(config)) < 1):
+            return False
+        thresholds = calibrate_thresholds(model, sequences(CALIBRATION_TOKENS))
+        logger.info("Thresholds of the routers: %s", ", ".join(f"{each:.3f}" for each in thresholds))
+        return True
 
     def finish(self, model: RecursiveForCausalLM) -> None:
         model.model.training_capacities = None

@@ -172,6 +172,10 @@ class UptrainSettings:
     """Whose score decides in inference: the router's ``own``, or that of an ``auxiliary`` one."""
     router_warmup_fraction: float = 0.0
     """With ``expert_choice``: part of the steps over which capacities fall from 1, along a cosine."""
+    router_calibrate: bool = True
+    """With ``expert_choice``: when the weights stand, choose on training text the scores from which on a token goes in,
+    so that every recursion takes the part that it was trained for. Otherwise that score is 0.5, and loads are what
+    comes of it: few tokens teach scores which tokens are the better ones, and not yet which are the best half."""
     router_weight: float = 0.001
     """With ``expert_choice``: weight of the cross-entropy that has scores say who is among the best ``k``."""
     router_balance: RouterBalance = "loss"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -27,7 +28,7 @@ from recursify.modeling import RecursiveConfig, RecursiveForCausalLM
 
 from . import checkpoints, sharding
 from .balancing import balance_factors
-from .data import Collator, prepare_data
+from .data import Collator, TextData, prepare_data
 from .exits import Exits
 from .fused_losses import check_backend
 from .layer_healing import LayerHealing, require_same_layers
@@ -171,7 +172,10 @@ def _train(run: Run) -> Outcome:
         [Watcher(output, per_step, run.progress)],
     )
     _run_trainer(trainer, settings, resumed)
-    before, after = _held_out_figures(trainer)
+    settled = objective.settle(
+        trainer.accelerator.unwrap_model(trainer.model).eval(), partial(_first_sequences, data, settings.length)
+    )
+    before, after = _held_out_figures(trainer, again=settled)
     objective.finish(trainer.accelerator.unwrap_model(trainer.model))
     steps = trainer.state.global_step
     curves = draw_curves(output) if state.is_main_process else None
@@ -203,9 +207,15 @@ def _require_unrouted(config: RecursiveConfig, settings: UptrainSettings) -> Non
         )
 
 
-def _held_out_figures(trainer: RecursiveTrainer) -> tuple[dict[str, float], dict[str, float]]:
-    """Before the first step (empty where that was not measured) and after the last."""
-    if not any(line["step"] == trainer.state.global_step for line in _evaluations(trainer)):
+def _first_sequences(data: TextData, length: int, num_tokens: int) -> list[Tensor]:
+    """Ids ``[1, T]`` of the first training sequences, ``num_tokens`` or all there are."""
+    count = min(len(data.train), -(-num_tokens // length))
+    return [torch.tensor(data.train[row]["input_ids"])[None] for row in range(count)]
+
+
+def _held_out_figures(trainer: RecursiveTrainer, *, again: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Before the first step (empty where that was not measured) and after the last, if need be once again."""
+    if again or not any(line["step"] == trainer.state.global_step for line in _evaluations(trainer)):
         trainer.evaluate()
     history = _evaluations(trainer)
     return _figures(history[0]) if history[0]["step"] == 0 else {}, _figures(history[-1])
