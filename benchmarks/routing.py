@@ -298,7 +298,7 @@ def measure_quality(arguments: argparse.Namespace) -> None:
     """Measure every row and write the table."""
     dense, tokenizer = load_model(arguments.dense, dtype="float32")
     windows = token_windows(tokenizer, default_text("held_out"), arguments.length)[: arguments.windows]
-    calibration = token_windows(tokenizer, default_text("calibration"), arguments.length)[:4]
+    calibration = token_windows(tokenizer, default_text("calibration"), arguments.length)[: arguments.calibration_windows]
     with torch.inference_mode():
         choices = torch.cat([dense(window[None], use_cache=False).logits[:, :-1].argmax(-1) for window in windows])
     prompts = windows[: arguments.prompts, :32]
@@ -359,6 +359,7 @@ def main() -> None:
     quality.add_argument("--recursions", type=float, default=1.5, help="per token, of exits")
     quality.add_argument("--windows", type=int, default=24)
     quality.add_argument("--length", type=int, default=256)
+    quality.add_argument("--calibration-windows", type=int, default=16, help="of other text, for thresholds")
     quality.add_argument("--prompts", type=int, default=5)
     quality.add_argument("--new", type=int, default=64)
     quality.add_argument("--output", type=Path, default=RESULTS / "routing_quality.csv")
