@@ -298,13 +298,19 @@ def measure_quality(arguments: argparse.Namespace) -> None:
     """Measure every row and write the table."""
     dense, tokenizer = load_model(arguments.dense, dtype="float32")
     windows = token_windows(tokenizer, default_text("held_out"), arguments.length)[: arguments.windows]
-    calibration = token_windows(tokenizer, default_text("calibration"), arguments.length)[: arguments.calibration_windows]
+    calibration = token_windows(tokenizer, default_text("calibration"), arguments.length)[
+        : arguments.calibration_windows
+    ]
     with torch.inference_mode():
         choices = torch.cat([dense(window[None], use_cache=False).logits[:, :-1].argmax(-1) for window in windows])
     prompts = windows[: arguments.prompts, :32]
-    named = {name: str(getattr(arguments, name)) for name in ("routed", "random", "exits", "dense")}
-    setup = {**named, "windows": len(windows), "length": arguments.length, "new": arguments.new, "versions": versions()}
-    setup |= {"recursions_of_exits": arguments.recursions, "text": default_text("held_out").name}
+    setup = {
+        **{name: getattr(arguments, name) for name in ("models_are", "dense", "length", "new", "calibration_windows")},
+        "windows": len(windows),
+        "recursions_of_exits": arguments.recursions,
+        "text": default_text("held_out").name,
+        "versions": versions(),
+    }
     results = KeyedResults(
         arguments.output,
         QUALITY_COLUMNS,
@@ -333,8 +339,9 @@ def report_quality(setup: dict[str, Any], output: Path, rows: dict[Any, dict[str
     head = ["", "recursions per token", "perplexity", "first choice as dense", "tokens/s"]
     made = f"Made by `python benchmarks/routing.py quality`; figures in `{output.name}`, settings and versions in"
     what = (
-        f"{setup['windows']} windows of {setup['length']} tokens of {setup['text']}. Exits run the recursions per "
-        f"token that `--recursions` asks for on other text. Tokens per second: greedy, one prompt at a time, "
+        f"{setup['models_are']}. {setup['windows']} windows of {setup['length']} tokens of {setup['text']}. *Router* "
+        f"decides at a score of 0.5; *calibrated*, and exits, which are to run {setup['recursions_of_exits']:g} "
+        f"recursions per token, at thresholds chosen on {setup['calibration_windows']} windows of other text. Tokens per second: greedy, one prompt at a time, "
         f"{setup['new']} tokens."
     )
     table = markdown_table(head, lines)
@@ -358,6 +365,7 @@ def main() -> None:
     quality.add_argument("--policies", nargs="+", default=["confidence", "head"])
     quality.add_argument("--recursions", type=float, default=1.5, help="per token, of exits")
     quality.add_argument("--windows", type=int, default=24)
+    quality.add_argument("--models-are", default="Models as given", help="what they are, for the table")
     quality.add_argument("--length", type=int, default=256)
     quality.add_argument("--calibration-windows", type=int, default=16, help="of other text, for thresholds")
     quality.add_argument("--prompts", type=int, default=5)
