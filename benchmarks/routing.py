@@ -341,8 +341,8 @@ def report_quality(setup: dict[str, Any], output: Path, rows: dict[Any, dict[str
     what = (
         f"{setup['models_are']}. {setup['windows']} windows of {setup['length']} tokens of {setup['text']}. *Router* "
         f"decides at a score of 0.5; *calibrated*, and exits, which are to run {setup['recursions_of_exits']:g} "
-        f"recursions per token, at thresholds chosen on {setup['calibration_windows']} windows of other text. Tokens per second: greedy, one prompt at a time, "
-        f"{setup['new']} tokens."
+        f"recursions per token, at thresholds chosen on {setup['calibration_windows']} windows of other text. "
+        f"Tokens per second: greedy, one prompt at a time, {setup['new']} tokens."
     )
     table = markdown_table(head, lines)
     title = "# Routers beside exits and fixed depths"

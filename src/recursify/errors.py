@@ -10,6 +10,7 @@
     ├── SettingsError              a settings file with an unknown key or a value out of range
     ├── OutputError                a target that exists, lies inside the source, or has no room
     ├── TrainingError              a training run that cannot start, go on or be resumed
+    ├── EngineError                a request or a setting that the engine cannot serve
     ├── HubError                   a repository that cannot be made, read or written, or a folder not fit for one
     └── ParityError                a converted or exported model whose logits differ where they must not
 
@@ -47,6 +48,10 @@ class OutputError(RecursifyError):
 
 class TrainingError(RecursifyError):
     """A training run cannot start, go on, or be resumed."""
+
+
+class EngineError(RecursifyError):
+    """A request cannot be answered, or an engine cannot be set up as asked."""
 
 
 class HubError(RecursifyError):

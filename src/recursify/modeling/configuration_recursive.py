@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .recursive_exits import EXIT_HEADS
 from .recursive_layout import LayerLayout, LayoutError
 from .recursive_loops import spread_depths
+from .recursive_policies import KV_MODES
 from .recursive_routing import check_routers
 
 FORMAT_VERSION = 1
@@ -51,6 +52,8 @@ class RecursiveConfig(PreTrainedConfig):
         exit_rank: Rank of a ``low_rank`` exit head.
         exit_through_coda: A token that exits still runs the coda, as at full depth, instead of being read out where it
             stopped.
+        exit_kv: Where exits were trained to find keys and values of depths that earlier tokens skipped, of
+            ``recursive_policies.KV_MODES``; ``deferred`` are those of the whole model. The engine keeps to it.
         exit_policy: The policy that ``exit_thresholds`` are for, of ``recursive_policies.EXIT_POLICIES``.
         exit_vocabulary: How many entries of the vocabulary that policy judges by; None for all.
         exit_thresholds: One per exit, which ``generate(exit_policy=…)`` takes where it is given that policy's name.
@@ -98,6 +101,7 @@ class RecursiveConfig(PreTrainedConfig):
         exit_head: str | None = None,
         exit_rank: int = 64,
         exit_through_coda: bool = True,
+        exit_kv: str = "deferred",
         exit_policy: str | None = None,
         exit_thresholds: list[float] | None = None,
         exit_vocabulary: int | None = None,
@@ -155,6 +159,7 @@ class RecursiveConfig(PreTrainedConfig):
         self.exit_head = exit_head
         self.exit_rank = exit_rank
         self.exit_through_coda = exit_through_coda
+        self.exit_kv = exit_kv
         self.exit_policy = exit_policy
         self.exit_thresholds = exit_thresholds
         self.exit_vocabulary = exit_vocabulary
@@ -233,6 +238,8 @@ class RecursiveConfig(PreTrainedConfig):
         """
         if self.exit_head not in EXIT_HEADS:
             raise ValueError(f"Unknown exit_head '{self.exit_head}'. Use one of: {', '.join(EXIT_HEADS)}.")
+        if self.exit_kv not in KV_MODES:
+            raise ValueError(f"Unknown exit_kv '{self.exit_kv}'. Use one of: {', '.join(KV_MODES)}.")
         if self.exit_rank < 1:
             raise ValueError(f"exit_rank must be at least 1, got {self.exit_rank}.")
         if not self.exit_depths:

@@ -153,7 +153,7 @@ class DepthDecoder:
         cuts = _cuts(model, self.settings[0])
         self.num_exits = len(cuts)
         for each in self.settings:
-            _check_depths(each, self.num_exits)
+            check_depths(each, self.num_exits)
         bounds = [0, *cuts, self.layout.num_layers]
         self.segments = [range(start, end) for start, end in pairwise(bounds)]
         self.prompt_length = attention_mask.shape[1]
@@ -240,7 +240,7 @@ class DepthDecoder:
         masks: dict[int | None, Tensor] = {}
         self.cache.aim(rows, columns, valid, span, stop=only_keys_and_values)
         for position in positions:
-            window = _window(self.model.config, position)
+            window = window_of(self.model.config, position)
             if window not in masks:
                 masks[window] = self._mask(states, rows, columns, span, window)
             kind = base.layer_type(position)
@@ -514,7 +514,7 @@ class Step:
         self.rows = sorted([*self.rows, *rows])
 
 
-def _check_depths(settings: ExitSettings, num_exits: int) -> None:
+def check_depths(settings: ExitSettings, num_exits: int) -> None:
     """Raises:
     ValueError: Settings for exits that are not there.
     """
@@ -528,7 +528,7 @@ def _check_depths(settings: ExitSettings, num_exits: int) -> None:
         )
 
 
-def _window(config: Any, position: int) -> int | None:
+def window_of(config: Any, position: int) -> int | None:
     """How far back the layer at ``position`` looks; None for all the way."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)

@@ -32,6 +32,7 @@ from .recursive_routing import (
     choose_top_k,
     even_scores,
     gated,
+    inference_threshold,
     tokens_of,
 )
 
@@ -162,22 +163,13 @@ class RoutedWalk:
         if self.chooses_top_k:
             selected = choose_top_k(logits[..., 0], candidates, self.capacities[depth])
         else:
-            selected = choose_above(deciding, candidates, self._threshold(depth))
+            selected = choose_above(deciding, candidates, inference_threshold(self.config, depth))
         activation = activation_of(self.config)
         even = even_scores(logits, activation)
         scores = even if router.weight is None else activated(logits, activation)
         if self.config.router_gate == "residual":
             scores = scores - even
         return selected, alpha_of(self.config) * scores[..., 0]
-
-    def _threshold(self, depth: int) -> float | None:
-        """The score from which on a token goes in at inference; None takes all."""
-        if self.config.router_thresholds is not None:
-            return float(self.config.router_thresholds[depth])
-        before = self.capacities[depth - 1] if depth else 1.0
-        if self.config.router_width == "random":
-            return 1 - self.capacities[depth] / before
-        return None if self.capacities[depth] == 1 else 0.5
 
     def _choose_by_token(self, depth: int, states: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
         """Which tokens go as far as ``depth``, and their gates, which only their last recursion has."""

@@ -74,6 +74,16 @@ def activation_of(config: Any) -> str:
     return config.router_activation or ("sigmoid" if config.router == "expert_choice" else "softmax")
 
 
+def inference_threshold(config: Any, depth: int) -> float | None:
+    """The score from which on a token goes into the recursion at ``depth`` in inference; None takes all."""
+    if config.router_thresholds is not None:
+        return float(config.router_thresholds[depth]) or None  # a probability is never below 0
+    capacities = capacities_of(config)
+    if config.router_width == "random":
+        return 1 - capacities[depth] / (capacities[depth - 1] if depth else 1.0)
+    return None if capacities[depth] == 1 else 0.5
+
+
 def check_routers(config: Any) -> None:
     """Raises:
     ValueError: The router fields of ``config`` do not fit the layout or one another.

@@ -1,0 +1,174 @@
+"""Layers of the shared block whose rows are at different depths.
+
+The shared weight is one product for all rows. The residual of each depth is one for its rows, by library products:
+where rows are few, both factors of all depths at once, masked (the same bytes are read, since rows of all depths are
+there); where they are many, ``grouped_mm``. Norms and biases of a depth are applied to its rows.
+
+Rows are the first axis of everything that a layer computes, so a norm of heads meets them where a norm of states does.
+
+Shape legend: N rows, sorted by depth; I/O in/out features; R depths; r LoRA rank.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recursify.errors import UnsupportedModelError
+from recursify.modeling.modeling_recursive import DepthView, PerDepth, RelaxedLinear, SharedLayer
+
+MASKED_ROWS = 64
+"""Up to so many rows on a GPU residuals are one masked product: shapes do not depend on where rows are, and reading the
+factors costs more than multiplying them."""
+
+HANDLED = {"depth", "layer_idx", "layer_type", "attention_type", "is_sliding", "sliding_window", "use_rope"}
+"""What may differ between the depths of a layer: weights are looked up by row, the engine makes masks and rotations."""
+
+
+class DepthSpans:
+    """Which rows of the call are at which depth: the state that mixed layers share."""
+
+    def __init__(self) -> None:
+        self.set([(0, 0)], torch.device("cpu"))
+
+    def set(self, counts: list[tuple[int, int]], device: torch.device) -> None:
+        """``counts`` has the depths of the rows in their order, and how many there are of each."""
+        self.counts = counts
+        self.slices = []
+        start = 0
+        for depth, count in counts:
+            self.slices.append((depth, slice(start, start + count)))
+            start += count
+        self.num_rows = start
+        self.device = device
+        self._groups: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def only_depth(self) -> int | None:
+        """The depth of all rows, if they have but one."""
+        return self.counts[0][0] if len(self.counts) == 1 else None
+
+    def by_group(self, num_depths: int) -> tuple[Tensor, Tensor]:
+        """Where each depth's rows end, int32 ``[R]``, and a mask ``[N, R]``."""
+        if num_depths not in self._groups:
+            counts = [0] * num_depths
+            for depth, count in self.counts:
+                counts[depth] = count
+            ends = torch.tensor(counts).cumsum(0)
+            depths = torch.repeat_interleave(torch.arange(num_depths), torch.tensor(counts))
+            mask = F.one_hot(depths, num_depths).bool()
+            self._groups[num_depths] = ends.to(self.device, torch.int32), mask.to(self.device)
+        return self._groups[num_depths]
+
+
+class MixedLinear(nn.Module):
+    """:class:`~recursify.modeling.RelaxedLinear` with a depth per row."""
+
+    stored: RelaxedLinear
+
+    def __init__(self, stored: RelaxedLinear, spans: DepthSpans) -> None:
+        super().__init__()
+        object.__setattr__(self, "stored", stored)  # the model owns it
+        self.spans = spans
+        self._all_b: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, ..., I] -> [N, ..., O]``."""
+        stored, depth = self.stored, self.spans.only_depth
+        if depth is not None:
+            return stored(x, depth)
+        y = stored.linear(x)
+        if stored.lora_a is not None:
+            rows = x.flatten(0, -2)
+            y = y + self._residuals(rows).unflatten(0, x.shape[:-1])
+        if stored.bias is not None and len(stored.bias) > 1:
+            for depth, rows_of in self.spans.slices:
+                y[rows_of] += stored.bias[depth]
+        elif stored.bias is not None:
+            y = y + stored.bias[0]
+        return y
+
+    def _residuals(self, x: Tensor) -> Tensor:
+        """``[N, I] -> [N, O]``."""
+        lora_a, lora_b = self.stored.lora_a, self.stored.lora_b
+        assert lora_a is not None
+        assert lora_b is not None
+        ends, mask = self.spans.by_group(len(lora_a))
+        if (x.is_cuda and len(x) <= MASKED_ROWS) or not _can_group(x, lora_a, lora_b):
+            if self._all_b is None:
+                self._all_b = lora_b.detach().transpose(0, 1).flatten(1).contiguous()  # [O, R r]
+            inner = F.linear(x, lora_a.flatten(0, 1)).unflatten(-1, lora_a.shape[:2]) * mask.unsqueeze(-1)
+            return F.linear(inner.flatten(1), self._all_b)
+        inner = F.grouped_mm(x, lora_a.transpose(1, 2), offs=ends)
+        return F.grouped_mm(inner, lora_b.transpose(1, 2), offs=ends)
+
+
+def _can_group(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
+    """``grouped_mm`` wants rows of whole 16 bytes, and has no float64."""
+    sizes = (x.shape[-1], lora_a.shape[1], lora_b.shape[1])
+    return x.dtype != torch.float64 and all(size * x.element_size() % 16 == 0 for size in sizes)
+
+
+class MixedNorm(nn.Module):
+    """:class:`~recursify.modeling.modeling_recursive.PerDepth` with a depth per row."""
+
+    stored: PerDepth
+
+    def __init__(self, stored: PerDepth, spans: DepthSpans) -> None:
+        super().__init__()
+        object.__setattr__(self, "stored", stored)
+        self.spans = spans
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, ...] -> [N, ...]``."""
+        depth = self.spans.only_depth
+        if depth is not None or len(self.stored.copies) == 1:
+            return self.stored(x, depth or 0)
+        return torch.cat([self.stored(x[rows], depth) for depth, rows in self.spans.slices])
+
+
+def mixed_layer(shared: SharedLayer, spans: DepthSpans, name: str) -> tuple[nn.Module, tuple[bool, ...]]:
+    """The family's layer with a depth per row, and by depth whether it rotates queries and keys.
+
+    Raises:
+        UnsupportedModelError: The depths of the layer differ in more than their weights, windows and rotations.
+    """
+    views = list(shared.views)
+    _check_alike(views, name)
+    # What the layer only refers to stays one object: the stored weights, and the config that attention asks.
+    memo: dict[int, Any] = {}
+    for module in views[0].modules():
+        for referred in (getattr(module, "config", None), getattr(module, "stored", None)):
+            if referred is not None:
+                memo[id(referred)] = referred
+    layer = copy.deepcopy(views[0], memo)
+    for path, view in views[0].named_modules():
+        if isinstance(view, DepthView):
+            stored: Any = view.stored
+            mixed = MixedLinear if isinstance(stored, RelaxedLinear) else MixedNorm
+            layer.set_submodule(path, mixed(stored, spans))
+    ropes = tuple(all(getattr(module, "use_rope", True) for module in view.modules()) for view in views)
+    for module in layer.modules():
+        if hasattr(module, "use_rope"):
+            vars(module)["use_rope"] = True  # a rotation by nothing, where a depth has none
+    return layer, ropes
+
+
+def _check_alike(views: list[nn.Module], name: str) -> None:
+    plain = (bool, int, float, str, type(None))
+    for path, module in views[0].named_modules():
+        if isinstance(module, DepthView):
+            continue
+        for other in views[1:]:
+            there = vars(other.get_submodule(path))
+            for key, value in vars(module).items():
+                if key not in HANDLED and isinstance(value, plain) and there.get(key) != value:
+                    raise UnsupportedModelError(
+                        f"The engine runs rows of all depths in one call, and {name} is not the same layer at all of "
+                        f"them: '{path}.{key}' is {value} and {there.get(key)}. Export the model instead: recursify "
+                        f"export --format dense."
+                    )

@@ -1,0 +1,166 @@
+"""What is asked of the engine, what it keeps of that while it works, and what it answers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from recursify.errors import EngineError
+from recursify.modeling import ExitSettings
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is answered.
+
+    Attributes:
+        max_tokens: New tokens at most.
+        temperature: 0 is greedy.
+        top_p: Smallest set of tokens with so much probability; 1 keeps all.
+        top_k: So many tokens; 0 keeps all.
+        seed: Of the request's own draws, which do not depend on what else is in the batch. None draws a seed.
+        stop: Strings at which the text ends; they are not part of it.
+        stop_token_ids: Tokens that end it, besides the model's own.
+        ignore_eos: Go on after the model's own end of text.
+        logprobs: Also return the log-probabilities of so many first choices, and of the token chosen, as the model
+            gives them (before temperature); None for none.
+        exit: Lets tokens leave early: a policy by name, a policy, or :class:`~recursify.modeling.ExitSettings`. Lossy.
+        max_depth: The last recursion that a new token runs; None for all. The prompt runs all of them.
+        forced_depths: For measurements: the depth that new token ``i`` (from the second on; the first comes from the
+            prompt) leaves after, in place of a policy; repeated if it is shorter.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    exit: Any = None
+    max_depth: int | None = None
+    forced_depths: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises:
+        EngineError: A value outside its range.
+        """
+        ranges = {
+            "max_tokens": (self.max_tokens, 1, None),
+            "temperature": (self.temperature, 0, None),
+            "top_k": (self.top_k, 0, None),
+            "logprobs": (self.logprobs, 0, 20),
+            "max_depth": (self.max_depth, 0, None),
+        }
+        for name, (value, lowest, highest) in ranges.items():
+            if value is not None and not (lowest <= value and (highest is None or value <= highest)):
+                upper = "" if highest is None else f", {highest} at most"
+                raise EngineError(f"{name} must be {lowest} or more{upper}, got {value}.")
+        if not 0 < self.top_p <= 1:
+            raise EngineError(f"top_p must be above 0 and 1 at most, got {self.top_p}.")
+        if isinstance(self.stop, str) or not all(isinstance(each, str) and each for each in self.stop):
+            raise EngineError(f"stop takes a tuple of strings, none of them empty, got {self.stop!r}.")
+        if self.forced_depths is not None and (self.exit is not None or not self.forced_depths):
+            raise EngineError("forced_depths stand in place of an exit policy, and name at least one depth.")
+
+
+@dataclass
+class RequestOutput:
+    """An answer, whole or as far as it has come.
+
+    Attributes:
+        request_id: As :meth:`Engine.add` returned it.
+        prompt_ids: Of the prompt.
+        token_ids: New tokens; a token that ended the text is among them.
+        text: Without what a stop string cut off.
+        depths: Per new token, the last recursion of the forward that it was read from.
+        finish_reason: ``stop``, ``length``, ``cancelled``; None while it goes on.
+        logprobs: Per new token ``{token id: log-probability}``, if asked for.
+        cached_tokens: Tokens of the prompt whose keys and values were there already.
+        preemptions: How often the request had to give its pages back and begin again.
+    """
+
+    request_id: int
+    prompt_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    depths: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    logprobs: list[dict[int, float]] | None = None
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether no more will come."""
+        return self.finish_reason is not None
+
+
+class Request:
+    """A request in the engine. Only the scheduler and the engine change it.
+
+    Attributes:
+        tokens: Of the prompt, then the new ones.
+        computed: How many of them have been through the model.
+        left: The depth that each new token has left after, by its place among the new ones: what is run again after a
+            preemption leaves where it left.
+        full_until: Positions before this one have run all recursions (``deferred`` keys and values only).
+        waiting: By depth, the positions and states ``[n, D]`` of tokens that left before it, and will run it together
+            with the next token that goes so deep.
+        tables: By stream of keys and values, the request's pages (``kv_pages.py``).
+        packed: By depth, in a routed model, the positions of the tokens that went there.
+    """
+
+    _ids = itertools.count()
+
+    def __init__(
+        self, prompt_ids: Sequence[int], params: SamplingParams, settings: ExitSettings | None, num_streams: int
+    ) -> None:
+        self.id = next(self._ids)
+        self.prompt_ids = list(prompt_ids)
+        self.params = params
+        self.settings = settings
+        self.tokens = list(prompt_ids)
+        self.output = RequestOutput(self.id, self.prompt_ids, logprobs=None if params.logprobs is None else [])
+        self.left: list[int] = []
+        seed = torch.seed() % 2**63 if params.seed is None else params.seed
+        self.generator = torch.Generator().manual_seed(seed)
+        self.full_until = 0
+        self.num_streams = num_streams
+        self.text: Any = None  # its StopChecker
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that has been computed; what has been said stays, and where it left."""
+        self.computed = 0
+        self.cached = 0
+        self.waiting: dict[int, tuple[list[int], torch.Tensor]] = {}
+        self.tables: list[list[int]] = [[] for _ in range(self.num_streams)]
+        self.packed: dict[int, list[int]] = {}
+        self.in_flight = False
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_new(self) -> int:
+        """Tokens said so far."""
+        return len(self.tokens) - len(self.prompt_ids)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only its last token has not been through the model."""
+        return self.computed == len(self.tokens) - 1 >= self.prompt_length
+
+    @property
+    def finished(self) -> bool:
+        return self.output.finished

@@ -1,0 +1,145 @@
+"""Which tokens enter the next iteration. It decides on page numbers and counts alone.
+
+Every request that runs has one flight. Those under way go on; every request without one gets its next token in, or the
+next chunk of its prompt, the oldest first; what room is left goes to requests that wait, in the order of their arrival.
+Where pages run out, the request that began last gives its own back and waits again, in front: the oldest one always
+gets on, and so do all in their turn.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from .flight import Flight
+from .kv_pages import KVPages
+from .request import Request
+
+
+class Scheduler:
+    """The queues.
+
+    Args:
+        pages: Of keys and values.
+        max_requests: Requests that run at once.
+        max_batch_tokens: Tokens of an iteration, as far as prompts are to blame: new tokens always get in.
+        chunk_size: Tokens of a prompt that enter together.
+        prefix_caching: Take over pages of a known prefix.
+        synchronous: Let new tokens in only when no flight is under way, as engines do that know no depths. A control.
+
+    Attributes:
+        waiting: In the order in which they will begin.
+        running: In the order in which they began.
+        preemptions: How often one had to begin again.
+    """
+
+    def __init__(
+        self,
+        pages: KVPages,
+        *,
+        max_requests: int,
+        max_batch_tokens: int,
+        chunk_size: int,
+        prefix_caching: bool,
+        synchronous: bool = False,
+    ) -> None:
+        self.pages = pages
+        self.max_requests, self.max_batch_tokens, self.chunk_size = max_requests, max_batch_tokens, chunk_size
+        self.prefix_caching, self.synchronous = prefix_caching and not pages.is_packed, synchronous
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.flights: dict[int, Flight] = {}
+        self.preemptions = 0
+        self.cached_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def schedule(self) -> tuple[list[Flight], list[Flight]]:
+        """All flights of the next iteration, and those of them that are new."""
+        if self.synchronous and self.flights:
+            return list(self.flights.values()), []  # none of them new
+        preemptions = self.preemptions
+        for request in list(self.running):
+            if request.id not in self.flights and request in self.running:
+                self._launch(request)
+        # What has just given its pages back does not take them again at once.
+        admits = preemptions == self.preemptions
+        while admits and self.waiting and len(self.running) < self.max_requests and self._budget() > 0:
+            admits = self._admit(self.waiting[0])
+        flights = list(self.flights.values())
+        return flights, [flight for flight in flights if flight.embedded is None]
+
+    def _budget(self) -> int:
+        """How many more tokens of prompts may enter."""
+        return self.max_batch_tokens - sum(len(flight.positions) for flight in self.flights.values())
+
+    def _launch(self, request: Request) -> bool:
+        """Let the next tokens of a running request in, if there is room for any."""
+        known = request.prompt_length + len(request.left)
+        count = 1
+        if request.computed < known:
+            count = min(known - request.computed, self.chunk_size, self._budget())
+            if count < 1:
+                return False
+        while not self.pages.reserve(request, count):
+            last = self.running[-1]
+            self.preempt(last)
+            if last is request:
+                return False
+        self.flights[request.id] = Flight(request, count)
+        return True
+
+    def _admit(self, request: Request) -> bool:
+        """Begin a waiting request, if its whole prompt finds room."""
+        prefix: list[int] = []
+        if self.prefix_caching:
+            pool = self.pages.pools[0]
+            prefix = pool.find_prefix(request.prompt_ids)
+            pool.share(prefix)
+            request.tables[0].extend(prefix)
+            request.computed = len(prefix) * self.pages.page_size
+        known = request.prompt_length + len(request.left)
+        missing = self.pages.missing(request, known - request.computed)
+        if any(lack > pool.num_free for lack, pool in zip(missing, self.pages.pools, strict=True)):
+            self.pages.release(request)
+            request.computed = 0
+            return False
+        self.waiting.popleft()
+        self.running.append(request)
+        if not request.output.preemptions:
+            request.output.cached_tokens = request.computed
+            self.cached_tokens += request.computed
+        return self._launch(request)
+
+    def preempt(self, request: Request) -> None:
+        """Take all pages from ``request`` and have it begin again, before all that wait."""
+        self.preemptions += 1
+        request.output.preemptions += 1
+        self.remove(request)
+        self.waiting.appendleft(request)
+
+    def remove(self, request: Request) -> None:
+        """Take ``request`` out, wherever it is, with its flight and its pages."""
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self.flights.pop(request.id, None)
+        self.pages.release(request)
+        request.reset()
+
+    def land(self, flight: Flight) -> None:
+        """``flight`` is done: its tokens have been computed."""
+        request = flight.request
+        del self.flights[request.id]
+        request.computed = flight.stop
+        self.pages.trim(request)
+
+    def publish(self, request: Request) -> None:
+        """Have others find the pages of ``request`` whose keys and values are exact at all depths."""
+        if not self.prefix_caching:
+            return
+        leaves = request.settings or request.params.forced_depths or request.params.max_depth is not None
+        stop = min(request.computed, request.prompt_length) if leaves else request.computed
+        self.pages.pools[0].publish(request.tokens[:stop], request.tables[0])
