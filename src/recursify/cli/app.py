@@ -10,7 +10,7 @@ import typer
 import recursify
 from recursify.errors import RecursifyError
 
-from . import calibrate_exits, convert, eval, export, generate, inspect, perplexity, push, uptrain
+from . import bench, calibrate_exits, convert, eval, export, generate, inspect, perplexity, push, uptrain
 
 app = typer.Typer(
     name="recursify",
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (convert, uptrain, calibrate_exits, inspect, perplexity, eval, generate, export, push):
+for module in (convert, uptrain, calibrate_exits, inspect, perplexity, eval, generate, bench, export, push):
     module.register(app)
 
 

@@ -1,0 +1,188 @@
+"""How fast the engine answers, beside transformers, rows that wait, and the dense model; and where its gain comes from.
+
+::
+
+    python benchmarks/engine.py answers DIR --dense MODEL --exit head --threshold 0.9
+    python benchmarks/engine.py forced
+
+``answers`` has a real model write real answers of unlike lengths, as ``recursify bench`` does. ``forced`` takes random
+weights of SmolLM2-135M's shapes, 10 layers three times, of whose tokens .5, .3 and .2 leave after each recursion: how
+much of what leaving early could gain at most the engine does gain, which does not depend on what is said.
+
+Contestants take turns, round by round, in one process; with one thread its CPU time is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from keyed_results import markdown_table
+from quality import MODEL, commit
+from recursify.cli.models import load_model
+from recursify.cli.report import progress_report, talk
+from recursify.engine.bench_plan import BenchPlan
+from recursify.modeling import LayerLayout, RecursiveConfig, RecursiveForCausalLM
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {
+    "135M": (576, 1536, 30, 9, 3, 49152, 10),
+    "1.7B": (2048, 8192, 24, 32, 32, 49152, 8),
+    "8B": (4096, 14336, 32, 32, 8, 128256, 16),
+}
+"""Hidden and inner size, layers, heads, key heads, vocabulary, and layers of the block."""
+
+
+def random_model(shape: str, dtype: torch.dtype, device: str) -> RecursiveForCausalLM:
+    """Random weights in a cycle without prelude, coda and residuals."""
+    hidden, inner, layers, heads, kv_heads, vocabulary, block = SHAPES[shape]
+    dense = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=vocabulary < 100_000,
+    )
+    config = RecursiveConfig.from_dense(dense, LayerLayout.fold(layers, layers // block, "cycle"), exit_head="shared")
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = RecursiveForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+def plan_of(arguments: argparse.Namespace) -> BenchPlan:
+    shared = {name: getattr(arguments, name) for name in ("requests", "prompt", "new", "rounds", "compiled")}
+    shared["concurrency"] = tuple(arguments.concurrency)
+    if arguments.what == "forced":
+        model = random_model(arguments.shape, getattr(torch, arguments.dtype), arguments.device)
+        parts = tuple(arguments.forced)
+        alone = {"dense": None, "even": True, "exit_policy": None, "threshold": None, "oracle": False}
+        return BenchPlan(model, None, forced=parts, kv=arguments.kv, **alone, **shared)
+    loading: dict[str, Any] = {"dtype": arguments.dtype, "device": arguments.device}
+    model, tokenizer = load_model(arguments.model, **loading)
+    return BenchPlan(
+        model,
+        tokenizer,
+        dense=load_model(arguments.dense, **loading)[0],
+        forced=None,
+        kv=arguments.kv,
+        even=arguments.even,
+        exit_policy=arguments.exit,
+        threshold=arguments.threshold,
+        oracle=arguments.oracle,
+        **shared,
+    )
+
+
+def report(facts: dict[str, Any], title: str, what: str, file: Path) -> str:
+    """The table with what a reader must know of it."""
+    head = ["", "at once", "tokens/s", "× generate", "recursions", "occupancy", "block calls", "KV MiB"]
+    head += ["median s", "first s", "G", "G*", "G* per call", "η"]
+    lines = []
+    for row in facts["rows"]:
+        engine = "mean_recursions" in row
+        lines.append(
+            [
+                row["row"] + (" (simulation)" if row["is_simulation"] else ""),
+                str(row["concurrency"]),
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['ratio']:.2f}",
+                f"{row['mean_recursions']:.2f}" if engine else "",
+                f"{row['occupancy']:.0%}" if engine else "",
+                str(row["block_calls"]) if engine else "",
+                f"{row['kv_bytes'] / 2**20:.1f}" if engine else "",
+                f"{row['median_latency']:.1f}",
+                f"{row['median_first_token']:.1f}" if engine else "",
+                *(
+                    f"{row[name]:.2f}" if name in row else ""
+                    for name in ("gain", "ideal_gain", "ideal_gain_per_call", "efficiency")
+                ),
+            ]
+        )
+    asked = ", ".join(f"{count} requests of {tokens:,} tokens in all" for count, tokens in _asked(facts))
+    made = (
+        f"Made by `python benchmarks/engine.py {facts['what']}`; all figures, settings and versions in `{file.name}`."
+    )
+    parts = ", ".join(f"{part:.2g}" for part in facts["forced"])
+    notes = (
+        f"{what} {facts['device']}, {facts['dtype']}, {facts['threads']} thread(s), {facts['clock']}; median of "
+        f"{facts['rounds']} rounds in turns; {asked}. *× generate* is beside transformers' `generate` on batches of as "
+        f"many as run at once. *rows wait*: new tokens enter when the deepest has left. Forced exits leave after each "
+        f"recursion in parts {parts}, with kv `{facts['kv']}`. *G* is the gain over the engine at full depth, prompts and "
+        f"first tokens left out; *G\\** what the costs of the parts allow at most, if they follow the rows, and *per "
+        f"call*, if they do not (`src/recursify/engine/ideal.py`); *η* = G / G\\*."
+    )
+    return f"# {title}\n\n{made}\n\n{notes}\n\n{markdown_table(head, lines)}\n"
+
+
+def _asked(facts: dict[str, Any]) -> list[tuple[int, int]]:
+    return list(zip(facts["requests"], facts["new_tokens"], strict=True))
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    answers = commands.add_parser("answers")
+    answers.add_argument("model")
+    answers.add_argument("--model-is", default="A model as given", help="what it is, for the table")
+    answers.add_argument("--dense", default=MODEL)
+    answers.add_argument("--exit", help="let tokens leave by this policy")
+    answers.add_argument("--threshold", type=float)
+    answers.add_argument("--oracle", action="store_true")
+    answers.add_argument("--even", action="store_true")
+    forced = commands.add_parser("forced")
+    forced.add_argument("--shape", choices=SHAPES, default="135M")
+    forced.add_argument("--forced", type=float, nargs="+", default=[0.5, 0.3, 0.2])
+    for command, sizes in ((answers, [1, 8, 32]), (forced, [8, 32, 96])):
+        command.add_argument("--concurrency", type=int, nargs="+", default=sizes)
+        command.add_argument("--requests", type=int, default=3, help="per place")
+        command.add_argument("--prompt", type=int, default=32)
+        command.add_argument("--new", type=int, default=32)
+        command.add_argument("--rounds", type=int, default=3)
+        command.add_argument("--kv", default="latest")
+        command.add_argument("--compiled", action="store_true")
+        command.add_argument("--dtype", default="float32")
+        command.add_argument("--device", default="cpu")
+        command.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    output = arguments.output or RESULTS / f"engine_{arguments.what}.csv"
+    with progress_report() as progress:
+        facts = plan_of(arguments).run(progress)
+    stamp = {"commit": commit(), "date": datetime.now(UTC).date().isoformat(), "python": platform.python_version()}
+    facts |= {"what": arguments.what, "prompt": arguments.prompt, "new": arguments.new, **stamp}
+    if arguments.what == "forced":
+        title = "The engine beside what is possible"
+        what = f"Random weights of SmolLM2's {arguments.shape} shapes, no prelude, coda or residuals."
+        if arguments.shape == "8B":
+            what = "Random weights of Llama-3.1-8B's shapes, no prelude, coda or residuals."
+    else:
+        title = "The engine beside transformers and the dense model"
+        what = f"{arguments.model_is}."
+    facts |= {"title": title, "what_it_is": what}
+    output.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+    names = list(dict.fromkeys(name for row in facts["rows"] for name in row))
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(facts["rows"])
+    text = report(facts, title, what, output.with_suffix(".json"))
+    output.with_suffix(".md").write_text(text)
+    talk.print(text)
+
+
+if __name__ == "__main__":
+    main()
