@@ -12,8 +12,8 @@ from .report import format_table, print_data, print_json, progress_report, talk
 
 EXAMPLES = """
 Measure how fast a model answers many requests: by the engine at full depth, with tokens that leave early, with rows
-that wait for one another, by transformers' `generate` and `generate_batch`, and the dense model beside it. All get the same
-requests, in turns, in one process; ratios are what counts.
+that wait for one another, by transformers' `generate` and `generate_batch`, and the dense model beside it. All get
+the same requests, in turns, in one process; ratios are what counts.
 
 **Examples**
 

@@ -1,8 +1,8 @@
 """How fast a model answers, by the engine and by others, in one process and in turns.
 
 All contestants get the same requests. Rounds are interleaved, so that what disturbs the machine disturbs all of them,
-and the median over rounds counts. Tokens are those that were asked for: what a static batch makes of rows that have ended
-does not count.
+and the median over rounds counts. Tokens are those that were asked for: what a static batch makes of rows that have
+ended does not count.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Workload:
     ) -> Workload:
         """``count`` requests whose prompts are beginnings of ``sources``, and whose answers have ``new`` tokens.
 
-        Unless they are to be ``even``, prompts have half to all of the tokens of their source and answers ``new / 4`` to
-        ``7 new / 4``, as answers differ in use.
+        Unless they are to be ``even``, prompts have half to all of the tokens of their source and answers ``new / 4``
+        to ``7 new / 4``, as answers differ in use.
         """
         draw = random.Random(seed)
         prompts, lengths = [], []

@@ -75,8 +75,8 @@ class BenchPlan:
         forced = self.options.forced
         if forced is not None and (not self.can_leave or len(forced) != self.num_recursions):
             raise EngineError(
-                f"--forced has {len(forced)} parts, and the model {self.num_recursions} recursions that tokens can leave "
-                f"after. Give one part for each, or leave it out."
+                f"--forced has {len(forced)} parts, and the model {self.num_recursions} recursions that tokens can "
+                f"leave after. Give one part for each, or leave it out."
             )
         if (self.options.exit_policy or self.options.oracle) and not self.can_leave:
             raise EngineError("The model has no exits. Leave --exit and --oracle out.")

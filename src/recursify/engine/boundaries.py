@@ -138,8 +138,8 @@ class Boundaries:
         thresholds = [self._threshold(flight) for flight in flights]
         for number, flight in enumerate(flights):
             for name in ("exit_states", "all_logits"):
-                known = boundary.known(name)
-                setattr(flight, name.replace("all", "exit"), None if known is None else known[number])
+                rows = boundary.known(name)
+                setattr(flight, name.replace("all", "exit"), None if rows is None else rows[number])
             if policy.needs_previous_logits:
                 flight.previous_logits = boundary.logits[number]
         return confidence > on_device(thresholds, confidence.device, confidence.dtype)

@@ -1,13 +1,14 @@
 """What leaving early can gain at most, from what the parts of an iteration cost.
 
 ``p_d`` is the part of the tokens that leave after recursion ``d``, ``D = Σ (d + 1) p_d`` the recursions per token, and
-``R`` all of them. With costs per token of entering (embedding and prelude) ``c_in``, of one recursion ``c_b``, of leaving
-(coda, readout, sampling) ``c_out``, and, where tokens leave early, of tests and of keys and values of skipped depths
-``c_f``::
+``R`` all of them. With costs per token of entering (embedding and prelude) ``c_in``, of one recursion ``c_b``, of
+leaving (coda, readout, sampling) ``c_out``, and, where tokens leave early, of tests and of keys and values of skipped
+depths ``c_f``::
 
     G* = (c_in + R c_b + c_out) / (c_in + D c_b + c_f + c_out)
 
-and with free ends ``R / D``. What an engine gains, ``G``, over itself at full depth is measured beside it; ``η = G / G*``.
+and with free ends ``R / D``. What an engine gains, ``G``, over itself at full depth is measured beside it; ``η = G /
+G*``.
 """
 
 from __future__ import annotations
