@@ -15,7 +15,18 @@ from recursify.cli.app import main
 from recursify.modeling import RecursiveForCausalLM
 from tiny_models import save_tiny
 
-COMMANDS = ("convert", "uptrain", "calibrate-exits", "inspect", "perplexity", "eval", "generate", "export", "push")
+COMMANDS = (
+    "convert",
+    "uptrain",
+    "calibrate-exits",
+    "inspect",
+    "perplexity",
+    "eval",
+    "generate",
+    "bench",
+    "export",
+    "push",
+)
 TINY = ["--lora-rank", "4", "--calibration-data", "none", "--no-check"]
 
 

@@ -17,7 +17,7 @@ from recursify.modeling import (
     RoutedCache,
     make_policy,
 )
-from tiny_models import SMALL, random_ids, tiny_config
+from tiny_models import random_ids, tiny_config
 
 FAMILIES = ("llama", "gemma2", "qwen3", "gpt_neox")
 NEW_TOKENS = 7
@@ -28,18 +28,17 @@ NUM_PROMPTS = 6
 def model_of(family: str, kv: str) -> RecursiveForCausalLM:
     """A random recursive model with prelude, coda and residuals; exit heads, or routers that split tokens."""
     # Gemma 2 alternates windows, so that with three layers in the block depths differ in theirs.
-    layout = LayerLayout.fold(
-        8 if family == "gemma2" else 5, 3 if family != "gemma2" else 2, num_prelude_layers=1, num_coda_layers=1
-    )
-    if kv == "shared" and family == "gemma2":
-        layout = LayerLayout.fold(6, 2, num_prelude_layers=1, num_coda_layers=1)
+    layers, recursions = (8, 2) if family == "gemma2" else (5, 3)
+    if family == "gemma2" and kv == "shared":
+        layers = 6  # keys that are read at another depth need the same window there
+    layout = LayerLayout.fold(layers, recursions, num_prelude_layers=1, num_coda_layers=1)
     dense = tiny_config(family, num_hidden_layers=layout.num_layers)
     with torch.random.fork_rng():
         torch.manual_seed(len(family) + len(kv))
         fields = {"exit_head": "shared"} if kv not in ("recursion_wise", "shared") else {}
         model = RecursiveForCausalLM(RecursiveConfig.from_dense(dense, layout, lora_rank=4, **fields)).eval()
         if kv in ("recursion_wise", "shared"):
-            kind = "token_choice" if family in ("qwen3", "gpt_neox") else "expert_choice"
+            kind = "token_choice" if family == "qwen3" else "expert_choice"
             model.add_routers(kind, router_kv=kv)
         for name, parameter in model.named_parameters():
             parameter.data.copy_(torch.randn_like(parameter) * (0.5 if "router" in name or "test" in name else 0.2))
@@ -154,6 +153,3 @@ def run_schedule(family: str, kv: str, seed: int) -> tuple[Engine, int]:
             whole += 1
     assert engine.pages.num_used == 0
     return engine, whole
-
-
-VOCABULARY = SMALL["vocab_size"]

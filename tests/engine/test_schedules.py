@@ -11,7 +11,7 @@ SCHEDULES = 50
 @pytest.mark.parametrize("kv", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_engine_says_what_one_at_a_time_says(family, kv):
-    """Tokens and depths, with random arrivals, limits, pages, chunks, preemptions, cancels, prefixes; pages come back."""
+    """Tokens and depths, for random arrivals, limits, pages, chunks, preemptions, cancels, prefixes."""
     whole = preemptions = cached = 0
     depths: dict[int, int] = {}
     for seed in range(SCHEDULES):

@@ -94,15 +94,29 @@ class MixedLinear(nn.Module):
 
     def _residuals(self, x: Tensor) -> Tensor:
         """``[N, I] -> [N, O]``."""
+        assert self.stored.lora_a is not None
+        assert self.stored.lora_b is not None
+        if (x.is_cuda and len(x) <= MASKED_ROWS) or not _can_group(x, self.stored.lora_a, self.stored.lora_b):
+            return self.masked(x)
+        return self.grouped(x)
+
+    def masked(self, x: Tensor) -> Tensor:
+        """Residuals ``[N, O]`` as products with the factors of all depths."""
         lora_a, lora_b = self.stored.lora_a, self.stored.lora_b
         assert lora_a is not None
         assert lora_b is not None
-        ends, mask = self.spans.by_group(len(lora_a))
-        if (x.is_cuda and len(x) <= MASKED_ROWS) or not _can_group(x, lora_a, lora_b):
-            if self._all_b is None:
-                self._all_b = lora_b.detach().transpose(0, 1).flatten(1).contiguous()  # [O, R r]
-            inner = F.linear(x, lora_a.flatten(0, 1)).unflatten(-1, lora_a.shape[:2]) * mask.unsqueeze(-1)
-            return F.linear(inner.flatten(1), self._all_b)
+        _, mask = self.spans.by_group(len(lora_a))
+        if self._all_b is None:
+            self._all_b = lora_b.detach().transpose(0, 1).flatten(1).contiguous()  # [O, R r]
+        inner = F.linear(x, lora_a.flatten(0, 1)).unflatten(-1, lora_a.shape[:2]) * mask.unsqueeze(-1)
+        return F.linear(inner.flatten(1), self._all_b)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """Residuals ``[N, O]`` as a product for every depth that has rows."""
+        lora_a, lora_b = self.stored.lora_a, self.stored.lora_b
+        assert lora_a is not None
+        assert lora_b is not None
+        ends, _ = self.spans.by_group(len(lora_a))
         inner = F.grouped_mm(x, lora_a.transpose(1, 2), offs=ends)
         return F.grouped_mm(inner, lora_b.transpose(1, 2), offs=ends)
 
