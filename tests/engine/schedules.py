@@ -118,6 +118,7 @@ def run_schedule(family: str, kv: str, seed: int) -> tuple[Engine, int]:
         max_length=longest,
         prefix_caching=draw.random() < 0.7,
         synchronous=draw.random() < 0.15,
+        reads_late=draw.random() < 0.5,
     )
     asked = [
         Asked(

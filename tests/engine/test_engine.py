@@ -212,15 +212,42 @@ def test_slots_are_full_where_requests_wait():
     assert occupancy[True] < 0.8
 
 
-def test_one_fetch_for_tokens_and_one_for_decisions():
-    """Nothing is fetched per row."""
-    model = recursive(exit_head="shared")
-    engine = Engine(model, max_requests=4, page_size=4, num_pages=64)
-    engine.generate(prompts(4, 5, 6, 7), SamplingParams(max_tokens=20, exit=ExitSettings(make_policy("head", 0.5))))
-    assert engine.stats.fetches <= 2 * engine.stats.iterations
-    engine.reset_stats()
-    engine.generate(prompts(4, 5, 6, 7), SamplingParams(max_tokens=20))
-    assert engine.stats.fetches <= engine.stats.iterations
+def test_fetches():
+    """Nothing is fetched per row: decisions once per iteration, and tokens with them where the host reads late."""
+    model = recursive(exit_head="shared", recursions=4)
+    leaves = SamplingParams(max_tokens=20, exit=ExitSettings(make_policy("head", 0.5)))
+    for late, most in ((False, 2), (True, 1)):
+        engine = Engine(model, max_requests=4, page_size=4, num_pages=64, reads_late=late)
+        outputs = engine.generate(prompts(4, 5, 6, 7), leaves)
+        assert engine.stats.fetches <= most * engine.stats.iterations
+        assert len(engine.stats.exit_histogram) > 1
+        assert [output.token_ids for output in outputs] == [
+            greedy(model, each, 20, exit_policy=leaves.exit) for each in prompts(4, 5, 6, 7)
+        ]
+        engine.reset_stats()
+        engine.generate(prompts(4, 5, 6, 7), SamplingParams(max_tokens=20))
+        assert engine.stats.fetches <= engine.stats.iterations
+
+
+def test_reading_late_stops_in_time():
+    """A token that was begun after the last one is never heard of; stop tokens, strings and lengths end as ever."""
+    model, tokenizer = recursive(), byte_tokenizer()
+    whole = small_engine(model, tokenizer).generate(["Once upon"], SamplingParams(max_tokens=30))[0]
+    params = [
+        SamplingParams(max_tokens=30, stop_token_ids=(whole.token_ids[4],)),
+        SamplingParams(max_tokens=30, stop=(whole.text[6:8],)),
+        SamplingParams(max_tokens=1),
+        SamplingParams(max_tokens=30, logprobs=1),
+    ]
+    for late in (False, True):
+        engine = small_engine(model, tokenizer, reads_late=late)
+        outputs = engine.generate(["Once upon"] * 4, params)
+        lengths = [len(output.token_ids) for output in outputs]
+        assert lengths == [whole.token_ids.index(whole.token_ids[4]) + 1, lengths[1], 1, 30]
+        assert [output.token_ids for output in outputs] == [whole.token_ids[:length] for length in lengths]
+        assert outputs[1].text == whole.text[: whole.text.index(whole.text[6:8])]
+        assert engine.pages.num_used == 0
+        assert not engine.has_work
 
 
 def test_prefixes_are_found():

@@ -1,6 +1,7 @@
 """The engine: many requests at once, every token at its own depth."""
 
-from .engine import KV_MODES, Engine, EngineStats
+from .checks import KV_MODES
+from .engine import Engine, EngineStats
 from .request import RequestOutput, SamplingParams
 from .stream import EngineThread, StreamChunk
 

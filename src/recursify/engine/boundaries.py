@@ -21,6 +21,7 @@ from recursify.modeling import ExitSettings
 from recursify.modeling.recursive_decoding import on_device
 from recursify.modeling.recursive_policies import Boundary
 
+from .fetching import Fetcher
 from .flight import Flight, known
 from .kv_pages import copy_slots
 from .request import Request
@@ -29,17 +30,12 @@ from .runner import Runner
 
 
 class Boundaries:
-    """Of a model without routers.
+    """Of a model without routers."""
 
-    Attributes:
-        fetches: How often something was brought from the device.
-    """
-
-    def __init__(self, runner: Runner, kv: str) -> None:
-        self.runner, self.kv = runner, kv
+    def __init__(self, runner: Runner, kv: str, fetcher: Fetcher) -> None:
+        self.runner, self.kv, self.fetcher = runner, kv, fetcher
         self.last_depth = runner.parts.num_depths - 1
         self.through_coda = getattr(runner.parts.config, "exit_through_coda", True)
-        self.fetches = 0
 
     def enter(self, flights: Sequence[Flight]) -> None:
         """``flights`` come to the first recursion; all of their tokens run it."""
@@ -76,8 +72,7 @@ class Boundaries:
             groups.setdefault((flight.depth, type(policy), policy.vocabulary), []).append(flight)
         answers = [self._ask(group) for group in groups.values()]
         if answers:
-            self.fetches += 1
-            said = torch.cat(answers).tolist()
+            said = self.fetcher.now(torch.cat(answers))
             order = [flight for group in groups.values() for flight in group]
             decided.update(zip(order, said, strict=True))
         return {flight: bool(leaves) for flight, leaves in decided.items()}

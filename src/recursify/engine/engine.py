@@ -9,32 +9,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recursify.errors import EngineError, UnsupportedModelError
-from recursify.modeling import ExitSettings
-from recursify.modeling.recursive_decoding import check_depths
+from recursify.errors import EngineError
+from recursify.modeling.recursive_decoding import on_device
 
 from .boundaries import Boundaries
-from .decoder_parts import DecoderParts, take_apart
-from .flight import Departure, Flight
+from .checks import check_parity, choose_kv, encode, eos_tokens, exit_settings
+from .decoder_parts import take_apart
+from .fetching import Fetcher
+from .flight import Flight
 from .kv_pages import KVPages, pages_in
 from .page_pool import pages_for
-from .request import FinishReason, Request, RequestOutput, SamplingParams
+from .readout import Readout
+from .request import UNREAD, FinishReason, Request, RequestOutput, SamplingParams
 from .routing import RoutedBoundaries
 from .rows import Run
 from .runner import Runner
 from .sampler import log_probabilities, sample
 from .scheduler import Scheduler
 from .stops import StopChecker
-
-KV_MODES = ("deferred", "copied", "latest", "recursion_wise", "shared")
-"""Where keys and values of the depths that a token skips come from: of models with exits the first three
-(:data:`~recursify.modeling.recursive_policies.KV_MODES`), of routed models the last two."""
 
 
 @dataclass
@@ -69,7 +67,7 @@ class EngineStats:
     slots: int = 0
     new_tokens: int = 0
     depth_sum: int = 0
-    exit_histogram: dict[int, int] | None = None
+    exit_histogram: dict[int, int] = field(default_factory=dict)
     prompt_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
@@ -80,6 +78,12 @@ class EngineStats:
     test_seconds: float = 0.0
     exit_seconds: float = 0.0
     kv_bytes: int = 0
+
+    def count_token(self, depth: int) -> None:
+        """A new token was read after ``depth``."""
+        self.new_tokens += 1
+        self.depth_sum += depth + 1
+        self.exit_histogram[depth] = self.exit_histogram.get(depth, 0) + 1
 
     @property
     def mean_recursions(self) -> float:
@@ -92,13 +96,28 @@ class EngineStats:
         return self.slot_calls / max(self.slots, 1)
 
 
+@dataclass(frozen=True)
+class Said:
+    """A token that was read out; which one, the device knows.
+
+    Attributes:
+        request: Whose.
+        depth: That it was read after.
+        log_p: Log-probabilities, if the request wants them.
+    """
+
+    request: Request
+    depth: int
+    log_p: dict[int, float] | None
+
+
 class Engine:
     """Answers many requests at once with one model.
 
     Args:
         model: A recursive model, or a dense one, which runs as one recursion. Its weights are used where they are.
         tokenizer: For prompts that are text, for the text of answers, and for stop strings.
-        kv: Of :data:`KV_MODES`; None takes the mode that the model was trained for.
+        kv: Of :data:`~recursify.engine.KV_MODES`; None takes the mode that the model was trained for.
         force_kv: Allow another mode than that.
         max_requests: Requests that run at once.
         page_size: Tokens per page of keys and values.
@@ -110,6 +129,9 @@ class Engine:
         prefix_caching: Take over keys and values of a known prefix, in whole pages. Not in routed models, where a page
             holds tokens that are not next to one another.
         synchronous: A control: rows wait for the deepest one before new tokens enter.
+        reads_late: Fetch tokens together with the next iteration's decisions, so that the host waits once per
+            iteration; a token after the last one of a text is then begun for nothing. None: where there is a device to
+            wait for.
         on_token: Called with a request's output whenever a token has come, or it has ended.
 
     Attributes:
@@ -137,6 +159,7 @@ class Engine:
         max_length: int | None = None,
         prefix_caching: bool = True,
         synchronous: bool = False,
+        reads_late: bool | None = None,
         on_token: Callable[[RequestOutput], None] | None = None,
     ) -> None:
         limits = {
@@ -166,9 +189,13 @@ class Engine:
         with torch.inference_mode():
             self.pages = KVPages(self.parts, self.kv, page_size, num_pages, self.max_length)
         self.runner = Runner(self.parts, self.pages)
+        self.fetcher = Fetcher()
         self.boundaries: Boundaries | RoutedBoundaries = (
-            RoutedBoundaries(self.runner) if self.parts.is_routed else Boundaries(self.runner, self.kv)
+            RoutedBoundaries(self.runner, self.fetcher)
+            if self.parts.is_routed
+            else Boundaries(self.runner, self.kv, self.fetcher)
         )
+        self.reads_late = self.parts.device.type != "cpu" if reads_late is None else reads_late
         self.scheduler = Scheduler(
             self.pages,
             max_requests=max_requests,
@@ -178,9 +205,11 @@ class Engine:
             synchronous=synchronous,
         )
         self.requests: dict[int, Request] = {}
-        self.eos = _eos_tokens(model)
+        self.readout = Readout(self.runner)
+        self.eos = eos_tokens(model)
+        self._said: list[Said] = []
         self.reset_stats()
-        self._check_parity()
+        check_parity(self.runner)
 
     # --- Asking --------------------------------------------------------------------------------------------------
 
@@ -191,8 +220,8 @@ class Engine:
             EngineError: It can never be answered: too long, no tokens, or a policy that the model cannot follow.
         """
         params = params or SamplingParams()
-        ids = self._encode(prompt)
-        settings = self._settings(params)
+        ids = encode(prompt, self.tokenizer, self.parts.config.vocab_size)
+        settings = exit_settings(params, self.parts, self.kv)
         longest = len(ids) + params.max_tokens
         if longest > self.max_length:
             raise EngineError(
@@ -268,7 +297,10 @@ class Engine:
             stats.enter_seconds += entered - entering
             self._run_block([flight for flight in flights if not flight.is_done])
             leaving = self.clock()
-            self._exit([flight for flight in flights if flight.is_done])
+            self._say()  # what was read out an iteration ago, where that has waited
+            self._exit([flight for flight in flights if flight.is_done and not flight.request.finished])
+            if not self.reads_late:
+                self._say()
         ended = self.clock()
         stats.exit_seconds += ended - leaving
         stats.iterations += 1
@@ -278,8 +310,16 @@ class Engine:
         if not flights:
             return
         tokens = [token for flight in flights for token in flight.tokens]
+        ids = on_device(tokens, self.parts.device, torch.long)
+        unread = [row for row, token in enumerate(tokens) if token == UNREAD]
+        if unread:
+            said = {each.request.id: number for number, each in enumerate(self._said)}
+            owners = [flight.request.id for flight in flights for _ in flight.tokens]
+            places = on_device([unread, [said[owners[row]] for row in unread]], self.parts.device)
+            assert self.fetcher.waiting is not None
+            ids[places[0]] = self.fetcher.waiting[places[1]]
         runs = [Run(flight.request, None, flight.positions) for flight in flights]
-        embedded, states = self.runner.enter(tokens, runs)
+        embedded, states = self.runner.enter(ids, runs)
         sizes = [len(flight.positions) for flight in flights]
         for flight, first, entering in zip(flights, embedded.split(sizes), states.split(sizes), strict=True):
             flight.embedded, flight.states = first[-1], entering
@@ -310,108 +350,62 @@ class Engine:
         """Coda for all that have left, a new token for those whose last one has."""
         if not flights:
             return
-        self._run_coda(flights)
+        self.readout.run_coda(flights)
         saying = [flight for flight in flights if flight.says]
-        tokens: list[int] = []
-        logged: list[dict[int, float] | None] = [None] * len(saying)
         if saying:
-            logits = self._read(saying)
-            chosen = sample(logits, [flight.request for flight in saying])
-            self._log(logits, chosen, saying, logged)
-            self.own_fetches += 1
-            tokens = chosen.tolist()
+            requests = [flight.request for flight in saying]
+            logits = self.readout.logits(saying)
+            tokens = sample(logits, requests)
+            logged = self._log(logits, tokens, requests)
+            self.fetcher.later(tokens)
+            self._said = [
+                Said(flight.request, flight.last_departure().depth, log_p)
+                for flight, log_p in zip(saying, logged, strict=True)
+            ]
         for flight in flights:
             request = flight.request
-            for position in range(request.prompt_length + len(request.left), flight.stop):
-                assert position == flight.stop - 1
+            if flight.is_new:
                 request.left.append(flight.last_departure().depth)
             self.scheduler.land(flight)
             if request.computed == request.prompt_length:
                 self.scheduler.publish(request)
-        for flight, token, log_p in zip(saying, tokens, logged, strict=True):
-            self._say(flight, token, log_p)
+        for each in self._said:
+            each.request.tokens.append(UNREAD)
 
-    def _run_coda(self, flights: Sequence[Flight]) -> None:
-        """Replace the states of departures by what the coda makes of them, where they run it."""
-        departures: list[tuple[Flight, Departure]] = []
-        for flight in flights:
-            for departure in flight.departures:
-                if departure.depth < self.parts.num_depths - 1 and not self._exits_run_coda:
-                    continue
-                if flight.exit_states is not None and len(departure.positions) == 1:
-                    departure.states = flight.exit_states[None]
-                    continue
-                departures.append((flight, departure))
-        if not departures or not self.parts.coda:
-            return
-        runs = [Run(flight.request, None, departure.positions) for flight, departure in departures]
-        states = self.runner.coda(runs, torch.cat([departure.states for _, departure in departures]))
-        sizes = [len(run.positions) for run in runs]
-        for (_, departure), made in zip(departures, states.split(sizes), strict=True):
-            departure.states = made
-
-    @property
-    def _exits_run_coda(self) -> bool:
-        return self.parts.is_routed or getattr(self.parts.config, "exit_through_coda", True)
-
-    def _read(self, flights: Sequence[Flight]) -> Tensor:
-        """Logits ``[n, V]`` of the last tokens."""
-        by_exit: dict[int | None, list[int]] = {}
-        known: dict[int, Tensor] = {}
-        last = [flight.last_departure() for flight in flights]
-        for number, (flight, departure) in enumerate(zip(flights, last, strict=True)):
-            if flight.exit_logits is not None:
-                known[number] = flight.exit_logits
-                continue
-            exits = not self.parts.is_routed and departure.depth < self.parts.num_depths - 1
-            by_exit.setdefault(departure.depth if exits and self._has_own_heads else None, []).append(number)
-        rows: list[Tensor | None] = [known.get(number) for number in range(len(flights))]
-        if len(by_exit) == 1 and not known:
-            (depth,) = by_exit
-            return self._read_at(depth, torch.stack([each.states[-1] for each in last]))
-        for depth, numbers in by_exit.items():
-            logits = self._read_at(depth, torch.stack([last[number].states[-1] for number in numbers]))
-            for number, row in zip(numbers, logits, strict=True):
-                rows[number] = row
-        return torch.stack([row for row in rows if row is not None])
-
-    @property
-    def _has_own_heads(self) -> bool:
-        """Whether exits read out with anything but the model's own norm and head."""
-        return getattr(self.parts.config, "exit_head", None) not in (None, "shared")
-
-    def _read_at(self, depth: int | None, states: Tensor) -> Tensor:
-        return self.runner.read_out(states) if depth is None else self.runner.read_exit(depth, states)
-
-    def _log(self, logits: Tensor, chosen: Tensor, flights: Sequence[Flight], logged: list) -> None:
-        """Note log-probabilities for the requests that want them."""
-        wanted = [number for number, flight in enumerate(flights) if flight.request.params.logprobs is not None]
+    def _log(self, logits: Tensor, tokens: Tensor, requests: Sequence[Request]) -> Sequence[dict[int, float] | None]:
+        """Log-probabilities of the requests that want them; a fetch of its own."""
+        wanted = {
+            number: request.params.logprobs
+            for number, request in enumerate(requests)
+            if request.params.logprobs is not None
+        }
         if not wanted:
-            return
-        most = max(flights[number].request.params.logprobs or 0 for number in wanted)
-        found = log_probabilities(logits[wanted], chosen[wanted], most)
-        self.own_fetches += 1
-        for number, row in zip(wanted, found, strict=True):
-            count = flights[number].request.params.logprobs or 0
-            best = sorted(row, key=lambda token: -row[token])[:count]
-            token = int(chosen[number])
-            logged[number] = {each: row[each] for each in dict.fromkeys([*best, token])}
+            return [None] * len(requests)
+        self.fetcher.count += 1
+        index = on_device(list(wanted), logits.device, torch.long)
+        found = log_probabilities(logits[index], tokens[index], list(wanted.values()))
+        by_number = dict(zip(wanted, found, strict=True))
+        return [by_number.get(number) for number in range(len(requests))]
 
     # --- Answering -----------------------------------------------------------------------------------------------
 
-    def _say(self, flight: Flight, token: int, log_p: dict[int, float] | None) -> None:
-        request, params = flight.request, flight.request.params
-        output, depth = request.output, flight.last_departure().depth
-        request.tokens.append(token)
+    def _say(self) -> None:
+        """Give tokens that were read out to their requests."""
+        said, self._said = self._said, []
+        if not said:
+            return
+        for each, token in zip(said, self.fetcher.tokens(), strict=True):
+            if not each.request.finished:
+                each.request.tokens[-1] = token
+                self._take(each, token)
+
+    def _take(self, said: Said, token: int) -> None:
+        request, params, output = said.request, said.request.params, said.request.output
         output.token_ids.append(token)
-        output.depths.append(depth)
-        if output.logprobs is not None and log_p is not None:
-            output.logprobs.append(log_p)
-        stats = self.stats
-        stats.new_tokens += 1
-        stats.depth_sum += depth + 1
-        assert stats.exit_histogram is not None
-        stats.exit_histogram[depth] = stats.exit_histogram.get(depth, 0) + 1
+        output.depths.append(said.depth)
+        if output.logprobs is not None and said.log_p is not None:
+            output.logprobs.append(said.log_p)
+        self.stats.count_token(said.depth)
         ends = token in params.stop_token_ids or (token in self.eos and not params.ignore_eos)
         ends |= request.text.add(token)
         output.text = request.text.text
@@ -435,130 +429,14 @@ class Engine:
 
     def reset_stats(self) -> None:
         """Begin to count anew."""
-        self._stats = EngineStats(exit_histogram={})
-        self.own_fetches = 0
-        self._before = (self.boundaries.fetches, self.scheduler.preemptions, self.scheduler.cached_tokens)
+        self._stats = EngineStats()
+        self._before = (self.fetcher.count, self.scheduler.preemptions, self.scheduler.cached_tokens)
 
     @property
     def stats(self) -> EngineStats:
         """Counts; those that others keep are up to date."""
         fetches, preemptions, cached = self._before
-        self._stats.fetches = self.boundaries.fetches - fetches + self.own_fetches
+        self._stats.fetches = self.fetcher.count - fetches
         self._stats.preemptions = self.scheduler.preemptions - preemptions
         self._stats.cached_tokens = self.scheduler.cached_tokens - cached
         return self._stats
-
-    # --- Checking ------------------------------------------------------------------------------------------------
-
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise EngineError("A prompt that is text needs a tokenizer. Give the engine one, or pass token ids.")
-            prompt = self.tokenizer(prompt)["input_ids"]
-        ids = list(map(int, prompt))
-        if not ids:
-            raise EngineError("The prompt has no tokens. Give at least one.")
-        vocabulary = self.parts.config.vocab_size
-        wrong = [token for token in ids if not 0 <= token < vocabulary]
-        if wrong:
-            raise EngineError(f"Token {wrong[0]} of the prompt is not in the vocabulary of {vocabulary}.")
-        return ids
-
-    def _settings(self, params: SamplingParams) -> ExitSettings | None:
-        """How tokens of a request leave.
-
-        Raises:
-            EngineError: The model or the engine cannot do that.
-        """
-        num_exits = self.parts.num_depths - 1
-        wants = params.exit is not None or params.max_depth is not None or params.forced_depths is not None
-        if wants and (self.parts.is_routed or not num_exits):
-            why = "has routers, which say how far a token goes" if self.parts.is_routed else "has no exits"
-            raise EngineError(f"The model {why}. Leave exit, max_depth and forced_depths out.")
-        if params.exit is None:
-            return None
-        try:
-            settings = ExitSettings.of(params.exit, self.parts.config)
-            if not hasattr(params.exit, "policy"):
-                settings = replace(settings, kv=self.kv)
-            check_depths(settings, num_exits)
-            settings.policy.check_vocabulary(self.parts.config.vocab_size)
-        except ValueError as error:
-            raise EngineError(str(error)) from error
-        if settings.kv != self.kv:
-            raise EngineError(
-                f"The exit settings have kv '{settings.kv}', and the engine '{self.kv}'. Use one of them."
-            )
-        if settings.layers is not None or settings.adapt is not None:
-            raise EngineError(
-                "The engine exits at recursion boundaries, at given thresholds: leave layers and adapt out."
-            )
-        if settings.policy.simulated:
-            raise EngineError(
-                f"Policy '{settings.policy.name}' is a simulation: it runs all depths to know where it could have "
-                f"stopped. Use it with recursify generate."
-            )
-        if settings.policy.needs_head and self.model.exit_heads is None:
-            raise EngineError(
-                f"Policy '{settings.policy.name}' needs exit heads, and the model has none. Train them (recursify "
-                f"uptrain --stage exits), or use policy 'confidence'."
-            )
-        return settings
-
-    @torch.inference_mode()
-    def _check_parity(self) -> None:
-        """Raises:
-        UnsupportedModelError: The parts do not add up to the model.
-        """
-        count = min(5, self.max_length - 1, self.pages.page_size * self.pages.pools[0].num_pages)
-        ids = [token % self.parts.config.vocab_size for token in range(3, 3 + count)]
-        if self.parts.is_routed or count < 1:
-            return
-        expected = self.model(torch.tensor([ids], device=self.parts.device), use_cache=False).logits[0, -1].float()
-        request = Request(ids, SamplingParams(), None, len(self.pages.pools))
-        self.pages.reserve(request, count)
-        with self.parts.in_use():
-            _, states = self.runner.enter(ids, [Run(request, None, range(count))])
-            for depth in range(self.parts.num_depths):
-                states = self.runner.block([Run(request, depth, range(count))], states)
-            states = self.runner.coda([Run(request, None, range(count))], states)
-            found = self.runner.read_out(states)[-1].float()
-        self.pages.release(request)
-        self.runner.block_calls = self.runner.block_rows = 0
-        tolerance = 1e-3 if self.parts.dtype in (torch.float32, torch.float64) else 0.1
-        difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
-        if not difference <= tolerance:
-            raise UnsupportedModelError(
-                f"The engine does not compute what this {self.parts.config.model_type} model does: logits differ by "
-                f"{difference:.2g} of the largest. It does something outside its layers that the engine does not know."
-            )
-
-
-def choose_kv(parts: DecoderParts, kv: str | None, *, force: bool) -> str:
-    """The mode of keys and values.
-
-    Raises:
-        EngineError: An unknown one, or one that the model was not trained for.
-    """
-    if kv is not None and kv not in KV_MODES:
-        raise EngineError(f"Unknown kv '{kv}'. Use one of: {', '.join(KV_MODES)}.")
-    trained = parts.config.router_kv if parts.is_routed else getattr(parts.config, "exit_kv", "deferred")
-    if kv is None or kv == trained:
-        return trained
-    routed = ("recursion_wise", "shared")
-    if (kv in routed) != parts.is_routed or parts.is_routed:
-        raise EngineError(f"kv '{kv}' is not for this model, whose own is '{trained}'. Leave kv out.")
-    if not force:
-        raise EngineError(
-            f"The model was trained with '{trained}' keys and values, and '{kv}' makes others where tokens leave "
-            f"early. Leave kv out, or take what comes of it (force_kv)."
-        )
-    return kv
-
-
-def _eos_tokens(model: Any) -> frozenset[int]:
-    """The tokens with which the model ends a text."""
-    generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    eos = model.config.eos_token_id if eos is None else eos
-    return frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])

@@ -14,6 +14,9 @@ from recursify.modeling import ExitSettings
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
+UNREAD = -1
+"""Stands in a request's tokens for one that the host has not seen yet."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -157,9 +160,9 @@ class Request:
         return len(self.tokens) - len(self.prompt_ids)
 
     @property
-    def is_decoding(self) -> bool:
-        """Whether only its last token has not been through the model."""
-        return self.computed == len(self.tokens) - 1 >= self.prompt_length
+    def is_complete(self) -> bool:
+        """Whether it has as many tokens as it may; the host may not have seen the last one yet."""
+        return self.num_new >= self.params.max_tokens
 
     @property
     def finished(self) -> bool:

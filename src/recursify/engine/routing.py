@@ -25,24 +25,20 @@ from recursify.modeling.recursive_routing import (
     inference_threshold,
 )
 
+from .fetching import Fetcher
 from .flight import Flight, known
 from .runner import Runner
 
 
 class RoutedBoundaries:
-    """Of a routed model; the same two calls as :class:`~.boundaries.Boundaries`.
+    """Of a routed model; the same two calls as :class:`~.boundaries.Boundaries`."""
 
-    Attributes:
-        fetches: How often something was brought from the device.
-    """
-
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
+    def __init__(self, runner: Runner, fetcher: Fetcher) -> None:
+        self.runner, self.fetcher = runner, fetcher
         self.config = runner.parts.config
         self.model = runner.parts.model.model
         self.last_depth = runner.parts.num_depths - 1
         self.activation, self.alpha = activation_of(self.config), alpha_of(self.config)
-        self.fetches = 0
 
     def enter(self, flights: Sequence[Flight]) -> None:
         """``flights`` come to the first recursion."""
@@ -87,8 +83,7 @@ class RoutedBoundaries:
             else each
             for each, group in zip(taken, by_depth.values(), strict=True)
         ]
-        self.fetches += 1
-        answers = iter(torch.cat(whole).tolist())
+        answers = iter(self.fetcher.now(torch.cat(whole)))
         for flight in order:
             self._take(flight, [next(answers) for _ in flight.positions])
 

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recursify.modeling.recursive_decoding import on_device
-
 from .attention import KeysAndValuesWritten
 from .decoder_parts import DecoderParts, Layer
 from .kv_pages import KVPages
@@ -20,29 +18,19 @@ from .rows import Rows, Run
 
 
 class Runner:
-    """The model and its pages.
-
-    Attributes:
-        block_calls: How often the shared block has run.
-        block_rows: Rows in those calls.
-    """
+    """The model and its pages."""
 
     def __init__(self, parts: DecoderParts, pages: KVPages) -> None:
         self.parts, self.pages = parts, pages
         self.device = parts.device
-        self.block_calls = 0
-        self.block_rows = 0
 
-    def enter(self, tokens: Sequence[int], runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
-        """Embed ``tokens`` and run the prelude: the embeddings and what enters the block, each ``[N, D]``."""
-        ids = on_device(list(tokens), self.device, torch.long)
+    def enter(self, ids: Tensor, runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
+        """Embed ``ids [N]`` and run the prelude: the embeddings and what enters the block, each ``[N, D]``."""
         embedded = self.parts.embed(ids[:, None])[:, 0]
         return embedded, self.run(self.parts.prelude, runs, embedded)
 
     def block(self, runs: Sequence[Run], states: Tensor) -> Tensor:
         """One call of the shared block, ``[N, D] -> [N, D]``; ``runs`` are sorted by depth."""
-        self.block_calls += 1
-        self.block_rows += len(states)
         return self.run(self.parts.block, runs, states)
 
     def coda(self, runs: Sequence[Run], states: Tensor) -> Tensor:

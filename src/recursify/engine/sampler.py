@@ -40,17 +40,14 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     return greedy.index_put((index,), order.gather(-1, place)[:, 0])
 
 
-def log_probabilities(logits: Tensor, tokens: Tensor, count: int) -> list[dict[int, float]]:
-    """Per row of ``logits [n, V]``, those of the ``count`` first choices and of ``tokens [n]``."""
+def log_probabilities(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[dict[int, float]]:
+    """Per row of ``logits [n, V]``, those of the first choices, as many as ``counts`` has, and of ``tokens [n]``."""
     log_p = logits.float().log_softmax(-1)
-    best = log_p.topk(count, dim=-1) if count else None
-    chosen = log_p.gather(-1, tokens[:, None])[:, 0].tolist()
-    rows: list[dict[int, float]] = [{} for _ in chosen]
-    if best is not None:
-        rows = [
-            dict(zip(ids, values, strict=True))
-            for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
-    for row, token, value in zip(rows, tokens.tolist(), chosen, strict=True):
-        row[token] = value
-    return rows
+    best = log_p.topk(max(1, *counts), dim=-1)
+    chosen = log_p.gather(-1, tokens[:, None])
+    numbers = torch.cat([best.values, chosen], dim=-1).tolist()
+    ids = torch.cat([best.indices, tokens[:, None]], dim=-1).tolist()
+    return [
+        dict([*list(zip(its_ids, values, strict=True))[:count], (its_ids[-1], values[-1])])
+        for its_ids, values, count in zip(ids, numbers, counts, strict=True)
+    ]

@@ -61,7 +61,7 @@ class Scheduler:
             return list(self.flights.values()), []  # none of them new
         preemptions = self.preemptions
         for request in list(self.running):
-            if request.id not in self.flights and request in self.running:
+            if request.id not in self.flights and request in self.running and not request.is_complete:
                 self._launch(request)
         # What has just given its pages back does not take them again at once.
         admits = preemptions == self.preemptions
