@@ -64,6 +64,7 @@ SHORT = {
     "generate": ["--max-new-tokens", 4],
     "eval": ["--limit", 2],
     "push": ["--dry-run"],
+    "bench": ["--new", 3, "--prompt", 4, "--rounds", 1, "--requests", 1],
 }
 """Appended to a command: the last of two equal options counts."""
 
@@ -211,6 +212,7 @@ def test_examples_of_help_parse():
     [
         *((DOCS / "howto" / f"{name}.md", (name,)) for name in ("convert", "uptrain", "eval", "push", "export")),
         (DOCS / "howto" / "look.md", ("inspect", "perplexity", "generate")),
+        (DOCS / "howto" / "engine.md", ("bench",)),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else "",
 )

@@ -51,12 +51,12 @@ def paged_attention(
         raise KeysAndValuesWritten
     query = query.squeeze(2)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if rows.singles is None and not rows.chunks:
-        out = _attend_singles(layer, rows, query, scale, softcap)
-        return out.unsqueeze(1), None
+    if rows.singles is not None and not rows.chunks:
+        return _attend_singles(layer, rows.singles, query, scale, softcap).unsqueeze(1), None
     out = torch.empty_like(query)
     if rows.singles is not None:
-        out[rows.singles] = _attend_singles(layer, rows, query[rows.singles], scale, softcap)
+        here = rows.singles.rows
+        out[here] = _attend_singles(layer, rows.singles, query[here], scale, softcap)
     for chunk in rows.chunks:
         out[chunk.rows] = _attend_chunk(layer, chunk, query[chunk.rows], scale, softcap)
     return out.unsqueeze(1), None
@@ -75,22 +75,20 @@ def gather(held: Tensor, pages: Tensor) -> Tensor:
     return held.index_select(0, pages.flatten()).unflatten(0, pages.shape)
 
 
-def _attend_singles(layer: Any, rows: Any, query: Tensor, scale: float, softcap: float | None) -> Tensor:
+def _attend_singles(layer: Any, group: Any, query: Tensor, scale: float, softcap: float | None) -> Tensor:
     """Each row ``[n, H, D]`` over pages of its own: ``[n, H, D]``."""
-    keys, values = (gather(held, rows.tables).flatten(1, 2).transpose(1, 2) for held in (layer.keys, layer.values))
+    keys, values = (gather(held, group.tables).flatten(1, 2).transpose(1, 2) for held in (layer.keys, layer.values))
     grouped = query.unflatten(1, (keys.shape[1], -1))  # [n, K, G, D]
-    mask = rows.visible(layer)[:, None, None]
+    mask = group.visible(layer.windows)[:, None, None]
     return attend(grouped, keys, values, mask, scale, softcap).flatten(1, 2)
 
 
 def _attend_chunk(layer: Any, chunk: Any, query: Tensor, scale: float, softcap: float | None) -> Tensor:
     """Rows ``[n, H, D]`` of one request at one depth, over the same pages."""
-    keys, values = (
-        gather(held, chunk.table).flatten(0, 1).transpose(0, 1)[None] for held in (layer.keys, layer.values)
-    )
+    keys, values = (gather(held, chunk.tables).flatten(1, 2).transpose(1, 2) for held in (layer.keys, layer.values))
     count, kv_heads = len(query), keys.shape[1]
     grouped = query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)[None]  # [1, K, G n, D]
-    mask = chunk.visible(layer).repeat(grouped.shape[2] // count, 1)
+    mask = chunk.visible(layer.windows).repeat(grouped.shape[2] // count, 1)
     out = attend(grouped, keys, values, mask, scale, softcap)[0]
     return out.unflatten(1, (-1, count)).permute(2, 0, 1, 3).flatten(1, 2)
 

@@ -211,9 +211,7 @@ class Boundaries:
             runs = [Run(request, other, positions) for other in deeper]
             self.runner.write_only(parts.block, runs, states.repeat(len(runs), 1))
         else:
-            pages = self.runner.pages
-            table = request.tables[0]
-            slots = [[pages.slot(table, position, other) for position in positions] for other in (depth, *deeper)]
+            slots = [self.runner.pages.slots(request, other, positions) for other in (depth, *deeper)]
             sources, *targets = on_device(slots, states.device, torch.long)
             for target in targets:
                 copy_slots(parts.block, sources, target)

@@ -25,6 +25,7 @@ from recursify.errors import EngineError
 
 from .decoder_parts import DecoderParts, Layer
 from .page_pool import PagePool, pages_for
+from .request import Request
 
 SPARE = 1.1
 """A routed model's deeper pools are so much larger than its capacities say: loads of inference vary around those."""
@@ -114,7 +115,7 @@ class KVPages:
     def num_used(self) -> int:
         return sum(pool.num_used for pool in self.pools)
 
-    def missing(self, request, count: int) -> list[int]:
+    def missing(self, request: Request, count: int) -> list[int]:
         """Per stream, how many pages ``request`` lacks for ``count`` more tokens, should all go everywhere."""
         held = [request.computed] + [len(request.packed.get(depth, ())) for depth in range(len(self.pools) - 1)]
         return [
@@ -122,7 +123,7 @@ class KVPages:
             for tokens, table in zip(held, request.tables, strict=True)
         ]
 
-    def reserve(self, request, count: int) -> bool:
+    def reserve(self, request: Request, count: int) -> bool:
         """Give ``request`` pages for ``count`` more tokens; False, and nothing given, if there are not enough."""
         missing = self.missing(request, count)
         if any(lack > pool.num_free for lack, pool in zip(missing, self.pools, strict=True)):
@@ -131,7 +132,7 @@ class KVPages:
             table.extend(pool.allocate(lack))
         return True
 
-    def trim(self, request) -> None:
+    def trim(self, request: Request) -> None:
         """Take back the pages that tokens of a routed model did not go to."""
         if not self.is_packed:
             return
@@ -140,20 +141,23 @@ class KVPages:
             pool.release(table[needed:])
             del table[needed:]
 
-    def release(self, request) -> None:
+    def release(self, request: Request) -> None:
         """Take back all pages of ``request``."""
         for pool, table in zip(self.pools, request.tables, strict=True):
             pool.release(table)
             table.clear()
 
-    def slot(self, table: Sequence[int], index: int, depth: int | None) -> int:
-        """Where token ``index`` of ``table`` lies in a layer's flattened pages."""
-        page = table[index // self.page_size] + (0 if depth is None else self.layout.offsets[depth])
-        return page * self.page_size + index % self.page_size
+    def physical_table(self, request: Request, depth: int | None) -> list[int]:
+        """The pages of ``request`` in the tensors of block layers at ``depth``; of prelude and coda for None."""
+        if depth is None:
+            return request.tables[0]
+        offset = self.layout.offsets[depth]
+        return [page + offset for page in request.tables[self.layout.stream_of[depth]]]
 
-    def table(self, request, depth: int | None) -> list[int]:
-        """The pages of ``request`` at ``depth``; of prelude and coda for None."""
-        return request.tables[0 if depth is None else self.layout.stream_of[depth]]
+    def slots(self, request: Request, depth: int, positions: Sequence[int]) -> list[int]:
+        """Where tokens lie in flattened pages of block layers, in a model whose tokens have keys everywhere."""
+        table, size = self.physical_table(request, depth), self.page_size
+        return [table[position // size] * size + position % size for position in positions]
 
 
 def pages_in(num_bytes: int, parts: DecoderParts, kv: str, page_size: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from recursify.modeling.recursive_decoding import on_device
 
 from .kv_pages import KVPages
+from .request import Request
 
 FEW = 4
 """Runs of so many tokens or fewer are rows of their own, each of which gathers its keys; longer ones share theirs."""
@@ -33,7 +34,7 @@ class Run:
         positions: Of the tokens, ascending.
     """
 
-    request: Any
+    request: Request
     depth: int | None
     positions: Sequence[int]
 
@@ -48,119 +49,101 @@ class Rows:
 
     Attributes:
         positions: ``[N]``.
-        slots: Where to write, ``[N]``, or as many as ``writers`` names.
-        writers: The rows that write; None for all. With ``shared`` keys only those at depth 0 do.
-        singles: The rows that have a table of their own; None when those are all.
-        tables: Their pages, ``[n, pages]``.
+        depths: ``[N]``; 0 in prelude and coda.
+        writers: The rows that write keys and values; None for all. With ``shared`` keys only those at depth 0 do.
+        slots: Where they write, ``[N]`` or as many as ``writers`` names.
+        singles: The rows that have a table of their own, if there are any.
         chunks: The other rows.
     """
 
     def __init__(self, runs: Sequence[Run], pages: KVPages, *, only_writes: bool = False) -> None:
         self.only_writes = only_writes
-        self._pages, self._device = pages, pages.parts.device
-        self._masks: dict[Any, Tensor] = {}
+        device = pages.parts.device
         positions: list[int] = []
-        slots: list[int] = []
+        depths: list[int] = []
         writers: list[int] = []
+        slots: list[int] = []
         singles: list[int] = []
         tables: list[list[int]] = []
-        lengths: list[int] = []
-        depths: list[int] = []
-        self.chunks: list[Chunk] = []
+        seen_by_singles: list[int] = []
+        chunks: list[tuple[slice, list[int], list[int]]] = []
         for run in runs:
-            start, offset = len(positions), 0 if run.depth is None else pages.layout.offsets[run.depth]
-            table = [page + offset for page in pages.table(run.request, run.depth)]
-            places, seen = _places(run, pages)
+            start = len(positions)
             positions.extend(run.positions)
             depths.extend([run.depth or 0] * len(run.positions))
+            table = pages.physical_table(run.request, run.depth)
+            places, seen = _places(run, pages)
             if places is not None:
-                size = pages.page_size
-                slots.extend(table[place // size] * size + place % size for place in places)
                 writers.extend(range(start, len(positions)))
+                slots.extend(table[at // pages.page_size] * pages.page_size + at % pages.page_size for at in places)
             if len(run.positions) <= FEW:
                 singles.extend(range(start, len(positions)))
                 tables.extend([table] * len(run.positions))
-                lengths.extend(seen)
+                seen_by_singles.extend(seen)
             else:
-                rows = slice(start, len(positions))
-                self.chunks.append(Chunk(self, rows, run.depth or 0, run.positions, table, seen))
-        self.positions, self._depths = on_device([positions, depths], self._device)
-        self.slots = on_device(slots, self._device, torch.long)
-        self.writers = None if len(writers) == len(positions) else on_device(writers, self._device, torch.long)
-        self._is_packed = pages.is_packed and runs[0].depth is not None
-        width = max((-(-length // pages.page_size) for length in lengths), default=0)
-        self.tables = on_device([(table + [0] * width)[:width] for table in tables], self._device, torch.long)
-        self._lengths = on_device(lengths, self._device, torch.long)
-        self.singles = on_device(singles, self._device, torch.long) if self.chunks else None
-        if self.chunks and not singles:
-            self.singles = None
-        if self._is_packed and places_written(self):
-            written = self.positions if self.writers is None else self.positions[self.writers]
-            pages.positions.view(-1)[self.slots] = written
-
-    @property
-    def depths(self) -> Tensor:
-        """Of the rows, ``[N]``; 0 in prelude and coda."""
-        return self._depths
-
-    def visible(self, layer: Any) -> Tensor:
-        """Which keys the single rows see in ``layer``, bool ``[n, L]``."""
-        windows = layer.windows
-        if windows not in self._masks:
-            index = torch.arange(self.tables.shape[1] * self._pages.page_size, device=self._device)
-            mask = index < self._lengths[:, None]
-            if any(window is not None for window in windows):
-                rows = slice(None) if self.singles is None else self.singles
-                mask &= self.within(windows, self._depths[rows], self.positions[rows], self.tables)
-            self._masks[windows] = mask
-        return self._masks[windows]
-
-    def within(self, windows: Sequence[int | None], depths: Tensor, positions: Tensor, tables: Tensor) -> Tensor:
-        """Which keys are in the window of a row's depth, bool ``[n, L]``; tables ``[n, pages]``, or ``[pages]``."""
-        far = torch.iinfo(torch.long).max
-        by_depth = on_device([far if window is None else window for window in windows], self._device)
-        if self._is_packed:
-            columns = self._pages.positions[tables].flatten(-2)
-        else:
-            columns = torch.arange(tables.shape[-1] * self._pages.page_size, device=self._device)
-        reach = by_depth[depths] if len(by_depth) > 1 else by_depth.expand(len(depths))
-        return positions[:, None] - columns < reach[:, None]
+                chunks.append((slice(start, len(positions)), table, seen))
+        self.positions, self.depths = on_device([positions, depths], device)
+        self.writers = None if len(writers) == len(positions) else on_device(writers, device, torch.long)
+        self.slots = on_device(slots, device, torch.long)
+        packed = pages.positions if pages.is_packed and runs[0].depth is not None else None
+        if packed is not None:
+            packed.view(-1)[self.slots] = self.positions if self.writers is None else self.positions[self.writers]
+        self.singles: Group | None = None
+        if singles:
+            index = on_device(singles, device, torch.long) if chunks else None
+            self.singles = Group(self, index, tables, seen_by_singles, pages.page_size, packed)
+        self.chunks = [Group(self, rows, [table], seen, pages.page_size, packed) for rows, table, seen in chunks]
 
 
-def places_written(rows: Rows) -> bool:
-    """Whether any row writes."""
-    return len(rows.slots) > 0
+class Group:
+    """Rows that are attended to in one call: each over pages of its own, or all over the same.
 
-
-class Chunk:
-    """A longer run: its rows look at the same pages.
+    Args:
+        call: The rows of the call.
+        rows: Which of them; None for all.
+        tables: Physical pages, per row or one list for all.
+        seen: How many keys each row sees, the first ones of its pages.
+        page_size: Tokens per page.
+        positions: By page and slot, where those are not the same: ``[pages, page_size]``.
 
     Attributes:
-        rows: Which of the call.
-        table: Its pages ``[pages]``.
+        tables: ``[n, pages]`` or ``[1, pages]``; cut to what is seen, and filled up with page 0.
     """
 
     def __init__(
-        self, call: Rows, rows: slice, depth: int, positions: Sequence[int], table: list[int], seen: list[int]
+        self,
+        call: Rows,
+        rows: Tensor | slice | None,
+        tables: list[list[int]],
+        seen: list[int],
+        page_size: int,
+        positions: Tensor | None,
     ) -> None:
         self.rows = rows
-        self._call, self._depth, self._positions, self._seen = call, depth, positions, seen
-        count = -(-seen[-1] // call._pages.page_size)
-        self.table = on_device(table[:count], call._device, torch.long)
-        self._masks: dict[int | None, Tensor] = {}
+        every = slice(None) if rows is None else rows
+        device = call.positions.device
+        self._positions, self._depths, self._packed = call.positions[every], call.depths[every], positions
+        width = -(-max(seen) // page_size)
+        self.tables = on_device([(table + [0] * width)[:width] for table in tables], device, torch.long)
+        self._index = torch.arange(width * page_size, device=device)
+        self._seen = on_device(seen, device, torch.long)[:, None]
+        self._masks: dict[Any, Tensor] = {}
 
-    def visible(self, layer: Any) -> Tensor:
-        """Which keys each row sees in ``layer``, bool ``[n, L]``."""
-        window = layer.windows[self._depth if len(layer.windows) > 1 else 0]
-        if window not in self._masks:
-            device = self._call._device
-            index = torch.arange(len(self.table) * self._call._pages.page_size, device=device)
-            mask = index < on_device(self._seen, device)[:, None]
-            if window is not None:
-                positions = on_device(list(self._positions), device)
-                mask &= self._call.within([window], positions, positions, self.table)
-            self._masks[window] = mask
-        return self._masks[window]
+    def visible(self, windows: tuple[int | None, ...]) -> Tensor:
+        """Which keys each row sees in a layer whose windows are, by depth, ``windows``: bool ``[n, L]``."""
+        if windows not in self._masks:
+            mask = self._index < self._seen
+            if any(window is not None for window in windows):
+                mask = mask & self._within(windows)
+            self._masks[windows] = mask
+        return self._masks[windows]
+
+    def _within(self, windows: tuple[int | None, ...]) -> Tensor:
+        far = torch.iinfo(torch.long).max
+        reach = on_device([far if window is None else window for window in windows], self._positions.device)
+        reach = reach[self._depths] if len(windows) > 1 else reach.expand(len(self._depths))
+        columns = self._index if self._packed is None else self._packed[self.tables].flatten(1)
+        return self._positions[:, None] - columns < reach[:, None]
 
 
 def _places(run: Run, pages: KVPages) -> tuple[Sequence[int] | None, list[int]]:
@@ -171,4 +154,4 @@ def _places(run: Run, pages: KVPages) -> tuple[Sequence[int] | None, list[int]]:
     home = 0 if pages.kv == "shared" else depth
     there = run.request.packed[home]
     seen = [bisect_right(there, position) for position in run.positions]
-    return ([index - 1 for index in seen] if home == depth else None), seen
+    return ([count - 1 for count in seen] if home == depth else None), seen
