@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from recursify.engine import Engine, SamplingParams
+from recursify.evaluation.exit_calibration import read_boundaries
 from recursify.modeling import (
     ExitSettings,
     LayerLayout,
@@ -53,19 +54,31 @@ def prompt(number: int) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def settings(number: int, model: RecursiveForCausalLM, kv: str) -> ExitSettings | None:
+@cache
+def median_thresholds(family: str, kv: str, name: str) -> tuple[float, ...]:
+    """Per exit, the confidence that half of some drawn tokens have: at those, tokens leave after all depths."""
+    model = model_of(family, kv)
+    with torch.no_grad():
+        boundaries, _ = read_boundaries(model, random_ids(1, 64, seed=9), None)
+    policy = make_policy(name, 0.5)
+    return tuple(float(policy.confidence(boundary).float().median()) for boundary in boundaries)
+
+
+def settings(number: int, family: str, kv: str) -> ExitSettings | None:
     """One of a few ways to leave early; None for not at all."""
+    model = model_of(family, kv)
     if model.config.router is not None or number == 0:
         return None
-    name, threshold, more = (
-        ("confidence", 0.12, {}),
-        ("saturation", 0.93, {"min_depth": 1 if model.config.num_recursions > 2 else 0}),
-        ("head", 0.5, {"max_pending": 2}),
-        ("divergence", 0.05, {}),
-        ("entropy", 0.25, {"decay": 1.0}),
-        ("fixed", 0.0, {}),
+    if number == 6:
+        return ExitSettings(make_policy("fixed", 0.0), kv=kv)
+    name, more = (
+        ("confidence", {}),
+        ("saturation", {"min_depth": 1 if model.config.num_recursions > 2 else 0}),
+        ("head", {"max_pending": 2}),
+        ("divergence", {}),
+        ("entropy", {"decay": 0.1}),
     )[number - 1]
-    return ExitSettings(make_policy(name, threshold), kv=kv, **more)
+    return ExitSettings(make_policy(name, median_thresholds(family, kv, name)), kv=kv, **more)
 
 
 NUM_SETTINGS = 7
@@ -75,7 +88,7 @@ NUM_SETTINGS = 7
 def expected(family: str, kv: str, which: int, how: int) -> tuple[list[int], list[int]]:
     """What ``generate`` says, one prompt at a time: tokens, and the depth that each was read at."""
     model = model_of(family, kv)
-    ids, exits = torch.tensor([prompt(which)]), settings(how, model, kv)
+    ids, exits = torch.tensor([prompt(which)]), settings(how, family, kv)
     arguments = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     if model.config.router is not None:
         cache = RoutedCache(model.config)
@@ -135,7 +148,7 @@ def run_schedule(family: str, kv: str, seed: int) -> tuple[Engine, int]:
     while len(ids) < len(asked) or engine.has_work:
         for number, request in enumerate(asked):
             if request.arrives == iteration:
-                params = SamplingParams(max_tokens=NEW_TOKENS, exit=settings(request.how, model, kv))
+                params = SamplingParams(max_tokens=NEW_TOKENS, exit=settings(request.how, family, kv))
                 ids[number] = engine.add(prompt(request.which), params)
                 outputs[number] = engine.requests[ids[number]].output
             if request.cancelled == iteration and number in ids:

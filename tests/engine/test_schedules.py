@@ -1,7 +1,9 @@
 """Whatever happens to requests in the engine, each is answered as if it were alone."""
 
 import pytest
-from schedules import FAMILIES, run_schedule
+from schedules import FAMILIES, NEW_TOKENS, NUM_SETTINGS, expected, model_of, prompt, run_schedule, settings
+
+from recursify.engine import Engine, SamplingParams
 
 MODES = ("deferred", "copied", "latest", "recursion_wise", "shared")
 SCHEDULES = 50
@@ -25,3 +27,25 @@ def test_engine_says_what_one_at_a_time_says(family, kv):
     assert preemptions > SCHEDULES / 5
     assert cached > 0 or kv in ("recursion_wise", "shared")
     assert len(depths) > 1, "tokens leave after several depths"
+
+
+@pytest.mark.parametrize("kv", ["deferred", "copied", "latest", "recursion_wise"])
+def test_preemption_at_any_moment(kv):
+    """Computed again, tokens leave where they had left, and find what they had found: also between recursions."""
+    model, which = model_of("llama", kv), 2
+    for how in range(NUM_SETTINGS):
+        for moment in range(3, 22):
+            engine = Engine(
+                model, kv=kv, force_kv=True, max_requests=1, page_size=4, num_pages=16, chunk_size=5, max_length=64
+            )
+            asked = engine.add(prompt(which), SamplingParams(max_tokens=NEW_TOKENS, exit=settings(how, "llama", kv)))
+            request = engine.requests[asked]
+            for _ in range(moment):
+                engine.step()
+            if request.finished:
+                break
+            engine.scheduler.preempt(request)
+            while engine.has_work:
+                engine.step()
+            found = request.output.token_ids, request.output.depths
+            assert found == expected("llama", kv, which, how), (how, moment)
