@@ -1,0 +1,66 @@
+"""Calls of the kernels at the sizes of real models, on any device: to time, and to compile ahead of time.
+
+Sizes: 8B is Llama-3.1-8B (hidden 4096, 32 heads over 8 of 128, vocabulary 128,256); 1.7B is SmolLM2-1.7B (hidden 2048,
+32 heads of 64, vocabulary 49,152); gemma is Gemma-2-2B's attention (8 heads over 4 of 256, soft-capped, window 4096).
+
+Shape legend: N rows, H hidden size, V vocabulary, R recursions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recursify.kernels.exit_head import read_exit
+
+DTYPE = torch.bfloat16
+WIDTH = DTYPE.itemsize
+RECURSIONS = 3
+
+Call = Callable[[str], Any]
+"""Runs a kernel by an implementation."""
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One call.
+
+    Attributes:
+        kernel: Its folder.
+        case: What is special about it.
+        build: Makes the tensors on a device, and returns the call.
+        moved: Bytes that have to be read and written at the least.
+        operations: Floating-point operations of its matrix products.
+    """
+
+    kernel: str
+    case: str
+    build: Callable[[torch.device], Call]
+    moved: int
+    operations: int = 0
+
+
+def randn(device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=DTYPE, device=device)
+
+
+def exit_head(model: str, rows: int, softcap: float | None = None) -> Specimen:
+    size, entries = {"8B": (4096, 128_256), "1.7B": (2048, 49_152)}[model]
+
+    def build(device: torch.device) -> Call:
+        states, weight = randn(device, rows, size), randn(device, entries, size) / size**0.5
+        return lambda implementation: read_exit(states, weight, softcap=softcap, implementation=implementation)
+
+    case = f"{model}, {rows} rows" + (f", softcap {softcap:g}" if softcap else "")
+    return Specimen("exit_head", case, build, WIDTH * size * (entries + rows), 2 * rows * size * entries)
+
+
+SPECIMENS = [
+    *(exit_head("8B", rows) for rows in (1, 64, 256)),
+    exit_head("1.7B", 64),
+    exit_head("8B", 64, softcap=30.0),
+]
