@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from recursify.kernels.exit_head import read_exit
+from recursify.kernels.paged_attention import attend_pages
 
 DTYPE = torch.bfloat16
 WIDTH = DTYPE.itemsize
@@ -59,8 +60,50 @@ def exit_head(model: str, rows: int, softcap: float | None = None) -> Specimen:
     return Specimen("exit_head", case, build, WIDTH * size * (entries + rows), 2 * rows * size * entries)
 
 
+def paged_attention(
+    model: str, rows: int, context: int, *, window: int | None = None, latest: bool = False, page_size: int = 16
+) -> Specimen:
+    """Rows at mixed depths, each at the end of a context of its own."""
+    heads, kv_heads, size, softcap = {
+        "8B": (32, 8, 128, None),
+        "1.7B": (32, 32, 64, None),
+        "gemma": (8, 4, 256, 50.0),
+    }[model]
+    blocks = context // page_size
+    pool = rows * blocks
+
+    def build(device: torch.device) -> Call:
+        query = randn(device, rows, heads, size)
+        keys, values = (randn(device, RECURSIONS * pool, page_size, kv_heads, size) for _ in range(2))
+        table = torch.randperm(pool, device=device).view(rows, blocks).int()
+        depth = torch.arange(rows, device=device, dtype=torch.int32) % RECURSIONS
+        offsets = torch.arange(RECURSIONS, device=device, dtype=torch.int32) * pool
+        lengths = torch.full((rows,), context, device=device, dtype=torch.int32)
+        exited = None
+        if latest:
+            exited = torch.randint(0, RECURSIONS, (pool, page_size), device=device).to(torch.int8)
+        return lambda implementation: attend_pages(
+            *(query, keys, values, table, depth, offsets, lengths),
+            window=window,
+            softcap=softcap,
+            exit_depths=exited,
+            implementation=implementation,
+        )
+
+    seen = min(context, window or context)
+    case = f"{model}, {rows} rows, {context} keys" + (f", window {window}" if window else "")
+    moved = WIDTH * rows * (2 * seen * kv_heads * size + 2 * heads * size)
+    return Specimen(
+        "paged_attention", case + (", latest" if latest else ""), build, moved, 4 * rows * heads * size * seen
+    )
+
+
 SPECIMENS = [
     *(exit_head("8B", rows) for rows in (1, 64, 256)),
     exit_head("1.7B", 64),
     exit_head("8B", 64, softcap=30.0),
+    *(paged_attention("8B", rows, context) for rows, context in ((1, 4096), (64, 1024), (256, 1024))),
+    paged_attention("8B", 64, 1024, latest=True),
+    paged_attention("1.7B", 64, 1024),
+    paged_attention("gemma", 64, 4096, window=1024),
 ]
