@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recursify.kernels.depth_norm import add_and_norm
 from recursify.kernels.exit_head import read_exit
 from recursify.kernels.paged_attention import attend_pages
+from recursify.kernels.rope_store import store_keys_and_values
 
 DTYPE = torch.bfloat16
 WIDTH = DTYPE.itemsize
@@ -98,6 +100,38 @@ def paged_attention(
     )
 
 
+def rope_store(rows: int, depths: int = 1) -> Specimen:
+    """Of the 8B model; ``depths`` at which each row writes."""
+    heads, size, page_size = 8, 128, 16
+    pool = rows  # pages
+
+    def build(device: torch.device) -> Call:
+        key, value = (randn(device, rows, heads, size) for _ in range(2))
+        pages = [randn(device, RECURSIONS * pool, page_size, heads, size) for _ in range(2)]
+        slots = torch.randperm(pool * page_size, device=device)[:rows]
+        depth = torch.arange(rows, device=device, dtype=torch.int32) % (RECURSIONS - depths + 1)
+        offsets = torch.arange(RECURSIONS, device=device, dtype=torch.int32) * pool
+        count = torch.full((rows,), depths, device=device, dtype=torch.int32)
+        cos, sin = (randn(device, rows, size) for _ in range(2))
+        given = (key, value, *pages, slots, depth, offsets)
+        return lambda implementation: store_keys_and_values(
+            *given, count=count, cos=cos, sin=sin, implementation=implementation
+        )
+
+    moved = WIDTH * rows * (2 * heads * size * (1 + depths) + 2 * size)
+    return Specimen("rope_store", f"8B, {rows} rows, {depths} depths", build, moved)
+
+
+def depth_norm(rows: int, size: int = 4096) -> Specimen:
+    def build(device: torch.device) -> Call:
+        states, residual = (randn(device, rows, size) for _ in range(2))
+        weight = randn(device, RECURSIONS, size)
+        depth = torch.arange(rows, device=device, dtype=torch.int32) % RECURSIONS
+        return lambda implementation: add_and_norm(states, residual, weight, depth, implementation=implementation)
+
+    return Specimen("depth_norm", f"8B, {rows} rows", build, WIDTH * 4 * rows * size)
+
+
 SPECIMENS = [
     *(exit_head("8B", rows) for rows in (1, 64, 256)),
     exit_head("1.7B", 64),
@@ -106,4 +140,6 @@ SPECIMENS = [
     paged_attention("8B", 64, 1024, latest=True),
     paged_attention("1.7B", 64, 1024),
     paged_attention("gemma", 64, 4096, window=1024),
+    *(rope_store(rows, depths) for rows, depths in ((64, 1), (64, 2), (8192, 1))),
+    *(depth_norm(rows) for rows in (64, 8192)),
 ]
