@@ -17,8 +17,10 @@ from torch import Tensor
 
 from recursify.kernels.depth_norm import add_and_norm
 from recursify.kernels.exit_head import read_exit
+from recursify.kernels.grouped_lora import add_depth_lora
 from recursify.kernels.paged_attention import attend_pages
 from recursify.kernels.rope_store import store_keys_and_values
+from recursify.kernels.route import gather_normed, scatter_gated
 
 DTYPE = torch.bfloat16
 WIDTH = DTYPE.itemsize
@@ -132,6 +134,43 @@ def depth_norm(rows: int, size: int = 4096) -> Specimen:
     return Specimen("depth_norm", f"8B, {rows} rows", build, WIDTH * 4 * rows * size)
 
 
+def grouped_lora(rows: int, rank: int, inputs: int = 4096, outputs: int = 4096) -> Specimen:
+    """One projection of the 8B model, rows at mixed depths."""
+
+    def build(device: torch.device) -> Call:
+        y, x = randn(device, rows, outputs), randn(device, rows, inputs)
+        a = randn(device, RECURSIONS, rank, inputs) / inputs**0.5
+        b = randn(device, RECURSIONS, outputs, rank) / rank**0.5
+        depth = torch.arange(rows, device=device, dtype=torch.int32) % RECURSIONS
+        return lambda implementation: add_depth_lora(y, x, a, b, depth, implementation=implementation)
+
+    touched = min(rows, RECURSIONS) * rank * (inputs + outputs)
+    moved = WIDTH * (touched + rows * (inputs + 2 * outputs))
+    return Specimen("grouped_lora", f"8B, {rows} rows, rank {rank}", build, moved, 2 * rows * rank * (inputs + outputs))
+
+
+def route_gather(rows: int, size: int = 4096) -> Specimen:
+    """Half of the rows, normed as a layer's input is."""
+
+    def build(device: torch.device) -> Call:
+        states, weight = randn(device, 2 * rows, size), randn(device, size)
+        taken = torch.randperm(2 * rows, device=device)[:rows]
+        return lambda implementation: gather_normed(states, taken, weight, implementation=implementation)
+
+    return Specimen("route", f"8B, gather {rows} rows", build, WIDTH * 3 * rows * size)
+
+
+def route_scatter(rows: int, size: int = 4096) -> Specimen:
+    """Half of the rows, put back with a residual gate."""
+
+    def build(device: torch.device) -> Call:
+        states, made = randn(device, 2 * rows, size), randn(device, rows, size)
+        taken, gate = torch.randperm(2 * rows, device=device)[:rows], torch.zeros(rows, device=device)
+        return lambda implementation: scatter_gated(states, made, gate, taken, implementation=implementation)
+
+    return Specimen("route", f"8B, scatter {rows} rows", build, WIDTH * 3 * rows * size)
+
+
 SPECIMENS = [
     *(exit_head("8B", rows) for rows in (1, 64, 256)),
     exit_head("1.7B", 64),
@@ -142,4 +181,6 @@ SPECIMENS = [
     paged_attention("gemma", 64, 4096, window=1024),
     *(rope_store(rows, depths) for rows, depths in ((64, 1), (64, 2), (8192, 1))),
     *(depth_norm(rows) for rows in (64, 8192)),
+    *(grouped_lora(rows, rank) for rows, rank in ((64, 16), (64, 64), (64, 256), (2048, 64))),
+    *(make(rows) for make in (route_gather, route_scatter) for rows in (64, 8192)),
 ]

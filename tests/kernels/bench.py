@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tolerances import KERNELS
 
-GUARD = 64
+GUARD = 1024
+"""Elements before and behind; more than a row of any check has."""
 UNTOUCHED = -777
 """What integers are before something is written; floats are NaN."""
 
