@@ -21,6 +21,7 @@ from recursify.kernels.grouped_lora import add_depth_lora
 from recursify.kernels.paged_attention import attend_pages
 from recursify.kernels.rope_store import store_keys_and_values
 from recursify.kernels.route import gather_normed, scatter_gated
+from recursify.kernels.slot_advance import OutputRing, Slots, advance_slots
 
 DTYPE = torch.bfloat16
 WIDTH = DTYPE.itemsize
@@ -171,6 +172,27 @@ def route_scatter(rows: int, size: int = 4096) -> Specimen:
     return Specimen("route", f"8B, scatter {rows} rows", build, WIDTH * 3 * rows * size)
 
 
+def slot_advance(count: int) -> Specimen:
+    """All slots active; what it moves is nothing beside a launch."""
+
+    def build(device: torch.device) -> Call:
+        slots, ring = Slots.empty(count, device), OutputRing.empty(4 * count, device)
+        slots.active.fill_(True)
+        settings = {
+            "limits": torch.full((count,), 2**30, device=device, dtype=torch.int32),
+            "ends": torch.full((2,), -1, device=device, dtype=torch.int32),
+            "block_table": torch.zeros(count, 256, device=device, dtype=torch.int32),
+            "page_size": 16,
+            "num_depths": RECURSIONS,
+            "ring": ring,
+        }
+        leaves = torch.arange(count, device=device) % 2 == 0
+        choices = torch.arange(count, device=device)
+        return lambda implementation: advance_slots(slots, leaves, choices, **settings, implementation=implementation)
+
+    return Specimen("slot_advance", f"{count} slots", build, 64 * count)
+
+
 SPECIMENS = [
     *(exit_head("8B", rows) for rows in (1, 64, 256)),
     exit_head("1.7B", 64),
@@ -183,4 +205,5 @@ SPECIMENS = [
     *(depth_norm(rows) for rows in (64, 8192)),
     *(grouped_lora(rows, rank) for rows, rank in ((64, 16), (64, 64), (64, 256), (2048, 64))),
     *(make(rows) for make in (route_gather, route_scatter) for rows in (64, 8192)),
+    *(slot_advance(count) for count in (64, 1024)),
 ]

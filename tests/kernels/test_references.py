@@ -12,6 +12,7 @@ from recursify.kernels.dispatch import implementation_on, uses_triton
 from recursify.kernels.exit_head import read_exit
 from recursify.kernels.grouped_lora import add_depth_lora, reference
 from recursify.kernels.route import GATES, scatter_gated
+from recursify.kernels.slot_advance import OutputRing, Slots, advance_slots
 from recursify.modeling.recursive_policies import Confidence, Entropy
 from recursify.modeling.recursive_routing import ROUTER_GATES, gated
 
@@ -53,6 +54,37 @@ def test_gates_are_those_of_routers(kind):
     found = scatter_gated(states, made, gate, torch.tensor([4, -1, 1]), kind=kind)
     torch.testing.assert_close(found, expected)
     assert kind in ROUTER_GATES
+
+
+def test_slots_advance_one_recursion_or_one_token():
+    """A slot by hand: two recursions, a token; one recursion, the last token; and then nothing more."""
+    slots, ring = Slots.empty(2), OutputRing.empty(2)
+    slots.active[1], slots.position[1], slots.address[1] = True, 3, 43
+    seen = []
+    for leaves, choice in ((False, 5), (True, 6), (True, 7), (True, 8)):
+        advance_slots(
+            slots,
+            torch.tensor([True, leaves]),
+            torch.tensor([1, choice]),
+            limits=torch.tensor([99, 5]),
+            ends=torch.tensor([], dtype=torch.int64),
+            block_table=torch.tensor([[0, 0], [10, 20]]),
+            page_size=4,
+            num_depths=3,
+            ring=ring,
+        )
+        names = ("active", "token", "depth", "position", "address", "finished")
+        seen.append([int(getattr(slots, name)[1]) for name in names])
+    assert seen == [
+        [1, 0, 1, 3, 43, 0],
+        [1, 6, 0, 4, 80, 0],
+        [0, 7, 0, 5, -1, 1],
+        [0, 7, 0, 5, -1, 1],
+    ]
+    assert ring.entries.tolist() == [[1, 6, 1, 1], [1, 7, 0, 2]]
+    assert ring.counts.tolist() == [2, 4]
+    assert not slots.active[0]
+    assert not slots.finished[0]
 
 
 def test_a_cpu_takes_the_reference():
