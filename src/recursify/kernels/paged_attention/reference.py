@@ -72,7 +72,7 @@ def visible_in(
     """Which of ``slots [N, L]`` are less than ``window`` positions behind their row, bool ``[N, L]``."""
     if window is None:
         return there
-    width = torch.as_tensor(window, device=slots.device).expand(len(slots))[:, None]
+    width = window[:, None] if isinstance(window, Tensor) else window
     if key_positions is None or positions is None:
         place, own = torch.arange(slots.shape[1], device=slots.device), lengths - 1
     else:
