@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recursify.kernels.depth_norm import add_and_norm
@@ -20,15 +21,17 @@ from recursify.kernels.exit_head import read_exit
 from recursify.kernels.grouped_lora import add_depth_lora
 from recursify.kernels.paged_attention import attend_pages
 from recursify.kernels.rope_store import store_keys_and_values
+from recursify.kernels.rope_store.reference import rotated
 from recursify.kernels.route import gather_normed, scatter_gated
+from recursify.kernels.route.reference import gated
 from recursify.kernels.slot_advance import OutputRing, Slots, advance_slots
 
 DTYPE = torch.bfloat16
 WIDTH = DTYPE.itemsize
 RECURSIONS = 3
 
-Call = Callable[[str], Any]
-"""Runs a kernel by an implementation."""
+Forms = dict[str, Callable[[], Any]]
+"""The same call as ``triton``, in ``torch``, and by a ``library`` where there is one."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +41,38 @@ class Specimen:
     Attributes:
         kernel: Its folder.
         case: What is special about it.
-        build: Makes the tensors on a device, and returns the call.
+        build: Makes the tensors on a device, and returns the calls.
         moved: Bytes that have to be read and written at the least.
         operations: Floating-point operations of its matrix products.
+        waits: The form in PyTorch waits for the device, so that no graph can be made of it.
     """
 
     kernel: str
     case: str
-    build: Callable[[torch.device], Call]
+    build: Callable[[torch.device], Forms]
     moved: int
     operations: int = 0
+    waits: bool = False
 
 
 def randn(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(*shape, dtype=DTYPE, device=device)
 
 
+def both(function: Callable[..., Any], *arguments: Any, **settings: Any) -> Forms:
+    """A kernel and its reference."""
+    return {
+        "triton": lambda: function(*arguments, **settings, implementation="triton"),
+        "torch": lambda: function(*arguments, **settings, implementation="reference"),
+    }
+
+
 def exit_head(model: str, rows: int, softcap: float | None = None) -> Specimen:
     size, entries = {"8B": (4096, 128_256), "1.7B": (2048, 49_152)}[model]
 
-    def build(device: torch.device) -> Call:
+    def build(device: torch.device) -> Forms:
         states, weight = randn(device, rows, size), randn(device, entries, size) / size**0.5
-        return lambda implementation: read_exit(states, weight, softcap=softcap, implementation=implementation)
+        return both(read_exit, states, weight, softcap=softcap)
 
     case = f"{model}, {rows} rows" + (f", softcap {softcap:g}" if softcap else "")
     return Specimen("exit_head", case, build, WIDTH * size * (entries + rows), 2 * rows * size * entries)
@@ -77,7 +90,7 @@ def paged_attention(
     blocks = context // page_size
     pool = rows * blocks
 
-    def build(device: torch.device) -> Call:
+    def build(device: torch.device) -> Forms:
         query = randn(device, rows, heads, size)
         keys, values = (randn(device, RECURSIONS * pool, page_size, kv_heads, size) for _ in range(2))
         table = torch.randperm(pool, device=device).view(rows, blocks).int()
@@ -87,13 +100,11 @@ def paged_attention(
         exited = None
         if latest:
             exited = torch.randint(0, RECURSIONS, (pool, page_size), device=device).to(torch.int8)
-        return lambda implementation: attend_pages(
-            *(query, keys, values, table, depth, offsets, lengths),
-            window=window,
-            softcap=softcap,
-            exit_depths=exited,
-            implementation=implementation,
-        )
+        given = (query, keys, values, table, depth, offsets, lengths)
+        forms = both(attend_pages, *given, window=window, softcap=softcap, exit_depths=exited)
+        if not (latest or window or softcap) and query.is_cuda:
+            forms["library"] = library_attention(*given, context)
+        return forms
 
     seen = min(context, window or context)
     case = f"{model}, {rows} rows, {context} keys" + (f", window {window}" if window else "")
@@ -103,12 +114,35 @@ def paged_attention(
     )
 
 
+def library_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    depth: Tensor,
+    offsets: Tensor,
+    lengths: Tensor,
+    context: int,
+) -> Callable[[], Any]:
+    """PyTorch's own attention over pages, which serves mixed depths once offsets are added to the table."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows = torch.arange(len(query) + 1, device=query.device, dtype=torch.int32)
+    shifted = table + offsets[depth.long()][:, None]
+    return lambda: varlen_attn(
+        *(query, keys, values, rows, None, 1, context),
+        seqused_k=lengths,
+        block_table=shifted,
+        enable_gqa=True,
+    )
+
+
 def rope_store(rows: int, depths: int = 1) -> Specimen:
     """Of the 8B model; ``depths`` at which each row writes."""
     heads, size, page_size = 8, 128, 16
     pool = rows  # pages
 
-    def build(device: torch.device) -> Call:
+    def build(device: torch.device) -> Forms:
         key, value = (randn(device, rows, heads, size) for _ in range(2))
         pages = [randn(device, RECURSIONS * pool, page_size, heads, size) for _ in range(2)]
         slots = torch.randperm(pool * page_size, device=device)[:rows]
@@ -117,20 +151,28 @@ def rope_store(rows: int, depths: int = 1) -> Specimen:
         count = torch.full((rows,), depths, device=device, dtype=torch.int32)
         cos, sin = (randn(device, rows, size) for _ in range(2))
         given = (key, value, *pages, slots, depth, offsets)
-        return lambda implementation: store_keys_and_values(
-            *given, count=count, cos=cos, sin=sin, implementation=implementation
-        )
+        forms = both(store_keys_and_values, *given, count=count, cos=cos, sin=sin)
+        shift = offsets.long() * page_size
+        # The reference looks for rows that write nothing; here are none.
+        targets = [slots + shift[depth.long() + level] for level in range(depths)]
+
+        def in_torch() -> None:
+            for new, held in zip((rotated(key, cos, sin), value), pages, strict=True):
+                for target in targets:
+                    held.flatten(0, 1).index_copy_(0, target, new)
+
+        return forms | {"torch": in_torch}
 
     moved = WIDTH * rows * (2 * heads * size * (1 + depths) + 2 * size)
     return Specimen("rope_store", f"8B, {rows} rows, {depths} depths", build, moved)
 
 
 def depth_norm(rows: int, size: int = 4096) -> Specimen:
-    def build(device: torch.device) -> Call:
+    def build(device: torch.device) -> Forms:
         states, residual = (randn(device, rows, size) for _ in range(2))
         weight = randn(device, RECURSIONS, size)
         depth = torch.arange(rows, device=device, dtype=torch.int32) % RECURSIONS
-        return lambda implementation: add_and_norm(states, residual, weight, depth, implementation=implementation)
+        return both(add_and_norm, states, residual, weight, depth)
 
     return Specimen("depth_norm", f"8B, {rows} rows", build, WIDTH * 4 * rows * size)
 
@@ -138,12 +180,21 @@ def depth_norm(rows: int, size: int = 4096) -> Specimen:
 def grouped_lora(rows: int, rank: int, inputs: int = 4096, outputs: int = 4096) -> Specimen:
     """One projection of the 8B model, rows at mixed depths."""
 
-    def build(device: torch.device) -> Call:
+    def build(device: torch.device) -> Forms:
         y, x = randn(device, rows, outputs), randn(device, rows, inputs)
         a = randn(device, RECURSIONS, rank, inputs) / inputs**0.5
         b = randn(device, RECURSIONS, outputs, rank) / rank**0.5
         depth = torch.arange(rows, device=device, dtype=torch.int32) % RECURSIONS
-        return lambda implementation: add_depth_lora(y, x, a, b, depth, implementation=implementation)
+        forms = both(add_depth_lora, y, x, a, b, depth)
+        # Sorted once for all projections of a layer, so sorting is left out.
+        order = depth.sort(stable=True).indices
+        ends = torch.bincount(depth, minlength=RECURSIONS).cumsum(0).int() if device.type != "meta" else depth
+
+        def grouped() -> None:
+            inner = F.grouped_mm(x[order], a.transpose(1, 2), offs=ends)
+            y.index_add_(0, order, F.grouped_mm(inner, b.transpose(1, 2), offs=ends))
+
+        return forms | {"library": grouped}
 
     touched = min(rows, RECURSIONS) * rank * (inputs + outputs)
     moved = WIDTH * (touched + rows * (inputs + 2 * outputs))
@@ -153,10 +204,10 @@ def grouped_lora(rows: int, rank: int, inputs: int = 4096, outputs: int = 4096) 
 def route_gather(rows: int, size: int = 4096) -> Specimen:
     """Half of the rows, normed as a layer's input is."""
 
-    def build(device: torch.device) -> Call:
+    def build(device: torch.device) -> Forms:
         states, weight = randn(device, 2 * rows, size), randn(device, size)
         taken = torch.randperm(2 * rows, device=device)[:rows]
-        return lambda implementation: gather_normed(states, taken, weight, implementation=implementation)
+        return both(gather_normed, states, taken, weight)
 
     return Specimen("route", f"8B, gather {rows} rows", build, WIDTH * 3 * rows * size)
 
@@ -164,10 +215,12 @@ def route_gather(rows: int, size: int = 4096) -> Specimen:
 def route_scatter(rows: int, size: int = 4096) -> Specimen:
     """Half of the rows, put back with a residual gate."""
 
-    def build(device: torch.device) -> Call:
+    def build(device: torch.device) -> Forms:
         states, made = randn(device, 2 * rows, size), randn(device, rows, size)
         taken, gate = torch.randperm(2 * rows, device=device)[:rows], torch.zeros(rows, device=device)
-        return lambda implementation: scatter_gated(states, made, gate, taken, implementation=implementation)
+        forms = both(scatter_gated, states, made, gate, taken)
+        # The reference looks for rows that are none; here are none.
+        return forms | {"torch": lambda: states.index_copy_(0, taken, gated(states[taken], made, gate, "residual"))}
 
     return Specimen("route", f"8B, scatter {rows} rows", build, WIDTH * 3 * rows * size)
 
@@ -175,7 +228,7 @@ def route_scatter(rows: int, size: int = 4096) -> Specimen:
 def slot_advance(count: int) -> Specimen:
     """All slots active; what it moves is nothing beside a launch."""
 
-    def build(device: torch.device) -> Call:
+    def build(device: torch.device) -> Forms:
         slots, ring = Slots.empty(count, device), OutputRing.empty(4 * count, device)
         slots.active.fill_(True)
         settings = {
@@ -188,9 +241,9 @@ def slot_advance(count: int) -> Specimen:
         }
         leaves = torch.arange(count, device=device) % 2 == 0
         choices = torch.arange(count, device=device)
-        return lambda implementation: advance_slots(slots, leaves, choices, **settings, implementation=implementation)
+        return both(advance_slots, slots, leaves, choices, **settings)
 
-    return Specimen("slot_advance", f"{count} slots", build, 64 * count)
+    return Specimen("slot_advance", f"{count} slots", build, 64 * count, waits=True)
 
 
 SPECIMENS = [
