@@ -260,3 +260,56 @@ SPECIMENS = [
     *(make(rows) for make in (route_gather, route_scatter) for rows in (64, 8192)),
     *(slot_advance(count) for count in (64, 1024)),
 ]
+"""What is timed, and compiled ahead of time."""
+
+
+def zeros(device: torch.device, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype, device=device)
+
+
+def attention_variant(at: torch.device, **settings: Any) -> Forms:
+    """64 rows of the 8B model, with what ``settings`` add; a shape among them is one of integers."""
+    given = {name: zeros(at, *value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    pages = (randn(at, 100, 16, 8, 128) for _ in range(2))
+    places = (zeros(at, 64, 64), zeros(at, 64), zeros(at, RECURSIONS), zeros(at, 64))
+    return both(attend_pages, randn(at, 64, 32, 128), *pages, *places, **given)
+
+
+def store_variant(at: torch.device) -> Forms:
+    """Heads of 80, rotated already."""
+    held = (randn(at, *shape) for shape in (*2 * [(64, 8, 80)], *2 * [(100, 16, 8, 80)]))
+    return both(store_keys_and_values, *held, zeros(at, 64, dtype=torch.int64), zeros(at, 64), zeros(at, RECURSIONS))
+
+
+def norm_variant(at: torch.device) -> Forms:
+    """Gemma's scale, without a residual."""
+    return both(add_and_norm, randn(at, 64, 2304), None, randn(at, RECURSIONS, 2304), zeros(at, 64), adds_one=True)
+
+
+VARIANTS = [
+    Specimen(
+        "exit_head",
+        "a bias",
+        lambda at: both(read_exit, randn(at, 64, 2304), randn(at, 50_000, 2304), randn(at, 50_000)),
+        0,
+    ),
+    Specimen(
+        "paged_attention",
+        "packed, a window",
+        lambda at: attention_variant(at, window=512, key_positions=(100, 16), positions=(64,)),
+        0,
+    ),
+    Specimen("paged_attention", "a window per row", lambda at: attention_variant(at, window=(64,)), 0),
+    Specimen("rope_store", "heads of 80, rotated already", store_variant, 0),
+    Specimen("depth_norm", "no residual, 1 + weight", norm_variant, 0),
+    Specimen("route", "gather, no weight", lambda at: both(gather_normed, randn(at, 64, 2304), zeros(at, 64)), 0),
+    Specimen(
+        "route",
+        "scatter, mor",
+        lambda at: both(
+            scatter_gated, *(randn(at, 64, 2304) for _ in range(2)), randn(at, 64), zeros(at, 64), kind="mor"
+        ),
+        0,
+    ),
+]
+"""What is compiled beside, and not timed: the other ways that a kernel can be called in."""

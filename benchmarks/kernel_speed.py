@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import gpu_timing
-from kernel_specimens import SPECIMENS
+from kernel_specimens import SPECIMENS, VARIANTS
 from keyed_results import markdown_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,7 +45,7 @@ def compile_all() -> list[dict[str, Any]]:
     from recursify.kernels.ahead_of_time import compiled, recorded
 
     rows = []
-    for specimen in SPECIMENS:
+    for specimen in [*SPECIMENS, *VARIANTS]:
         with recorded() as launches:
             specimen.build(torch.device("meta"))["triton"]()
         for launch in launches:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from bench import Bench
+from kernel_bench import Bench
 
 from recursify.kernels.depth_norm import add_and_norm
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from bench import Bench
+from kernel_bench import Bench
 
 from recursify.kernels.paged_attention import attend_pages
 

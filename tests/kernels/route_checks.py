@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from bench import Bench
+from kernel_bench import Bench
 
 from recursify.kernels.route import gather_normed, scatter_gated
 

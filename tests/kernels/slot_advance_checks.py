@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 import torch
-from bench import Bench
+from kernel_bench import Bench
 
 from recursify.kernels.slot_advance import OutputRing, Slots, advance_slots
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from worker import names_of
+from kernel_worker import names_of
 
 import recursify
 
@@ -44,7 +44,7 @@ def results(kernel: str, device: str) -> tuple[dict[str, str | None], str]:
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     environment["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
-    command = [sys.executable, str(FOLDER / "worker.py"), kernel, device, str(SEED)]
+    command = [sys.executable, str(FOLDER / "kernel_worker.py"), kernel, device, str(SEED)]
     process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     lines = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("[")]
     return dict(lines), f"the process ended with {process.returncode} (seed {SEED})\n{process.stderr}"

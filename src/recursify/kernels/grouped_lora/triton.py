@@ -66,7 +66,8 @@ def add_depth_lora(y: Tensor, x: Tensor, a: Tensor, b: Tensor, depth: Tensor) ->
     x = x if x.stride(1) == 1 else x.contiguous()
     if not rows:
         return y
-    row_tile, out_tile, rank_tile = tile_of(rows, 16, 64), 64, tile_of(rank, 16)
+    # Of float32, products are made of registers, and 64 rows spill.
+    row_tile, out_tile, rank_tile = tile_of(rows, 16, 64 if x.element_size() == 2 else 16), 64, tile_of(rank, 16)
     add_residuals[(triton.cdiv(outputs, out_tile), triton.cdiv(rows, row_tile))](
         y,
         x,

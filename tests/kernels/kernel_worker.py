@@ -1,6 +1,6 @@
 """Runs the checks of one kernel, in a process of its own: an access out of bounds ends it.
 
-    python worker.py KERNEL DEVICE SEED
+    python kernel_worker.py KERNEL DEVICE SEED
 
 First the kernel as it is, then with each fault of the checks' ``PLANTS`` planted into its source, which a check has to
 find. Prints one line of JSON per result.
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from bench import Bench
+from kernel_bench import Bench
 
 DTYPES = {"cpu": (torch.float32, torch.float16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 """The interpreter's bfloat16 arithmetic is wrong, without a word."""

@@ -75,4 +75,5 @@ class Bench:
     def assert_close(self, found: Tensor, expected: Tensor, factor: float = 1.0) -> None:
         """By :data:`tolerances.KERNELS`, ``factor`` times; NaN equals nothing."""
         atol, rtol = KERNELS[self.dtype]
-        torch.testing.assert_close(found.float(), expected.float(), atol=factor * atol, rtol=factor * rtol)
+        expected = expected.to(found.device, torch.float32)
+        torch.testing.assert_close(found.float(), expected, atol=factor * atol, rtol=factor * rtol)
