@@ -8,6 +8,7 @@ Shape legend: N rows, H hidden size, V vocabulary, R recursions.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,10 @@ class Specimen:
 
 def randn(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(*shape, dtype=DTYPE, device=device)
+
+
+def zeros(device: torch.device, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype, device=device)
 
 
 def both(function: Callable[..., Any], *arguments: Any, **settings: Any) -> Forms:
@@ -112,6 +117,25 @@ def paged_attention(
     return Specimen(
         "paged_attention", case + (", latest" if latest else ""), build, moved, 4 * rows * heads * size * seen
     )
+
+
+def prompt_attention(rows: int, group: int = 16) -> Specimen:
+    """The rows of one prompt of the 8B model, at one depth; a row sees half of them on average."""
+    heads, kv_heads, size, page_size = 32, 8, 128, 16
+
+    def build(device: torch.device) -> Forms:
+        query = randn(device, rows, heads, size)
+        keys, values = (randn(device, rows // page_size, page_size, kv_heads, size) for _ in range(2))
+        table = torch.arange(rows // page_size, device=device, dtype=torch.int32).expand(rows, -1)
+        depth, lengths = zeros(device, rows), torch.arange(1, rows + 1, device=device, dtype=torch.int32)
+        forms = both(attend_pages, query, keys, values, table, depth, zeros(device, 1), lengths, group=group)
+        side_by_side = [held.flatten(0, 1).transpose(0, 1)[None] for held in (query[:, None], keys, values)]
+        flash = functools.partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+        # The reference gathers every row's keys, 17 GB of them.
+        return {"triton": forms["triton"], "torch": lambda: flash(*side_by_side)}
+
+    moved = WIDTH * rows * size * (2 * heads + 2 * kv_heads)
+    return Specimen("paged_attention", f"8B, a prompt of {rows} rows", build, moved, 2 * rows * rows * heads * size)
 
 
 def library_attention(
@@ -253,6 +277,7 @@ SPECIMENS = [
     *(paged_attention("8B", rows, context) for rows, context in ((1, 4096), (64, 1024), (256, 1024))),
     paged_attention("8B", 64, 1024, latest=True),
     paged_attention("1.7B", 64, 1024),
+    prompt_attention(2048),
     paged_attention("gemma", 64, 4096, window=1024),
     *(rope_store(rows, depths) for rows, depths in ((64, 1), (64, 2), (8192, 1))),
     *(depth_norm(rows) for rows in (64, 8192)),
@@ -261,10 +286,6 @@ SPECIMENS = [
     *(slot_advance(count) for count in (64, 1024)),
 ]
 """What is timed, and compiled ahead of time."""
-
-
-def zeros(device: torch.device, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.zeros(*shape, dtype=dtype, device=device)
 
 
 def attention_variant(at: torch.device, **settings: Any) -> Forms:

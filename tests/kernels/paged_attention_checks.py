@@ -8,13 +8,15 @@ from kernel_bench import Bench
 from recursify.kernels.paged_attention import attend_pages
 
 PLANTS = {
-    "one key too many": ("m_t = o_t < end", "m_t = o_t <= end", "check_odd_lengths"),
+    "one key too many": ("m_t = o_t < end", "m_t = o_t <= end", "check_what_lies_beyond"),
     "one key too few": ("m_t = o_t < end", "m_t = o_t < end - 1", "check_odd_lengths"),
-    "one column too many": ("m_d = o_d < D", "m_d = o_d < D + 1", "check_head_sizes"),
-    "one head too few": ("(o_g < G)[:, None]", "(o_g < G - 1)[:, None]", "check_head_sizes"),
+    "one column too many": ("G, o_d < D", "G, o_d < D + 1", "check_head_sizes"),
+    "one head too few": ("o_g < L * G", "o_g < L * G - 1", "check_head_sizes"),
+    "a row sees the next one's key": ("< b_length[:, None]", "<= b_length[:, None]", "check_groups"),
+    "rows in one window": (">= b_first[:, None]", ">= first", "check_groups"),
     "one part too few": ("m_c, m_d = o_c < C", "m_c, m_d = o_c < C - 1", "check_parts"),
-    "a window one too wide": ("length - width, 0", "length - width - 1, 0", "check_windows"),
-    "a window of positions one too narrow": ("(tl.int32) > oldest", "(tl.int32) > oldest + 1", "check_packed_keys"),
+    "a window one too wide": ("b_length - b_width, 0", "b_length - b_width - 1, 0", "check_windows"),
+    "a window of positions one too narrow": ("> b_oldest[:, None]", "> b_oldest[:, None] + 1", "check_packed_keys"),
     "no deeper than the row": ("tl.minimum(exited, own_depth)", "exited", "check_latest_keys"),
 }
 
@@ -63,6 +65,14 @@ def check_odd_lengths(bench: Bench) -> None:
     Rows(bench, [5, 100], page_size=16).compare()
 
 
+def check_what_lies_beyond(bench: Bench) -> None:
+    """Slots behind the last key are not read, in its own page either: an older sequence may have left anything."""
+    rows = Rows(bench, [5], offsets=[0, 0, 0])
+    rows.table[0] = bench.integers([3, 7])
+    rows.keys[7, 1:] = rows.values[7, 1:] = float("nan")
+    rows.compare()
+
+
 def check_head_sizes(bench: Bench) -> None:
     """Powers of two and others; one query head per key head, or several that fill no tile."""
     for heads, size in (((2, 2), 64), ((6, 2), 80), ((7, 1), 96), ((2, 1), 256)):
@@ -97,6 +107,21 @@ def check_shared_keys(bench: Bench) -> None:
     Rows(bench, [17, 30], offsets=[0, 0, 0]).compare()
 
 
+def check_groups(bench: Bench) -> None:
+    """Rows of a prompt, which share a table and a depth: alone, in parts, in windows, filled up."""
+    for heads in ((4, 2), (3, 1)):
+        rows = Rows(bench, [61, 62, 63, 64, 12, 13, 14, 0], heads=heads)
+        for begin in (0, 4):
+            longest = begin + int(rows.lengths[begin : begin + 4].argmax())
+            rows.table[begin : begin + 4] = rows.table[longest].clone()
+            rows.depth[begin : begin + 4] = rows.depth[begin].clone()
+        rows.compare(group=4)
+        rows.compare(group=2, num_splits=3)
+        rows.compare(group=4, window=10)
+        rows.compare(group=4, window=bench.integers([1, 5, 0, 30, 3, 2, 90, 1]), num_splits=2)
+        rows.compare(group=4, exit_depths=bench.randint(0, RECURSIONS, POOL, 4), softcap=3.0)
+
+
 def check_packed_keys(bench: Bench) -> None:
     """Offsets are sums of unlike counts, and windows go by position, which slots are not."""
     rows = Rows(bench, [20, 45, 70], offsets=[0, 45, 90])
@@ -107,3 +132,5 @@ def check_packed_keys(bench: Bench) -> None:
     for window in (25, 301, bench.integers([25, 0, 90])):
         rows.compare(window=window, key_positions=held, positions=positions)
         rows.compare(window=window, key_positions=held, positions=positions, num_splits=2)
+    rows.table[:], rows.depth[:] = rows.table[2].clone(), 1
+    rows.compare(group=3, window=25, key_positions=held, positions=positions)

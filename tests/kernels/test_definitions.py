@@ -152,6 +152,8 @@ def test_arguments_that_do_not_fit_are_refused():
     depth = torch.zeros(LENGTH, dtype=torch.long)
     with pytest.raises(ValueError, match="key_positions and positions go together"):
         prompt.attend(depth, positions=depth)
+    with pytest.raises(ValueError, match="Rows come in groups of 4, and 11 are no multiple of that"):
+        prompt.attend(depth, group=4)
     with pytest.raises(ValueError, match="A window has 1 position at least, its own; got 0"):
         prompt.attend(depth, window=0)
     with pytest.raises(ValueError, match="depth must have an entry for each of 11 rows, got 10"):

@@ -41,6 +41,7 @@ def attend_pages(
     key_positions: Tensor | None = None,
     positions: Tensor | None = None,
     num_splits: int | None = None,
+    group: int = 1,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """``softmax(softcap · tanh(q kᵀ · scale / softcap)) v`` of each row over its keys, ``[N, H, D]``.
@@ -62,6 +63,8 @@ def attend_pages(
         positions: Integers ``[N]``, of the rows.
         num_splits: Into how many parts a row's keys are shared out, in Triton. None chooses by the shapes; with 1 a
             row's result does not depend on how many there are beside it.
+        group: So many rows one after the other share a page table and a depth, as the tokens of a prompt do; in Triton
+            their keys are then read once. ``N`` is a multiple of it; rows of length 0 fill up.
         implementation: See :mod:`recursify.kernels.dispatch`.
 
     Raises:
@@ -73,12 +76,14 @@ def attend_pages(
         raise ValueError("key_positions and positions go together: one says where keys are, the other where rows are.")
     if window is not None and isinstance(window, int) and window < 1:
         raise ValueError(f"A window has 1 position at least, its own; got {window}. None is for all.")
+    if group < 1 or len(query) % group:
+        raise ValueError(f"Rows come in groups of {group}, and {len(query)} are no multiple of that.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if uses_triton(implementation, query.device):
         from . import triton
 
         places = triton.Places(block_table, depth, page_offsets, lengths, exit_depths, key_positions, positions)
-        return triton.attend_pages(query, key_pages, value_pages, places, scale, window, softcap, num_splits)
+        return triton.attend_pages(query, key_pages, value_pages, places, scale, window, softcap, num_splits, group)
     page_size = key_pages.shape[1]
     slots, there = reference.slots_of(block_table, depth, page_offsets, lengths, page_size, exit_depths)
     visible = reference.visible_in(slots, there, lengths, window, key_positions, positions)

@@ -1,10 +1,10 @@
 """Depth-paged attention in one launch, or two where a row's keys are shared out.
 
-A program takes one row, one key head and a part of the keys. The query heads that share the key head are the rows of
-its matrix products, so keys are read once. Parts are merged by their maxima and sums.
+A program takes one row, or several that share their keys, one key head and a part of the keys. The rows' query heads
+that share the key head are the rows of its matrix products, so keys are read once. Parts are merged by maxima and sums.
 
-Shape legend: N rows, K key heads, G query heads per key head, D head size, S page size, C parts. Locals: ``i_``
-program, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` values; ``B*`` tile sizes.
+Shape legend: N rows, L rows that share keys, K key heads, G query heads per key head, D head size, S page size, C
+parts. Locals: ``i_`` program, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` values; ``B*`` tile sizes.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def attend_parts(
     stride_table,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
+    L: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -67,28 +68,36 @@ def attend_parts(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Program ``(i_n, i_k, i_c)``.
+    """Program ``(i_l, i_k, i_c)``: ``L`` rows from ``i_l · L`` on.
 
     Writes ``out [N, K·G, D]`` where ``C`` is 1, else ``parts [N, K·G, C, D]`` and ``sums [N, K·G, C, 2]``.
     """
-    i_n, i_k, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    i_l, i_k, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     o_g, o_d = tl.arange(0, BG), tl.arange(0, BD)
-    m_d = o_d < D
-    m_q = (o_g < G)[:, None] & m_d[None, :]
-    o_heads = i_k * G + o_g
-    p_query = query + i_n * stride_query_row + o_heads[:, None] * stride_query_head + o_d[None, :]
+    m_g, m_d = o_g < L * G, o_d < D
+    m_q = m_g[:, None] & m_d[None, :]
+    i_n = i_l * L
+    o_n = i_n + o_g // G
+    o_heads = i_k * G + o_g % G
+    p_query = query + o_n[:, None] * stride_query_row + o_heads[:, None] * stride_query_head + o_d[None, :]
     b_query = tl.load(p_query, mask=m_q, other=0.0)
-    length = tl.load(lengths + i_n).to(tl.int32)
+    b_length = tl.load(lengths + o_n, mask=m_g, other=0).to(tl.int32)
+    length = tl.max(b_length, axis=0)
     own_depth = tl.load(depth + i_n).to(tl.int32)
     offset = tl.load(page_offsets + own_depth).to(tl.int64)
-    first, oldest = 0, -1
+    first = 0
+    b_first = tl.zeros((BG,), tl.int32)
+    b_oldest = tl.full((BG,), -1, tl.int32)
     if WINDOW is not None or windows is not None:
-        width = WINDOW if windows is None else tl.load(windows + i_n).to(tl.int32)
+        b_width = b_first + WINDOW if windows is None else tl.load(windows + o_n, mask=m_g, other=0).to(tl.int32)
         # A window of 0 is one that nothing falls out of.
         if key_positions is None:
-            first = tl.where(width > 0, tl.maximum(length - width, 0), 0)
+            b_first = tl.where(b_width > 0, tl.maximum(b_length - b_width, 0), 0)
+            # A row that sees nothing is no reason to begin early.
+            first = tl.min(tl.where(b_length > 0, b_first, length), axis=0)
         else:
-            oldest = tl.where(width > 0, tl.load(positions + i_n).to(tl.int32) - width, -1)
+            own = tl.load(positions + o_n, mask=m_g, other=0).to(tl.int32)
+            b_oldest = tl.where(b_width > 0, own - b_width, -1)
     span = tl.cdiv(tl.cdiv(length - first, BT), C) * BT
     begin = first + i_c * span
     end = tl.minimum(begin + span, length)
@@ -106,16 +115,17 @@ def attend_parts(
             exited = tl.load(exit_depths + block * S + o_t % S, mask=m_t, other=0).to(tl.int32)
             page = block + tl.load(page_offsets + tl.minimum(exited, own_depth), mask=m_t, other=0).to(tl.int64)
         slot = page * S + o_t % S
-        m_seen = m_t
+        m_seen = m_t[None, :] & (o_t[None, :] < b_length[:, None]) & (o_t[None, :] >= b_first[:, None])
         if key_positions is not None:
-            m_seen = m_t & (tl.load(key_positions + slot, mask=m_t, other=0).to(tl.int32) > oldest)
+            place = tl.load(key_positions + slot, mask=m_t, other=0).to(tl.int32)
+            m_seen = m_seen & (place[None, :] > b_oldest[:, None])
         o_slot = (slot * K + i_k)[:, None] * D + o_d[None, :]
-        m_slot = m_seen[:, None] & m_d[None, :]
+        m_slot = m_t[:, None] & m_d[None, :]
         b_keys = tl.load(key_pages + o_slot, mask=m_slot, other=0.0)
         scores = tl.dot(b_query, tl.trans(b_keys), input_precision="ieee") * scale
         if CAP is not None:
             scores = soft_capped(scores, CAP)
-        scores = tl.where(m_seen[None, :], scores, -float("inf"))
+        scores = tl.where(m_seen, scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         # Where no key has been seen yet the maximum is -inf, and -inf less -inf is no number.
         safe = tl.where(new_top == -float("inf"), 0.0, new_top)
@@ -129,14 +139,14 @@ def attend_parts(
 
     # Divided here, also in parts: what is merged is then of the size of the values.
     b_out = b_out / tl.where(total > 0, total, 1.0)[:, None]
-    o_rows = i_n * K * G + o_heads
+    o_rows = o_n * K * G + o_heads
     if C == 1:
         tl.store(out + o_rows[:, None] * D + o_d[None, :], b_out.to(out.dtype.element_ty), mask=m_q)
     else:
         o_parts = o_rows * C + i_c
         tl.store(parts + o_parts[:, None] * D + o_d[None, :], b_out, mask=m_q)
-        tl.store(sums + o_parts * 2, top, mask=o_g < G)
-        tl.store(sums + o_parts * 2 + 1, total, mask=o_g < G)
+        tl.store(sums + o_parts * 2, top, mask=m_g)
+        tl.store(sums + o_parts * 2 + 1, total, mask=m_g)
 
 
 @triton.jit
@@ -164,6 +174,7 @@ def attend_pages(
     window: int | Tensor | None,
     softcap: float | None,
     num_splits: int | None,
+    group: int,
 ) -> Tensor:
     """:func:`recursify.kernels.paged_attention.attend_pages`, checked there."""
     rows, query_heads, size = query.shape
@@ -174,7 +185,8 @@ def attend_pages(
     # 64 keys of 256 take 200 registers on compute capability 9.0, which leaves room for 2 programs at a time.
     tile = 64 if width <= 128 and query.dtype != torch.float32 else 32
     most = triton.cdiv(table.shape[1] * page_size, tile * TILES_PER_PART)
-    splits = num_splits or min(MOST_PARTS, most, triton.cdiv(programs_to_fill(query.device), max(1, rows * heads)))
+    programs = max(1, rows // group * heads)
+    splits = num_splits or min(MOST_PARTS, most, triton.cdiv(programs_to_fill(query.device), programs))
     out = torch.empty(rows, query_heads, size, dtype=query.dtype, device=query.device)
     if not rows:
         return out
@@ -182,7 +194,7 @@ def attend_pages(
     if splits > 1:
         parts = torch.empty(rows, query_heads, splits, size, dtype=torch.float32, device=query.device)
         sums = torch.empty(rows, query_heads, splits, 2, dtype=torch.float32, device=query.device)
-    attend_parts[(rows, heads, splits)](
+    attend_parts[(rows // group, heads, splits)](
         query,
         key_pages,
         value_pages,
@@ -203,12 +215,13 @@ def attend_pages(
         table.stride(0),
         WINDOW=None if isinstance(window, Tensor) else window,
         CAP=softcap,
+        L=group,
         K=heads,
         G=query_heads // heads,
         D=size,
         S=page_size,
         C=splits,
-        BG=tile_of(query_heads // heads, 16),
+        BG=tile_of(group * (query_heads // heads), 16),
         BT=tile,
         BD=width,
         num_warps=4,
