@@ -3,7 +3,8 @@
 #
 #   PYTHON=python benchmarks/gpu.sh [FOLDER]
 #
-# Tables go to FOLDER, benchmarks/results by default. A failing test ends it before anything is timed.
+# It needs pip install -e '.[dev]'. Tables go to FOLDER, benchmarks/results by default, where docs/results.md takes new
+# ones in. A failing test ends it before anything is timed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}

@@ -149,16 +149,16 @@ def library_attention(
     context: int,
 ) -> Callable[[], Any]:
     """PyTorch's own attention over pages, which serves mixed depths once offsets are added to the table."""
-    from torch.nn.attention.varlen import varlen_attn
-
     rows = torch.arange(len(query) + 1, device=query.device, dtype=torch.int32)
     shifted = table + offsets[depth.long()][:, None]
-    return lambda: varlen_attn(
-        *(query, keys, values, rows, None, 1, context),
-        seqused_k=lengths,
-        block_table=shifted,
-        enable_gqa=True,
-    )
+
+    def attend() -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn  # over pages since torch 2.12
+
+        given = (query, keys, values, rows, None, 1, context)
+        return varlen_attn(*given, seqused_k=lengths, block_table=shifted, enable_gqa=True)
+
+    return attend
 
 
 def rope_store(rows: int, depths: int = 1) -> Specimen:

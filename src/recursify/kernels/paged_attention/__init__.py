@@ -9,8 +9,7 @@ and prompts and single tokens mix freely.
   slots are no positions there.
 - ``exit_depths`` looks a token that left early up where it has keys last (``latest``), without copying those.
 
-Shape legend: N rows, H query heads, K key heads, D head size, P pages, S page size, M pages of the longest row, R
-depths.
+Shape legend: N rows, H query heads, K key heads, D head size, P pages, S page size, M pages of a table, R depths.
 """
 
 from __future__ import annotations
