@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from recursify.kernels.dispatch import implementation_on, uses_triton
+from recursify.kernels.dispatch import implementation_on, uses_triton, why_not_triton
 from recursify.kernels.exit_head import read_exit
 from recursify.kernels.grouped_lora import add_depth_lora, reference
 from recursify.kernels.route import GATES, scatter_gated
@@ -94,6 +94,20 @@ def test_a_cpu_takes_the_reference():
         read_exit(torch.zeros(1, 2), torch.zeros(3, 2), implementation="triton")
     with pytest.raises(ValueError, match=r"Unknown implementation 'cuda'\. Use one of: auto, reference, triton"):
         uses_triton("cuda", CPU)
+
+
+@pytest.mark.parametrize(("capability", "taken"), [((7, 5), "reference"), ((8, 0), "triton"), ((9, 0), "triton")])
+def test_a_gpu_takes_triton_where_it_compiles(monkeypatch, capability, taken):
+    """An older one says what it lacks, when Triton is asked for."""
+    pytest.importorskip("triton", reason="has wheels for Linux")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    why_not_triton.cache_clear()
+    gpu = torch.device("cuda", 0)
+    assert implementation_on(gpu) == taken
+    if taken == "reference":
+        with pytest.raises(RuntimeError, match=r"its compute capability is 7\.5, and kernels need 8\.0"):
+            uses_triton("triton", gpu)
+    why_not_triton.cache_clear()
 
 
 def test_kernels_work_without_triton():
