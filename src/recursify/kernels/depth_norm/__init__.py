@@ -32,7 +32,7 @@ def add_and_norm(
         states: ``[N, H]``, float.
         residual: Like ``states``; None for none, and then the sum is ``states`` itself.
         weight: ``[R, H]``, any float dtype.
-        depth: Integers ``[N]``.
+        depth: Integers ``[N]``, from 0 to ``R - 1``.
         eps: Added to the mean square.
         adds_one: The scale is ``1 + weight`` (Gemma).
         implementation: See :mod:`recursify.kernels.dispatch`.

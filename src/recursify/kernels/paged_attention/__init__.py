@@ -51,7 +51,7 @@ def attend_pages(
         value_pages: Like ``key_pages``.
         block_table: Integers ``[N, M]``: page ids before the offset of a depth. Beyond a row's length they may be
             anything.
-        depth: Integers ``[N]``.
+        depth: Integers ``[N]``, from 0 to ``R - 1``, also of rows with no keys.
         page_offsets: Integers ``[R]``.
         lengths: Integers ``[N]``: the keys a row sees, its own included. A row with 0 gives 0.
         scale: None for ``D ** -0.5``.
