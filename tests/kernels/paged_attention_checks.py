@@ -97,6 +97,7 @@ def check_windows(bench: Bench) -> None:
 def check_latest_keys(bench: Bench) -> None:
     """Keys are where a token had them last, but no deeper than the row."""
     rows = Rows(bench, [11, 50, 64])
+    rows.depth[:] = bench.integers([0, 1, 2])
     for dtype in (torch.int8, torch.int32):
         rows.compare(exit_depths=bench.randint(0, RECURSIONS, POOL, 4, dtype=dtype))
     rows.compare(exit_depths=bench.randint(0, RECURSIONS, POOL, 4), window=17, num_splits=2)
