@@ -1,0 +1,61 @@
+"""Times on a GPU: of captured graphs, with a cold L2 cache, and the floors that they stand beside."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+FLUSH_BYTES = 256 * 2**20
+"""More than the L2 cache of any GPU at hand: what a call reads is then in memory, as between two layers."""
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """``call`` as a CUDA graph, so that a launch costs what it costs in the engine."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def seconds(call: Callable[[], Any], *, flush: torch.Tensor, rounds: int = 30) -> float:
+    """Median of one call on the device."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(rounds):
+        flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def make_flush() -> torch.Tensor:
+    """What :func:`seconds` writes between calls."""
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+
+def copy_bandwidth(flush: torch.Tensor) -> float:
+    """Bytes read and written per second by a copy of 1 GiB."""
+    source = torch.ones(2**30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source), flush=flush)
+
+
+def product_rate(flush: torch.Tensor, size: int = 8192) -> float:
+    """Operations per second of a large bfloat16 product."""
+    left, right = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return 2 * size**3 / seconds(lambda: left @ right, flush=flush)

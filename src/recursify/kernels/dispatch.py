@@ -1,0 +1,77 @@
+"""Which implementation of a kernel runs where.
+
+Every kernel has two: ``reference.py`` is its definition in plain PyTorch and runs on any device; ``triton.py`` is one
+launch, or two, on a GPU. Triton is imported when a kernel first uses it, so that none of this needs it installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Literal
+
+import torch
+
+Implementation = Literal["auto", "reference", "triton"]
+
+IMPLEMENTATIONS = ("auto", "reference", "triton")
+"""What a kernel's ``implementation=`` may say; ``auto`` takes Triton where it compiles for the device."""
+
+OLDEST_CAPABILITY = (8, 0)
+"""Of NVIDIA's GPUs, the first with bfloat16 products, which every kernel here compiles to for bfloat16 inputs."""
+
+
+def uses_triton(implementation: Implementation, device: torch.device) -> bool:
+    """Whether a kernel asked for as ``implementation`` runs in Triton on ``device``.
+
+    Raises:
+        ValueError: ``implementation`` is not one of :data:`IMPLEMENTATIONS`.
+        RuntimeError: Triton is asked for, and cannot run there.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"Unknown implementation '{implementation}'. Use one of: {', '.join(IMPLEMENTATIONS)}.")
+    if implementation == "auto":
+        return why_not_triton(device) is None
+    if implementation == "reference":
+        return False
+    if reason := why_not_triton(device):
+        raise RuntimeError(f"implementation 'triton' cannot run on '{device}': {reason}. Use 'auto' or 'reference'.")
+    return True
+
+
+def implementation_on(device: torch.device) -> str:
+    """``triton`` or ``reference``: what ``auto`` means on ``device``."""
+    return "triton" if uses_triton("auto", device) else "reference"
+
+
+@functools.cache
+def why_not_triton(device: torch.device) -> str | None:
+    """Why kernels cannot run in Triton on ``device``; None where they can.
+
+    The meta device counts as a GPU, since launches on it are recorded (:mod:`.ahead_of_time`); the CPU does if Triton
+    was told to interpret, by ``TRITON_INTERPRET=1`` in the environment.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "meta" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    if device.type != "cuda":
+        return "Triton compiles for GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < OLDEST_CAPABILITY:
+        return f"its compute capability is {capability[0]}.{capability[1]}, and kernels need {OLDEST_CAPABILITY[0]}.0"
+    return None
+
+
+@functools.cache
+def programs_to_fill(device: torch.device) -> int:
+    """How many programs keep ``device`` busy: two per multiprocessor, of 132 where the device is none.
+
+    Under the interpreter one is, and more are slow.
+    """
+    if device.type == "cpu":
+        return 1
+    if device.type == "cuda":
+        return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * 132

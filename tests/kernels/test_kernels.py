@@ -1,0 +1,76 @@
+"""Every kernel in Triton against its reference, and faults planted into it: interpreted on a CPU, native on a GPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_worker import names_of
+
+import recursify
+
+pytest.importorskip("triton", reason="has wheels for Linux")
+
+FOLDER = Path(__file__).parent
+KERNELS = sorted(path.name.removesuffix("_checks.py") for path in FOLDER.glob("*_checks.py"))
+CHECKS = {kernel: importlib.import_module(f"{kernel}_checks") for kernel in KERNELS}
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+SEED = int(os.environ.get("RECURSIFY_SEED") or random.SystemRandom().randrange(2**31))
+
+
+def cases(members) -> list:
+    """A parameter per kernel, device and member; those of one kernel go to one worker, which runs it once."""
+    return [
+        pytest.param(kernel, device, name, id=f"{kernel}-{device}-{name}", marks=pytest.mark.xdist_group(kernel))
+        for kernel in KERNELS
+        for device in DEVICES
+        for name in members(CHECKS[kernel], device)
+    ]
+
+
+@functools.cache
+def results(kernel: str, device: str) -> tuple[dict[str, str | None], str]:
+    """Errors by check or planted fault, and how the process ended."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER.parent), str(Path(recursify.__file__).parents[1])]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    environment["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
+    command = [sys.executable, str(FOLDER / "kernel_worker.py"), kernel, device, str(SEED)]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    lines = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("[")]
+    return dict(lines), f"the process ended with {process.returncode} (seed {SEED})\n{process.stderr}"
+
+
+@pytest.mark.parametrize(("kernel", "device", "check"), cases(lambda checks, device: names_of(checks)))
+def test_kernel_equals_its_reference(kernel, device, check):
+    """What the check's docstring says, in every dtype."""
+    found, ending = results(kernel, device)
+    assert check in found, ending
+    assert found[check] is None, found[check]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device", "fault"), cases(lambda checks, device: checks.PLANTS if device == "cpu" else ())
+)
+def test_planted_fault_is_found(kernel, device, fault):
+    """A mask that is off by one, and the like: the checks are able to fail, and do so by what they compare."""
+    found, ending = results(kernel, device)
+    assert fault in found, ending
+    assert found[fault] is not None, f"nothing was wrong (seed {SEED})"
+    # The interpreter stops by itself where a maximum is taken of nothing but what must not be read.
+    assert "AssertionError" in found[fault] or "All-NaN" in found[fault], found[fault]
+
+
+def test_every_kernel_has_checks():
+    """A folder with a Triton source and none is a kernel that nobody looks at."""
+    sources = (Path(recursify.__file__).parent / "kernels").glob("*/triton.py")
+    assert sorted(source.parent.name for source in sources) == KERNELS
