@@ -500,6 +500,17 @@ def test_largest_depth():
     output = small_engine(model).generate([prompt], SamplingParams(max_tokens=6, max_depth=1))[0]
     assert output.depths == [3, 1, 1, 1, 1, 1]
     assert output.token_ids == greedy(model, prompt, 6, exit_policy=exits)
+    # A policy that reads out at every exit before, and stays: what it read there is not what is said here.
+    never = ExitSettings(make_policy("confidence", 1.0))
+    params = SamplingParams(max_tokens=6, max_depth=1, exit=never)
+    engine = small_engine(model)
+    assert engine.generate([prompt], params)[0].token_ids == output.token_ids
+    engine.add(prompt, params)
+    engine.step()
+    (request,) = engine.requests.values()
+    while engine.has_work:
+        assert not request.waiting, "nothing waits for depths that no token will run"
+        engine.step()
 
 
 def test_no_request_starves():

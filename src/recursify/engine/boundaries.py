@@ -55,6 +55,7 @@ class Boundaries:
                 stay = self._leave_again(flight)
             if not flight.is_done:
                 flight.depth = depth + 1
+                flight.exit_states = flight.exit_logits = None  # those of an exit that it did not take
                 self._gather_waiting(flight)
             if stay is not None:
                 # After those that go on have taken along what waited before them.
@@ -155,7 +156,6 @@ class Boundaries:
         flight.depart(flight.positions, flight.states, flight.depth)
         if self.kv == "deferred":
             flight.request.full_until = max(flight.request.full_until, flight.positions[-1] + 1)
-        flight.exit_states = flight.exit_logits = None
         flight.positions = []
 
     def _leave(self, flight: Flight) -> tuple[list[int], Tensor]:
@@ -201,10 +201,11 @@ class Boundaries:
             return
         parts = self.runner.parts
         if self.kv == "deferred":
-            waiting = request.waiting.pop(depth + 1, None)
-            if waiting is not None:
-                positions, states = [*waiting[0], *positions], torch.cat([waiting[1], states])
-            request.waiting[depth + 1] = positions, states
+            if depth == request.params.max_depth:
+                return  # no later token will go deeper either
+            before, held = request.waiting.pop(depth + 1, ([], states[:0]))
+            # A copy: these are a part of all rows of the call, which would be kept as long.
+            request.waiting[depth + 1] = [*before, *positions], torch.cat([held, states])
             return
         deeper = range(depth + 1, self.last_depth + 1)
         if self.kv == "copied":
