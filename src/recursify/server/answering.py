@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ async def answer(host: EngineHost, http: Request, work: Work) -> Response:
         first = await until_gone(http.receive, anext(events))
     except ReaderGone:
         return Response(status_code=499)
-    return EventStream(_resumed(first, events), host.settings.write_seconds)
+    return EventStream(first, events, host.settings.write_seconds)
 
 
 async def _whole(host: EngineHost, work: Work, tally: Tally) -> dict[str, Any]:
@@ -95,13 +95,6 @@ async def _events(host: EngineHost, work: Work, tally: Tally, request_id: str) -
                 log_event("error", "a stream failed", id=request_id, exception=error)
                 yield event(unexpected(request_id).body)
             yield DONE
-
-
-async def _resumed(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(events):
-        yield first
-        async for each in events:
-            yield each
 
 
 def _usage(host: EngineHost, work: Work, answers: Answers) -> dict[str, Any]:

@@ -18,8 +18,13 @@ if TYPE_CHECKING:
     from .host import EngineHost
 
 
+INTERVAL_SECONDS = 0.01
+"""Between two deliveries: what comes meanwhile is sent together. The event loop and the engine's thread take turns at
+Python, so every token that is sent by itself costs the engine time."""
+
+
 class Inbox:
-    """Takes what the engine's thread says into the event loop, all that one iteration says in one wake-up.
+    """Takes what the engine's thread says into the event loop, all that it said meanwhile in one wake-up.
 
     Args:
         loop: Where it goes.
@@ -27,6 +32,7 @@ class Inbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._delivered = -INTERVAL_SECONDS
         self._items: deque[tuple[Answers, int, Any]] = deque()
         self._is_coming = False
 
@@ -36,11 +42,15 @@ class Inbox:
         if not self._is_coming and not self._loop.is_closed():
             self._is_coming = True
             try:
-                self._loop.call_soon_threadsafe(self._deliver)
+                self._loop.call_soon_threadsafe(self._come)
             except RuntimeError:  # the loop has closed since: nobody listens
                 self._items.clear()
 
+    def _come(self) -> None:
+        self._loop.call_at(self._delivered + INTERVAL_SECONDS, self._deliver)
+
     def _deliver(self) -> None:
+        self._delivered = self._loop.time()
         # Before reading: what is put from now on is read below, or brings another wake-up.
         self._is_coming = False
         while self._items:
@@ -74,7 +84,10 @@ class Answers:
         self._chunks: list[tuple[int, StreamChunk]] = []
         self._error: Exception | None = None
         self._news = asyncio.Event()
-        self._deadline = asyncio.get_running_loop().time() + host.settings.request_seconds
+        seconds = host.settings.request_seconds
+        late = ApiError(504, f"The answer was not ready within {seconds:g} seconds.", code="timeout")
+        # One timer per request: a limit to every wait would be a task per token.
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.fail, late)
         self._closed = False
         self.outputs: dict[int, RequestOutput] = {}
 
@@ -123,6 +136,7 @@ class Answers:
     def close(self) -> None:
         """Nobody listens any more: cancel what has not ended."""
         self._closed = True
+        self._timer.cancel()
         for index in self._open & set(self._ids):
             self._thread.cancel(self._ids[index])
         self._open.clear()
@@ -162,13 +176,8 @@ class Answers:
 
     async def _wait(self) -> None:
         """Until something has come."""
-        left = self._deadline - asyncio.get_running_loop().time()
         if self._error is None:
             self._news.clear()
-            try:
-                await asyncio.wait_for(self._news.wait(), max(left, 0.0))
-            except TimeoutError:
-                seconds = self._host.settings.request_seconds
-                raise ApiError(504, f"The answer was not ready within {seconds:g} seconds.", code="timeout") from None
+            await self._news.wait()
         if self._error is not None:
             raise self._error

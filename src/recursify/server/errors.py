@@ -52,9 +52,12 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+_encoder = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
+
+
 def json_bytes(data: Any) -> bytes:
     """``data`` as JSON; in ASCII, so that half a surrogate pair in it is no error of ours."""
-    return json.dumps(data, ensure_ascii=True, separators=(",", ":")).encode()
+    return _encoder.encode(data).encode()
 
 
 def json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -71,24 +71,31 @@ class Guard:
         limit = self.settings.max_body_bytes
         too_large = ApiError(413, f"The body is larger than {limit} bytes. Send a smaller one.", headers=CLOSE)
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length[:20]) > limit:
+        if length.isdigit() and int(length[:20]) > limit + DISCARDED_BYTES:
             raise too_large
-        body = bytearray()
+        body, size = bytearray(), 0
         try:
             async with asyncio.timeout(self.settings.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    body += message.get("body", b"")
-                    if len(body) > limit:
+                    size += len(message.get("body", b""))
+                    has_ended = not message.get("more_body", False)
+                    if size <= limit:
+                        body += message.get("body", b"")
+                    elif has_ended or size > limit + DISCARDED_BYTES:
                         raise too_large
-                    if not message.get("more_body", False):
+                    if has_ended:
                         return bytes(body)
         except TimeoutError:
             seconds = self.settings.body_seconds
             raise ApiError(408, f"The body did not come within {seconds:g} seconds.", headers=CLOSE) from None
 
+
+DISCARDED_BYTES = 32 * 2**20
+"""What is too large is read this far and thrown away: who is still writing when the connection closes does not get to
+see why."""
 
 CLOSE = {"connection": "close"}
 """What is left of a body that was not read cannot be told from the next request."""
