@@ -27,7 +27,5 @@ def score_prompt(engine: Engine, ids: Sequence[int], count: int) -> list[Logged 
     for start in range(0, len(ids) - 1, ROWS):
         targets = tokens[0, start + 1 : start + 1 + ROWS]
         logits = engine.parts.read_out(states[start : start + len(targets)])
-        for row, token in zip(log_probabilities(logits, targets, count), targets.tolist(), strict=True):
-            best = sorted(row, key=lambda each: -row[each])[:count]
-            rows.append({each: row[each] for each in dict.fromkeys([*best, token])})
+        rows += log_probabilities(logits, targets, [count] * len(targets))
     return rows
