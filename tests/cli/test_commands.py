@@ -23,6 +23,8 @@ COMMANDS = (
     "perplexity",
     "eval",
     "generate",
+    "chat",
+    "serve",
     "bench",
     "export",
     "push",
@@ -44,7 +46,7 @@ def test_help_is_instant():
     script = (
         "import sys\nfrom recursify.cli.app import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
-        "heavy = [m for m in ('torch', 'transformers', 'datasets', 'peft', 'numpy') if m in sys.modules]\n"
+        "heavy = [m for m in ('torch', 'transformers', 'datasets', 'peft', 'numpy', 'fastapi') if m in sys.modules]\n"
         "assert not heavy, heavy\n"
     )
     for command in ([], *([name] for name in COMMANDS)):

@@ -11,7 +11,8 @@ import runpy
 import shutil
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -36,14 +37,19 @@ from pages import (
     spans,
 )
 from peft import PeftModel
+from running import running
 from transformers import AutoTokenizer
 
 from command_line import run
 from recursify.cli.app import app
+from recursify.cli.models import load_model
 from recursify.convert.check import make_conversion
 from recursify.convert.initialization import INITIALIZATIONS
 from recursify.convert.relaxation import RELAXATIONS
+from recursify.engine import Engine, SamplingParams
 from recursify.modeling import EXIT_POLICIES, RecursiveForCausalLM, make_policy
+from recursify.server import ServerSettings
+from recursify.server.sampling import Sampling
 from recursify.uptrain.settings import UptrainSettings
 from recursify.uptrain.uptraining import STAGES, uptrain
 from tiny_models import convert_tiny, save_tiny
@@ -62,6 +68,7 @@ SHORT = {
     "uptrain": ["--max-tokens", 256, "--length", 64, "--batch-size", 2],
     "perplexity": ["--max-tokens", 512],
     "generate": ["--max-new-tokens", 4],
+    "chat": ["--max-tokens", 4],
     "eval": ["--limit", 2],
     "push": ["--dry-run"],
     "bench": ["--new", 3, "--prompt", 4, "--rounds", 1, "--requests", 1],
@@ -213,6 +220,7 @@ def test_examples_of_help_parse():
         *((DOCS / "howto" / f"{name}.md", (name,)) for name in ("convert", "uptrain", "eval", "push", "export")),
         (DOCS / "howto" / "look.md", ("inspect", "perplexity", "generate")),
         (DOCS / "howto" / "engine.md", ("bench",)),
+        (DOCS / "howto" / "serve.md", ("serve", "chat")),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else "",
 )
@@ -247,13 +255,21 @@ def test_commands_run(page, desk, monkeypatch, capsys):
         if name == "push" and page not in CHAINED:
             # The fresh process takes seconds; once is enough.
             monkeypatch.setattr("recursify.hub.publication.check_loading", lambda folder, record: None)
-        monkeypatch.setattr("sys.stdin", io.StringIO(command.piped or ""))
+        if name == "serve":
+            monkeypatch.setattr("recursify.server.serve", serve_once)
+        monkeypatch.setattr("sys.stdin", io.StringIO(command.piped or ("Why?" if name == "chat" else "")))
         code = run(*arguments)
         printed = capsys.readouterr()
         assert code == 0, f"{command}\n{printed.err}"
         assert printed.out.strip(), command
         if output and "--dry-run" not in arguments:
             assert (desk / output / "config.json").exists(), command
+
+
+def serve_once(build: Callable[[], Engine], settings: ServerSettings, *, address: str, port: int) -> None:
+    """What ``serve`` does, up to the point where it would wait for requests."""
+    leaves = Sampling(settings, (engine := build()).parts.config, engine.kv, 64).leaving(settings.default_exit)
+    print(engine.generate(["Why?"], SamplingParams(max_tokens=2, **leaves))[0].text, address, port)
 
 
 def output_of(arguments: list[str]) -> str | None:
@@ -264,14 +280,24 @@ def output_of(arguments: list[str]) -> str | None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=named)
 def test_python_runs(page, desk, registries, capsys):
-    """The Python of a page, from top to bottom as one program."""
+    """The Python of a page, from top to bottom as one program; where it asks a server, there is one."""
     namespace: dict[str, object] = {}
-    for block in blocks(page, "python"):
-        execute(block, namespace)
+    asks = any(SERVER in block.text for block in blocks(page, "python"))
+    with running(exits_engine, model_name="smollm2-exits") if asks else nullcontext() as server:
+        for block in blocks(page, "python"):
+            execute(block, namespace, server.url if server else SERVER)
 
 
-def execute(block: Block, namespace: dict[str, object]) -> None:
-    text = block.text.replace(f'"{DENSE}"', f'"{NAMES[DENSE]}"')
+SERVER = "http://127.0.0.1:8000"
+
+
+def exits_engine() -> Engine:
+    """The one that the page has served."""
+    return Engine(*load_model("smollm2-exits"), max_requests=2)
+
+
+def execute(block: Block, namespace: dict[str, object], server: str = SERVER) -> None:
+    text = block.text.replace(f'"{DENSE}"', f'"{NAMES[DENSE]}"').replace(SERVER, server)
     exec(compile("\n" * (block.line - 1) + text, str(block.page), "exec"), namespace)
 
 
@@ -356,7 +382,12 @@ def test_every_page_is_in_the_navigation():
 
 def test_every_picture_is_shown():
     """And none is shown that is not there."""
-    shown = {(page.parent / target).resolve() for page in PAGES for target in links(page) if target.endswith(".svg")}
+    shown = {
+        (page.parent / target).resolve()
+        for page in PAGES
+        for target in links(page)
+        if target.endswith((".svg", ".png"))
+    }
     assert shown == set((DOCS / "pictures").iterdir())
 
 

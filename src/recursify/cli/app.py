@@ -10,7 +10,20 @@ import typer
 import recursify
 from recursify.errors import RecursifyError
 
-from . import bench, calibrate_exits, convert, eval, export, generate, inspect, perplexity, push, uptrain
+from . import (
+    bench,
+    calibrate_exits,
+    chat,
+    convert,
+    eval,
+    export,
+    generate,
+    inspect,
+    perplexity,
+    push,
+    serve,
+    uptrain,
+)
 
 app = typer.Typer(
     name="recursify",
@@ -20,7 +33,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (convert, uptrain, calibrate_exits, inspect, perplexity, eval, generate, bench, export, push):
+MODULES = (
+    convert,
+    uptrain,
+    calibrate_exits,
+    inspect,
+    perplexity,
+    eval,
+    generate,
+    chat,
+    serve,
+    bench,
+    export,
+    push,
+)
+for module in MODULES:
     module.register(app)
 
 

@@ -37,19 +37,15 @@ class DepthView:
 
     def counts(self) -> dict[int, int]:
         """Tokens per depth, those skipped by all tokens included."""
-        named = [*([-1] if -1 in self.depths else []), *range(self.num_depths)]
-        return {depth: self.depths.count(depth) for depth in named}
+        return _counts(self.depths, self.num_depths)
 
     def for_terminal(self) -> Text:
         """The text in colours, and under it what they stand for."""
         text = Text(self.prompt)
         for piece, depth in zip(self.pieces, self.depths, strict=True):
-            text.append(piece, _style(depth, self.num_depths))
+            text.append(piece, depth_style(depth, self.num_depths))
         text.append("\n\n")
-        for depth, count in self.counts().items():
-            text.append(f"■ {_name(depth)}", _style(depth, self.num_depths))
-            text.append(f" {count}  ")
-        return text
+        return text.append_text(counts_by_depth(self.depths, self.num_depths))
 
     def write_page(self, file: Path) -> None:
         """Write the text as a page that needs nothing else.
@@ -110,6 +106,20 @@ def token_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
     return pieces
 
 
+def counts_by_depth(depths: list[int], num_depths: int) -> Text:
+    """What the colours stand for, and how many tokens have each."""
+    text = Text()
+    for depth, count in _counts(depths, num_depths).items():
+        text.append(f"■ {_name(depth)}", depth_style(depth, num_depths))
+        text.append(f" {count}  ")
+    return text
+
+
+def _counts(depths: list[int], num_depths: int) -> dict[int, int]:
+    named = [*([-1] if -1 in depths else []), *range(num_depths)]
+    return {depth: depths.count(depth) for depth in named}
+
+
 def _name(depth: int) -> str:
     return f"depth {depth}" if depth >= 0 else "no recursion"
 
@@ -121,5 +131,6 @@ def _colour(depth: int, num_depths: int) -> tuple[int, ...]:
     return tuple(round(start + part * (end - start)) for start, end in zip(SHALLOW, DEEP, strict=True))
 
 
-def _style(depth: int, num_depths: int) -> Style:
+def depth_style(depth: int, num_depths: int) -> Style:
+    """The colour of a token that was read after ``depth``."""
     return Style(color=Color.from_rgb(*_colour(depth, num_depths)))

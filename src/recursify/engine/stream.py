@@ -81,6 +81,9 @@ class EngineThread:
         accepted: Future[int] = Future()
 
         def add() -> None:
+            # Whoever waited may have gone; setting the result of a cancelled future would end this thread.
+            if not accepted.set_running_or_notify_cancel():
+                return
             if self.error is not None:
                 accepted.set_exception(EngineError(f"The engine has stopped: {self.error}"))
                 return
@@ -106,6 +109,8 @@ class EngineThread:
         result: Future[Any] = Future()
 
         def run() -> None:
+            if not result.set_running_or_notify_cancel():
+                return
             try:
                 result.set_result(function(self.engine))
             except Exception as error:
@@ -128,7 +133,12 @@ class EngineThread:
         def listen(chunk: StreamChunk | BaseException) -> None:
             loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
-        request_id = await asyncio.wrap_future(self.submit(prompt, params, listen))
+        accepted = self.submit(prompt, params, listen)
+        try:
+            request_id = await asyncio.wrap_future(accepted)
+        except asyncio.CancelledError:
+            accepted.add_done_callback(self._cancel_accepted)
+            raise
         finished = False
         try:
             while not finished:
@@ -141,6 +151,11 @@ class EngineThread:
         finally:
             if not finished:
                 self.cancel(request_id)
+
+    def _cancel_accepted(self, accepted: Future[int]) -> None:
+        """End a request that was taken when whoever asked had gone."""
+        if not accepted.cancelled() and accepted.exception() is None:
+            self.cancel(accepted.result())
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> bool:
         """Take no more requests; finish those there are, or cancel them. Whether the thread has ended in time."""

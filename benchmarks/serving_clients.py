@@ -1,0 +1,134 @@
+"""A server in a process of its own, and clients of it in this one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+
+@dataclass
+class ServerProcess:
+    """A server that answers.
+
+    Attributes:
+        url: Where.
+        process: The server's.
+    """
+
+    url: str
+    process: subprocess.Popen
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of the process, as Linux counts it."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+
+    def metrics(self) -> dict[str, float]:
+        """What the server counts, by name with labels."""
+        lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+
+@contextlib.contextmanager
+def served(model: str, *arguments: str) -> Iterator[ServerProcess]:
+    """``recursify serve`` on a free port, until the block ends."""
+    command = [sys.executable, "-m", "recursify", "serve", model, "--name", "model", "--port", "0", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        url = None
+        for line in process.stderr:
+            event = json.loads(line) if line.startswith("{") else {}
+            url = event.get("url", url)
+            if event.get("event") == "ready":
+                break
+        else:
+            raise SystemExit("The server did not start.")
+        # Nobody reads the log any more, and a full pipe would hold the server up.
+        threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()
+        assert url is not None
+        yield ServerProcess(url, process)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@dataclass
+class Streamed:
+    """What came of one streamed answer.
+
+    Attributes:
+        tokens: By the server's own count.
+        first: Seconds to the first token.
+        seconds: To the end.
+    """
+
+    tokens: int = 0
+    first: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Load:
+    """Answers of many clients, each of which asks again when it has been answered."""
+
+    answers: list[Streamed] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all clients together."""
+        return sum(answer.tokens for answer in self.answers) / self.seconds
+
+
+async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> Streamed:
+    """One answer, read to its end."""
+    found, started = Streamed(), time.perf_counter()
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    async with client.stream("POST", "/v1/completions", json=body | usage) as answer:
+        answer.raise_for_status()
+        last = b""
+        async for data in answer.aiter_raw():
+            if not found.first and b"data: {" in data:
+                found.first = time.perf_counter() - started
+            last = (last + data)[-4096:]
+    found.seconds = time.perf_counter() - started
+    events = [line for line in last.split(b"\n") if line.startswith(b"data: {")]
+    found.tokens = json.loads(events[-1].removeprefix(b"data: "))["usage"]["completion_tokens"]
+    return found
+
+
+async def load(url: str, clients: int, bodies: list[dict[str, Any]]) -> Load:
+    """``clients`` of them answer ``bodies`` among themselves, each one after the other."""
+    waiting, found = iter(bodies), Load()
+
+    async def one(client: httpx.AsyncClient) -> None:
+        for body in waiting:
+            found.answers.append(await stream(client, body))
+
+    async with connected(url, clients) as client:
+        started = time.perf_counter()
+        await asyncio.gather(*(one(client) for _ in range(clients)))
+        found.seconds = time.perf_counter() - started
+    return found
+
+
+@contextlib.asynccontextmanager
+async def connected(url: str, connections: int) -> AsyncIterator[httpx.AsyncClient]:
+    """A client with as many connections."""
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=600) as client:
+        yield client

@@ -1,0 +1,48 @@
+"""A server's settings."""
+
+from __future__ import annotations
+
+import pytest
+
+from recursify.errors import EngineError, SettingsError
+from recursify.server import ExitChoice, ServerSettings
+from recursify.server.serving import listen
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"max_queue": -1}, "max_queue must be at least 0, got -1"),
+        ({"request_seconds": 0}, "request_seconds must be more than 0, got 0"),
+        ({"api_key": "short"}, "must have at least 8 characters"),
+        ({"api_key": "with a space"}, "without spaces"),
+        ({"api_key": "schlüssel-lang"}, "ASCII"),
+    ],
+)
+def test_limits_that_let_nothing_through(fields, message):
+    """Each is refused by name."""
+    with pytest.raises(SettingsError, match=message):
+        ServerSettings(model_name="m", **fields)
+
+
+def test_the_key_is_not_shown():
+    """Not in what an error or a log would print of the settings."""
+    assert "hunter2hunter2" not in repr(ServerSettings(model_name="m", api_key="hunter2hunter2"))
+
+
+def test_simulations_are_not_served():
+    """A policy that runs everything to know where it could have stopped."""
+    with pytest.raises(SettingsError, match="'oracle' is a simulation"):
+        ExitChoice(policy="oracle")
+    with pytest.raises(SettingsError, match="none is named"):
+        ExitChoice(min_depth=1)
+
+
+def test_a_port_in_use():
+    """It is named, with what to do."""
+    with listen("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(EngineError, match=f"Cannot listen on 127.0.0.1 port {port}: .*Choose another --port"):
+            listen("127.0.0.1", port)
