@@ -17,6 +17,7 @@ from recursify.modeling import (
     make_policy,
 )
 from tiny_models import byte_tokenizer, random_ids, tiny_config, tiny_dense
+from tolerances import LOGITS
 
 SMALL = {"max_requests": 4, "page_size": 4, "num_pages": 64, "chunk_size": 6, "max_batch_tokens": 24}
 
@@ -129,10 +130,15 @@ def test_exit_heads(head, coda):
 
 
 def test_bfloat16():
-    """Answers are of the right length, and the logits close: what rounding turns is not compared."""
+    """Rows of both depths in one call; log-probabilities are the model's, as far as sums in another order let them."""
     model = recursive().bfloat16()
-    outputs = small_engine(model).generate(prompts(7, 12), SamplingParams(max_tokens=9))
-    assert [len(output.token_ids) for output in outputs] == [9, 9]
+    outputs = small_engine(model).generate(prompts(7, 12), SamplingParams(max_tokens=9, logprobs=0))
+    for prompt, output in zip(prompts(7, 12), outputs, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + output.token_ids])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.float().log_softmax(-1)
+        for row, token, found in zip(expected, output.token_ids, output.logprobs, strict=True):
+            assert found == {token: pytest.approx(float(row[token]), abs=LOGITS[torch.bfloat16])}
 
 
 def test_model_is_as_it_was():
@@ -325,6 +331,21 @@ def test_sampling_follows_its_distribution():
     )
 
 
+def test_draws_are_the_requests_own():
+    """Nothing is drawn from the user's generator, nor is it seeded; a tiny temperature is greedy."""
+    model = recursive()
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    first = torch.rand(1)
+    engine = small_engine(model)
+    engine.generate(prompts(5), SamplingParams(max_tokens=3, temperature=1.0))
+    torch.testing.assert_close(torch.cat([first, torch.rand(1)]), expected, atol=0, rtol=0)
+    for temperature in (1e-46, 1e-39, 1e-6):
+        output = engine.generate(prompts(5), SamplingParams(max_tokens=5, temperature=temperature))[0]
+        assert output.token_ids == greedy(model, prompts(5)[0], 5)
+
+
 def test_log_probabilities():
     """Those of the model, of the first choices and of what was chosen."""
     model = recursive()
@@ -413,6 +434,8 @@ def test_requests_that_cannot_be_answered():
         engine.add([])
     with pytest.raises(EngineError, match="Token 1000 of the prompt is not in the vocabulary of 260"):
         engine.add([1, 1000])
+    with pytest.raises(EngineError, match="is text or a list of token ids: invalid literal"):
+        engine.add(["a"])
     with pytest.raises(EngineError, match="needs exit heads, and the model has none"):
         engine.add([1], SamplingParams(exit="head"))
     with pytest.raises(EngineError, match="'oracle' is a simulation"):
@@ -451,6 +474,12 @@ def test_requests_without_a_tokenizer():
         ({"top_k": -1}, "top_k must be 0 or more, got -1"),
         ({"logprobs": 21}, "logprobs must be 0 or more, 20 at most, got 21"),
         ({"max_depth": -1}, "max_depth must be 0 or more, got -1"),
+        ({"max_tokens": 2.5}, "max_tokens must be a whole number, got 2.5"),
+        ({"seed": 2**70}, "seed must be 0 or more"),
+        ({"seed": "x"}, "seed must be a whole number, got 'x'"),
+        ({"stop_token_ids": 5}, "stop_token_ids takes a tuple of whole numbers"),
+        ({"forced_depths": (-3,)}, "forced_depths takes a tuple of whole numbers, none of them negative"),
+        ({"forced_depths": (0,), "max_depth": 1}, "forced_depths stand in place of exit and max_depth"),
         ({"stop": "x"}, "stop takes a tuple of strings"),
         ({"stop": ("",)}, "none of them empty"),
         ({"forced_depths": ()}, "name at least one depth"),
@@ -468,6 +497,7 @@ def test_sampling_values_out_of_range(values, message):
         ({"max_requests": 0}, "max_requests must be at least 1, got 0"),
         ({"num_pages": 0}, "num_pages must be at least 1, got 0"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"max_batch_tokens": 4, "max_requests": 4}, r"max_batch_tokens \(4\) must be more than max_requests \(4\)"),
         ({"kv_bytes": 100}, "100 bytes of keys and values hold no page"),
         ({"kv": "best"}, "Unknown kv 'best'. Use one of: deferred"),
@@ -511,6 +541,72 @@ def test_largest_depth():
     while engine.has_work:
         assert not request.waiting, "nothing waits for depths that no token will run"
         engine.step()
+
+
+def test_waiting_tokens_are_bounded_below_the_largest_depth():
+    """Only what waits counts against max_pending; with a largest depth no token ever runs the last recursion."""
+    always = ExitSettings(make_policy("confidence", -1.0), max_pending=3)
+    model = recursive(recursions=4)
+    output = small_engine(model).generate(prompts(5), SamplingParams(max_tokens=14, max_depth=1, exit=always))[0]
+    assert output.depths[0] == 3
+    assert set(output.depths[1:]) == {0, 1}
+    assert output.depths.count(0) > 2 * output.depths.count(1), "one in four catches the others up"
+
+
+@pytest.mark.parametrize("kv", ["copied", "latest"])
+def test_keys_that_exits_were_trained_for(kv):
+    """A policy by its name has them, in the engine and in generate."""
+    model = recursive(recursions=4, exit_head="shared", exit_kv=kv, seed=3)
+    asked = prompts(7, 12)
+    engine = small_engine(model)
+    assert engine.kv == kv
+    model.config.exit_policy, model.config.exit_thresholds = "confidence", [0.1] * 3
+    outputs = engine.generate(asked, SamplingParams(max_tokens=9, exit="confidence"))
+    assert [output.token_ids for output in outputs] == [greedy(model, each, exit_policy="confidence") for each in asked]
+    exact = ExitSettings(make_policy("confidence", 0.1))
+    assert [output.token_ids for output in outputs] != [greedy(model, each, exit_policy=exact) for each in asked]
+
+
+def test_a_failing_callback_loses_nothing():
+    """Its error comes out of step, and the others' tokens are theirs."""
+    engine, heard = small_engine(recursive()), []
+
+    def hear(output) -> None:
+        heard.append(output.request_id)
+        if len(heard) == 1:
+            raise RuntimeError("deaf")
+
+    engine.on_token = hear
+    asked = [engine.add(each, SamplingParams(max_tokens=5)) for each in prompts(4, 5, 6)]
+    outputs = [engine.requests[each].output for each in asked]
+
+    def finish() -> None:
+        while engine.has_work:
+            engine.step()
+
+    with pytest.raises(RuntimeError, match="deaf"):
+        finish()
+    finish()
+    assert [output.token_ids for output in outputs] == [greedy(engine.model, each, 5) for each in prompts(4, 5, 6)]
+    assert engine.pages.num_used == 0
+
+
+def test_callbacks_may_add_and_cancel():
+    """A request that is cancelled while its token is told, and one that is asked then."""
+    engine, outputs = small_engine(recursive()), []
+
+    def hear(output) -> None:
+        if len(output.token_ids) == 2 and output.finish_reason is None and len(outputs) < 3:
+            engine.cancel(output.request_id)
+            outputs.append(engine.requests[engine.add(prompts(7)[0], SamplingParams(max_tokens=4))].output)
+
+    engine.on_token = hear
+    engine.generate(prompts(4, 5), SamplingParams(max_tokens=6))
+    while engine.has_work:
+        engine.step()
+    assert len(outputs) == 3
+    assert outputs[-1].token_ids == greedy(engine.model, prompts(7)[0], 4)
+    assert engine.pages.num_used == 0
 
 
 def test_no_request_starves():

@@ -29,7 +29,7 @@ def test_engine_says_what_one_at_a_time_says(family, kv):
     assert len(depths) > 1, "tokens leave after several depths"
 
 
-@pytest.mark.parametrize("kv", ["deferred", "copied", "latest", "recursion_wise"])
+@pytest.mark.parametrize("kv", MODES)
 def test_preemption_at_any_moment(kv):
     """Computed again, tokens leave where they had left, and find what they had found: also between recursions."""
     model, which = model_of("llama", kv), 2

@@ -126,3 +126,49 @@ def test_many_threads(running):
     for caller in callers:
         caller.join(30)
     assert answers == {number: alone(prompts(3 + number)[0], SamplingParams(max_tokens=6)) for number in range(6)}
+
+
+def test_callers_who_leave_early(running):
+    """Before their request was taken, or with an event loop that ends while it runs: it is cancelled, and no more."""
+
+    async def leave():
+        task = asyncio.create_task(listen(running, prompts(4)[0], SamplingParams(max_tokens=40)))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await listen(running, prompts(5)[0], SamplingParams(max_tokens=40), stop_after=1)
+
+    for _ in range(5):
+        asyncio.run(leave())
+    assert asyncio.run(listen(running, prompts(6)[0], SamplingParams(max_tokens=3)))[2] == "length"
+    while running.call(lambda engine: engine.has_work).result(10):
+        pass
+    assert running.call(lambda engine: engine.pages.num_used).result(10) == 0
+
+
+def test_a_listener_that_fails_fails_alone(running):
+    """Its request is cancelled; the engine and others go on, and an error reaches those that can hear."""
+    heard = []
+
+    def fail(chunk):
+        heard.append(chunk)
+        raise RuntimeError("deaf")
+
+    running.submit(prompts(4)[0], SamplingParams(max_tokens=40), fail).result(10)
+    assert asyncio.run(listen(running, prompts(6)[0], SamplingParams(max_tokens=9)))[2] == "length"
+    while running.call(lambda engine: engine.has_work).result(10):
+        pass
+    assert len(heard) == 1
+    with pytest.raises(EngineError, match="text or a list of token ids"):
+        running.submit(["a"], None, heard.append).result(10)
+    others = []
+    running.submit(prompts(4)[0], SamplingParams(max_tokens=40), lambda chunk: 1 / 0 if chunk is error else None)
+    running.submit(prompts(4)[0], SamplingParams(max_tokens=40), others.append)
+    error = ArithmeticError("broken")
+
+    def break_down() -> None:
+        raise error
+
+    running.call(lambda engine: setattr(engine.scheduler, "schedule", break_down))
+    running._thread.join(10)
+    assert others[-1] is error

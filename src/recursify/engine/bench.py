@@ -329,7 +329,7 @@ def efficiency(
         requests: In a run.
         num_recursions: Of the model.
     """
-    tokens = full["new_tokens"] - requests
+    tokens = max(1, full["new_tokens"] - requests)
     spent = {name: full[name] - prompts[name] for name in PHASES}
     between = spent["test_seconds"] / tokens
     rest = spent["seconds"] - sum(spent[name] for name in PHASES[:-1])

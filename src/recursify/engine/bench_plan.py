@@ -15,7 +15,7 @@ from transformers import CompileConfig
 from recursify.errors import EngineError, SettingsError
 from recursify.evaluation.pictures import DARK, SHARED, new_figure, save_figure
 from recursify.evaluation.text import default_text
-from recursify.modeling import ExitSettings, make_policy
+from recursify.modeling import make_policy
 
 from .bench import (
     Contestant,
@@ -155,10 +155,10 @@ class BenchPlan:
 
     def _exiting(self, name: str) -> Contestant:
         try:
-            settings = ExitSettings(make_policy(name, self.options.threshold, self.model.config))
+            policy = make_policy(name, self.options.threshold, self.model.config)
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        return Contestant(f"engine, exits by {name}", by_engine(self.model, lambda number: {"exit": settings}))
+        return Contestant(f"engine, exits by {name}", by_engine(self.model, lambda number: {"exit": policy}))
 
     def _oracle(self, workloads: Sequence[Workload]) -> Contestant:
         """Leaves at the first exit that says what the last recursion says, known from a run before."""

@@ -104,7 +104,14 @@ class Boundaries:
         settings = self._settings(flight)
         if flight.depth < settings.min_depth:
             return True
-        return self.kv == "deferred" and flight.stop - flight.request.full_until > settings.max_pending
+        return self.kv == "deferred" and self._pending(flight) > settings.max_pending
+
+    def _pending(self, flight: Flight) -> int:
+        """Tokens of the request, this one included, that have not run the last recursion and may have to."""
+        request = flight.request
+        if request.params.max_depth is None:
+            return flight.stop - request.full_until
+        return 1 + sum(len(positions) for positions, _ in request.waiting.values())
 
     def _ask(self, flights: Sequence[Flight]) -> Tensor:
         """Which of ``flights``, which have the same kind of policy at the same depth, leave: bool ``[n]``."""

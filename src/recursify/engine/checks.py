@@ -94,7 +94,10 @@ def encode(prompt: str | Sequence[int], tokenizer: Any, vocabulary: int) -> list
         if tokenizer is None:
             raise EngineError("A prompt that is text needs a tokenizer. Give the engine one, or pass token ids.")
         prompt = tokenizer(prompt)["input_ids"]
-    ids = list(map(int, prompt))
+    try:
+        ids = list(map(int, prompt))
+    except (TypeError, ValueError) as error:
+        raise EngineError(f"A prompt is text or a list of token ids: {error}.") from error
     if not ids:
         raise EngineError("The prompt has no tokens. Give at least one.")
     wrong = [token for token in ids if not 0 <= token < vocabulary]

@@ -97,7 +97,10 @@ class DecoderParts:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Have the layers call the engine's attention; outside, the model is as it was."""
+        """Have the layers call the engine's attention; outside, the model is as it was.
+
+        It is one model: another thread that calls it meanwhile meets that attention.
+        """
         before = self.config._attn_implementation
         self.config._attn_implementation = ATTENTION_NAME
         try:

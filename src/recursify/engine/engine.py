@@ -115,7 +115,8 @@ class Engine:
     """Answers many requests at once with one model.
 
     Args:
-        model: A recursive model, or a dense one, which runs as one recursion. Its weights are used where they are.
+        model: A recursive model, or a dense one, which runs as one recursion. Its weights are used where they are, and
+            must not change while keys and values that they made are known as prefixes.
         tokenizer: For prompts that are text, for the text of answers, and for stop strings.
         kv: Of :data:`~recursify.engine.KV_MODES`; None takes the mode that the model was trained for.
         force_kv: Allow another mode than that.
@@ -168,6 +169,7 @@ class Engine:
             "max_batch_tokens": max_batch_tokens,
             "chunk_size": chunk_size,
             **({} if num_pages is None else {"num_pages": num_pages}),
+            **({} if max_length is None else {"max_length": max_length}),
         }
         for name, value in limits.items():
             if value < 1:
@@ -394,10 +396,18 @@ class Engine:
         said, self._said = self._said, []
         if not said:
             return
-        for each, token in zip(said, self.fetcher.tokens(), strict=True):
-            if not each.request.finished:
-                each.request.tokens[-1] = token
-                self._take(each, token)
+        tokens = self.fetcher.tokens()
+        for each, token in zip(said, tokens, strict=True):
+            each.request.tokens[-1] = token
+        heard: list[Exception] = []
+        for each, token in zip(said, tokens, strict=True):
+            try:
+                if not each.request.finished:
+                    self._take(each, token)
+            except Exception as error:  # of on_token: one listener's error is not to lose the others' tokens
+                heard.append(error)
+        if heard:
+            raise heard[0]
 
     def _take(self, said: Said, token: int) -> None:
         request, params, output = said.request, said.request.params, said.request.output

@@ -74,7 +74,6 @@ class MixedLinear(nn.Module):
         super().__init__()
         object.__setattr__(self, "stored", stored)  # the model owns it
         self.spans = spans
-        self._all_b: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, ..., I] -> [N, ..., O]``."""
@@ -101,15 +100,16 @@ class MixedLinear(nn.Module):
         return self.grouped(x)
 
     def masked(self, x: Tensor) -> Tensor:
-        """Residuals ``[N, O]`` as products with the factors of all depths."""
+        """Residuals ``[N, O]`` as products with the factors of all depths, whose shapes do not depend on the rows."""
         lora_a, lora_b = self.stored.lora_a, self.stored.lora_b
         assert lora_a is not None
         assert lora_b is not None
         _, mask = self.spans.by_group(len(lora_a))
-        if self._all_b is None:
-            self._all_b = lora_b.detach().transpose(0, 1).flatten(1).contiguous()  # [O, R r]
         inner = F.linear(x, lora_a.flatten(0, 1)).unflatten(-1, lora_a.shape[:2]) * mask.unsqueeze(-1)
-        return F.linear(inner.flatten(1), self._all_b)
+        y = F.linear(inner[:, 0], lora_b[0])
+        for depth in range(1, len(lora_b)):
+            y = torch.addmm(y, inner[:, depth], lora_b[depth].T)
+        return y
 
     def grouped(self, x: Tensor) -> Tensor:
         """Residuals ``[N, O]`` as a product for every depth that has rows."""

@@ -7,8 +7,8 @@ One page holds the keys and values of ``page_size`` tokens, in all layers and at
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 
 class PagePool:
@@ -25,7 +25,7 @@ class PagePool:
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        self._free = deque(range(num_pages))
+        self._free = dict.fromkeys(range(num_pages))  # ordered, and quick to take one out of
         self._users = [0] * num_pages
         self._key_of: list[bytes | None] = [None] * num_pages
         self._page_of: dict[bytes, int] = {}
@@ -41,9 +41,10 @@ class PagePool:
     def allocate(self, count: int) -> list[int]:
         """``count`` pages, whose content is forgotten; the caller has seen to it that there are so many."""
         assert count <= self.num_free
-        pages = [self._free.popleft() for _ in range(count)]
+        pages = list(islice(self._free, count))
         for page in pages:
             assert self._users[page] == 0
+            del self._free[page]
             self._forget(page)
             self._users[page] = 1
         return pages
@@ -54,15 +55,12 @@ class PagePool:
             assert self._users[page] > 0
             self._users[page] -= 1
             if self._users[page] == 0:
-                self._free.append(page)
+                self._free[page] = None
 
-    def find_prefix(self, tokens: Sequence[int]) -> list[int]:
-        """Pages that hold the longest known prefix of ``tokens``, in whole pages and without the last token.
-
-        The last token has to run in any case, since what follows is read from it.
-        """
+    def find_prefix(self, keys: Sequence[bytes]) -> list[int]:
+        """Pages that hold the longest known prefix of what has these :func:`page_keys`."""
         found = []
-        for key in page_keys(tokens[: len(tokens) - 1], self.page_size):
+        for key in keys:
             page = self._page_of.get(key)
             if page is None:
                 break
@@ -73,7 +71,7 @@ class PagePool:
         """Use pages that :meth:`find_prefix` found."""
         for page in pages:
             if self._users[page] == 0:
-                self._free.remove(page)
+                del self._free[page]
             self._users[page] += 1
 
     def publish(self, tokens: Sequence[int], pages: Sequence[int]) -> None:

@@ -56,11 +56,16 @@ class SamplingParams:
         """Raises:
         EngineError: A value outside its range.
         """
+        whole = {name: getattr(self, name) for name in ("max_tokens", "top_k", "seed", "logprobs", "max_depth")}
+        for name, value in whole.items():
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise EngineError(f"{name} must be a whole number, got {value!r}.")
         ranges = {
             "max_tokens": (self.max_tokens, 1, None),
             "temperature": (self.temperature, 0, None),
             "top_k": (self.top_k, 0, None),
             "logprobs": (self.logprobs, 0, 20),
+            "seed": (self.seed, 0, 2**63 - 1),
             "max_depth": (self.max_depth, 0, None),
         }
         for name, (value, lowest, highest) in ranges.items():
@@ -71,8 +76,14 @@ class SamplingParams:
             raise EngineError(f"top_p must be above 0 and 1 at most, got {self.top_p}.")
         if isinstance(self.stop, str) or not all(isinstance(each, str) and each for each in self.stop):
             raise EngineError(f"stop takes a tuple of strings, none of them empty, got {self.stop!r}.")
-        if self.forced_depths is not None and (self.exit is not None or not self.forced_depths):
-            raise EngineError("forced_depths stand in place of an exit policy, and name at least one depth.")
+        for name, values in (("stop_token_ids", self.stop_token_ids), ("forced_depths", self.forced_depths or (0,))):
+            if not isinstance(values, tuple) or not all(isinstance(each, int) and each >= 0 for each in values):
+                raise EngineError(f"{name} takes a tuple of whole numbers, none of them negative, got {values!r}.")
+        others = self.exit is not None or self.max_depth is not None
+        if self.forced_depths is not None and (others or not self.forced_depths):
+            raise EngineError(
+                "forced_depths stand in place of exit and max_depth, and name at least one depth. Leave the others out."
+            )
 
 
 @dataclass
@@ -134,9 +145,13 @@ class Request:
         self.tokens = list(prompt_ids)
         self.output = RequestOutput(self.id, self.prompt_ids, logprobs=None if params.logprobs is None else [])
         self.left: list[int] = []
-        seed = torch.seed() % 2**63 if params.seed is None else params.seed
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator()
+        if params.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(params.seed)
         self.full_until = 0
+        self.prefix_keys: list[bytes] | None = None  # of its prompt's pages, once they have been looked for
         self.num_streams = num_streams
         self.text: Any = None  # its StopChecker
         self.reset()
@@ -144,11 +159,9 @@ class Request:
     def reset(self) -> None:
         """Forget all that has been computed; what has been said stays, and where it left."""
         self.computed = 0
-        self.cached = 0
         self.waiting: dict[int, tuple[list[int], torch.Tensor]] = {}
         self.tables: list[list[int]] = [[] for _ in range(self.num_streams)]
         self.packed: dict[int, list[int]] = {}
-        self.in_flight = False
 
     @property
     def prompt_length(self) -> int:

@@ -23,8 +23,10 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     temperatures = on_device([each.temperature for each in params], logits.device, torch.float32)
     # Drawn where the request's generator is, so that a draw is the same on any device.
     draws = torch.cat([torch.rand(1, generator=requests[row].generator, dtype=torch.float64) for row in rows])
-    scaled = logits[index].float() / temperatures[:, None]
-    probabilities, order = scaled.softmax(-1).double().sort(dim=-1, descending=True, stable=True)
+    shifted = logits[index].double()
+    shifted = shifted - shifted.amax(-1, keepdim=True)  # or a tiny temperature makes them infinite
+    scaled = shifted / temperatures[:, None].double().clamp(min=1e-6)
+    probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     if any(each.top_k for each in params):
         vocabulary = logits.shape[-1]
         ranks = on_device([each.top_k or vocabulary for each in params], logits.device, torch.long)

@@ -12,6 +12,7 @@ from collections import deque
 
 from .flight import Flight
 from .kv_pages import KVPages
+from .page_pool import page_keys
 from .request import Request
 
 
@@ -95,7 +96,10 @@ class Scheduler:
         prefix: list[int] = []
         if self.prefix_caching:
             pool = self.pages.pools[0]
-            prefix = pool.find_prefix(request.prompt_ids)
+            if request.prefix_keys is None:
+                # Without the last token, which runs in any case: what follows is read from it.
+                request.prefix_keys = page_keys(request.prompt_ids[:-1], pool.page_size)
+            prefix = pool.find_prefix(request.prefix_keys)
             pool.share(prefix)
             request.tables[0].extend(prefix)
             request.computed = len(prefix) * self.pages.page_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,6 +15,8 @@ from recursify.errors import EngineError
 
 from .engine import Engine
 from .request import FinishReason, RequestOutput, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class StreamChunk:
 class EngineThread:
     """Runs an engine for callers of any thread.
 
-    The engine must be used through this alone. If it fails, every request is told so, and no other is taken.
+    The engine must be used through this alone, which takes its ``on_token``. If it fails, every request is told so, and
+    no other is taken.
 
     Args:
         engine: To run.
@@ -89,7 +93,7 @@ class EngineThread:
                 return
             try:
                 request_id = self.engine.add(prompt, params)
-            except EngineError as error:
+            except Exception as error:  # a request that cannot be added is its caller's, and not the engine's end
                 accepted.set_exception(error)
                 return
             self._listeners[request_id] = listener
@@ -131,7 +135,8 @@ class EngineThread:
         chunks: asyncio.Queue[StreamChunk | BaseException] = asyncio.Queue()
 
         def listen(chunk: StreamChunk | BaseException) -> None:
-            loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+            if not loop.is_closed():  # whoever listened has gone, and the request is being cancelled
+                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
         accepted = self.submit(prompt, params, listen)
         try:
@@ -210,17 +215,21 @@ class EngineThread:
         if output.finished:
             del self._listeners[output.request_id], self._told[output.request_id]
         logprobs = None if output.logprobs is None else output.logprobs[tokens:]
-        listener(
-            StreamChunk(
-                output.request_id,
-                output.token_ids[tokens:],
-                output.text[characters:],
-                output.depths[tokens:],
-                logprobs,
-                output.finish_reason,
-                output,
-            )
+        chunk = StreamChunk(
+            output.request_id,
+            output.token_ids[tokens:],
+            output.text[characters:],
+            output.depths[tokens:],
+            logprobs,
+            output.finish_reason,
+            output,
         )
+        try:
+            listener(chunk)
+        except Exception:
+            logger.exception("The listener of request %d failed. Its request is cancelled.", output.request_id)
+            if self._listeners.pop(output.request_id, None) is not None:
+                self._commands.put(lambda: self._cancel(output.request_id))
 
     def _cancel(self, request_id: int) -> None:
         self.engine.cancel(request_id)
@@ -233,8 +242,11 @@ class EngineThread:
         with self._lock:
             self.error = error
         listeners, self._listeners = self._listeners, {}
-        for listener in listeners.values():
-            listener(error)
+        for request_id, listener in listeners.items():
+            try:
+                listener(error)
+            except Exception:
+                logger.exception("The listener of request %d failed.", request_id)
         while True:
             try:
                 command = self._commands.get_nowait()

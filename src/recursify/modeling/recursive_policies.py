@@ -324,14 +324,18 @@ class ExitSettings:
 
     @classmethod
     def of(cls, given: Any, config: Any = None) -> ExitSettings:
-        """Settings; or those around a policy, or around the one of that name with the thresholds of ``config``."""
+        """Settings; or those around a policy, or around the one of that name with the thresholds of ``config``.
+
+        Where only a policy is given, keys and values are those that the model's exits were trained for.
+        """
         # By what it has, not by its class: a model that brought its code along has classes of its own.
         if hasattr(given, "policy"):
             return given
+        kv = getattr(config, "exit_kv", "deferred")
         if isinstance(given, str):
-            return cls(make_policy(given, config=config))
+            return cls(make_policy(given, config=config), kv=kv)
         if hasattr(given, "confidence"):
-            return cls(given)
+            return cls(given, kv=kv)
         raise ValueError(f"exit_policy takes a name, a policy or ExitSettings, or a list of those, not {given!r}.")
 
     def threshold_at(self, depth: int, num_exits: int, step: int, num_steps: int) -> float:
