@@ -142,8 +142,10 @@ def links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link into ``page`` may name: its headings."""
-    headings = re.findall(r"^#+ (.*)$", prose(page), re.M)
+    """What a link into ``page`` may name: its headings, and those of files that it takes in whole."""
+    text = prose(page)
+    whole = re.findall(r'^--8<-- "([^":]+)"$', page.read_text(encoding="utf-8"), re.M)
+    headings = re.findall(r"^#+ (.*)$", "\n".join([text, *(prose(ROOT / name) for name in whole)]), re.M)
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 

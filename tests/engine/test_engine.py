@@ -557,14 +557,16 @@ def test_waiting_tokens_are_bounded_below_the_largest_depth():
 def test_keys_that_exits_were_trained_for(kv):
     """A policy by its name has them, in the engine and in generate."""
     model = recursive(recursions=4, exit_head="shared", exit_kv=kv, seed=3)
-    asked = prompts(7, 12)
+    asked = prompts(7, 12, 5, 9, 15)
     engine = small_engine(model)
     assert engine.kv == kv
     model.config.exit_policy, model.config.exit_thresholds = "confidence", [0.1] * 3
-    outputs = engine.generate(asked, SamplingParams(max_tokens=9, exit="confidence"))
-    assert [output.token_ids for output in outputs] == [greedy(model, each, exit_policy="confidence") for each in asked]
+    outputs = engine.generate(asked, SamplingParams(max_tokens=20, exit="confidence"))
+    assert [output.token_ids for output in outputs] == [
+        greedy(model, each, 20, exit_policy="confidence") for each in asked
+    ]
     exact = ExitSettings(make_policy("confidence", 0.1))
-    assert [output.token_ids for output in outputs] != [greedy(model, each, exit_policy=exact) for each in asked]
+    assert [output.token_ids for output in outputs] != [greedy(model, each, 20, exit_policy=exact) for each in asked]
 
 
 def test_a_failing_callback_loses_nothing():
