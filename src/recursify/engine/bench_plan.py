@@ -133,7 +133,8 @@ class BenchPlan:
             compiling = CompileConfig(fullgraph=False)
             compiling._compile_all_devices = True
             arguments = {"cache_implementation": "static", "compile_config": compiling}
-            found.append(Contestant("generate, static cache, compiled", static_batches(model, **arguments)))
+            run = static_batches(model, **arguments)
+            found.append(Contestant("generate, static cache, compiled", run, compiles=True))
         found.append(Contestant("engine, routers" if self.is_routed else FULL, by_engine(model)))
         if self.can_leave:
             # Skipped keys and values are none of the model's own: the engine is measured, not what it says.
