@@ -171,6 +171,8 @@ def main() -> None:
             what = "Random weights of Llama-3.1-8B's shapes, no prelude, coda or residuals."
     else:
         title = "The engine beside transformers and the dense model"
+        if arguments.even:
+            title = "The engine on answers of one length"
         what = f"{arguments.model_is}."
     facts |= {"title": title, "what_it_is": what}
     output.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
