@@ -29,7 +29,7 @@ from keyed_results import markdown_table
 from quality import MODEL, commit
 from recursify.cli.models import load_model
 from recursify.cli.report import progress_report, talk
-from recursify.engine.bench_plan import BenchPlan
+from recursify.engine.bench_plan import FIGURES, BenchPlan, figures_of, ideals_of, name_of
 from recursify.modeling import LayerLayout, RecursiveConfig, RecursiveForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
@@ -89,29 +89,12 @@ def plan_of(arguments: argparse.Namespace) -> BenchPlan:
 
 def report(facts: dict[str, Any], title: str, what: str, file: Path) -> str:
     """The table with what a reader must know of it."""
-    head = ["", "at once", "tokens/s", "× generate", "recursions", "occupancy", "block calls", "KV MiB"]
-    head += ["median s", "first s", "G", "G*", "G* per call", "η"]
+    head = ["", "at once", *FIGURES, "block calls", "median s", "first s", "G", "G*", "G* per call", "η"]
     lines = []
     for row in facts["rows"]:
-        engine = "mean_recursions" in row
-        lines.append(
-            [
-                row["row"] + (" (simulation)" if row["is_simulation"] else ""),
-                str(row["concurrency"]),
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['ratio']:.2f}",
-                f"{row['mean_recursions']:.2f}" if engine else "",
-                f"{row['occupancy']:.0%}" if engine else "",
-                str(row["block_calls"]) if engine else "",
-                f"{row['kv_bytes'] / 2**20:.1f}" if engine else "",
-                f"{row['median_latency']:.1f}",
-                f"{row['median_first_token']:.1f}" if engine else "",
-                *(
-                    f"{row[name]:.2f}" if name in row else ""
-                    for name in ("gain", "ideal_gain", "ideal_gain_per_call", "efficiency")
-                ),
-            ]
-        )
+        calls, first = row.get("block_calls", ""), row.get("median_first_token")
+        seconds = [f"{row['median_latency']:.1f}", "" if first is None else f"{first:.1f}"]
+        lines.append([name_of(row), str(row["concurrency"]), *figures_of(row), str(calls), *seconds, *ideals_of(row)])
     asked = ", ".join(f"{count} requests of {tokens:,} tokens in all" for count, tokens in _asked(facts))
     made = (
         f"Made by `python benchmarks/engine.py {facts['what']}`; all figures, settings and versions in `{file.name}`."

@@ -52,26 +52,26 @@ def greedy(model, prompt: list[int], new: int = 9, **arguments) -> list[int]:
     return model.generate(ids, max_new_tokens=new, do_sample=False, **arguments)[0, len(prompt) :].tolist()
 
 
+def says_what_generate_says(model, *lengths: int, **limits) -> Engine:
+    """Prompts of ``lengths`` in one engine, which is returned, beside each alone in ``generate``."""
+    engine = small_engine(model, **limits)
+    outputs = engine.generate(prompts(*lengths), SamplingParams(max_tokens=9))
+    assert [output.token_ids for output in outputs] == [greedy(model, each) for each in prompts(*lengths)]
+    assert engine.pages.num_used == 0
+    return engine
+
+
 # --- Models --------------------------------------------------------------------------------------------------------
 
 
 def test_recursive_models_of_all_families(family):
     """Prompts of several chunks, more of them than run at once, at full depth."""
-    model = recursive(family)
-    engine = small_engine(model, max_requests=3)
-    asked = prompts(3, 17, 9, 6)
-    outputs = engine.generate(asked, SamplingParams(max_tokens=9))
-    assert [output.token_ids for output in outputs] == [greedy(model, each) for each in asked]
-    assert engine.pages.num_used == 0
+    says_what_generate_says(recursive(family), 3, 17, 9, 6, max_requests=3)
 
 
 def test_dense_models_of_all_families(family):
     """A dense model is one recursion of the same engine: the control."""
-    model = tiny_dense(family)
-    engine = small_engine(model, max_requests=3)
-    asked = prompts(3, 17, 9, 6)
-    outputs = engine.generate(asked, SamplingParams(max_tokens=9))
-    assert [output.token_ids for output in outputs] == [greedy(model, each) for each in asked]
+    engine = says_what_generate_says(tiny_dense(family), 3, 17, 9, 6, max_requests=3)
     assert engine.stats.mean_recursions == 1
 
 
@@ -92,28 +92,21 @@ def test_depths_without_rotation():
     dense = {"no_rope_layers": [1, 1, 0, 0, 1, 1]}
     model = recursive("smollm3", recursions=2, dense=dense)
     assert len({view.self_attn.use_rope for view in model.model.block[0].views}) == 2
-    asked = prompts(7, 12)
-    outputs = small_engine(model, max_requests=2).generate(asked, SamplingParams(max_tokens=9))
-    assert [output.token_ids for output in outputs] == [greedy(model, each) for each in asked]
+    says_what_generate_says(model, 7, 12, max_requests=2)
 
 
 @pytest.mark.parametrize("fields", [{"sharing": "sequence"}, {"lora_rank": 0}, {"tie_norms": True}])
 def test_other_models(fields):
     """Sequence sharing, which has no boundary, is one recursion; no residuals; tied norms."""
     model = recursive(recursions=2, **fields)
-    asked = prompts(7, 12)
-    engine = small_engine(model, max_requests=2)
-    outputs = engine.generate(asked, SamplingParams(max_tokens=9))
-    assert [output.token_ids for output in outputs] == [greedy(model, each) for each in asked]
+    says_what_generate_says(model, 7, 12, max_requests=2)
 
 
 def test_another_number_of_recursions():
     """Scaled steps are hooks of the family's layers, which the engine's layers keep."""
     model = recursive().with_recursions(3)
     assert model.config.residual_scale != 1
-    asked = prompts(7, 12)
-    outputs = small_engine(model, max_requests=2).generate(asked, SamplingParams(max_tokens=9))
-    assert [output.token_ids for output in outputs] == [greedy(model, each) for each in asked]
+    says_what_generate_says(model, 7, 12, max_requests=2)
 
 
 @pytest.mark.parametrize("head", ["shared", "norm", "low_rank", "full"])

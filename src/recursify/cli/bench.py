@@ -119,25 +119,14 @@ def bench_command(
 
 
 def _table(facts: dict[str, Any]) -> str:
-    head = ["", "at once", "tokens/s", "× generate", "recursions", "occupancy", "KV MiB", "G", "G*", "η"]
-    lines = []
-    for row in facts["rows"]:
-        engine = "mean_recursions" in row
-        lines.append(
-            [
-                row["row"] + (" (simulation)" if row["is_simulation"] else ""),
-                str(row["concurrency"]),
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['ratio']:.2f}",
-                f"{row['mean_recursions']:.2f}" if engine else "",
-                f"{row['occupancy']:.0%}" if engine else "",
-                f"{row['kv_bytes'] / 2**20:.1f}" if engine else "",
-                *(f"{row[name]:.2f}" if name in row else "" for name in ("gain", "ideal_gain", "efficiency")),
-            ]
-        )
+    from recursify.engine.bench_plan import FIGURES, figures_of, ideals_of, name_of
+
+    head = ["", "at once", *FIGURES, "G", "G*", "G* per call", "η"]
+    lines = [[name_of(row), str(row["concurrency"]), *figures_of(row), *ideals_of(row)] for row in facts["rows"]]
     notes = (
         f"{facts['clock']}; {facts['device']}, {facts['dtype']}, {facts['threads']} threads; median of "
         f"{facts['rounds']} rounds in turns. × is to generate with as many at once. G is the gain over the engine at "
-        f"full depth without prompts, G* the most that the costs of the parts allow, η = G / G*."
+        f"full depth without prompts, G* the most that the costs of the parts allow, if they follow the rows, and per "
+        f"call, if they do not; η = G / G*."
     )
     return format_table(head, lines) + "\n\n" + notes

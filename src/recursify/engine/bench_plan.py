@@ -209,6 +209,28 @@ def _of_oracle(tables: dict[tuple[int, int], tuple[int, ...]], workload: Workloa
     return {"forced_depths": tables[workload.concurrency, number]}
 
 
+FIGURES = ("tokens/s", "× generate", "recursions", "occupancy", "KV MiB")
+IDEALS = ("gain", "ideal_gain", "ideal_gain_per_call", "efficiency")
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """The row's name; a simulation is called one."""
+    return row["row"] + (" (simulation)" if row["is_simulation"] else "")
+
+
+def figures_of(row: dict[str, Any]) -> list[str]:
+    """The :data:`FIGURES` of a row for a table; those of an engine's inside are empty for others."""
+    inside = [""] * 3
+    if "mean_recursions" in row:
+        inside = [f"{row['mean_recursions']:.2f}", f"{row['occupancy']:.0%}", f"{row['kv_bytes'] / 2**20:.1f}"]
+    return [f"{row['tokens_per_second']:.1f}", f"{row['ratio']:.2f}", *inside]
+
+
+def ideals_of(row: dict[str, Any]) -> list[str]:
+    """The :data:`IDEALS` of a row, empty where tokens cannot leave early."""
+    return [f"{row[name]:.2f}" if name in row else "" for name in IDEALS]
+
+
 def draw_speeds(facts: dict[str, Any], file: Path) -> None:
     """Tokens per second of every row, by requests at once.
 
