@@ -208,6 +208,12 @@ def test_a_body_that_says_it_is_huge_is_not_read(locked):
     assert raw(locked, head).startswith(b"HTTP/1.1 413")
 
 
+def test_headers_without_end_are_cut_off(locked):
+    """Before anyone has shown a key, and before they have ended; whether the sender sees why depends on the network."""
+    with contextlib.suppress(ConnectionError):
+        assert raw(locked, "GET / HTTP/1.1\nHost: x\nA: " + "x" * 200_000).startswith(b"HTTP/1.1 400")
+
+
 # --- Logs --------------------------------------------------------------------------------------------------------
 
 
