@@ -47,6 +47,7 @@ class EngineHost:
         self.metrics = Metrics()
         self.admission = Admission(1, settings.max_queue)
         self.load_error: BaseException | None = None
+        self.has_loaded = False
         self._build = build
         self._serving: Serving | None = None
         self._loading = asyncio.Lock()
@@ -158,6 +159,7 @@ class EngineHost:
             self.admission.running = engine.scheduler.max_requests
             self.admission.capacity = engine.scheduler.max_requests + self.settings.max_queue
             self._serving = self._serve(engine)
+            self.has_loaded = True
             log_event("info", "ready", model=self.settings.model_name, pages=engine.pages.pools[0].num_pages)
             return True
 

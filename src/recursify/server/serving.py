@@ -29,12 +29,10 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, host: EngineHost) -> None:
         super().__init__(config)
         self.host = host
-        self.has_loaded = False
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
-        self.has_loaded |= self.host.state == "ready"
-        if self.host.load_error is not None and not self.has_loaded:
+        if self.host.load_error is not None and not self.host.has_loaded:
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -63,7 +61,7 @@ def serve(build: Callable[[], Engine], settings: ServerSettings, *, address: str
         log_event("warning", "anyone who reaches this address can use it: there is no API key", host=address)
     server.run(sockets=[listener])
     error = server.host.load_error
-    if error is not None and not server.has_loaded:
+    if error is not None and not server.host.has_loaded:
         raise error if isinstance(error, RecursifyError) else EngineError(f"The model did not load: {error}")
 
 
