@@ -67,17 +67,18 @@ def write(held: Tensor, rows: Any, new: Tensor) -> None:
     new = new.squeeze(2)
     if rows.writers is not None:
         new = new[rows.writers]
-    held.flatten(0, 1).index_copy_(0, rows.slots, new.to(held.dtype))
+    held.view(-1, *held.shape[2:]).index_copy_(0, rows.slots, new.to(held.dtype))
 
 
-def gather(held: Tensor, pages: Tensor) -> Tensor:
-    """``held[pages]``, five times as fast on a CPU."""
-    return held.index_select(0, pages.flatten()).unflatten(0, pages.shape)
+def gather(held: Tensor, group: Any) -> Tensor:
+    """Keys or values in a group's pages, ``[n, K, L, D]``; on a CPU five times as fast as indexing."""
+    taken = held.index_select(0, group.pages)
+    return taken.view(len(group.tables), -1, *held.shape[2:]).transpose(1, 2)
 
 
 def _attend_singles(layer: Any, group: Any, query: Tensor, scale: float, softcap: float | None) -> Tensor:
     """Each row ``[n, H, D]`` over pages of its own: ``[n, H, D]``."""
-    keys, values = (gather(held, group.tables).flatten(1, 2).transpose(1, 2) for held in (layer.keys, layer.values))
+    keys, values = gather(layer.keys, group), gather(layer.values, group)
     grouped = query.unflatten(1, (keys.shape[1], -1))  # [n, K, G, D]
     mask = group.visible(layer.windows)[:, None, None]
     return attend(grouped, keys, values, mask, scale, softcap).flatten(1, 2)
@@ -85,7 +86,7 @@ def _attend_singles(layer: Any, group: Any, query: Tensor, scale: float, softcap
 
 def _attend_chunk(layer: Any, chunk: Any, query: Tensor, scale: float, softcap: float | None) -> Tensor:
     """Rows ``[n, H, D]`` of one request at one depth, over the same pages."""
-    keys, values = (gather(held, chunk.tables).flatten(1, 2).transpose(1, 2) for held in (layer.keys, layer.values))
+    keys, values = gather(layer.keys, chunk), gather(layer.values, chunk)
     count, kv_heads = len(query), keys.shape[1]
     grouped = query.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)[None]  # [1, K, G n, D]
     mask = chunk.visible(layer.windows).repeat(grouped.shape[2] // count, 1)

@@ -108,6 +108,7 @@ class Group:
 
     Attributes:
         tables: ``[n, pages]`` or ``[1, pages]``; cut to what is seen, and filled up with page 0.
+        pages: The same in one row.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Group:
         self._positions, self._depths, self._packed = call.positions[every], call.depths[every], positions
         width = -(-max(seen) // page_size)
         self.tables = on_device([(table + [0] * width)[:width] for table in tables], device, torch.long)
+        self.pages = self.tables.flatten()
         self._index = torch.arange(width * page_size, device=device)
         self._seen = on_device(seen, device, torch.long)[:, None]
         self._masks: dict[Any, Tensor] = {}
