@@ -83,9 +83,13 @@ def generate_command(
         ),
     ] = None,
     kv: Annotated[
-        str,
-        typer.Option("--kv", help="Keys and values of skipped depths: deferred (exact), copied, latest."),
-    ] = "deferred",
+        str | None,
+        typer.Option(
+            "--kv",
+            help="Keys and values of skipped depths: deferred (exact), copied, latest. [default: the model's own]",
+            show_default=False,
+        ),
+    ] = None,
     min_depth: Annotated[int, typer.Option("--min-depth", help="First depth that tokens exit after.", min=0)] = 0,
     max_pending: Annotated[
         int, typer.Option("--max-pending", help="Tokens that may wait for their deferred depths.", min=1)
@@ -201,7 +205,7 @@ def _exit_settings(
     policy: str,
     threshold: float | None,
     vocabulary: int | None,
-    kv: str,
+    kv: str | None,
     min_depth: int,
     max_pending: int,
 ) -> Any:
@@ -212,7 +216,7 @@ def _exit_settings(
 
     try:
         chosen = make_policy(policy, threshold, config, vocabulary=vocabulary)
-        return ExitSettings(chosen, kv=kv, min_depth=min_depth, max_pending=max_pending)
+        return ExitSettings(chosen, kv=kv or config.exit_kv, min_depth=min_depth, max_pending=max_pending)
     except ValueError as error:
         raise SettingsError(str(error)) from error
 
