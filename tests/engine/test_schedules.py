@@ -24,7 +24,7 @@ def test_engine_says_what_one_at_a_time_says(family, kv):
             depths[depth] = depths.get(depth, 0) + count
     # The schedules are worth nothing if nothing happens in them.
     assert whole > 2 * SCHEDULES
-    assert preemptions > SCHEDULES / 5
+    assert preemptions > SCHEDULES / 10
     assert cached > 0 or kv in ("recursion_wise", "shared")
     assert len(depths) > 1, "tokens leave after several depths"
 

@@ -92,7 +92,7 @@ class Scheduler:
         return True
 
     def _admit(self, request: Request) -> bool:
-        """Begin a waiting request, if its whole prompt finds room."""
+        """Begin a waiting request, if there is room for its whole prompt and a token more."""
         prefix: list[int] = []
         if self.prefix_caching:
             pool = self.pages.pools[0]
@@ -104,7 +104,8 @@ class Scheduler:
             request.tables[0].extend(prefix)
             request.computed = len(prefix) * self.pages.page_size
         known = request.prompt_length + len(request.left)
-        missing = self.pages.missing(request, known - request.computed)
+        # And for the token after that: without, it would give all back to begin again, as often as it was let in.
+        missing = self.pages.missing(request, known - request.computed + 1)
         if any(lack > pool.num_free for lack, pool in zip(missing, self.pages.pools, strict=True)):
             self.pages.release(request)
             request.computed = 0
