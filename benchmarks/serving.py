@@ -131,6 +131,7 @@ def main() -> None:
         else:
             figures = compare(options, server, prompts)
     setup = {name: value for name, value in vars(options).items() if name not in ("output", "alone")}
+    setup["model"] = Path(options.model).name
     facts = {
         **figures,
         "setup": setup,
