@@ -123,10 +123,18 @@ class KVPages:
             for tokens, table in zip(held, request.tables, strict=True)
         ]
 
+    def has_room(self, request: Request, count: int) -> bool:
+        """Whether ``count`` more tokens of ``request`` find pages."""
+        return self._are_free(self.missing(request, count))
+
+    def _are_free(self, counts: list[int]) -> bool:
+        """Whether every stream has so many pages to give."""
+        return all(count <= pool.num_free for count, pool in zip(counts, self.pools, strict=True))
+
     def reserve(self, request: Request, count: int) -> bool:
         """Give ``request`` pages for ``count`` more tokens; False, and nothing given, if there are not enough."""
         missing = self.missing(request, count)
-        if any(lack > pool.num_free for lack, pool in zip(missing, self.pools, strict=True)):
+        if not self._are_free(missing):
             return False
         for lack, pool, table in zip(missing, self.pools, request.tables, strict=True):
             table.extend(pool.allocate(lack))

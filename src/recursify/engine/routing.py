@@ -15,12 +15,9 @@ from torch import Tensor
 
 from recursify.modeling.recursive_decoding import on_device
 from recursify.modeling.recursive_routing import (
-    activated,
-    activation_of,
-    alpha_of,
     choose_above,
-    choose_depths,
-    even_scores,
+    depths_and_gates,
+    expert_gates,
     gated,
     inference_threshold,
 )
@@ -38,7 +35,6 @@ class RoutedBoundaries:
         self.config = runner.parts.config
         self.model = runner.parts.model.model
         self.last_depth = runner.parts.num_depths - 1
-        self.activation, self.alpha = activation_of(self.config), alpha_of(self.config)
 
     def enter(self, flights: Sequence[Flight]) -> None:
         """``flights`` come to the first recursion."""
@@ -95,11 +91,7 @@ class RoutedBoundaries:
         deciding = logits[:, 0]
         if self.model.auxiliary_routers is not None:
             deciding = self.model.auxiliary_routers[depth](states)[:, 0]
-        even = even_scores(logits, self.activation)
-        scores = even if router.weight is None else activated(logits, self.activation)
-        if self.config.router_gate == "residual":
-            scores = scores - even
-        _hand_out(flights, "gates", self.alpha * scores[:, 0])
+        _hand_out(flights, "gates", expert_gates(self.config, router, logits))
         threshold = inference_threshold(self.config, depth)
         if threshold is None:
             return None
@@ -110,13 +102,9 @@ class RoutedBoundaries:
         if depth == 0:
             states = torch.cat([flight.states for flight in flights])
             router = self.model.routers[0]
-            logits = router(states)
-            scores = activated(logits, self.activation)
-            choices = choose_depths(scores, router.bias)
-            if self.config.router_gate == "residual":
-                scores = scores - even_scores(logits, self.activation)
+            choices, weights = depths_and_gates(self.config, router, router(states))
             _hand_out(flights, "choices", choices)
-            _hand_out(flights, "weights", self.alpha * scores.gather(-1, choices[:, None])[:, 0])
+            _hand_out(flights, "weights", weights)
             for flight in flights:
                 flight.first = flight.states
         choices = torch.cat([known(flight.choices) for flight in flights])

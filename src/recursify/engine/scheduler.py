@@ -105,8 +105,7 @@ class Scheduler:
             request.computed = len(prefix) * self.pages.page_size
         known = request.prompt_length + len(request.left)
         # And for the token after that: without, it would give all back to begin again, as often as it was let in.
-        missing = self.pages.missing(request, known - request.computed + 1)
-        if any(lack > pool.num_free for lack, pool in zip(missing, self.pages.pools, strict=True)):
+        if not self.pages.has_room(request, known - request.computed + 1):
             self.pages.release(request)
             request.computed = 0
             return False

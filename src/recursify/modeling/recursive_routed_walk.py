@@ -23,14 +23,11 @@ from .recursive_decoding import ATTENTION
 from .recursive_routed_cache import Packing, RoutedCache, pack
 from .recursive_routing import (
     Routing,
-    activated,
-    activation_of,
-    alpha_of,
     capacities_of,
     choose_above,
-    choose_depths,
     choose_top_k,
-    even_scores,
+    depths_and_gates,
+    expert_gates,
     gated,
     inference_threshold,
     tokens_of,
@@ -164,24 +161,14 @@ class RoutedWalk:
             selected = choose_top_k(logits[..., 0], candidates, self.capacities[depth])
         else:
             selected = choose_above(deciding, candidates, inference_threshold(self.config, depth))
-        activation = activation_of(self.config)
-        even = even_scores(logits, activation)
-        scores = even if router.weight is None else activated(logits, activation)
-        if self.config.router_gate == "residual":
-            scores = scores - even
-        return selected, alpha_of(self.config) * scores[..., 0]
+        return selected, expert_gates(self.config, router, logits)
 
     def _choose_by_token(self, depth: int, states: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
         """Which tokens go as far as ``depth``, and their gates, which only their last recursion has."""
         if depth == 0:
             logits = self.model.routers[0](states)
             self.routing.logits.append(logits)
-            activation = activation_of(self.config)
-            scores = activated(logits, activation)
-            self._depths = choose_depths(scores, self.model.routers[0].bias)
-            if self.config.router_gate == "residual":
-                scores = scores - even_scores(logits, activation)
-            self._scores = alpha_of(self.config) * scores.gather(-1, self._depths.unsqueeze(-1)).squeeze(-1)
+            self._depths, self._scores = depths_and_gates(self.config, self.model.routers[0], logits)
         is_last = self._depths == depth
         return candidates & (self._depths >= depth), self._scores * is_last
 

@@ -293,6 +293,26 @@ def even_scores(logits: Tensor, activation: str) -> Tensor:
     return activated(torch.zeros_like(logits), activation)
 
 
+def expert_gates(config: Any, router: TokenRouter, logits: Tensor) -> Tensor:
+    """The gates ``[...]`` of an expert-choice router's ``logits [..., 1]``; even where the router is chance."""
+    activation = activation_of(config)
+    even = even_scores(logits, activation)
+    scores = even if router.weight is None else activated(logits, activation)
+    if config.router_gate == "residual":
+        scores = scores - even
+    return alpha_of(config) * scores[..., 0]
+
+
+def depths_and_gates(config: Any, router: TokenRouter, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a token-choice router's ``logits [..., R]``: the last depth of each token and the gate there, ``[...]``."""
+    activation = activation_of(config)
+    scores = activated(logits, activation)
+    depths = choose_depths(scores, router.bias)
+    if config.router_gate == "residual":
+        scores = scores - even_scores(logits, activation)
+    return depths, alpha_of(config) * scores.gather(-1, depths.unsqueeze(-1)).squeeze(-1)
+
+
 def gated(entered: Tensor, made: Tensor, gate: Tensor, kind: str) -> Tensor:
     """What leaves a recursion, ``[..., D]``.
 
