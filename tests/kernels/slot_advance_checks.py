@@ -18,6 +18,7 @@ PLANTS = {
     "one ending too few": ("in range(E):", "in range(E - 1):", "check_endings"),
     "one position too many": ("b_position >= tl.load(limits", "b_position > tl.load(limits", "check_iterations"),
     "one entry too far": ("axis=0) - 1", "axis=0)", "check_iterations"),
+    "who waits goes on": ("b_moves = b_active & (", "b_moves = b_active | (", "check_waiting"),
     "never by itself": ("b_depth == DEPTHS - 1", "b_depth == DEPTHS", "check_iterations"),
 }
 
@@ -52,11 +53,13 @@ class Batch:
             "num_depths": DEPTHS,
         }
 
-    def advance(self, choices: torch.Tensor | None = None) -> None:
+    def advance(self, choices: torch.Tensor | None = None, waits: torch.Tensor | None = None) -> None:
         leaves = self.bench.randint(0, 3, self.count) == 0
         choices = self.bench.randint(0, 60, self.count) if choices is None else choices
         for implementation, (slots, ring) in (("triton", self.found), ("reference", self.expected)):
-            advance_slots(slots, leaves, choices, **self.settings, ring=ring, implementation=implementation)
+            advance_slots(
+                slots, leaves, choices, waits=waits, **self.settings, ring=ring, implementation=implementation
+            )
         for found, expected in zip(self.found, self.expected, strict=True):
             for name, held in vars(expected).items():
                 assert torch.equal(getattr(found, name), held), name
@@ -73,6 +76,19 @@ def check_iterations(bench: Bench) -> None:
         if count > 1:
             assert ring.counts[0] > capacity
             assert slots.finished.any()
+
+
+def check_waiting(bench: Bench) -> None:
+    """Some slots wait, wherever they are, and go on later."""
+    batch = Batch(bench, 63, capacity=64)
+    batch.advance()  # or some would begin without a page
+    for _ in range(20):
+        before = {name: held.clone() for name, held in vars(batch.expected[0]).items()}
+        waits = bench.randint(0, 2, 63) == 0
+        batch.advance(waits=waits)
+        still = waits & before["active"]
+        for name in ("active", "token", "depth", "position", "finished"):
+            assert torch.equal(getattr(batch.expected[0], name)[still], before[name][still]), name
 
 
 def check_endings(bench: Bench) -> None:

@@ -65,6 +65,7 @@ def advance(
     slots: Slots,
     leaves: Tensor,
     choices: Tensor,
+    waits: Tensor | None,
     limits: Tensor,
     ends: Tensor,
     block_table: Tensor,
@@ -73,8 +74,9 @@ def advance(
     ring: OutputRing,
 ) -> None:
     """As :func:`recursify.kernels.slot_advance.advance_slots` says."""
-    leave = slots.active & (leaves | (slots.depth == num_depths - 1))
-    stay = slots.active & ~leave
+    moves = slots.active if waits is None else slots.active & ~waits
+    leave = moves & (leaves | (slots.depth == num_depths - 1))
+    stay = moves & ~leave
     _write(ring, leave, choices, slots.depth)
     token = torch.where(leave, choices.to(slots.token.dtype), slots.token)
     depth = torch.where(leave, 0, slots.depth + stay)

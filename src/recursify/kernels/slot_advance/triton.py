@@ -24,6 +24,7 @@ def advance_all(
     finished,
     leaves,
     choices,
+    waits,
     limits,
     ends,
     block_table,
@@ -46,13 +47,16 @@ def advance_all(
     b_position = tl.load(position + o_s, mask=m_s, other=0).to(tl.int32)
     b_choice = tl.load(choices + o_s, mask=m_s, other=0).to(tl.int32)
     asked = tl.load(leaves + o_s, mask=m_s, other=0).to(tl.int32) != 0
+    b_moves = b_active
+    if waits is not None:
+        b_moves = b_active & (tl.load(waits + o_s, mask=m_s, other=0).to(tl.int32) == 0)
     written = tl.load(counts)
     iteration = tl.load(counts + 1)
     # What follows writes where this has read, and a warp may be ahead of another.
     tl.debug_barrier()
 
-    m_leave = b_active & (asked | (b_depth == DEPTHS - 1))
-    m_stay = b_active & ~m_leave
+    m_leave = b_moves & (asked | (b_depth == DEPTHS - 1))
+    m_stay = b_moves & ~m_leave
     rank = tl.cumsum(m_leave.to(tl.int32), axis=0) - 1
     p_entry = entries + ((written + rank) % C) * 4
     tl.store(p_entry, o_s, mask=m_leave)
@@ -85,6 +89,7 @@ def advance(
     slots: Slots,
     leaves: Tensor,
     choices: Tensor,
+    waits: Tensor | None,
     limits: Tensor,
     ends: Tensor,
     block_table: Tensor,
@@ -105,6 +110,7 @@ def advance(
         slots.finished,
         leaves,
         choices,
+        waits,
         limits,
         ends,
         block_table if block_table.stride(1) == 1 else block_table.contiguous(),
