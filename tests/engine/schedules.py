@@ -119,6 +119,7 @@ def run_schedule(family: str, kv: str, seed: int) -> tuple[Engine, int]:
     page_size = draw.choice((1, 2, 3, 5, 16))
     pages = -(-longest // page_size)
     max_requests = draw.randint(1, 4)
+    synchronous = draw.random() < 0.15
     engine = Engine(
         model,
         kv=kv,
@@ -130,8 +131,10 @@ def run_schedule(family: str, kv: str, seed: int) -> tuple[Engine, int]:
         max_batch_tokens=draw.choice((max_requests + 1, 16, 64)) + max_requests,
         max_length=longest,
         prefix_caching=draw.random() < 0.7,
-        synchronous=draw.random() < 0.15,
+        synchronous=synchronous,
         reads_late=draw.random() < 0.5,
+        device_loop=not synchronous and model.config.router is None and draw.random() < 0.5,
+        replays=draw.choice((1, 2, 5)),
     )
     asked = [
         Asked(

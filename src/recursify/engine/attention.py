@@ -3,8 +3,9 @@
 Rows come in the first axis, ``[N, heads, 1, head size]``: one row is one token at one depth. The keys and values that a
 layer has just made are written to the rows' slots first, so that the rows of a chunk see one another.
 
-This is the form for any device: pages are gathered and PyTorch's scaled dot-product attention runs over them. Query
-heads that share a key head are one matrix, so keys are never repeated.
+How rows write and attend, they know: by kernels (``kernels/``) where those run, else by the form for any device, which
+is here. Pages are gathered, and PyTorch's scaled dot-product attention runs over them. Query heads that share a key
+head are one matrix, so keys are never repeated.
 
 Shape legend: N rows, n rows in a group, H query heads, G of them per key head, K key heads, L keys, D head size.
 """
@@ -40,34 +41,16 @@ def paged_attention(
 ) -> tuple[Tensor, None]:
     """``[N, H, 1, D]`` and keys and values ``[N, K, 1, D]`` to ``[N, 1, H, D]``.
 
-    ``paged`` is what the runner hands every layer: the rows of the call (:class:`~.rows.Rows`) and its
-    :class:`~.decoder_parts.Layer`.
+    ``paged`` is what the runner hands every layer: the rows of the call (:class:`~.rows.Rows`,
+    :class:`~.fixed_rows.FixedRows`) and its :class:`~.decoder_parts.Layer`.
     """
     assert paged is not None, "only the engine's runner calls layers with this attention"
     rows, layer = paged
-    write(layer.keys, rows, key)
-    write(layer.values, rows, value)
+    rows.store(layer, key.squeeze(2), value.squeeze(2))
     if rows.only_writes:
         raise KeysAndValuesWritten
-    query = query.squeeze(2)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if rows.singles is not None and not rows.chunks:
-        return _attend_singles(layer, rows.singles, query, scale, softcap).unsqueeze(1), None
-    out = torch.empty_like(query)
-    if rows.singles is not None:
-        here = rows.singles.rows
-        out[here] = _attend_singles(layer, rows.singles, query[here], scale, softcap)
-    for chunk in rows.chunks:
-        out[chunk.rows] = _attend_chunk(layer, chunk, query[chunk.rows], scale, softcap)
-    return out.unsqueeze(1), None
-
-
-def write(held: Tensor, rows: Any, new: Tensor) -> None:
-    """Put ``new [N, K, 1, D]`` where the rows have their slots."""
-    new = new.squeeze(2)
-    if rows.writers is not None:
-        new = new[rows.writers]
-    held.view(-1, *held.shape[2:]).index_copy_(0, rows.slots, new.to(held.dtype))
+    return rows.attend(layer, query.squeeze(2), scale, softcap).unsqueeze(1), None
 
 
 def gather(held: Tensor, group: Any) -> Tensor:
@@ -76,7 +59,7 @@ def gather(held: Tensor, group: Any) -> Tensor:
     return taken.view(len(group.tables), -1, *held.shape[2:]).transpose(1, 2)
 
 
-def _attend_singles(layer: Any, group: Any, query: Tensor, scale: float, softcap: float | None) -> Tensor:
+def attend_singles(layer: Any, group: Any, query: Tensor, scale: float, softcap: float | None) -> Tensor:
     """Each row ``[n, H, D]`` over pages of its own: ``[n, H, D]``."""
     keys, values = gather(layer.keys, group), gather(layer.values, group)
     grouped = query.unflatten(1, (keys.shape[1], -1))  # [n, K, G, D]
@@ -84,7 +67,7 @@ def _attend_singles(layer: Any, group: Any, query: Tensor, scale: float, softcap
     return attend(grouped, keys, values, mask, scale, softcap).flatten(1, 2)
 
 
-def _attend_chunk(layer: Any, chunk: Any, query: Tensor, scale: float, softcap: float | None) -> Tensor:
+def attend_chunk(layer: Any, chunk: Any, query: Tensor, scale: float, softcap: float | None) -> Tensor:
     """Rows ``[n, H, D]`` of one request at one depth, over the same pages."""
     keys, values = gather(layer.keys, chunk), gather(layer.values, chunk)
     count, kv_heads = len(query), keys.shape[1]

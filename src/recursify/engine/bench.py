@@ -206,6 +206,7 @@ def by_engine(
                 max_requests=workload.concurrency,
                 num_pages=workload.concurrency * (-(-workload.context // 16) + 1),
                 max_batch_tokens=max(2048, 2 * workload.concurrency),
+                max_length=workload.context,
                 prefix_caching=False,
                 **arguments,
             )

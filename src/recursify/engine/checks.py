@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from recursify.errors import EngineError, UnsupportedModelError
+from recursify.kernels.dispatch import Implementation, uses_triton, why_not_triton
 from recursify.modeling import ExitSettings
 from recursify.modeling.recursive_decoding import check_depths
 from recursify.modeling.recursive_policies import KV_MODES as EXIT_KV
@@ -18,6 +21,8 @@ from .decoder_parts import DecoderParts
 from .request import Request, SamplingParams
 from .rows import Run
 from .runner import Runner
+
+logger = logging.getLogger(__name__)
 
 KV_MODES = (*EXIT_KV, *ROUTED_KV)
 """Where keys and values of the depths that a token skips come from: of models with exits the first three
@@ -47,6 +52,36 @@ def choose_kv(parts: DecoderParts, kv: str | None, *, force: bool) -> str:
             f"early. Leave kv out, or take what comes of it (force_kv)."
         )
     return kv
+
+
+def choose_implementation(implementation: Implementation, parts: DecoderParts) -> Literal["reference", "triton"]:
+    """``triton`` or ``reference``, of the kernels; one warning where a GPU is there that Triton cannot use.
+
+    Raises:
+        EngineError: Triton is asked for, and cannot run there.
+    """
+    device = parts.device
+    try:
+        uses = uses_triton(implementation, device)
+    except (ValueError, RuntimeError) as error:
+        raise EngineError(str(error)) from error
+    if implementation == "auto" and device.type == "cuda" and not uses:
+        _warn_once(f"Kernels run in PyTorch on {device}: {why_not_triton(device)}.")
+    return "triton" if uses else "reference"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def loop_obstacle(parts: DecoderParts, *, synchronous: bool) -> str | None:
+    """What keeps new tokens from running in the loop on the device; None if nothing does."""
+    if parts.is_routed:
+        return "models with routers"
+    if parts.head is None:
+        return f"a model whose LM head is a {type(parts.model.get_output_embeddings()).__name__}"
+    return "a synchronous engine" if synchronous else None
 
 
 def eos_tokens(model: Any) -> frozenset[int]:

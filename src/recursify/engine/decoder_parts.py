@@ -79,6 +79,13 @@ class DecoderParts:
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.dtype = self.model.get_input_embeddings().weight.dtype
         self.device = self.model.get_input_embeddings().weight.device
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def head(self) -> nn.Linear | None:
+        """What makes logits of normed states, before ``softcap``; None where that is not torch's own linear map."""
+        head = self.model.get_output_embeddings()
+        return head if type(head) is nn.Linear else None
 
     @property
     def layers(self) -> list[Layer]:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from recursify.errors import EngineError
+from recursify.kernels.dispatch import Implementation
 from recursify.modeling.recursive_decoding import on_device
 
 from .boundaries import Boundaries
-from .checks import check_parity, choose_kv, encode, eos_tokens, exit_settings
+from .checks import check_parity, choose_implementation, choose_kv, encode, eos_tokens, exit_settings, loop_obstacle
 from .decoder_parts import take_apart
 from .fetching import Fetcher
 from .flight import Flight
@@ -27,6 +28,7 @@ from .kv_pages import KVPages, pages_in
 from .page_pool import pages_for
 from .readout import Readout
 from .request import UNREAD, FinishReason, Request, RequestOutput, SamplingParams
+from .residents import Residents
 from .routing import RoutedBoundaries
 from .rows import Run
 from .runner import Runner
@@ -52,11 +54,16 @@ class EngineStats:
         cached_tokens: Tokens of prompts that were found.
         preemptions: How often a request had to begin again.
         fetches: How often something was brought from the device: decisions, and tokens.
-        seconds: In :meth:`Engine.step`, by the engine's clock; the next four are parts of it.
+        seconds: In :meth:`Engine.step`, by the engine's clock; the next five are parts of it.
         enter_seconds: Embedding and prelude.
         block_seconds: The shared block.
         test_seconds: What is done between recursions: exit tests, routers, keys and values of skipped depths.
         exit_seconds: Coda, readout and sampling.
+        loop_seconds: Iterations on the device, and reading what was said in them.
+        loop_iterations: Of ``iterations``, those on the device.
+        loop_waits: Rows that had to wait for an iteration there, because it had no room for them.
+        graph_replays: Of ``loop_iterations``, those that were replays of a CUDA graph.
+        implementation: Of the kernels: ``triton``, or ``reference`` for PyTorch.
         kv_bytes: Of keys and values at most in use.
     """
 
@@ -77,6 +84,11 @@ class EngineStats:
     block_seconds: float = 0.0
     test_seconds: float = 0.0
     exit_seconds: float = 0.0
+    loop_seconds: float = 0.0
+    loop_iterations: int = 0
+    loop_waits: int = 0
+    graph_replays: int = 0
+    implementation: str = "reference"
     kv_bytes: int = 0
 
     def count_token(self, depth: int) -> None:
@@ -133,6 +145,11 @@ class Engine:
         reads_late: Fetch tokens together with the next iteration's decisions, so that the host waits once per
             iteration; a token after the last one of a text is then begun for nothing. None: where there is a device to
             wait for.
+        implementation: Of the kernels (:mod:`recursify.kernels.dispatch`). ``auto`` takes Triton on GPUs that have
+            bfloat16, and says so in ``stats``.
+        device_loop: Run new tokens on the device, without the host deciding anything in between (``device_loop.py``),
+            as CUDA graphs where there is a GPU. None: on a GPU, of models that can. ``reads_late`` is off then.
+        replays: Iterations of that loop between two looks of the host: more cost less, and tell later of a text's end.
         on_token: Called with a request's output whenever a token has come, or it has ended.
 
     Attributes:
@@ -161,6 +178,9 @@ class Engine:
         prefix_caching: bool = True,
         synchronous: bool = False,
         reads_late: bool | None = None,
+        implementation: Implementation = "auto",
+        device_loop: bool | None = None,
+        replays: int = 8,
         on_token: Callable[[RequestOutput], None] | None = None,
     ) -> None:
         limits = {
@@ -168,6 +188,7 @@ class Engine:
             "page_size": page_size,
             "max_batch_tokens": max_batch_tokens,
             "chunk_size": chunk_size,
+            "replays": replays,
             **({} if num_pages is None else {"num_pages": num_pages}),
             **({} if max_length is None else {"max_length": max_length}),
         }
@@ -190,14 +211,16 @@ class Engine:
             num_pages = min(num_pages, max_requests * pages_for(self.max_length, page_size))
         with torch.inference_mode():
             self.pages = KVPages(self.parts, self.kv, page_size, num_pages, self.max_length)
-        self.runner = Runner(self.parts, self.pages)
+        self.implementation = choose_implementation(implementation, self.parts)
+        self.runner = Runner(self.parts, self.pages, kernels=self.implementation == "triton")
         self.fetcher = Fetcher()
         self.boundaries: Boundaries | RoutedBoundaries = (
             RoutedBoundaries(self.runner, self.fetcher)
             if self.parts.is_routed
             else Boundaries(self.runner, self.kv, self.fetcher)
         )
-        self.reads_late = self.parts.device.type != "cpu" if reads_late is None else reads_late
+        on_gpu = self.parts.device.type != "cpu"
+        self.reads_late = on_gpu if reads_late is None else reads_late
         self.scheduler = Scheduler(
             self.pages,
             max_requests=max_requests,
@@ -209,6 +232,14 @@ class Engine:
         self.requests: dict[int, Request] = {}
         self.readout = Readout(self.runner)
         self.eos = eos_tokens(model)
+        self.residents: Residents | None = None
+        obstacle = loop_obstacle(self.parts, synchronous=synchronous)
+        if device_loop and obstacle:
+            raise EngineError(f"The loop on the device cannot run {obstacle}. Leave device_loop out.")
+        if device_loop or (device_loop is None and on_gpu and not obstacle):
+            self.reads_late = False
+            with torch.inference_mode():
+                self.residents = Residents(self.runner, self.kv, self.scheduler, self.eos, replays, self.implementation)
         self._said: list[Said] = []
         self.reset_stats()
         check_parity(self.runner)
@@ -292,21 +323,29 @@ class Engine:
         """One iteration: every row that is under way advances by one recursion."""
         stats, started = self.stats, self.clock()
         flights, new = self.scheduler.schedule()
+        if self.residents is not None:
+            flights, new = self._settle(self.residents, flights, new)
         with self.parts.in_use():
-            entering = self.clock()
-            self._enter(new)
-            entered = self.clock()
-            stats.enter_seconds += entered - entering
-            self._run_block([flight for flight in flights if not flight.is_done])
-            leaving = self.clock()
-            self._say()  # what was read out an iteration ago, where that has waited
-            self._exit([flight for flight in flights if flight.is_done and not flight.request.finished])
-            if not self.reads_late:
-                self._say()
-        ended = self.clock()
-        stats.exit_seconds += ended - leaving
+            if flights or self.residents is None:
+                self._iterate(flights, new)
+            if self.residents is not None:
+                self._run_residents(self.residents, 1 if flights else self.residents.replays)
+        stats.seconds += self.clock() - started
+
+    def _iterate(self, flights: Sequence[Flight], new: Sequence[Flight]) -> None:
+        stats = self.stats
+        entering = self.clock()
+        self._enter(new)
+        entered = self.clock()
+        stats.enter_seconds += entered - entering
+        self._run_block([flight for flight in flights if not flight.is_done])
+        leaving = self.clock()
+        self._say()  # what was read out an iteration ago, where that has waited
+        self._exit([flight for flight in flights if flight.is_done and not flight.request.finished])
+        if not self.reads_late:
+            self._say()
+        stats.exit_seconds += self.clock() - leaving
         stats.iterations += 1
-        stats.seconds += ended - started
 
     def _enter(self, flights: Sequence[Flight]) -> None:
         if not flights:
@@ -389,6 +428,54 @@ class Engine:
         by_number = dict(zip(wanted, found, strict=True))
         return [by_number.get(number) for number in range(len(requests))]
 
+    # --- On the device -------------------------------------------------------------------------------------------
+
+    def _settle(
+        self, residents: Residents, flights: list[Flight], new: list[Flight]
+    ) -> tuple[list[Flight], list[Flight]]:
+        """Have tokens that can begin on the device do so; returns the other flights, and the new ones among them."""
+        residents.forget_gone()
+        settled = set()
+        for flight in new:
+            if flight.is_new and residents.takes(flight.request):
+                residents.take(self.scheduler.settle(flight))
+                settled.add(flight)
+        return [each for each in flights if each not in settled], [each for each in new if each not in settled]
+
+    def _run_residents(self, residents: Residents, times: int) -> None:
+        """Iterations on the device, and what was said in them."""
+        stats, started = self.stats, self.clock()
+        calls, rows, waits = residents.tally
+        replays, looks = residents.calls.replays, residents.num_looks
+        times = residents.run(times, stats.mean_recursions if stats.new_tokens > 100 else 1.0)
+        if not times:
+            return
+        said = residents.read()
+        self.fetcher.count += residents.num_looks - looks
+        stats.iterations += times
+        stats.loop_iterations += times
+        stats.block_calls += times
+        stats.slots += times * self.scheduler.max_requests
+        stats.slot_calls += residents.tally[0] - calls
+        stats.block_rows += residents.tally[1] - rows
+        stats.loop_waits += residents.tally[2] - waits
+        stats.graph_replays += residents.calls.replays - replays
+        stats.kv_bytes = max(stats.kv_bytes, self.pages.bytes_used())
+        heard: list[Exception] = []
+        for request, token, depth in said:
+            if request.finished:
+                continue
+            request.left.append(depth)
+            request.computed += 1
+            request.tokens.append(token)
+            try:
+                self._take(Said(request, depth, None), token)
+            except Exception as error:
+                heard.append(error)
+        stats.loop_seconds += self.clock() - started
+        if heard:
+            raise heard[0]
+
     # --- Answering -----------------------------------------------------------------------------------------------
 
     def _say(self) -> None:
@@ -439,7 +526,7 @@ class Engine:
 
     def reset_stats(self) -> None:
         """Begin to count anew."""
-        self._stats = EngineStats()
+        self._stats = EngineStats(implementation=self.implementation)
         self._before = (self.fetcher.count, self.scheduler.preemptions, self.scheduler.cached_tokens)
 
     @property

@@ -4,6 +4,10 @@ The shared weight is one product for all rows. The residual of each depth is one
 where rows are few, both factors of all depths at once, masked (the same bytes are read, since rows of all depths are
 there); where they are many, ``grouped_mm``. Norms and biases of a depth are applied to its rows.
 
+In an iteration whose shapes are fixed (``device_loop.py``) the host does not know which rows are at which depth. There
+the depths are a tensor: residuals are the masked product, biases are looked up, and norms are a kernel, or those of all
+depths, of which each row takes its own.
+
 Rows are the first axis of everything that a layer computes, so a norm of heads meets them where a norm of states does.
 
 Shape legend: N rows, sorted by depth; I/O in/out features; R depths; r LoRA rank.
@@ -12,6 +16,7 @@ Shape legend: N rows, sorted by depth; I/O in/out features; R depths; r LoRA ran
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recursify.errors import UnsupportedModelError
+from recursify.kernels.depth_norm import add_and_norm
 from recursify.modeling.modeling_recursive import DepthView, PerDepth, RelaxedLinear, SharedLayer
 
 MASKED_ROWS = 64
@@ -30,13 +36,18 @@ HANDLED = {"depth", "layer_idx", "layer_type", "attention_type", "is_sliding", "
 
 
 class DepthSpans:
-    """Which rows of the call are at which depth: the state that mixed layers share."""
+    """Which rows of the call are at which depth: the state that mixed layers share.
+
+    Attributes:
+        depths: Of the rows ``[N]``, in any order, where only the device knows them; else None.
+    """
 
     def __init__(self) -> None:
         self.set([(0, 0)], torch.device("cpu"))
 
     def set(self, counts: list[tuple[int, int]], device: torch.device) -> None:
         """``counts`` has the depths of the rows in their order, and how many there are of each."""
+        self.depths: Tensor | None = None
         self.counts = counts
         self.slices = []
         start = 0
@@ -47,9 +58,24 @@ class DepthSpans:
         self.device = device
         self._groups: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def set_on_device(self, depths: Tensor) -> None:
+        """``depths`` has the depth of every row."""
+        self.depths, self.num_rows = depths, len(depths)
+        self._masks: dict[int, Tensor] = {}
+
+    def mask(self, num_depths: int) -> Tensor:
+        """Which rows are at which depth: bool ``[N, R]``."""
+        if self.depths is None:
+            return self.by_group(num_depths)[1]
+        if num_depths not in self._masks:
+            self._masks[num_depths] = self.depths[:, None] == torch.arange(num_depths, device=self.depths.device)
+        return self._masks[num_depths]
+
     @property
     def only_depth(self) -> int | None:
-        """The depth of all rows, if they have but one."""
+        """The depth of all rows, if the host knows that they have but one."""
+        if self.depths is not None:
+            return None
         return self.counts[0][0] if len(self.counts) == 1 else None
 
     def by_group(self, num_depths: int) -> tuple[Tensor, Tensor]:
@@ -84,7 +110,9 @@ class MixedLinear(nn.Module):
         if stored.lora_a is not None:
             rows = x.flatten(0, -2)
             y = y + self._residuals(rows).unflatten(0, x.shape[:-1])
-        if stored.bias is not None and len(stored.bias) > 1:
+        if stored.bias is not None and len(stored.bias) > 1 and self.spans.depths is not None:
+            y = y + stored.bias[self.spans.depths].view(len(y), *(1,) * (y.ndim - 2), -1)
+        elif stored.bias is not None and len(stored.bias) > 1:
             for depth, rows_of in self.spans.slices:
                 y[rows_of] += stored.bias[depth]
         elif stored.bias is not None:
@@ -95,6 +123,8 @@ class MixedLinear(nn.Module):
         """``[N, I] -> [N, O]``."""
         assert self.stored.lora_a is not None
         assert self.stored.lora_b is not None
+        if self.spans.depths is not None:
+            return self.masked(x)
         if (x.is_cuda and len(x) <= MASKED_ROWS) or not _can_group(x, self.stored.lora_a, self.stored.lora_b):
             return self.masked(x)
         return self.grouped(x)
@@ -104,7 +134,7 @@ class MixedLinear(nn.Module):
         lora_a, lora_b = self.stored.lora_a, self.stored.lora_b
         assert lora_a is not None
         assert lora_b is not None
-        _, mask = self.spans.by_group(len(lora_a))
+        mask = self.spans.mask(len(lora_a))
         inner = F.linear(x, lora_a.flatten(0, 1)).unflatten(-1, lora_a.shape[:2]) * mask.unsqueeze(-1)
         y = F.linear(inner[:, 0], lora_b[0])
         for depth in range(1, len(lora_b)):
@@ -128,7 +158,11 @@ def _can_group(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
 
 
 class MixedNorm(nn.Module):
-    """:class:`~recursify.modeling.modeling_recursive.PerDepth` with a depth per row."""
+    """:class:`~recursify.modeling.modeling_recursive.PerDepth` with a depth per row.
+
+    Attributes:
+        kernel_adds: In fixed shapes, look weights up in a kernel, which adds so much to them; None for without one.
+    """
 
     stored: PerDepth
 
@@ -136,13 +170,61 @@ class MixedNorm(nn.Module):
         super().__init__()
         object.__setattr__(self, "stored", stored)
         self.spans = spans
+        self.kernel_adds: int | None = None
+        self._weight: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, ...] -> [N, ...]``."""
-        depth = self.spans.only_depth
-        if depth is not None or len(self.stored.copies) == 1:
+        depth, copies = self.spans.only_depth, self.stored.copies
+        if depth is not None or len(copies) == 1:
             return self.stored(x, depth or 0)
-        return torch.cat([self.stored(x[rows], depth) for depth, rows in self.spans.slices])
+        if self.spans.depths is None:
+            return torch.cat([self.stored(x[rows], depth) for depth, rows in self.spans.slices])
+        if self.kernel_adds is not None:
+            return self._by_kernel(x, self.spans.depths, bool(self.kernel_adds))
+        y = copies[0](x)
+        for depth in range(1, len(copies)):
+            here = (self.spans.depths == depth).view(-1, *(1,) * (x.ndim - 1))
+            y = torch.where(here, copies[depth](x), y)
+        return y
+
+    def _by_kernel(self, x: Tensor, depths: Tensor, adds_one: bool) -> Tensor:
+        rows = x.flatten(0, -2)
+        depths = depths.repeat_interleave(len(rows) // len(x), output_size=len(rows))
+        norm: Any = self.stored.copies[0]
+        if self._weight is None:
+            self._weight = torch.stack([copy.weight for copy in self.stored.copies])  # type: ignore[misc]
+        eps = getattr(norm, "variance_epsilon", None) or norm.eps
+        _, normed = add_and_norm(rows, None, self._weight, depths, eps=eps, adds_one=adds_one, implementation="triton")
+        return normed.view_as(x)
+
+
+def use_norm_kernel(layers: Iterable[nn.Module]) -> None:
+    """Have the norms of mixed ``layers`` run in a kernel, where they are what it computes."""
+    for layer in layers:
+        for module in layer.modules():
+            if isinstance(module, MixedNorm):
+                module.kernel_adds = rms_norm_adds(module.stored.copies[0])
+
+
+@torch.no_grad()
+def rms_norm_adds(norm: nn.Module) -> int | None:
+    """Which ``c`` makes ``norm`` compute ``x / √(mean(x²) + eps) · (c + weight)``: 0, in Gemma 1; None if neither does.
+
+    A copy of it is asked, since families write the same norm under many names.
+    """
+    weight = getattr(norm, "weight", None)
+    eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
+    if weight is None or weight.ndim != 1 or not isinstance(eps, float) or len(list(norm.parameters())) > 1:
+        return None
+    asked: Any = copy.deepcopy(norm).to_empty(device="cpu").float()
+    x = torch.linspace(-2, 3, 2 * len(weight)).view(2, -1)
+    asked.weight.copy_(torch.linspace(-1, 2, len(weight)))
+    for adds in (0, 1):
+        expected = F.rms_norm(x, x.shape[-1:], asked.weight + adds, eps)
+        if torch.allclose(asked(x), expected, rtol=1e-4, atol=1e-5):
+            return adds
+    return None
 
 
 def mixed_layer(shared: SharedLayer, spans: DepthSpans, name: str) -> tuple[nn.Module, tuple[bool, ...]]:

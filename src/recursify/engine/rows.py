@@ -15,8 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recursify.kernels.paged_attention import attend_pages
+from recursify.kernels.rope_store import store_keys_and_values
 from recursify.modeling.recursive_decoding import on_device
 
+from .attention import attend_chunk, attend_singles
+from .decoder_parts import Layer
 from .kv_pages import KVPages
 from .request import Request
 
@@ -45,6 +49,7 @@ class Rows:
     Args:
         runs: What goes through the layers.
         pages: Where keys and values are.
+        kernels: Have Triton write keys, and attend to them where a row has pages of its own.
         only_writes: End every layer when its keys and values are written.
 
     Attributes:
@@ -56,8 +61,10 @@ class Rows:
         chunks: The other rows.
     """
 
-    def __init__(self, runs: Sequence[Run], pages: KVPages, *, only_writes: bool = False) -> None:
-        self.only_writes = only_writes
+    def __init__(
+        self, runs: Sequence[Run], pages: KVPages, *, kernels: bool = False, only_writes: bool = False
+    ) -> None:
+        self.kernels, self.only_writes = kernels, only_writes
         device = pages.parts.device
         positions: list[int] = []
         depths: list[int] = []
@@ -93,6 +100,53 @@ class Rows:
             index = on_device(singles, device, torch.long) if chunks else None
             self.singles = Group(self, index, tables, seen_by_singles, pages.page_size, packed)
         self.chunks = [Group(self, rows, [table], seen, pages.page_size, packed) for rows, table, seen in chunks]
+        # Tables name pages in the layers' tensors, so to a kernel all rows are at a depth without an offset.
+        self.no_depth = torch.zeros_like(self.depths) if kernels else self.depths
+
+    def store(self, layer: Layer, key: Tensor, value: Tensor) -> None:
+        """Write ``key`` and ``value [N, K, D]`` to the rows' slots."""
+        if self.writers is not None:
+            key, value = key[self.writers], value[self.writers]
+        if self.kernels:
+            none = self.no_depth[: len(key)]
+            store_keys_and_values(
+                key, value, layer.keys, layer.values, self.slots, none, self.no_depth[:1], implementation="triton"
+            )
+            return
+        for held, new in ((layer.keys, key), (layer.values, value)):
+            held.view(-1, *held.shape[2:]).index_copy_(0, self.slots, new.to(held.dtype))
+
+    def attend(self, layer: Layer, query: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """``query [N, H, D]`` over the keys that the rows see: ``[N, H, D]``."""
+        if self.singles is not None and not self.chunks:
+            return self._attend_singles(layer, self.singles, query, scale, softcap)
+        out = torch.empty_like(query)
+        if self.singles is not None:
+            here = self.singles.rows
+            out[here] = self._attend_singles(layer, self.singles, query[here], scale, softcap)
+        for chunk in self.chunks:
+            out[chunk.rows] = attend_chunk(layer, chunk, query[chunk.rows], scale, softcap)
+        return out
+
+    def _attend_singles(self, layer: Layer, group: Group, query: Tensor, scale: float, softcap: float | None) -> Tensor:
+        if not self.kernels:
+            return attend_singles(layer, group, query, scale, softcap)
+        none = self.no_depth[: len(query)]
+        return attend_pages(
+            query,
+            layer.keys,
+            layer.values,
+            group.tables,
+            none,
+            none[:1],
+            group.seen,
+            scale=scale,
+            window=group.reach(layer.windows),
+            softcap=softcap,
+            key_positions=group.packed,
+            positions=None if group.packed is None else group.positions,
+            implementation="triton",
+        )
 
 
 class Group:
@@ -104,11 +158,14 @@ class Group:
         tables: Physical pages, per row or one list for all.
         seen: How many keys each row sees, the first ones of its pages.
         page_size: Tokens per page.
-        positions: By page and slot, where those are not the same: ``[pages, page_size]``.
+        packed: See the attribute.
 
     Attributes:
+        positions: Of the rows, ``[n]``.
+        packed: By page and slot, the positions of keys, where slots are none: ``[pages, page_size]``.
         tables: ``[n, pages]`` or ``[1, pages]``; cut to what is seen, and filled up with page 0.
         pages: The same in one row.
+        seen: ``[n]``.
     """
 
     def __init__(
@@ -118,34 +175,49 @@ class Group:
         tables: list[list[int]],
         seen: list[int],
         page_size: int,
-        positions: Tensor | None,
+        packed: Tensor | None,
     ) -> None:
         self.rows = rows
         every = slice(None) if rows is None else rows
         device = call.positions.device
-        self._positions, self._depths, self._packed = call.positions[every], call.depths[every], positions
+        self.positions, self._depths, self.packed = call.positions[every], call.depths[every], packed
         width = -(-max(seen) // page_size)
         self.tables = on_device([(table + [0] * width)[:width] for table in tables], device, torch.long)
         self.pages = self.tables.flatten()
         self._index = torch.arange(width * page_size, device=device)
-        self._seen = on_device(seen, device, torch.long)[:, None]
+        self.seen = on_device(seen, device, torch.long)
         self._masks: dict[Any, Tensor] = {}
+        self._reaches: dict[Any, Tensor | None] = {}
 
     def visible(self, windows: tuple[int | None, ...]) -> Tensor:
         """Which keys each row sees in a layer whose windows are, by depth, ``windows``: bool ``[n, L]``."""
         if windows not in self._masks:
-            mask = self._index < self._seen
-            if any(window is not None for window in windows):
-                mask = mask & self._within(windows)
+            mask = self._index < self.seen[:, None]
+            reach = self.reach(windows)
+            if reach is not None:
+                columns = self._index if self.packed is None else self.packed[self.tables].flatten(1)
+                mask = mask & ((self.positions[:, None] - columns < reach[:, None]) | (reach[:, None] == 0))
             self._masks[windows] = mask
         return self._masks[windows]
 
-    def _within(self, windows: tuple[int | None, ...]) -> Tensor:
-        far = torch.iinfo(torch.long).max
-        reach = on_device([far if window is None else window for window in windows], self._positions.device)
-        reach = reach[self._depths] if len(windows) > 1 else reach.expand(len(self._depths))
-        columns = self._index if self._packed is None else self._packed[self.tables].flatten(1)
-        return self._positions[:, None] - columns < reach[:, None]
+    def reach(self, windows: tuple[int | None, ...]) -> Tensor | None:
+        """How many positions each row sees in such a layer, ``[n]``, 0 for all; None where all rows see all."""
+        if windows not in self._reaches:
+            self._reaches[windows] = reach_of(windows, self._depths)
+        return self._reaches[windows]
+
+
+def reach_of(windows: tuple[int | None, ...], depths: Tensor) -> Tensor | None:
+    """By row, how many positions it sees where windows are, by depth, ``windows``: ``[N]``, 0 for all; None if all do.
+
+    Args:
+        windows: One for all depths, or one for each.
+        depths: Of the rows ``[N]``.
+    """
+    if not any(windows):
+        return None
+    reach = on_device([window or 0 for window in windows], depths.device, torch.long)
+    return reach[depths] if len(windows) > 1 else reach.repeat(len(depths))
 
 
 def _places(run: Run, pages: KVPages) -> tuple[Sequence[int] | None, list[int]]:

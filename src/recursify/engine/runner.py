@@ -13,16 +13,26 @@ from torch import Tensor
 
 from .attention import KeysAndValuesWritten
 from .decoder_parts import DecoderParts, Layer
+from .fixed_rows import FixedRows
 from .kv_pages import KVPages
+from .mixed_layers import use_norm_kernel
 from .rows import Rows, Run
 
 
 class Runner:
-    """The model and its pages."""
+    """The model and its pages.
 
-    def __init__(self, parts: DecoderParts, pages: KVPages) -> None:
-        self.parts, self.pages = parts, pages
+    Args:
+        parts: Of the model.
+        pages: Of keys and values.
+        kernels: Have Triton write keys and attend to them, and norm rows of all depths.
+    """
+
+    def __init__(self, parts: DecoderParts, pages: KVPages, *, kernels: bool = False) -> None:
+        self.parts, self.pages, self.kernels = parts, pages, kernels
         self.device = parts.device
+        if kernels:
+            use_norm_kernel(layer.module for layer in parts.block)
 
     def enter(self, ids: Tensor, runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
         """Embed ``ids [N]`` and run the prelude: the embeddings and what enters the block, each ``[N, D]``."""
@@ -45,8 +55,18 @@ class Runner:
         """``layers`` one after the other on ``states [N, D]``."""
         if not layers or not len(states):
             return states
-        rows = Rows(runs, self.pages, only_writes=only_writes)
+        rows = Rows(runs, self.pages, kernels=self.kernels, only_writes=only_writes)
         self.parts.spans.set(_counts(runs), self.device)
+        return self._run(layers, rows, states)
+
+    def run_fixed(self, layers: Sequence[Layer], rows: FixedRows, states: Tensor) -> Tensor:
+        """The same of rows that only the device knows; nothing waits for it."""
+        if not layers:
+            return states
+        self.parts.spans.set_on_device(rows.depths)
+        return self._run(layers, rows, states)
+
+    def _run(self, layers: Sequence[Layer], rows: Rows | FixedRows, states: Tensor) -> Tensor:
         hidden = states[:, None]
         positions = rows.positions[:, None]
         rotations = Rotations(self.parts.rotate(hidden, positions), rows.depths)

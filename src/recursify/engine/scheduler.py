@@ -30,6 +30,8 @@ class Scheduler:
     Attributes:
         waiting: In the order in which they will begin.
         running: In the order in which they began.
+        flights: By request id.
+        residents: Ids of requests that run on the device for now (``residents.py``), and have no flights.
         preemptions: How often one had to begin again.
     """
 
@@ -49,6 +51,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.flights: dict[int, Flight] = {}
+        self.residents: set[int] = set()
         self.preemptions = 0
         self.cached_tokens = 0
 
@@ -62,7 +65,8 @@ class Scheduler:
             return list(self.flights.values()), []  # none of them new
         preemptions = self.preemptions
         for request in list(self.running):
-            if request.id not in self.flights and request in self.running and not request.is_complete:
+            busy = request.id in self.flights or request.id in self.residents
+            if not busy and request in self.running and not request.is_complete:
                 self._launch(request)
         # What has just given its pages back does not take them again at once.
         admits = preemptions == self.preemptions
@@ -73,7 +77,8 @@ class Scheduler:
 
     def _budget(self) -> int:
         """How many more tokens of prompts may enter."""
-        return self.max_batch_tokens - sum(len(flight.positions) for flight in self.flights.values())
+        under_way = len(self.residents) + sum(len(flight.positions) for flight in self.flights.values())
+        return self.max_batch_tokens - under_way
 
     def _launch(self, request: Request) -> bool:
         """Let the next tokens of a running request in, if there is room for any."""
@@ -83,13 +88,25 @@ class Scheduler:
             count = min(known - request.computed, self.chunk_size, self._budget())
             if count < 1:
                 return False
+        if not self.make_room(request, count):
+            return False
+        self.flights[request.id] = Flight(request, count)
+        return True
+
+    def make_room(self, request: Request, count: int) -> bool:
+        """Pages for ``count`` more tokens of ``request``, if need be those of younger ones; False if it is youngest."""
         while not self.pages.reserve(request, count):
             last = self.running[-1]
             self.preempt(last)
             if last is request:
                 return False
-        self.flights[request.id] = Flight(request, count)
         return True
+
+    def settle(self, flight: Flight) -> Request:
+        """The request of ``flight``, which has not begun, goes on as a resident."""
+        del self.flights[flight.request.id]
+        self.residents.add(flight.request.id)
+        return flight.request
 
     def _admit(self, request: Request) -> bool:
         """Begin a waiting request, if there is room for its whole prompt and a token more."""
@@ -130,6 +147,7 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
         self.flights.pop(request.id, None)
+        self.residents.discard(request.id)
         self.pages.release(request)
         request.reset()
 

@@ -1,0 +1,366 @@
+"""New tokens in iterations that the host does not look at: what is said is what the engine says, and nothing waits."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from schedules import FAMILIES, expected, model_of, prompt, settings
+
+import recursify
+from recursify.engine import Engine, SamplingParams, checks
+from recursify.engine.decoder_parts import take_apart
+from recursify.engine.device_loop import DeviceLoop, LoopShape
+from recursify.engine.graphs import GraphedCalls
+from recursify.engine.kv_pages import KVPages
+from recursify.engine.runner import Runner
+from recursify.errors import EngineError
+from recursify.modeling import ExitSettings, make_policy
+from tiny_models import byte_tokenizer, random_ids, tiny_dense
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+KV = ("deferred", "copied", "latest")
+
+
+def prompts(count: int, *, shortest: int = 3) -> list[list[int]]:
+    """Of unlike lengths."""
+    return [random_ids(1, shortest + 2 * number % 7, seed=number)[0].tolist() for number in range(count)]
+
+
+def engines(family: str, kv: str, device: str = "cpu", **given):
+    """One with the loop on the device, and one without."""
+    model = model_of(family, kv)
+    if device != "cpu":
+        model = copy.deepcopy(model).to(device)
+    arguments = {"kv": kv, "force_kv": True, "max_length": 64, "page_size": 4, **given}
+    return [Engine(model, **arguments, device_loop=loop, implementation="reference") for loop in (True, False)]
+
+
+def said(outputs) -> list:
+    """What is compared."""
+    return [(output.token_ids, output.depths, output.finish_reason) for output in outputs]
+
+
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", [0, 1, 3])
+def test_more_rows_than_there_is_room_for(family, kv, how, monkeypatch):
+    """Prelude and coda have fewer rows than would go: who waits for an iteration says the same."""
+    monkeypatch.setattr("recursify.engine.residents.ROOM", 0.5)
+    loop, plain = engines(family, kv, max_requests=16, num_pages=300, replays=3)
+    asked, params = prompts(20), SamplingParams(max_tokens=9, exit=settings(how, family, kv), ignore_eos=True)
+    assert said(loop.generate(asked, params)) == said(plain.generate(asked, params))
+    assert (loop.stats.loop_waits > 0) == (how > 0), "where none leaves early all go together"
+    assert loop.stats.exit_histogram == plain.stats.exit_histogram
+    assert loop.pages.num_used == 0
+
+
+def test_everyone_gets_on():
+    """With room for the tokens of one slot only, all others wait in turn, and none for long."""
+    model = model_of("llama", "deferred")
+    exits = ExitSettings(make_policy("fixed", 0.0), max_pending=3)
+    loop, plain = engines("llama", "deferred", max_requests=8, num_pages=200, replays=1)
+    params = SamplingParams(max_tokens=24, exit=exits, ignore_eos=True)
+    expected_answers = plain.generate(prompts(8), params)
+    residents = loop.residents
+    shape_of = residents._shape
+
+    def narrow(recursions: float) -> LoopShape:
+        shape = shape_of(recursions)
+        return LoopShape(shape.slots, 2, 8, 8, shape.leaves)
+
+    residents._shape = narrow
+    ids = [loop.add(prompt, params) for prompt in prompts(8)]
+    requests = [loop.requests[each] for each in ids]
+    while loop.has_work:
+        loop.step()
+        counts = [request.num_new for request in requests if not request.finished and request.num_new]
+        assert max(counts, default=0) - min(counts, default=0) < 8
+    assert said([request.output for request in requests]) == said(expected_answers)
+    assert loop.stats.loop_waits > 50
+    assert max(max(output.depths) for output in expected_answers) == model.config.num_recursions - 1
+
+
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize("forced", [(0,), (2, 0, 1), (0, 0, 2), (1, 1, 1, 2)])
+def test_forced_depths(kv, forced):
+    """Also where tokens wait for one that goes all the way; where none ever does, they are not the loop's."""
+    loop, plain = engines("llama", kv, max_requests=5, num_pages=200)
+    params = SamplingParams(max_tokens=12, forced_depths=forced, ignore_eos=True)
+    outputs = loop.generate(prompts(7), params)
+    assert said(outputs) == said(plain.generate(prompts(7), params))
+    assert outputs[0].depths[1:4] == [forced[number % len(forced)] for number in range(3)]
+    assert (loop.stats.loop_iterations > 0) == (kv != "deferred" or 2 in forced)
+
+
+@pytest.mark.parametrize("kv", KV)
+def test_requests_of_all_kinds_at_once(kv):
+    """Each by its own settings; what the device cannot decide runs beside, and the rest does not notice."""
+    kinds = [
+        SamplingParams(max_tokens=9),
+        SamplingParams(max_tokens=12, exit=settings(3, "llama", kv)),
+        SamplingParams(max_tokens=7, max_depth=1),
+        SamplingParams(max_tokens=11, exit=settings(3, "llama", kv), max_depth=1),
+        SamplingParams(max_tokens=8, exit=settings(1, "llama", kv)),  # of another kind than the first that came
+        SamplingParams(max_tokens=8, temperature=0.7, seed=3),
+        SamplingParams(max_tokens=8, logprobs=2),
+        SamplingParams(max_tokens=10, forced_depths=(2, 0)),
+        SamplingParams(max_tokens=10, exit=settings(5, "llama", kv)),  # thresholds that fall from step to step
+        SamplingParams(max_tokens=1),
+    ]
+    for order in (kinds, kinds[::-1]):
+        loop, plain = engines("llama", kv, max_requests=6, num_pages=300)
+        found, wanted = (engine.generate(prompts(len(order)), order) for engine in (loop, plain))
+        assert said(found) == said(wanted)
+        assert 0 < loop.stats.loop_iterations < loop.stats.iterations
+        assert [output.logprobs is None for output in found] == [output.logprobs is None for output in wanted]
+
+
+@pytest.mark.parametrize("replays", [1, 3, 8])
+def test_texts_end_where_they_end(replays):
+    """Tokens after the end are dropped: eos, stop tokens and stop strings, limits, one of which ends it first."""
+    model = copy.deepcopy(model_of("llama", "deferred"))
+    asked = prompts(6)
+    tokens = Engine(model, device_loop=False, max_length=64).generate(asked, SamplingParams(max_tokens=12))
+    ending = tokens[0].token_ids[4]
+    model.generation_config.eos_token_id = [ending, tokens[1].token_ids[6]]
+    letter = byte_tokenizer().decode(tokens[2].token_ids[3:5])
+    params = [
+        SamplingParams(max_tokens=12),
+        SamplingParams(max_tokens=12, ignore_eos=True),
+        SamplingParams(max_tokens=12, stop=(letter,) if letter else ("x",)),
+        SamplingParams(max_tokens=12, stop_token_ids=(tokens[3].token_ids[5],)),
+        SamplingParams(max_tokens=2),
+        SamplingParams(max_tokens=50),
+    ]
+    found = []
+    for loop in (True, False):
+        engine = Engine(model, byte_tokenizer(), device_loop=loop, replays=replays, max_length=64, max_requests=6)
+        outputs = engine.generate(asked, params)
+        found.append([(output.text, *each) for output, each in zip(outputs, said(outputs), strict=True)])
+        assert engine.pages.num_used == 0
+    assert found[0] == found[1]
+    assert {reason for *_, reason in found[0]} == {"stop", "length"}
+
+
+def test_slots_are_given_out_again():
+    """Cancelled, ended, preempted: who comes after finds nothing of who was there, and the last ones move up."""
+    loop, plain = engines("llama", "deferred", max_requests=16, num_pages=64, replays=4, prefix_caching=False)
+    exits = settings(1, "llama", "deferred")
+    lengths = [40 if number % 8 == 7 else 5 + number % 3 for number in range(40)]
+    params = [SamplingParams(max_tokens=length, exit=exits, ignore_eos=True) for length in lengths]
+    wanted = said(plain.generate(prompts(40), params))
+    ids = [loop.add(prompt, each) for prompt, each in zip(prompts(40), params, strict=True)]
+    outputs = [loop.requests[each].output for each in ids]
+    slots = set()
+    number = 0
+    while loop.has_work:
+        loop.step()
+        number += 1
+        if number == 12:
+            loop.cancel(ids[7])
+        if number % 9 == 0 and loop.scheduler.running:
+            loop.scheduler.preempt(loop.scheduler.running[-1])
+        if loop.residents.num_residents:
+            slots.add(loop.residents._bucket(loop.residents._highest()))
+    assert [found for found, each in zip(said(outputs), ids, strict=True) if each != ids[7]] == [
+        found for number, found in enumerate(wanted) if number != 7
+    ]
+    assert outputs[7].finish_reason == "cancelled"
+    assert loop.stats.preemptions > 3
+    assert {1, 2, 16} <= slots, "few requests run in few slots"
+    assert loop.pages.num_used == 0
+    assert not loop.scheduler.residents
+
+
+def test_the_host_looks_once_for_many_iterations():
+    """And stats count both kinds of iterations."""
+    loop, plain = engines("llama", "latest", max_requests=4, num_pages=100, replays=8)
+    params = SamplingParams(max_tokens=32, ignore_eos=True)
+    for engine in (loop, plain):
+        engine.generate(prompts(4, shortest=4), params)
+    assert loop.stats.fetches < loop.stats.iterations / 4
+    assert plain.stats.fetches > plain.stats.iterations / 4
+    assert loop.stats.loop_iterations >= 31 * 3
+    assert loop.stats.loop_iterations % 3 == 0, "whole tokens"
+    # The same rows in all; what runs on after the last token is not one.
+    assert loop.stats.block_rows == plain.stats.block_rows
+    assert (loop.stats.new_tokens, loop.stats.mean_recursions) == (4 * 32, 3.0)
+    assert 0 < loop.stats.loop_seconds <= loop.stats.seconds
+    assert loop.stats.implementation == plain.stats.implementation == "reference"
+    assert plain.stats.loop_iterations == loop.stats.graph_replays == 0
+
+
+def test_a_dense_model_is_one_recursion():
+    """Whose tokens enter and leave in every iteration."""
+    dense = tiny_dense("qwen3")
+    outputs = [
+        Engine(dense, device_loop=loop, max_requests=3, max_length=64).generate(
+            prompts(5), SamplingParams(max_tokens=10, ignore_eos=True)
+        )
+        for loop in (True, False)
+    ]
+    assert said(outputs[0]) == said(outputs[1])
+
+
+# --- What a GPU needs --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_iteration_does_not_wait_and_has_one_shape(family, kv):
+    """On the meta device there is nothing to wait for: who asks what a tensor holds, or how much there is of something,
+    fails. What is computed there can be captured in a graph."""
+    pytest.importorskip("triton", reason="has wheels for Linux")
+    from recursify.kernels.ahead_of_time import recorded
+
+    parts = take_apart(copy.deepcopy(model_of(family, kv)).to("meta"))
+    for how in (0, 1, 2, 3, 6):
+        with torch.inference_mode(), parts.in_use(), recorded() as launches:
+            pages = KVPages(parts, kv, 16, 64, 256)
+            loop = DeviceLoop(Runner(parts, pages, kernels=True), kv, 8, 4, "triton")
+            exits = settings(how, family, kv)
+            loop.policy = None if exits is None else exits.policy
+            for shape in (LoopShape(8, 8, 8, 8, leaves=False), LoopShape(8, 5, 16, 16, leaves=True)):
+                for part in (loop.enter, loop.block, loop.exit):
+                    part(shape)
+        names = {launch.name for launch in launches}
+        assert {"rotate_and_store", "attend_parts", "read_parts", "advance_all"} <= names
+        assert ("add_norm_rows" in names) == (family != "gpt_neox"), "which has another norm"
+
+
+CASES = ("llama deferred", "gemma2 latest", "qwen3 copied", "gemma2 shared")
+
+
+def test_kernels_in_the_engine():
+    """Interpreted: answers with Triton's kernels in the engine's iterations and in the loop are those without."""
+    pytest.importorskip("triton", reason="has wheels for Linux")
+    folder = Path(__file__).parent
+    paths = [str(folder), str(folder.parent), str(Path(recursify.__file__).parents[1])]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, str(folder / "interpreted_engine.py"), *CASES]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.splitlines()[-1] == "13 runs", process.stdout
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU: benchmarks/gpu.sh runs it where there is one")
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_on_cuda(family, kv):
+    """Replayed, with Triton's kernels: the same answers as in PyTorch on the CPU."""
+    model = copy.deepcopy(model_of(family, kv)).to("cuda")
+    for how in (0, 1, 3):
+        engine = Engine(model, kv=kv, force_kv=True, max_requests=4, page_size=16, num_pages=64, max_length=64)
+        outputs = engine.generate(
+            [prompt(number) for number in range(6)], SamplingParams(max_tokens=7, exit=settings(how, family, kv))
+        )
+        for number, output in enumerate(outputs):
+            assert (output.token_ids, output.depths) == expected(family, kv, number, how)
+        assert engine.stats.implementation == "triton"
+        assert engine.stats.graph_replays > 0
+        assert engine.residents.calls.problem is None
+
+
+class Graph:
+    """Stands for a CUDA graph: what it would replay."""
+
+    def __init__(self, refuses: bool) -> None:
+        self.refuses, self.replayed = refuses, 0
+
+    def replay(self) -> None:
+        self.replayed += 1
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.cuda's graphs, of which none is one."""
+    made: list[Graph] = []
+
+    class Capture:
+        def __init__(self, graph, **_):
+            self.graph = graph
+
+        def __enter__(self):
+            if self.graph.refuses:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        def __exit__(self, *_):
+            return False
+
+    def make() -> Graph:
+        made.append(Graph(refuses=getattr(make, "refuses", False)))
+        return made[-1]
+
+    make.made = made
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return make
+
+
+def test_calls_are_captured_after_the_first_time(graphs):
+    """One graph per key: the first calls are the function's own, which warms it up, and capturing computes nothing."""
+    calls = GraphedCalls(torch.device("cuda"))
+    called = []
+    for key in ("a", "b"):
+        calls.call(key, lambda key=key: called.append(key), 3)
+        assert called == [key] * 4, "three, and one that was captured"
+        calls.call(key, lambda key=key: called.append(key), 5)
+        assert called == [key] * 4
+        assert graphs.made[-1].replayed == 5
+        called.clear()
+    assert (calls.num_graphs, calls.replays, calls.problem) == (2, 10, None)
+
+
+def test_what_cannot_be_captured_runs_without(graphs, caplog):
+    """One warning, and everything goes on."""
+    graphs.refuses = True
+    calls = GraphedCalls(torch.device("cuda"))
+    called = []
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            calls.call("a", lambda: called.append(1), 2)
+    assert len(called) == 6
+    assert [record.message for record in caplog.records] == [
+        "Iterations cannot be captured in CUDA graphs, and run without: "
+        "operation not permitted when stream is capturing"
+    ]
+
+
+def test_a_gpu_without_triton_gets_one_warning(monkeypatch, caplog):
+    """And PyTorch's forms of the kernels."""
+
+    class Parts:
+        device = torch.device("cuda")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    checks.why_not_triton.cache_clear()
+    checks._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert checks.choose_implementation("auto", Parts()) == "reference"
+    checks.why_not_triton.cache_clear()
+    assert len(caplog.records) == 1
+    assert "its compute capability is 7.5, and kernels need 8.0" in caplog.text
+
+
+def test_bad_settings():
+    """Say what is in the way."""
+    model = model_of("llama", "deferred")
+    with pytest.raises(EngineError, match="implementation 'triton' cannot run on 'cpu': Triton compiles for GPUs"):
+        Engine(model, implementation="triton")
+    with pytest.raises(EngineError, match=r"Unknown implementation 'cuda'\. Use one of: auto, reference, triton"):
+        Engine(model, implementation="cuda")
+    with pytest.raises(EngineError, match=r"cannot run a synchronous engine\. Leave device_loop out"):
+        Engine(model, device_loop=True, synchronous=True)
+    with pytest.raises(EngineError, match="cannot run models with routers"):
+        Engine(model_of("llama", "shared"), device_loop=True)
+    with pytest.raises(EngineError, match="replays must be at least 1, got 0"):
+        Engine(model, replays=0)
