@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The GPU programme: kernels natively against their references, then how fast they are. One command, ten minutes at most.
+# The GPU programme: kernels and graphs natively, then how fast they are. One command, ten minutes at most.
 #
 #   PYTHON=python benchmarks/gpu.sh [FOLDER]
 #
@@ -16,13 +16,25 @@ import sys, torch
 sys.exit(None if torch.cuda.is_available() else "There is no GPU that torch can use: nothing has run.")
 END
 
-COMMANDS=(
+TESTS=(
   # Most of the time goes into compiling, which a process per kernel shares out.
-  "timeout 270 $PYTHON -m pytest -p no:cacheprovider -n 8 --dist loadgroup tests/kernels/test_kernels.py -k cuda"
-  "timeout 300 $PYTHON benchmarks/kernel_speed.py --time-only --output $OUTPUT"
-  # The engine's benchmarks go here, one command a line; what they take comes off the ten minutes.
+  "timeout 170 $PYTHON -m pytest -p no:cacheprovider -n 8 --dist loadgroup tests/kernels/test_kernels.py -k cuda"
+  "timeout 70 $PYTHON -m pytest -p no:cacheprovider -n 6 tests/engine/test_device_loop.py -k cuda"
 )
-for command in "${COMMANDS[@]}"; do
+TABLES=(
+  "timeout 170 $PYTHON benchmarks/kernel_speed.py --time-only --output $OUTPUT"
+  "timeout 110 $PYTHON benchmarks/device_loop.py --device cuda --dtype bfloat16 --shape 1.7B --slots 1 64 --new 128 --compiled
+   --output $OUTPUT/device_loop_1_7B.md"
+  "timeout 70 $PYTHON benchmarks/device_loop.py --device cuda --dtype bfloat16 --shape 8B --slots 1 64 --new 64 --rounds 2
+   --output $OUTPUT/device_loop_8B.md"
+)
+for command in "${TESTS[@]}"; do
   echo "+ $command"
   $command
 done
+missing=0
+for command in "${TABLES[@]}"; do  # one that fails is no reason to do without the others
+  echo "+ $command"
+  $command || missing=1
+done
+exit $missing
