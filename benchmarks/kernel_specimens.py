@@ -256,8 +256,9 @@ def slot_advance(count: int) -> Specimen:
         slots, ring = Slots.empty(count, device), OutputRing.empty(4 * count, device)
         slots.active.fill_(True)
         settings = {
+            "waits": torch.arange(count, device=device) % 5 == 0,
             "limits": torch.full((count,), 2**30, device=device, dtype=torch.int32),
-            "ends": torch.full((2,), -1, device=device, dtype=torch.int32),
+            "ends": torch.full((8,), -1, device=device, dtype=torch.int64),
             "block_table": torch.zeros(count, 256, device=device, dtype=torch.int32),
             "page_size": 16,
             "num_depths": RECURSIONS,
