@@ -80,7 +80,7 @@ class Measured:
     """
 
     seconds: float
-    facts: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     latencies: list[float] = field(default_factory=list)
     first_tokens: list[float] = field(default_factory=list)
 
@@ -118,8 +118,15 @@ def choose_clock(device: torch.device) -> Callable[[], float]:
 # --- transformers --------------------------------------------------------------------------------------------------
 
 
-def static_batches(model: Any, **arguments: Any) -> Callable[[Workload], Measured]:
-    """``generate`` on batches of as many prompts as may run at once, padded on the left, to the longest answer."""
+def static_batches(model: Any, exit_policy: Any = None, **arguments: Any) -> Callable[[Workload], Measured]:
+    """``generate`` on batches of as many prompts as may run at once, padded on the left, to the longest answer.
+
+    Args:
+        model: To generate with.
+        exit_policy: Of a recursive model, for tokens that leave early.
+        arguments: More of ``GenerationConfig``.
+    """
+    leaving = {} if exit_policy is None else {"exit_policy": exit_policy}
     clock = choose_clock(model.device)
 
     def run(workload: Workload) -> Measured:
@@ -130,7 +137,7 @@ def static_batches(model: Any, **arguments: Any) -> Callable[[Workload], Measure
             config = GenerationConfig(
                 do_sample=False, max_new_tokens=new, pad_token_id=0, eos_token_id=None, **arguments
             )
-            model.generate(**_pad(workload.prompts[part], model.device), generation_config=config)
+            model.generate(**_pad(workload.prompts[part], model.device), generation_config=config, **leaving)
             latencies += [clock() - started] * len(workload.prompts[part])
         return Measured(clock() - started, latencies=latencies)
 
@@ -243,6 +250,10 @@ def by_engine(
             "test_seconds": stats.test_seconds,
             "exit_seconds": stats.exit_seconds,
             "seconds": stats.seconds,
+            "loop_seconds": stats.loop_seconds,
+            "loop_iterations": stats.loop_iterations,
+            "graph_replays": stats.graph_replays,
+            "implementation": stats.implementation,
             "new_tokens": stats.new_tokens,
             "recursions": stats.depth_sum,
         }

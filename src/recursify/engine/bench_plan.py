@@ -146,7 +146,7 @@ class BenchPlan:
             found.append(Contestant(FORCED, by_engine(model, **forced, force_kv=True)))
             found.append(Contestant(SYNCHRONOUS, by_engine(model, **forced, force_kv=True, synchronous=True)))
         if options.exit_policy is not None:
-            found.append(self._exiting(options.exit_policy))
+            found += self._exiting(options.exit_policy)
         if options.oracle:
             found.append(self._oracle(workloads))
         if options.dense is not None:
@@ -154,12 +154,16 @@ class BenchPlan:
             found.append(Contestant("dense, engine", by_engine(options.dense)))
         return found
 
-    def _exiting(self, name: str) -> Contestant:
+    def _exiting(self, name: str) -> list[Contestant]:
+        """Trained exits, in static batches and in the engine."""
         try:
             policy = make_policy(name, self.options.threshold, self.model.config)
         except ValueError as error:
             raise SettingsError(str(error)) from error
-        return Contestant(f"engine, exits by {name}", by_engine(self.model, lambda number: {"exit": policy}))
+        return [
+            Contestant(f"generate, exits by {name}", static_batches(self.model, exit_policy=policy)),
+            Contestant(f"engine, exits by {name}", by_engine(self.model, lambda number: {"exit": policy})),
+        ]
 
     def _oracle(self, workloads: Sequence[Workload]) -> Contestant:
         """Leaves at the first exit that says what the last recursion says, known from a run before."""
