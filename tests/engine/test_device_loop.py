@@ -99,6 +99,20 @@ def test_forced_depths(kv, forced):
     assert (loop.stats.loop_iterations > 0) == (kv != "deferred" or 2 in forced)
 
 
+@pytest.mark.parametrize("max_depth", [0, 1, 2, None])
+@pytest.mark.parametrize("max_pending", [1, 2, 5])
+def test_so_many_tokens_wait_and_no_more(max_pending, max_depth):
+    """For the deepest recursion that the request may run, where that is not the last."""
+    exits = ExitSettings(make_policy("fixed", 0.0), max_pending=max_pending)
+    loop, plain = engines("llama", "deferred", max_requests=3, num_pages=200)
+    params = SamplingParams(max_tokens=16, exit=exits, max_depth=max_depth, ignore_eos=True)
+    outputs = plain.generate(prompts(4), params)
+    assert said(loop.generate(prompts(4), params)) == said(outputs)
+    deepest = 2 if max_depth is None else max_depth
+    assert outputs[0].depths[1:] == (([0] * max_pending + [deepest]) * 8)[:15]
+    assert loop.stats.loop_iterations > 0
+
+
 @pytest.mark.parametrize("kv", KV)
 def test_requests_of_all_kinds_at_once(kv):
     """Each by its own settings; what the device cannot decide runs beside, and the rest does not notice."""
@@ -109,6 +123,7 @@ def test_requests_of_all_kinds_at_once(kv):
         SamplingParams(max_tokens=11, exit=settings(3, "llama", kv), max_depth=1),
         SamplingParams(max_tokens=8, exit=settings(1, "llama", kv)),  # of another kind than the first that came
         SamplingParams(max_tokens=8, temperature=0.7, seed=3),
+        SamplingParams(max_tokens=9, exit=settings(1, "llama", kv), temperature=0.7, seed=5),
         SamplingParams(max_tokens=8, logprobs=2),
         SamplingParams(max_tokens=10, forced_depths=(2, 0)),
         SamplingParams(max_tokens=10, exit=settings(5, "llama", kv)),  # thresholds that fall from step to step
@@ -120,6 +135,37 @@ def test_requests_of_all_kinds_at_once(kv):
         assert said(found) == said(wanted)
         assert 0 < loop.stats.loop_iterations < loop.stats.iterations
         assert [output.logprobs is None for output in found] == [output.logprobs is None for output in wanted]
+
+
+@pytest.mark.parametrize("how", [1, 3])
+@pytest.mark.parametrize("kv", KV)
+def test_draws_are_those_of_the_request(kv, how):
+    """By its own generator, whoever is beside it, wherever it runs, and after it has had to begin again."""
+    kinds = [{"temperature": 0.8}, {"temperature": 1.3, "top_k": 5}, {"temperature": 2.0, "top_p": 0.7}, {}]
+    params = [
+        SamplingParams(
+            max_tokens=14,
+            seed=number,
+            ignore_eos=True,
+            exit=settings(how, "llama", kv) if number % 3 == 1 else None,
+            **kinds[number % 4],
+        )
+        for number in range(9)
+    ]
+    loop, plain = engines("llama", kv, max_requests=5, num_pages=40, replays=3, prefix_caching=False)
+    wanted = said(plain.generate(prompts(9), params))
+    ids = [loop.add(prompt, each) for prompt, each in zip(prompts(9), params, strict=True)]
+    outputs = [loop.requests[each].output for each in ids]
+    number = 0
+    while loop.has_work:
+        loop.step()
+        number += 1
+        if number % 7 == 0 and loop.scheduler.running:
+            loop.scheduler.preempt(loop.scheduler.running[-1])
+    assert said(outputs) == wanted
+    assert loop.stats.preemptions > 1
+    assert loop.stats.loop_iterations > 20
+    assert len({tuple(tokens) for tokens, *_ in wanted}) == 9
 
 
 @pytest.mark.parametrize("replays", [1, 3, 8])
@@ -227,11 +273,13 @@ def test_an_iteration_does_not_wait_and_has_one_shape(family, kv):
             loop = DeviceLoop(Runner(parts, pages, kernels=True), kv, 8, 4, "triton")
             exits = settings(how, family, kv)
             loop.policy = None if exits is None else exits.policy
-            for shape in (LoopShape(8, 8, 8, 8, leaves=False), LoopShape(8, 5, 16, 16, leaves=True)):
+            drawn = LoopShape(8, 5, 16, 16, leaves=True, samples=True)
+            for shape in (LoopShape(8, 8, 8, 8, leaves=False), drawn):
                 for part in (loop.enter, loop.block, loop.exit):
                     part(shape)
         names = {launch.name for launch in launches}
         assert {"rotate_and_store", "attend_parts", "read_parts", "advance_all"} <= names
+        assert loop.reads_to_decide == (how == 1)
         assert ("add_norm_rows" in names) == (family != "gpt_neox"), "which has another norm"
 
 

@@ -107,11 +107,11 @@ class Boundaries:
         return self.kv == "deferred" and self._pending(flight) > settings.max_pending
 
     def _pending(self, flight: Flight) -> int:
-        """Tokens of the request, this one included, that have not run the last recursion and may have to."""
-        request = flight.request
-        if request.params.max_depth is None:
-            return flight.stop - request.full_until
-        return 1 + sum(len(positions) for positions, _ in request.waiting.values())
+        """Tokens of the request, this one included, that have not run the last recursion and may have to.
+
+        That is the last one that the request lets tokens run.
+        """
+        return len(flight.positions) + sum(len(positions) for positions, _ in flight.request.waiting.values())
 
     def _ask(self, flights: Sequence[Flight]) -> Tensor:
         """Which of ``flights``, which have the same kind of policy at the same depth, leave: bool ``[n]``."""

@@ -31,6 +31,7 @@ from .fixed_rows import FixedRows
 from .page_pool import pages_for
 from .rows import reach_of
 from .runner import Runner
+from .sampler import choose
 
 MOST_PENDING = 64
 """Tokens of a slot that may wait for deeper recursions: as many as exit settings allow by default."""
@@ -49,6 +50,7 @@ class LoopShape:
         rows: Rows of the block.
         exits: Rows of coda and readout.
         leaves: Whether tokens may leave before the last recursion.
+        samples: Whether any token is drawn: logits are then written, and sorted.
     """
 
     slots: int
@@ -56,6 +58,7 @@ class LoopShape:
     rows: int
     exits: int
     leaves: bool
+    samples: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,26 +70,32 @@ class SlotSettings:
         limits: Int32 ``[S]``: the position that the last token will have.
         max_depth: Int64 ``[S]``: the last recursion that tokens run.
         max_pending: Int64 ``[S]``: how many tokens may wait for deeper recursions.
-        is_bounded: Bool ``[S]``: whether ``max_depth`` was asked for.
         forced: Int64 ``[S, F]``: depths of the tokens, in turn.
         num_forced: Int64 ``[S]``: how many of those count; 0 for none.
         thresholds: Float32 ``[S, R]``: above which confidence tokens leave; infinite where none does.
         active: Bool ``[S]``: slots that have a request.
+        temperature: Float64 ``[S]``; 0 for the first choice.
+        top_k: Int64 ``[S]``; 0 for all.
+        top_p: Float64 ``[S]``; 1 for all.
+        draws: Float64 ``[S, replays]``: what the next tokens are drawn by.
     """
 
     tables: Tensor
     limits: Tensor
     max_depth: Tensor
     max_pending: Tensor
-    is_bounded: Tensor
     forced: Tensor
     num_forced: Tensor
     thresholds: Tensor
     active: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    draws: Tensor
 
     @classmethod
     def empty(
-        cls, count: int, pages: int, depths: int, device: torch.device | str, *, pin: bool = False
+        cls, count: int, pages: int, depths: int, replays: int, device: torch.device | str, *, pin: bool = False
     ) -> SlotSettings:
         """Of ``count`` slots without a request."""
 
@@ -98,11 +107,14 @@ class SlotSettings:
             full(0, dtype=torch.int32),
             full(depths - 1),
             full(MOST_PENDING),
-            full(False, dtype=torch.bool),
             full(0, MOST_FORCED),
             full(0),
             full(math.inf, depths, dtype=torch.float32),
             full(False, dtype=torch.bool),
+            full(0, dtype=torch.float64),
+            full(0),
+            full(1, dtype=torch.float64),
+            full(0, replays, dtype=torch.float64),
         )
 
 
@@ -143,6 +155,7 @@ class DeviceLoop:
         fresh: Bool ``[S]``: the token has not been through the prelude.
         leaving: Bool ``[S]``: the token has left the block and not been through the coda.
         number: Int64 ``[S]``: new tokens of the request so far.
+        said: Int64 ``[S]``: new tokens since the host looked.
         done: Int64 ``[S, R]``: positions before this one have run the depth.
         coda_from: Int64 ``[S]``: the first position that goes through the coda when the token leaves: its own, or that
             of the first one that came along to the last recursion.
@@ -167,7 +180,7 @@ class DeviceLoop:
         self.width = MOST_PENDING + 1 if self.catches_up else 1
         self.slots = Slots.empty(count + 1, device)
         self.settings = SlotSettings.empty(
-            count + 1, pages_for(pages.context, self.page_size), parts.num_depths, device
+            count + 1, pages_for(pages.context, self.page_size), parts.num_depths, replays, device
         )
         states = {"dtype": parts.dtype, "device": device}
         whole = {"dtype": torch.long, "device": device}
@@ -175,6 +188,7 @@ class DeviceLoop:
         self.fresh = torch.zeros(count + 1, dtype=torch.bool, device=device)
         self.leaving = torch.zeros_like(self.fresh)
         self.number = torch.zeros(count + 1, **whole)
+        self.said = torch.zeros(count + 1, **whole)
         self.done = torch.zeros(count + 1, parts.num_depths, **whole)
         self.coda_from = torch.zeros(count + 1, **whole)
         self.held = torch.zeros(count + 1, self.width, size, **states)
@@ -303,6 +317,7 @@ class DeviceLoop:
         self.leaving[every] &= ~exits
         self.fresh[every] |= exits
         self.number[every] += exits
+        self.said[every] += exits
 
     # --- Parts of those ------------------------------------------------------------------------------------------
 
@@ -339,7 +354,10 @@ class DeviceLoop:
         if self.reads_to_decide:
             states, layout = self._run_coda(shape, ran, shape.rows)
             reading = self._read(states[layout.own])
-            self.choice[every] = torch.where(ran, reading.choice, self.choice[every])
+            choice = reading.choice
+            if shape.samples:
+                choice = self._draw(states[layout.own], self._numbers[every])
+            self.choice[every] = torch.where(ran, choice, self.choice[every])
         if shape.leaves:
             settings = self.settings
             leaves = leaves | (depth >= settings.max_depth[every])
@@ -381,11 +399,8 @@ class DeviceLoop:
         """Whose tokens may not leave because too many wait for deeper recursions, ``[S]``."""
         if self.kv != "deferred":
             return torch.zeros_like(self.fresh[every])
-        depth, position = self.slots.depth[every].long()[:, None], self.slots.position[every].long()
-        bound = self.settings.max_depth[every]
-        waiting = before[every].gather(1, depth)[:, 0] - before[every].gather(1, bound[:, None])[:, 0]
-        pending = torch.where(self.settings.is_bounded[every], 1 + waiting, position + 1 - before[every][:, self.last])
-        return pending > self.settings.max_pending[every]
+        run = before[every].gather(1, self.settings.max_depth[every][:, None])[:, 0]
+        return self.slots.position[every].long() + 1 - run > self.settings.max_pending[every]
 
     def _fill_skipped(self, shape: LoopShape, leaves: Tensor) -> None:
         """Keys and values of the recursions that tokens skip, where those do not wait for later ones."""
@@ -425,8 +440,15 @@ class DeviceLoop:
         owner = layout.owner
         if self._brings_along(shape):  # those that came along are not read
             states, owner = states[layout.own], torch.where(layout.taken, self._numbers[: shape.slots], self.spare)
-        self.choice[owner] = self._read(states).choice
+        self.choice[owner] = self._draw(states, owner) if shape.samples else self._read(states).choice
         return layout.taken
+
+    def _draw(self, states: Tensor, owner: Tensor) -> Tensor:
+        """The next tokens of slots ``owner [n]``, as their requests want them: ``[n]``."""
+        held = self.settings
+        logits = self.runner.read_out(states)
+        draws = held.draws[owner].gather(1, self.said[owner][:, None])[:, 0]
+        return choose(logits, held.temperature[owner], held.top_k[owner], held.top_p[owner], draws)
 
     def _run_coda(self, shape: LoopShape, wanted: Tensor, room: int) -> tuple[Tensor, Layout]:
         """What the coda makes of the tokens of slots that are ``wanted [S]``, and of those that came along."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -150,6 +151,7 @@ class Request:
             self.generator.seed()
         else:
             self.generator.manual_seed(params.seed)
+        self._draws: deque[float] = deque()  # made, and not used yet
         self.full_until = 0
         self.prefix_keys: list[bytes] | None = None  # of its prompt's pages, once they have been looked for
         self.num_streams = num_streams
@@ -162,6 +164,17 @@ class Request:
         self.waiting: dict[int, tuple[list[int], torch.Tensor]] = {}
         self.tables: list[list[int]] = [[] for _ in range(self.num_streams)]
         self.packed: dict[int, list[int]] = {}
+
+    def next_draws(self, count: int) -> list[float]:
+        """Numbers from 0 to 1 that the next ``count`` tokens will be drawn by; :meth:`use_draw` says when one is."""
+        while len(self._draws) < count:
+            self._draws.append(float(torch.rand(1, generator=self.generator, dtype=torch.float64)))
+        return list(itertools.islice(self._draws, count))
+
+    def use_draw(self) -> float:
+        """The number for a token that is said now."""
+        self.next_draws(1)
+        return self._draws.popleft()
 
     @property
     def prompt_length(self) -> int:

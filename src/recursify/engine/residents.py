@@ -70,7 +70,7 @@ class Residents:
         self._eos = sorted(eos)[:MOST_ENDS]
         slots, pages = self.loop.settings.tables.shape
         pin = runner.device.type == "cuda"
-        self._settings = SlotSettings.empty(slots, pages, runner.parts.num_depths, "cpu", pin=pin)
+        self._settings = SlotSettings.empty(slots, pages, runner.parts.num_depths, replays, "cpu", pin=pin)
         self._pages_sent = [0] * count
         self._num_read = 0
         self.tally = [0, 0, 0]
@@ -88,7 +88,7 @@ class Residents:
     def takes(self, request: Request) -> bool:
         """Whether the next token of ``request`` can run here, and all after it."""
         params, settings = request.params, request.settings
-        if params.temperature > 0 or params.logprobs is not None or None not in self.requests:
+        if params.logprobs is not None or None not in self.requests:
             return False
         if sum(len(positions) for positions, _ in request.waiting.values()) > MOST_PENDING:
             return False
@@ -155,7 +155,6 @@ class Residents:
         held, forced = self._settings, params.forced_depths or ()
         held.limits[slot] = request.prompt_length + params.max_tokens - 1
         held.max_depth[slot] = last if params.max_depth is None else min(params.max_depth, last)
-        held.is_bounded[slot] = params.max_depth is not None
         held.max_pending[slot] = MOST_PENDING if settings is None else settings.max_pending
         held.num_forced[slot] = len(forced)
         held.forced[slot, : len(forced)] = torch.tensor(forced, dtype=torch.long)
@@ -163,6 +162,8 @@ class Residents:
         if settings is not None:
             for depth in range(settings.min_depth, last):
                 held.thresholds[slot, depth] = settings.threshold_at(depth, last, 0, 1)
+        held.temperature[slot], held.top_p[slot] = params.temperature, params.top_p
+        held.top_k[slot] = params.top_k or 0
         held.active[slot] = True
 
     def forget_gone(self) -> None:
@@ -263,6 +264,9 @@ class Residents:
                 self._pages_sent[slot] = len(table)
                 self._settings.tables[slot, : len(table)] = torch.tensor(table, dtype=torch.int32)
                 self._settings.tables[slot, len(table) :] = -1
+            if request is not None and request.params.temperature > 0:
+                self._settings.draws[slot] = torch.tensor(request.next_draws(self.replays), dtype=torch.float64)
+        self.loop.said.zero_()
         for field in fields(SlotSettings):
             getattr(self.loop.settings, field.name).copy_(getattr(self._settings, field.name), non_blocking=True)
         self.loop.slots.active.copy_(self.loop.settings.active)
@@ -284,7 +288,8 @@ class Residents:
         if leaves and slots > FEW:
             # Of an iteration's tokens so many leave; in eighths, so that there are few different shapes.
             once = math.ceil(slots * min(1.0, math.ceil(8 * ROOM / recursions) / 8))
-        return LoopShape(slots, enters=once, rows=rows, exits=max(once, along), leaves=leaves)
+        samples = any(request.params.temperature > 0 for request in requests)
+        return LoopShape(slots, enters=once, rows=rows, exits=max(once, along), leaves=leaves, samples=samples)
 
     def read(self) -> list[tuple[Request, int, int]]:
         """What has been said: requests, tokens, and the depths that those were read after.
@@ -305,6 +310,8 @@ class Residents:
             request = self.requests[slot]
             assert request is not None
             said.append((request, token, depth))
+            if request.params.temperature > 0:
+                request.use_draw()
         self._num_read = written
         if self.kv == "deferred":
             for request, position in zip(self.requests, full_until, strict=True):

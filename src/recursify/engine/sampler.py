@@ -20,26 +20,45 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         return greedy
     index = on_device(rows, logits.device, torch.long)
     params = [requests[row].params for row in rows]
-    temperatures = on_device([each.temperature for each in params], logits.device, torch.float32)
     # Drawn where the request's generator is, so that a draw is the same on any device.
-    draws = torch.cat([torch.rand(1, generator=requests[row].generator, dtype=torch.float64) for row in rows])
-    shifted = logits[index].double()
+    temperatures, top_p, draws = on_device(
+        [
+            [each.temperature for each in params],
+            [each.top_p for each in params],
+            [requests[row].use_draw() for row in rows],
+        ],
+        logits.device,
+        torch.float64,
+    )
+    top_k = on_device([each.top_k or 0 for each in params], logits.device, torch.long)
+    return greedy.index_put((index,), choose(logits[index], temperatures, top_k, top_p, draws))
+
+
+def choose(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, draws: Tensor) -> Tensor:
+    """The token of each row of ``logits [n, V]`` that its draw falls to, ``[n]``; the first choice at temperature 0.
+
+    Tokens in the order of their probability take up the range from 0 to 1. Nothing here waits for the device.
+
+    Args:
+        logits: As the model makes them.
+        temperatures: ``[n]``.
+        top_k: ``[n]``, 0 for all.
+        top_p: ``[n]``, 1 for all.
+        draws: ``[n]``, from 0 to 1.
+    """
+    shifted = logits.double()
     shifted = shifted - shifted.amax(-1, keepdim=True)  # or a tiny temperature makes them infinite
     scaled = shifted / temperatures[:, None].double().clamp(min=1e-6)
     probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    if any(each.top_k for each in params):
-        vocabulary = logits.shape[-1]
-        ranks = on_device([each.top_k or vocabulary for each in params], logits.device, torch.long)
-        probabilities = probabilities.masked_fill(torch.arange(vocabulary, device=logits.device) >= ranks[:, None], 0.0)
-        probabilities /= probabilities.sum(-1, keepdim=True)
-    if any(each.top_p < 1 for each in params):
-        top_p = on_device([each.top_p for each in params], logits.device, torch.float64)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p[:, None], 0.0)
+    ranks = torch.arange(logits.shape[-1], device=logits.device)
+    probabilities = probabilities.masked_fill((ranks >= top_k[:, None]) & (top_k[:, None] > 0), 0.0)
+    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill((before >= top_p[:, None]) & (top_p[:, None] < 1), 0.0)
     cumulated = probabilities.cumsum(-1)
-    threshold = draws.to(logits.device)[:, None] * cumulated[:, -1:]
-    place = torch.searchsorted(cumulated, threshold, right=True).clamp(max=logits.shape[-1] - 1)
-    return greedy.index_put((index,), order.gather(-1, place)[:, 0])
+    place = torch.searchsorted(cumulated, draws[:, None] * cumulated[:, -1:], right=True)
+    drawn = order.gather(-1, place.clamp(max=logits.shape[-1] - 1))[:, 0]
+    return torch.where(temperatures > 0, drawn, logits.argmax(-1))
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[dict[int, float]]:
