@@ -29,15 +29,14 @@ def test_engine_says_what_one_at_a_time_says(family, kv):
     assert len(depths) > 1, "tokens leave after several depths"
 
 
-@pytest.mark.parametrize("kv", MODES)
-def test_preemption_at_any_moment(kv):
+@pytest.mark.parametrize(("kv", "loop"), [*((kv, False) for kv in MODES), ("deferred", True), ("latest", True)])
+def test_preemption_at_any_moment(kv, loop):
     """Computed again, tokens leave where they had left, and find what they had found: also between recursions."""
     model, which = model_of("llama", kv), 2
     for how in range(NUM_SETTINGS):
         for moment in range(3, 22):
-            engine = Engine(
-                model, kv=kv, force_kv=True, max_requests=1, page_size=4, num_pages=16, chunk_size=5, max_length=64
-            )
+            sizes = {"max_requests": 1, "page_size": 4, "num_pages": 16, "chunk_size": 5, "max_length": 64}
+            engine = Engine(model, kv=kv, force_kv=True, device_loop=loop, replays=1, **sizes)
             asked = engine.add(prompt(which), SamplingParams(max_tokens=NEW_TOKENS, exit=settings(how, "llama", kv)))
             request = engine.requests[asked]
             for _ in range(moment):

@@ -298,11 +298,9 @@ class Residents:
         """
         self.num_looks += 1
         loop = self.loop
-        full = loop.done[:-1, loop.last]
-        numbers = torch.cat([loop.ring.entries.flatten().long(), loop.ring.counts, loop.tally, full]).tolist()
+        numbers = torch.cat([loop.ring.entries.flatten().long(), loop.ring.counts, loop.tally]).tolist()
         size, capacity = loop.ring.entries.numel(), len(loop.ring.entries)
-        written, _, *rest = numbers[size:]
-        self.tally, full_until = rest[:3], rest[3:]
+        written, _, *self.tally = numbers[size:]
         said = []
         for entry in range(self._num_read, written):
             at = entry % capacity * 4
@@ -313,10 +311,6 @@ class Residents:
             if request.params.temperature > 0:
                 request.use_draw()
         self._num_read = written
-        if self.kv == "deferred":
-            for request, position in zip(self.requests, full_until, strict=True):
-                if request is not None and (request.params.max_depth is None or request.params.max_depth >= loop.last):
-                    request.full_until = max(request.full_until, position)
         return said
 
 
