@@ -103,18 +103,18 @@ class SlotSettings:
             return torch.full((count, *shape), value, dtype=dtype, device=device, pin_memory=pin)
 
         return cls(
-            full(-1, pages, dtype=torch.int32),
-            full(0, dtype=torch.int32),
-            full(depths - 1),
-            full(MOST_PENDING),
-            full(0, MOST_FORCED),
-            full(0),
-            full(math.inf, depths, dtype=torch.float32),
-            full(False, dtype=torch.bool),
-            full(0, dtype=torch.float64),
-            full(0),
-            full(1, dtype=torch.float64),
-            full(0, replays, dtype=torch.float64),
+            tables=full(-1, pages, dtype=torch.int32),
+            limits=full(0, dtype=torch.int32),
+            max_depth=full(depths - 1),
+            max_pending=full(MOST_PENDING),
+            forced=full(0, MOST_FORCED),
+            num_forced=full(0),
+            thresholds=full(math.inf, depths, dtype=torch.float32),
+            active=full(False, dtype=torch.bool),
+            temperature=full(0, dtype=torch.float64),
+            top_k=full(0),
+            top_p=full(1, dtype=torch.float64),
+            draws=full(0, replays, dtype=torch.float64),
         )
 
 
@@ -225,7 +225,7 @@ class DeviceLoop:
     def _lay_out(self, wanted: Tensor, first: Tensor | None, room: int) -> Layout:
         """``room`` rows for slots that are ``wanted [S]``: from ``first [S]``, or from their token's, to their token's.
 
-        All of a slot's rows or none. Who comes first in one iteration comes last in the next.
+        All of a slot's rows or none, the first ones first; who that is changes with every call of the block.
         """
         count = len(wanted)
         position = self.slots.position[:count].long()
