@@ -3,7 +3,7 @@
 ::
 
     python benchmarks/device_loop.py --shape 135M                                        # launches, and a CPU's times
-    python benchmarks/device_loop.py --shape 1.7B --device cuda --dtype bfloat16 --slots 1 64 --compiled
+    python benchmarks/device_loop.py --shape 1.7B --device cuda --dtype bfloat16 --slots 1 64
 
 Random weights of a model without prelude and coda, so that an iteration is one call of the block, a readout and the
 state machine. The engine writes answers of one length with the host deciding in every iteration, with the loop, and
@@ -174,7 +174,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def report(facts: dict[str, Any]) -> str:
     """The table with what a reader must know of it."""
-    setup, counted = facts["setup"], facts["launches"]
+    setup = facts["setup"]
     columns = ("over_host", "over_compiled", "of_floor", "gain", "efficiency")
     lines = [
         [
@@ -193,18 +193,23 @@ def report(facts: dict[str, Any]) -> str:
         f"{setup['prompt']}. *G*: forced exits over the loop at full depth; *η* = G / (R / D), with D recursions per "
         f"token; *of the floor*: of the speed at which the bytes of a step can be read."
     )
-    count_head = ["launches of an iteration", "host decides", "loop", "of which Triton", "graphs of it"]
-    count_lines = [
+    made = "Made by `python benchmarks/device_loop.py`; all figures, settings and versions in the JSON beside it."
+    text = f"# {facts['title']}\n\n{made}\n\n{notes}\n\n{markdown_table(head, lines)}\n"
+    return text + (count_table(facts["launches"]) if "launches" in facts else "")
+
+
+def count_table(counted: dict[str, dict[str, int]]) -> str:
+    """Launches, with what they are of."""
+    head = ["launches of an iteration", "host decides", "loop", "of which Triton", "graphs of it"]
+    lines = [
         [name, str(each["host"]), str(each["loop_pytorch"] + each["loop_triton"]), str(each["loop_triton"]), "3"]
         for name, each in counted.items()
     ]
-    counts = markdown_table(count_head, count_lines)
     what = (
         "An iteration has 64 new tokens at mixed depths here, in the 135M shapes; the host runs PyTorch's forms, the "
         "loop kernels, and its three graphs are enter, block and exit."
     )
-    made = "Made by `python benchmarks/device_loop.py`; all figures, settings and versions in the JSON beside it."
-    return f"# {facts['title']}\n\n{made}\n\n{notes}\n\n{markdown_table(head, lines)}\n\n{what}\n\n{counts}\n"
+    return f"\n{what}\n\n{markdown_table(head, lines)}\n"
 
 
 def main() -> None:
@@ -224,12 +229,16 @@ def main() -> None:
     facts = measure(options)
     name = "device_loop" if options.device == "cpu" else f"device_loop_{options.shape}".replace(".", "_")
     output = options.output or RESULTS / f"{name}.md"
-    facts |= {
-        "title": "The loop on the device" if options.device == "cpu" else f"The loop on a GPU: {options.shape}",
-        "launches": {
+    title = "The loop on the device"
+    if options.device != "cpu":
+        title = f"The loop on a GPU: {options.shape}" + (" beside a compiled loop" if options.compiled else "")
+    else:
+        facts["launches"] = {
             "all tokens run all depths": launches("135M", 64, leaves=False),
             "tokens leave early": launches("135M", 64, leaves=True),
-        },
+        }
+    facts |= {
+        "title": title,
         "recursions": SHAPES[options.shape][2] // SHAPES[options.shape][-1],
         "setup": {key: value for key, value in vars(options).items() if key != "output"},
         "threads": torch.get_num_threads(),

@@ -18,15 +18,16 @@ END
 
 TESTS=(
   # Most of the time goes into compiling, which a process per kernel shares out.
-  "timeout 170 $PYTHON -m pytest -p no:cacheprovider -n 8 --dist loadgroup tests/kernels/test_kernels.py -k cuda"
-  "timeout 70 $PYTHON -m pytest -p no:cacheprovider -n 6 tests/engine/test_device_loop.py -k cuda"
+  "timeout 160 $PYTHON -m pytest -p no:cacheprovider -n 8 --dist loadgroup tests/kernels/test_kernels.py -k cuda"
+  "timeout 80 $PYTHON -m pytest -p no:cacheprovider -n 6 tests/engine/test_device_loop.py -k cuda"
 )
+LOOP="$PYTHON benchmarks/device_loop.py --device cuda --dtype bfloat16"
 TABLES=(
-  "timeout 170 $PYTHON benchmarks/kernel_speed.py --time-only --output $OUTPUT"
-  "timeout 110 $PYTHON benchmarks/device_loop.py --device cuda --dtype bfloat16 --shape 1.7B --slots 1 64 --new 128 --compiled
-   --output $OUTPUT/device_loop_1_7B.md"
-  "timeout 70 $PYTHON benchmarks/device_loop.py --device cuda --dtype bfloat16 --shape 8B --slots 1 64 --new 64 --rounds 2
-   --output $OUTPUT/device_loop_8B.md"
+  "timeout 140 $PYTHON benchmarks/kernel_speed.py --time-only --output $OUTPUT"
+  "timeout 70 $LOOP --shape 1.7B --slots 1 64 --new 128 --output $OUTPUT/device_loop_1_7B.md"
+  "timeout 60 $LOOP --shape 8B --slots 1 64 --new 64 --output $OUTPUT/device_loop_8B.md"
+  # The last, since compiling may take longer than there is.
+  "timeout 90 $LOOP --shape 1.7B --slots 1 --new 128 --compiled --output $OUTPUT/device_loop_compiled.md"
 )
 for command in "${TESTS[@]}"; do
   echo "+ $command"
