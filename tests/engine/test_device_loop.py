@@ -137,6 +137,28 @@ def test_requests_of_all_kinds_at_once(kv):
         assert [output.logprobs is None for output in found] == [output.logprobs is None for output in wanted]
 
 
+@pytest.mark.parametrize("kv", KV)
+def test_another_kind_of_request_comes(kv, monkeypatch):
+    """One that reads every token out, while others have left and wait for the coda, and goes again."""
+    monkeypatch.setattr("recursify.engine.residents.ROOM", 0.2)
+    loop, plain = engines("llama", kv, max_requests=16, num_pages=400, replays=1)
+    forced = SamplingParams(max_tokens=16, forced_depths=(0, 2, 1), ignore_eos=True)
+    reading = SamplingParams(max_tokens=5, exit=settings(1, "llama", kv), ignore_eos=True)
+    asked = [(ids, reading if number % 4 == 3 else forced) for number, ids in enumerate(prompts(16))]
+    found = []
+    for engine in (loop, plain):
+        outputs = []
+        for ids, params in asked:
+            outputs.append(engine.requests[engine.add(ids, params)].output)
+            engine.step()
+            engine.step()
+        while engine.has_work:
+            engine.step()
+        found.append(said(outputs))
+    assert found[0] == found[1]
+    assert loop.stats.loop_waits > 0
+
+
 @pytest.mark.parametrize("how", [1, 3])
 @pytest.mark.parametrize("kv", KV)
 def test_draws_are_those_of_the_request(kv, how):
@@ -230,7 +252,15 @@ def test_the_host_looks_once_for_many_iterations():
     loop, plain = engines("llama", "latest", max_requests=4, num_pages=100, replays=8)
     params = SamplingParams(max_tokens=32, ignore_eos=True)
     for engine in (loop, plain):
-        engine.generate(prompts(4, shortest=4), params)
+        for prompt_ids in prompts(4, shortest=4):
+            engine.add(prompt_ids, params)
+        under_way = set()
+        while engine.has_work:
+            engine.step()
+            under_way.add(tuple(engine.depths))
+        # Where none leaves early all go together; the host looks when they are about to begin.
+        assert ((0, 0, 0, 0) in under_way) == (engine is loop)
+        assert set().union(*under_way) <= {0, 1, 2}
     assert loop.stats.fetches < loop.stats.iterations / 4
     assert plain.stats.fetches > plain.stats.iterations / 4
     assert loop.stats.loop_iterations >= 31 * 3

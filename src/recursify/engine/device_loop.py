@@ -77,7 +77,7 @@ class SlotSettings:
         temperature: Float64 ``[S]``; 0 for the first choice.
         top_k: Int64 ``[S]``; 0 for all.
         top_p: Float64 ``[S]``; 1 for all.
-        draws: Float64 ``[S, replays]``: what the next tokens are drawn by.
+        draws: Float64 ``[S, replays + 1]``: what the next tokens are drawn by.
     """
 
     tables: Tensor
@@ -114,7 +114,7 @@ class SlotSettings:
             temperature=full(0, dtype=torch.float64),
             top_k=full(0),
             top_p=full(1, dtype=torch.float64),
-            draws=full(0, replays, dtype=torch.float64),
+            draws=full(0, replays + 1, dtype=torch.float64),
         )
 
 
@@ -196,7 +196,8 @@ class DeviceLoop:
         self.entered = torch.zeros(count + 1, size, **states)
         self.choice = torch.zeros(count + 1, **whole)
         self.ends = torch.full((8,), -1, **whole)
-        self.ring = OutputRing.empty(count * replays, device)
+        # Of every iteration, and of what has waited for one of its own before them.
+        self.ring = OutputRing.empty(count * (replays + 1), device)
         self.turn = torch.zeros((), **whole)
         self.tally = torch.zeros(3, **whole)
         # Constants: what is made of numbers cannot be made while a graph is captured.

@@ -316,6 +316,12 @@ class Engine:
         """Whether any request is not answered yet."""
         return self.scheduler.has_work
 
+    @property
+    def depths(self) -> list[int]:
+        """Of all that is under way: the recursion that a request's token, or a part of its prompt, is in."""
+        here = [flight.depth for flight in self.scheduler.flights.values()]
+        return here if self.residents is None else here + self.residents.depths
+
     # --- An iteration --------------------------------------------------------------------------------------------
 
     @torch.inference_mode()

@@ -74,6 +74,7 @@ class Residents:
         self._pages_sent = [0] * count
         self._num_read = 0
         self.tally = [0, 0, 0]
+        self._depths = [0] * (count + 1)
         config = runner.parts.config
         self._exits_alike = getattr(config, "exit_head", None) in (None, "shared") and getattr(
             config, "exit_through_coda", True
@@ -84,6 +85,12 @@ class Residents:
     @property
     def num_residents(self) -> int:
         return sum(request is not None for request in self.requests)
+
+    @property
+    def depths(self) -> list[int]:
+        """The recursion that each resident's token was in when the host looked last."""
+        slots = zip(self._depths, self.requests, strict=False)
+        return [depth for depth, request in slots if request is not None and request.id in self.scheduler.residents]
 
     def takes(self, request: Request) -> bool:
         """Whether the next token of ``request`` can run here, and all after it."""
@@ -147,7 +154,6 @@ class Residents:
             places = on_device([position % loop.width for position in positions], device, torch.long)
             loop.held[slot, places] = states
         request.waiting.clear()
-        loop.policy = self._policy()
 
     def _write_settings(self, slot: int, request: Request) -> None:
         """What the device must know of ``request``."""
@@ -196,6 +202,7 @@ class Residents:
         self._close_gaps()
         self._send_settings()
         shape = self._shape(recursions)
+        self._choose_policy(shape)
         if not shape.leaves:
             depths = self.loop.last + 1
             rounds = -(-times // depths)
@@ -213,6 +220,15 @@ class Residents:
             if may_enter:
                 self._call("exit", shape)
         return times
+
+    def _choose_policy(self, shape: LoopShape) -> None:
+        """The policy of those who are here, which differs from the last one when its kind has come or gone."""
+        policy = self._policy()
+        if type(policy) is not type(self.loop.policy):
+            # Who has left and waits for the coda is read out as it left: not all policies read tokens at that time.
+            while self._is_any_leaving(shape):
+                self._call("exit", shape)
+        self.loop.policy = policy
 
     def _is_any_leaving(self, shape: LoopShape) -> bool:
         """Ask the device, where few slots make it likely that none is."""
@@ -265,7 +281,7 @@ class Residents:
                 self._settings.tables[slot, : len(table)] = torch.tensor(table, dtype=torch.int32)
                 self._settings.tables[slot, len(table) :] = -1
             if request is not None and request.params.temperature > 0:
-                self._settings.draws[slot] = torch.tensor(request.next_draws(self.replays), dtype=torch.float64)
+                self._settings.draws[slot] = torch.tensor(request.next_draws(self.replays + 1), dtype=torch.float64)
         self.loop.said.zero_()
         for field in fields(SlotSettings):
             getattr(self.loop.settings, field.name).copy_(getattr(self._settings, field.name), non_blocking=True)
@@ -298,9 +314,11 @@ class Residents:
         """
         self.num_looks += 1
         loop = self.loop
-        numbers = torch.cat([loop.ring.entries.flatten().long(), loop.ring.counts, loop.tally]).tolist()
-        size, capacity = loop.ring.entries.numel(), len(loop.ring.entries)
-        written, _, *self.tally = numbers[size:]
+        ring = loop.ring.entries.flatten().long()
+        numbers = torch.cat([ring, loop.ring.counts, loop.tally, loop.slots.depth]).tolist()
+        size, capacity = len(ring), len(loop.ring.entries)
+        written, _, *rest = numbers[size:]
+        self.tally, self._depths = rest[:3], rest[3:]
         said = []
         for entry in range(self._num_read, written):
             at = entry % capacity * 4
