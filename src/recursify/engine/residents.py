@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from itertools import pairwise
 
@@ -112,8 +112,7 @@ class Residents:
             return False
         if settings.decay:
             return False
-        there = self._policy()
-        return there is None or type(there) is type(policy)
+        return self._policy() in (None, _kind_of(policy))
 
     def _brings_along(self, request: Request) -> int | None:
         """How many tokens of ``request`` may run a recursion together, 1 at least; None if there is no end to that."""
@@ -129,9 +128,9 @@ class Residents:
         return max((after - before for before, after in pairwise([*full, *again])), default=None)
 
     def _policy(self) -> ExitPolicy | None:
-        """That residents have; all of them the same kind."""
+        """That residents have, all of them the same but for its thresholds."""
         settings = (request.settings for request in self.requests if request is not None)
-        return next((each.policy for each in settings if each is not None), None)
+        return next((_kind_of(each.policy) for each in settings if each is not None), None)
 
     def take(self, request: Request) -> None:
         """Have the next token of ``request``, which :meth:`takes` says yes to, begin here."""
@@ -224,7 +223,7 @@ class Residents:
     def _choose_policy(self, shape: LoopShape) -> None:
         """The policy of those who are here, which differs from the last one when its kind has come or gone."""
         policy = self._policy()
-        if type(policy) is not type(self.loop.policy):
+        if policy != self.loop.policy:
             # Who has left and waits for the coda is read out as it left: not all policies read tokens at that time.
             while self._is_any_leaving(shape):
                 self._call("exit", shape)
@@ -237,7 +236,7 @@ class Residents:
 
     def _call(self, part: str, shape: LoopShape, times: int = 1) -> None:
         """A part of an iteration, so many times."""
-        self.calls.call((part, shape, type(self.loop.policy)), partial(getattr(self.loop, part), shape), times)
+        self.calls.call((part, shape, self.loop.policy), partial(getattr(self.loop, part), shape), times)
 
     def _provide(self, request: Request, times: int) -> None:
         """Pages for the token under way and those that may follow it, or at least for itself."""
@@ -330,6 +329,11 @@ class Residents:
                 request.use_draw()
         self._num_read = written
         return said
+
+
+def _kind_of(policy: ExitPolicy) -> ExitPolicy:
+    """``policy`` without its thresholds, which slots have each their own of."""
+    return replace(policy, threshold=policy.default)
 
 
 def _may_leave(request: Request) -> bool:
