@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -135,6 +136,105 @@ def test_requests_of_all_kinds_at_once(kv):
         assert said(found) == said(wanted)
         assert 0 < loop.stats.loop_iterations < loop.stats.iterations
         assert [output.logprobs is None for output in found] == [output.logprobs is None for output in wanted]
+
+
+@pytest.mark.parametrize("delay", [0, 2, 5])
+def test_few_slots_have_rows_for_all_that_wait(delay):
+    """A token that brings 64 along has them all in one call, also where there are two slots."""
+    params = [
+        SamplingParams(
+            max_tokens=75, ignore_eos=True, exit=ExitSettings(make_policy("fixed", 0.0), max_pending=pending)
+        )
+        for pending in (64, 4)
+    ]
+    found = []
+    for engine in engines("llama", "deferred", max_requests=2, num_pages=200, max_length=128, replays=1):
+        outputs = [engine.requests[engine.add(prompts(1)[0], params[0])].output]
+        for _ in range(delay):
+            engine.step()
+        outputs.append(engine.requests[engine.add(prompts(1)[0], params[1])].output)
+        while engine.has_work:
+            engine.step()
+        found.append(said(outputs))
+    assert found[0] == found[1]
+    assert 2 in found[0][0][1][60:], "it did bring them along"
+
+
+@pytest.mark.parametrize("kv", ["latest", "deferred"])
+def test_who_has_gone_writes_nothing(kv, monkeypatch):
+    """A token that waits for the coda when its request is cancelled does not go there: its pages are another's."""
+    monkeypatch.setattr("recursify.engine.residents.ROOM", 0.2)
+    loop, plain = engines("llama", kv, max_requests=16, num_pages=80, replays=1, prefix_caching=False)
+    device, exit_of = loop.residents.loop, DeviceLoop.exit
+
+    def checked(self, shape):
+        assert not (self.leaving & ~self.slots.active).any()
+        exit_of(self, shape)
+
+    monkeypatch.setattr(DeviceLoop, "exit", checked)
+    ids = set()
+    for prompt_ids in prompts(16):
+        ids.add(
+            loop.add(
+                prompt_ids,
+                SamplingParams(max_tokens=12, forced_depths=(0, 0, 1 if kv == "latest" else 2), ignore_eos=True),
+            )
+        )
+    params = SamplingParams(max_tokens=8, max_depth=1, ignore_eos=True)
+    later = []
+    while loop.has_work:
+        loop.step()
+        for slot, request in enumerate(loop.residents.requests):
+            if request is not None and request.id in ids and bool(device.leaving[slot]) and loop.cancel(request.id):
+                later.append(loop.requests[loop.add(prompts(16)[len(later)], params)].output)
+    assert len(later) > 2
+    assert said(later) == said(plain.generate(prompts(len(later)), params))
+    assert loop.pages.num_used == 0
+
+
+def test_all_end_while_some_wait(monkeypatch):
+    """Slots whose requests are gone are nobody's to wait for, however many tokens they had brought along."""
+    monkeypatch.setattr("recursify.engine.residents.ROOM", 0.2)
+    loop, _ = engines("llama", "deferred", max_requests=32, num_pages=1000, replays=1, max_length=128)
+    exits = ExitSettings(make_policy("fixed", 0.0), max_pending=20)
+    for ids in prompts(32):
+        loop.add(ids, SamplingParams(max_tokens=40, exit=exits, ignore_eos=True))
+    for _ in range(300):
+        loop.step()
+        if bool(loop.residents.loop.leaving[8:].any()):
+            break
+    else:
+        pytest.fail("nobody waits")
+    for request in list(loop.requests):
+        loop.cancel(request)
+    outputs = [loop.requests[loop.add(ids, SamplingParams(max_tokens=4, max_depth=1))].output for ids in prompts(5)]
+    for _ in range(40):
+        loop.step()
+    assert all(output.finished for output in outputs)
+
+
+def test_an_error_in_between_loses_nothing(monkeypatch):
+    """What was said and not read is said again: all residents begin anew."""
+    loop, plain = engines("llama", "deferred", max_requests=6, num_pages=200, replays=4)
+    params = SamplingParams(max_tokens=16, exit=settings(3, "llama", "deferred"), ignore_eos=True)
+    ids = [loop.add(prompt, params) for prompt in prompts(6)]
+    outputs = [loop.requests[each].output for each in ids]
+    calls, read = [], loop.residents.read
+
+    def failing():
+        calls.append(1)
+        if len(calls) in (2, 5):
+            raise KeyboardInterrupt
+        return read()
+
+    monkeypatch.setattr(loop.residents, "read", failing)
+    while loop.has_work:
+        try:
+            loop.step()
+        except KeyboardInterrupt:
+            continue
+    assert len(calls) > 5
+    assert said(outputs) == said(plain.generate(prompts(6), params))
 
 
 @pytest.mark.parametrize("kv", KV)
@@ -303,7 +403,7 @@ def test_an_iteration_does_not_wait_and_has_one_shape(family, kv):
             loop = DeviceLoop(Runner(parts, pages, kernels=True), kv, 8, 4, "triton")
             exits = settings(how, family, kv)
             loop.policy = None if exits is None else exits.policy
-            drawn = LoopShape(8, 5, 16, 16, leaves=True, samples=True)
+            drawn = LoopShape(8, 5, loop.most_rows, loop.most_rows, leaves=True, samples=True)
             for shape in (LoopShape(8, 8, 8, 8, leaves=False), drawn):
                 for part in (loop.enter, loop.block, loop.exit):
                     part(shape)
@@ -349,8 +449,8 @@ def test_graphs_on_cuda(family, kv):
 class Graph:
     """Stands for a CUDA graph: what it would replay."""
 
-    def __init__(self, refuses: bool) -> None:
-        self.refuses, self.replayed = refuses, 0
+    def __init__(self) -> None:
+        self.replayed = 0
 
     def replay(self) -> None:
         self.replayed += 1
@@ -363,24 +463,25 @@ def graphs(monkeypatch):
 
     class Capture:
         def __init__(self, graph, **_):
-            self.graph = graph
+            pass
 
         def __enter__(self):
-            if self.graph.refuses:
-                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            pass
 
-        def __exit__(self, *_):
-            return False
+        def __exit__(self, kind, error, traceback):
+            if error is not None:  # as torch does: the end of a capture that has failed fails, too
+                raise RuntimeError("operation failed due to a previous error during capture")
 
     def make() -> Graph:
-        made.append(Graph(refuses=getattr(make, "refuses", False)))
+        made.append(Graph())
         return made[-1]
 
-    make.made = made
     monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    return make
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    for name in ("graph_pool_handle", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    return made
 
 
 def test_calls_are_captured_after_the_first_time(graphs):
@@ -392,20 +493,26 @@ def test_calls_are_captured_after_the_first_time(graphs):
         assert called == [key] * 4, "three, and one that was captured"
         calls.call(key, lambda key=key: called.append(key), 5)
         assert called == [key] * 4
-        assert graphs.made[-1].replayed == 5
+        assert graphs[-1].replayed == 5
         called.clear()
     assert (calls.num_graphs, calls.replays, calls.problem) == (2, 10, None)
 
 
 def test_what_cannot_be_captured_runs_without(graphs, caplog):
     """One warning, and everything goes on."""
-    graphs.refuses = True
     calls = GraphedCalls(torch.device("cuda"))
     called = []
+
+    def function() -> None:
+        called.append(1)
+        if len(called) == 3:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            calls.call("a", lambda: called.append(1), 2)
-    assert len(called) == 6
+            calls.call("a", function, 2)
+    assert len(called) == 7, "the third of them, which was captured, changed nothing"
+    assert (calls.num_graphs, calls.replays) == (0, 0)
     assert [record.message for record in caplog.records] == [
         "Iterations cannot be captured in CUDA graphs, and run without: "
         "operation not permitted when stream is capturing"

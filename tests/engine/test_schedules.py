@@ -4,6 +4,7 @@ import pytest
 from schedules import FAMILIES, NEW_TOKENS, NUM_SETTINGS, expected, model_of, prompt, run_schedule, settings
 
 from recursify.engine import Engine, SamplingParams
+from recursify.engine.rows import Rows
 
 MODES = ("deferred", "copied", "latest", "recursion_wise", "shared")
 SCHEDULES = 50
@@ -30,8 +31,18 @@ def test_engine_says_what_one_at_a_time_says(family, kv):
 
 
 @pytest.mark.parametrize(("kv", "loop"), [*((kv, False) for kv in MODES), ("deferred", True), ("latest", True)])
-def test_preemption_at_any_moment(kv, loop):
-    """Computed again, tokens leave where they had left, and find what they had found: also between recursions."""
+def test_preemption_at_any_moment(kv, loop, monkeypatch):
+    """Computed again, tokens leave where they had left, and find what they had found: also between recursions.
+
+    No two rows of a call write to one place: which of them is there in the end, a GPU does not say.
+    """
+    store = Rows.store
+
+    def checked(self, layer, key, value):
+        assert len(self.slots.unique()) == len(self.slots)
+        store(self, layer, key, value)
+
+    monkeypatch.setattr(Rows, "store", checked)
     model, which = model_of("llama", kv), 2
     for how in range(NUM_SETTINGS):
         for moment in range(3, 22):

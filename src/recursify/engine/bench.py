@@ -200,11 +200,23 @@ def _page_arguments(workload: Workload) -> dict[str, int]:
 
 
 def by_engine(
-    model: Any, params: Callable[[int], dict[str, Any]] = lambda number: {}, **arguments: Any
+    model: Any,
+    params: Callable[[int], dict[str, Any]] = lambda number: {},
+    *,
+    in_phases: bool = True,
+    **arguments: Any,
 ) -> Callable[[Workload], Measured]:
-    """The engine; ``params`` makes what requests have beside their lengths. A known prefix is not taken over."""
+    """The engine. A known prefix is not taken over.
+
+    Args:
+        model: To run.
+        params: Makes what a request, by its number, has beside its length.
+        in_phases: Have the engine's phases timed as they are; on a GPU it waits for it at the end of each, then.
+        arguments: Of the engine.
+    """
     engines: dict[int, Engine] = {}
     clock = choose_clock(model.device)
+    inside = clock if in_phases or model.device.type != "cuda" else time.perf_counter
 
     def run(workload: Workload) -> Measured:
         if workload.concurrency not in engines:
@@ -218,14 +230,14 @@ def by_engine(
                 **arguments,
             )
         engine = engines[workload.concurrency]
-        engine.clock = clock
+        engine.clock = inside
         engine.reset_stats()
-        started = clock()
+        started, began = clock(), inside()
         first: dict[int, float] = {}
         last: dict[int, float] = {}
 
         def note(output: Any) -> None:
-            last[output.request_id] = clock() - started
+            last[output.request_id] = inside() - began
             first.setdefault(output.request_id, last[output.request_id])
 
         engine.on_token = note

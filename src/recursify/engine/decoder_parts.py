@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -88,6 +88,11 @@ class DecoderParts:
         return head if type(head) is nn.Linear else None
 
     @property
+    def rotates_by_length(self) -> bool:
+        """Whether RoPE's frequencies depend on how long a text is, which the host has to ask the device."""
+        return any("dynamic" in str(getattr(module, "rope_type", "")) for module in self.model.modules())
+
+    @property
     def layers(self) -> list[Layer]:
         return [*self.prelude, *self.block, *self.coda]
 
@@ -110,8 +115,11 @@ class DecoderParts:
         """
         before = self.config._attn_implementation
         self.config._attn_implementation = ATTENTION_NAME
+        # Triton launches on the current GPU, whichever its tensors are on.
+        on_gpu = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         try:
-            yield
+            with on_gpu:
+                yield
         finally:
             self.config._attn_implementation = before
 

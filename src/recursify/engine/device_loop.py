@@ -51,6 +51,7 @@ class LoopShape:
         exits: Rows of coda and readout.
         leaves: Whether tokens may leave before the last recursion.
         samples: Whether any token is drawn: logits are then written, and sorted.
+        reads: Whether any token is the first choice.
     """
 
     slots: int
@@ -59,6 +60,7 @@ class LoopShape:
     exits: int
     leaves: bool
     samples: bool = False
+    reads: bool = True
 
 
 @dataclass(frozen=True)
@@ -205,12 +207,22 @@ class DeviceLoop:
         self._offsets = torch.tensor(pages.layout.offsets, **whole)
         self._no_offset = torch.zeros(1, **whole)
         self._deeper = torch.arange(1, parts.num_depths, **whole)
-        self._numbers_of_rows = torch.arange(max(2 * count, count + self.width), **whole)
+        self._numbers_of_rows = torch.arange(self.most_rows, **whole)
         depths = torch.arange(parts.num_depths, device=device)
         self._reaches = {
             layer.windows: reach_of(layer.windows, depths if len(layer.windows) > 1 else depths[:1])
             for layer in parts.layers
         }
+
+    @property
+    def most_rows(self) -> int:
+        """That a part may have: for all slots and half as many again, or for all tokens of one that come along."""
+        return max(self.spare + self.spare // 2, self.room_for(self.width))
+
+    @staticmethod
+    def room_for(tokens: int) -> int:
+        """Rows for one slot that brings along so many tokens, its own included; in eights, so that shapes are few."""
+        return 0 if tokens == 1 else 8 * math.ceil(tokens / 8)
 
     @property
     def reads_to_decide(self) -> bool:
@@ -240,6 +252,7 @@ class DeviceLoop:
         sizes = torch.where(sizes.cumsum(0) <= room, sizes, 0)
         ends = sizes.cumsum(0)
         row = self._numbers_of_rows[:room]
+        assert len(row) == room
         place = torch.searchsorted(ends, row, right=True)
         there = place < count
         place = place.clamp(max=count - 1)
@@ -249,10 +262,9 @@ class DeviceLoop:
         own = torch.zeros_like(order).index_put((order,), (ends - 1).clamp(min=0))
         return Layout(torch.where(there, whose, self.spare), torch.where(there, positions, 0), there, taken, own)
 
-    def _states(self, slots: Tensor | slice) -> Tensor:
-        """Of slots' own tokens, ``[n, D]``."""
-        numbers = self._numbers[slots] if isinstance(slots, slice) else slots
-        return self.held[numbers, self.slots.position[numbers].long() % self.width]
+    def _states(self, slots: slice) -> Tensor:
+        """Of slots' own tokens, ``[S, D]``."""
+        return self.held[self._numbers[slots], self.slots.position[slots].long() % self.width]
 
     def _rows(self, layout: Layout, depths: Tensor | None, *, only_writes: bool = False) -> FixedRows:
         """Of a call of the block at ``depths [N]``, or of prelude or coda."""
@@ -354,10 +366,9 @@ class DeviceLoop:
         reading = None
         if self.reads_to_decide:
             states, layout = self._run_coda(shape, ran, shape.rows)
-            reading = self._read(states[layout.own])
-            choice = reading.choice
-            if shape.samples:
-                choice = self._draw(states[layout.own], self._numbers[every])
+            states = states[layout.own]
+            reading = self._read(states)
+            choice = self._choose(shape, states, self._numbers[every], reading)
             self.choice[every] = torch.where(ran, choice, self.choice[every])
         if shape.leaves:
             settings = self.settings
@@ -441,15 +452,23 @@ class DeviceLoop:
         owner = layout.owner
         if self._brings_along(shape):  # those that came along are not read
             states, owner = states[layout.own], torch.where(layout.taken, self._numbers[: shape.slots], self.spare)
-        self.choice[owner] = self._draw(states, owner) if shape.samples else self._read(states).choice
+        self.choice[owner] = self._choose(shape, states, owner, self._read(states) if shape.reads else None)
         return layout.taken
 
-    def _draw(self, states: Tensor, owner: Tensor) -> Tensor:
-        """The next tokens of slots ``owner [n]``, as their requests want them: ``[n]``."""
+    def _choose(self, shape: LoopShape, states: Tensor, owner: Tensor, reading: ExitReading | None) -> Tensor:
+        """The next tokens of slots ``owner [n]``, as their requests want them: ``[n]``.
+
+        A first choice is the reading's, whoever is beside it: in bfloat16 logits that are written are rounded, and
+        some of those that differ are the same then.
+        """
         held = self.settings
+        if not shape.samples:
+            assert reading is not None
+            return reading.choice
         logits = self.runner.read_out(states)
         draws = held.draws[owner].gather(1, self.said[owner][:, None])[:, 0]
-        return choose(logits, held.temperature[owner], held.top_k[owner], held.top_p[owner], draws)
+        drawn = choose(logits, held.temperature[owner], held.top_k[owner], held.top_p[owner], draws)
+        return drawn if reading is None else torch.where(held.temperature[owner] > 0, drawn, reading.choice)
 
     def _run_coda(self, shape: LoopShape, wanted: Tensor, room: int) -> tuple[Tensor, Layout]:
         """What the coda makes of the tokens of slots that are ``wanted [S]``, and of those that came along."""

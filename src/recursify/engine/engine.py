@@ -62,7 +62,7 @@ class EngineStats:
         loop_seconds: Iterations on the device, and reading what was said in them.
         loop_iterations: Of ``iterations``, those on the device.
         loop_waits: Rows that had to wait for an iteration there, because it had no room for them.
-        graph_replays: Of ``loop_iterations``, those that were replays of a CUDA graph.
+        graph_replays: Of CUDA graphs, up to three per iteration.
         implementation: Of the kernels: ``triton``, or ``reference`` for PyTorch.
         kv_bytes: Of keys and values at most in use.
     """
@@ -148,7 +148,8 @@ class Engine:
         implementation: Of the kernels (:mod:`recursify.kernels.dispatch`). ``auto`` takes Triton on GPUs that have
             bfloat16, and says so in ``stats``.
         device_loop: Run new tokens on the device, without the host deciding anything in between (``device_loop.py``),
-            as CUDA graphs where there is a GPU. None: on a GPU, of models that can. ``reads_late`` is off then.
+            as CUDA graphs where there is a GPU. None: where kernels are Triton's on a GPU, of models that can.
+            ``reads_late`` is off then.
         replays: Iterations of that loop between two looks of the host: more cost less, and tell later of a text's end.
         on_token: Called with a request's output whenever a token has come, or it has ended.
 
@@ -219,8 +220,7 @@ class Engine:
             if self.parts.is_routed
             else Boundaries(self.runner, self.kv, self.fetcher)
         )
-        on_gpu = self.parts.device.type != "cpu"
-        self.reads_late = on_gpu if reads_late is None else reads_late
+        self.reads_late = self.parts.device.type != "cpu" if reads_late is None else reads_late
         self.scheduler = Scheduler(
             self.pages,
             max_requests=max_requests,
@@ -236,7 +236,8 @@ class Engine:
         obstacle = loop_obstacle(self.parts, synchronous=synchronous)
         if device_loop and obstacle:
             raise EngineError(f"The loop on the device cannot run {obstacle}. Leave device_loop out.")
-        if device_loop or (device_loop is None and on_gpu and not obstacle):
+        pays = self.parts.device.type == "cuda" and self.implementation == "triton"
+        if device_loop or (device_loop is None and pays and not obstacle):
             self.reads_late = False
             with torch.inference_mode():
                 self.residents = Residents(self.runner, self.kv, self.scheduler, self.eos, replays, self.implementation)
@@ -453,10 +454,14 @@ class Engine:
         stats, started = self.stats, self.clock()
         calls, rows, waits = residents.tally
         replays, looks = residents.calls.replays, residents.num_looks
-        times = residents.run(times, stats.mean_recursions if stats.new_tokens > 100 else 1.0)
-        if not times:
-            return
-        said = residents.read()
+        try:
+            times = residents.run(times, stats.mean_recursions if stats.new_tokens > 100 else 1.0)
+            if not times:
+                return
+            said = residents.read()
+        except BaseException:
+            residents.discard()
+            raise
         self.fetcher.count += residents.num_looks - looks
         stats.iterations += times
         stats.loop_iterations += times
@@ -473,6 +478,8 @@ class Engine:
                 continue
             request.left.append(depth)
             request.computed += 1
+            if self.kv == "deferred" and depth == self.parts.num_depths - 1:
+                request.full_until = request.computed
             request.tokens.append(token)
             try:
                 self._take(Said(request, depth, None), token)

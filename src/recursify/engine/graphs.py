@@ -26,7 +26,9 @@ class GraphedCalls:
     def __init__(self, device: torch.device, *, captures: bool = True) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._uses_graphs = captures and device.type == "cuda"
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle() if self._uses_graphs else None
+        self._stream = torch.cuda.Stream(device) if self._uses_graphs else None
         self.num_graphs = self.replays = 0
         self.problem: str | None = None
 
@@ -54,11 +56,16 @@ class GraphedCalls:
         """Nothing is computed here: what the function changes is as it was."""
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may use the device meanwhile: a server's.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # The outer context brings the stream back where the inner one fails to, as torch's does in an error. Other
+            # threads may use the device meanwhile: a server's.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 function()
         except RuntimeError as error:
-            self.problem = str(error).splitlines()[0]
+            # Ending a capture that has failed is an error of its own; the first one says why.
+            self.problem = str(error.__context__ or error).splitlines()[0]
             logger.warning("Iterations cannot be captured in CUDA graphs, and run without: %s", self.problem)
             return
         self._graphs[key] = graph

@@ -64,8 +64,9 @@ class Residents:
         self.runner, self.kv, self.scheduler, self.replays = runner, kv, scheduler, replays
         self.num_looks = 0
         self.loop = DeviceLoop(runner, kv, count, replays, implementation)
-        # PyTorch's forms of some kernels ask the device how much there is to do.
-        self.calls = GraphedCalls(runner.device, captures=implementation == "triton")
+        # PyTorch's forms of some kernels ask the device how much there is to do, and some RoPE how long a text is.
+        waits = implementation != "triton" or runner.parts.rotates_by_length
+        self.calls = GraphedCalls(runner.device, captures=not waits)
         self.requests: list[Request | None] = [None] * count
         self._eos = sorted(eos)[:MOST_ENDS]
         slots, pages = self.loop.settings.tables.shape
@@ -225,7 +226,9 @@ class Residents:
         policy = self._policy()
         if policy != self.loop.policy:
             # Who has left and waits for the coda is read out as it left: not all policies read tokens at that time.
-            while self._is_any_leaving(shape):
+            for _ in range(shape.slots):  # one of them at least goes each time
+                if not self._is_any_leaving(shape):
+                    break
                 self._call("exit", shape)
         self.loop.policy = policy
 
@@ -279,12 +282,16 @@ class Residents:
                 self._pages_sent[slot] = len(table)
                 self._settings.tables[slot, : len(table)] = torch.tensor(table, dtype=torch.int32)
                 self._settings.tables[slot, len(table) :] = -1
-            if request is not None and request.params.temperature > 0:
-                self._settings.draws[slot] = torch.tensor(request.next_draws(self.replays + 1), dtype=torch.float64)
+        drawn = {slot: each for slot, each in enumerate(self.requests) if each is not None and each.params.temperature}
+        if drawn:
+            numbers = [request.next_draws(self.replays + 1) for request in drawn.values()]
+            self._settings.draws[list(drawn)] = torch.tensor(numbers, dtype=torch.float64)
         self.loop.said.zero_()
         for field in fields(SlotSettings):
             getattr(self.loop.settings, field.name).copy_(getattr(self._settings, field.name), non_blocking=True)
         self.loop.slots.active.copy_(self.loop.settings.active)
+        # A slot may have lost its request when its token waited for the coda, whose keys are another's place by now.
+        self.loop.leaving.logical_and_(self.loop.slots.active)
         ignores = any(request is not None and request.params.ignore_eos for request in self.requests)
         self.loop.ends.fill_(-1)
         if self._eos and not ignores:
@@ -297,14 +304,23 @@ class Residents:
         leaves = loop.last > 0 and any(map(_may_leave, requests))
         most = max(self._brings_along(request) or 1 for request in requests)
         # Room for the tokens of half of the slots that come along, or for all of one.
-        along = 0 if most == 1 else 8 * math.ceil(most / 8)
+        along = loop.room_for(most)
         rows = max(slots + slots // 2, along) if along else slots
         once = slots
         if leaves and slots > FEW:
             # Of an iteration's tokens so many leave; in eighths, so that there are few different shapes.
             once = math.ceil(slots * min(1.0, math.ceil(8 * ROOM / recursions) / 8))
-        samples = any(request.params.temperature > 0 for request in requests)
-        return LoopShape(slots, enters=once, rows=rows, exits=max(once, along), leaves=leaves, samples=samples)
+        drawn = [request.params.temperature > 0 for request in requests]
+        exits = max(once, along)
+        return LoopShape(slots, once, rows, exits, leaves, samples=any(drawn), reads=not all(drawn))
+
+    def discard(self) -> None:
+        """After an error: what has been said since the last look is lost, and all begin again."""
+        for request in self.requests:
+            if request is not None and request.id in self.scheduler.residents:
+                self.scheduler.preempt(request)
+        self.forget_gone()
+        self._num_read = int(self.loop.ring.counts[0])
 
     def read(self) -> list[tuple[Request, int, int]]:
         """What has been said: requests, tokens, and the depths that those were read after.
