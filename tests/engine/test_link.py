@@ -125,6 +125,27 @@ def test_a_refusal_is_the_requests_own():
     linked(use)
 
 
+def test_requests_that_come_together_begin_together(monkeypatch):
+    """An engine that had nothing to do waits a moment for others: all of them go through the same iterations."""
+    monkeypatch.setattr("recursify.engine.worker.GAP_SECONDS", 1.0)
+    monkeypatch.setattr("recursify.engine.worker.GATHER_SECONDS", 60.0)
+    asked, params = prompts(4, 5, 6), SamplingParams(max_tokens=5)
+
+    async def use(link, engine):
+        heard = []
+        for prompt in asked:
+            heard.append(Heard(link, prompt, params))
+            while not heard[-1].said:
+                await asyncio.sleep(0)
+        for each in heard:
+            await each.ended
+        return engine.stats.iterations
+
+    engine = make()
+    engine.generate(asked, params)
+    assert linked(use) == engine.stats.iterations
+
+
 def test_who_cancels_hears_no_more():
     """The request has gone from the engine, pages too, and nothing is said of it."""
 
@@ -287,12 +308,12 @@ def test_a_channel_without_a_partner():
     """Both directions say so."""
     ours, theirs = socket.socketpair()
     channel = Channel(theirs)
-    assert channel.receive(wait=False) == []
+    assert channel.receive(0.0) == []
     ours.sendall(pack("last")[:-1])
-    assert channel.receive(wait=True) == []
+    assert channel.receive(None) == []
     ours.close()
     with pytest.raises(PartnerGone):
-        channel.receive(wait=True)
+        channel.receive(None)
     with pytest.raises(PartnerGone):
         channel.send("x")
     channel.close()

@@ -178,14 +178,14 @@ class Channel:
         self._selector = selectors.DefaultSelector()
         self._selector.register(end, selectors.EVENT_READ)
 
-    def receive(self, *, wait: bool) -> list[Any]:
-        """The messages that have come; with ``wait`` at least a part of one is waited for.
+    def receive(self, seconds: float | None) -> list[Any]:
+        """The messages that have come; so long, or with None for ever, at least a part of one is waited for.
 
         Raises:
             PartnerGone: There will be no more.
         """
         messages: list[Any] = []
-        while self._selector.select(None if wait else 0):
+        while self._selector.select(seconds):
             try:
                 data = self._socket.recv(READ_BYTES)
             except OSError as error:
@@ -193,7 +193,7 @@ class Channel:
             if not data:
                 raise PartnerGone
             messages += self._frames.feed(data)
-            wait = False
+            seconds = 0.0
         return messages
 
     def send(self, message: Any) -> None:

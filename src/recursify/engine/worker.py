@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,11 @@ from .messages import Accepted, Channel, EngineFacts, Failure, News, PartnerGone
 from .request import RequestOutput, SamplingParams
 from .scoring import score_prompt
 from .snapshot import EngineSnapshot
+
+GAP_SECONDS, GATHER_SECONDS = 0.008, 0.1
+"""An engine that had nothing to do begins when no request has come for the first time, after the second at the latest.
+Rows that begin together stay at one depth, and share their calls of prelude, coda and head; one that has begun an
+iteration before the others has those calls to itself for as long as it lives."""
 
 
 def work(end: socket.socket, build: Callable[[], Engine]) -> None:
@@ -71,7 +77,7 @@ class Worker:
             if self._unscored:  # one between two iterations, so that answers go on
                 number, ids, count = self._unscored.popleft()
                 self._answer(number, partial(score_prompt, self.engine, ids, count))
-            self._send()
+                self._send()
             if self.engine.has_work:
                 self.engine.step()
                 self._collect()
@@ -91,8 +97,16 @@ class Worker:
     # --- Commands ------------------------------------------------------------------------------------------------
 
     def _obey(self, *, wait: bool) -> None:
-        for name, number, *arguments in self._channel.receive(wait=wait):
+        self._carry_out(self._channel.receive(None if wait else 0.0))
+        if wait and self.engine.has_work:
+            latest = time.monotonic() + GATHER_SECONDS
+            while time.monotonic() < latest and (more := self._channel.receive(GAP_SECONDS)):
+                self._carry_out(more)
+
+    def _carry_out(self, commands: Sequence[Any]) -> None:
+        for name, number, *arguments in commands:
             getattr(self, f"do_{name}")(number, *arguments)
+        self._send()
 
     def do_submit(self, number: int, prompt: Sequence[int], params: SamplingParams) -> None:
         """Take a request, which the other end calls ``number``."""
