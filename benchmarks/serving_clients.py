@@ -24,22 +24,29 @@ class ServerProcess:
     Attributes:
         url: Where.
         process: The server's.
+        engine_pid: Of the process in which its engine runs.
     """
 
     url: str
     process: subprocess.Popen
+    engine_pid: int
 
     @property
-    def resident_bytes(self) -> int:
-        """Memory of the process, as Linux counts it."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
-        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+    def resident_bytes(self) -> dict[str, int]:
+        """Memory of both processes, as Linux counts it."""
+        return {"server": resident_bytes(self.process.pid), "engine": resident_bytes(self.engine_pid)}
 
     def metrics(self) -> dict[str, float]:
         """What the server counts, by name with labels."""
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
 
 
 @contextlib.contextmanager
@@ -60,7 +67,7 @@ def served(model: str, *arguments: str) -> Iterator[ServerProcess]:
         # Nobody reads the log any more, and a full pipe would hold the server up.
         threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()
         assert url is not None
-        yield ServerProcess(url, process)
+        yield ServerProcess(url, process, event["engine_pid"])
     finally:
         process.terminate()
         process.wait(60)
