@@ -31,7 +31,7 @@ class Soak:
 
     Args:
         server: To be soaked.
-        prompts: As token ids.
+        prompts: Texts.
         seed: Of what they do.
         clients: At once.
         new_tokens: Of an answer at most.
@@ -42,9 +42,7 @@ class Soak:
         memory: Bytes of both processes, every few seconds.
     """
 
-    def __init__(
-        self, server: ServerProcess, prompts: list[list[int]], *, seed: int, clients: int, new_tokens: int
-    ) -> None:
+    def __init__(self, server: ServerProcess, prompts: list[str], *, seed: int, clients: int, new_tokens: int) -> None:
         self.server, self.prompts, self.clients, self.new_tokens = server, prompts, clients, new_tokens
         self.draw = random.Random(seed)
         self.done: Counter[str] = Counter()
