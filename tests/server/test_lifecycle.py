@@ -191,6 +191,24 @@ def test_an_engine_that_fails_says_so_and_can_be_replaced(caplog):
         assert made.is_idle()
 
 
+def test_a_bug_in_taking_a_request_is_that_requests_error(caplog):
+    """500 with the request's id, whole or streamed, and the traceback in the log; the engine goes on."""
+
+    def broken(prompt, params):
+        raise RuntimeError("secret at /home/somebody")
+
+    with running() as made:
+        add, made.engines[-1].add = made.engines[-1].add, broken
+        for stream in (False, True):
+            answer = made.http.post("/v1/completions", json=LONG | {"stream": stream})
+            assert answer.status_code == 500
+            assert answer.headers["x-request-id"] in answer.text
+            assert "secret" not in answer.text
+        assert caplog.text.count("secret at /home/somebody") >= 2
+        made.engines[-1].add = add
+        assert made.client.completions.create(**LONG | {"max_tokens": 3}).usage.completion_tokens == 3
+
+
 def test_a_restart_that_fails_says_so():
     """And can be tried again."""
     builder, fails = build(), [False, True, False]
