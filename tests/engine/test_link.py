@@ -249,9 +249,10 @@ def test_closing_ends_the_engine():
             await question
         with pytest.raises(EngineError, match="it was closed"):
             await link.snapshot()
-        assert not any(thread.name == "recursify-engine" for thread in threading.enumerate())
 
+    before = set(threading.enumerate())
     linked(use)
+    assert not {thread for thread in threading.enumerate() if thread.name == "recursify-engine"} - before
 
 
 def test_a_listeners_error_is_its_own(caplog):
