@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import itertools
 import logging
 import multiprocessing
+import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
@@ -119,15 +121,10 @@ class EngineLink(asyncio.Protocol):
             return
         context = multiprocessing.get_context("spawn")
         process = context.Process(target=work, args=(theirs, build), name="recursify-engine", daemon=True)
-        # A terminal sends Ctrl-C to both processes, a service manager SIGTERM: the end is for this one to say. What is
-        # blocked here is blocked in the new process, from its first moment on; the tracker, where it is started with
-        # the process, would unblock it before.
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
-            process.start()
+            with _signals_blocked():
+                process.start()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
         self._runner = process
         # However this process ends; later than what multiprocessing has registered, so before it waits for its own.
@@ -308,6 +305,23 @@ class EngineLink(asyncio.Protocol):
         for question in questions.values():
             if not question.done():
                 question.set_exception(EngineError(f"The engine has stopped: {error}"))
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """What is blocked here is blocked in a process that starts meanwhile, from its first moment on.
+
+    A terminal sends Ctrl-C to both processes, a service manager SIGTERM: the end is for this one to say.
+    """
+    if os.name != "posix":
+        yield
+        return
+    resource_tracker.ensure_running()  # where it starts together with a process, it unblocks both signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _reason(runner: SpawnProcess | threading.Thread | None, broken: Exception | None) -> EngineFailure:
