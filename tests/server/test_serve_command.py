@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import openai
@@ -27,6 +29,17 @@ def folder(tmp_path_factory):
     convert_tiny(home / "dense", home / "model", lora_rank=4)
     tokenizer().save_pretrained(home / "model")
     return home / "model"
+
+
+@pytest.fixture(autouse=True)
+def loggers() -> Iterator[None]:
+    """As they were before: a server that runs here writes to the error stream of its test, which is closed then."""
+    both = [logging.getLogger(name) for name in ("recursify.server", "uvicorn")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in both]
+    yield
+    for logger, (handlers, propagate, level) in zip(both, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 class Served:
