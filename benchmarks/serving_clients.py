@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -24,22 +27,30 @@ class ServerProcess:
     Attributes:
         url: Where.
         process: The server's.
+        engine_pid: Of the process in which its engine runs; None of another program's server.
     """
 
     url: str
     process: subprocess.Popen
+    engine_pid: int | None = None
 
     @property
-    def resident_bytes(self) -> int:
-        """Memory of the process, as Linux counts it."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
-        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+    def resident_bytes(self) -> dict[str, int]:
+        """Memory of both processes, as Linux counts it."""
+        assert self.engine_pid is not None
+        return {"server": resident_bytes(self.process.pid), "engine": resident_bytes(self.engine_pid)}
 
     def metrics(self) -> dict[str, float]:
         """What the server counts, by name with labels."""
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
 
 
 @contextlib.contextmanager
@@ -60,10 +71,40 @@ def served(model: str, *arguments: str) -> Iterator[ServerProcess]:
         # Nobody reads the log any more, and a full pipe would hold the server up.
         threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()
         assert url is not None
-        yield ServerProcess(url, process)
+        yield ServerProcess(url, process, event["engine_pid"])
     finally:
         process.terminate()
         process.wait(60)
+
+
+@contextlib.contextmanager
+def served_by_transformers(folder: str, *arguments: str) -> Iterator[ServerProcess]:
+    """``transformers serve`` with continuous batching, over a copy of ``folder`` whose answers never end early."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as copy:
+        endless = Path(copy, "model")
+        shutil.copytree(folder, endless)
+        settings = json.loads((endless / "generation_config.json").read_text(encoding="utf-8"))
+        (endless / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": -1}), encoding="utf-8")
+        program = Path(sys.executable).with_name("transformers")
+        options = ["--continuous-batching", "--port", str(port), "--log-level", "error", *arguments]
+        command = [program, "serve", endless, *options]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            while True:
+                if process.poll() is not None:
+                    raise SystemExit("transformers serve did not start.")
+                try:
+                    httpx.get(f"{url}/health", timeout=5)
+                    break
+                except httpx.TransportError:
+                    time.sleep(0.2)
+            yield ServerProcess(url, process)
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 @dataclass

@@ -31,7 +31,7 @@ class Soak:
 
     Args:
         server: To be soaked.
-        prompts: As token ids.
+        prompts: Texts.
         seed: Of what they do.
         clients: At once.
         new_tokens: Of an answer at most.
@@ -39,16 +39,15 @@ class Soak:
     Attributes:
         done: How often each thing was done.
         wrong: What did not go as it must; a request without an answer among it.
+        memory: Bytes of both processes, every few seconds.
     """
 
-    def __init__(
-        self, server: ServerProcess, prompts: list[list[int]], *, seed: int, clients: int, new_tokens: int
-    ) -> None:
+    def __init__(self, server: ServerProcess, prompts: list[str], *, seed: int, clients: int, new_tokens: int) -> None:
         self.server, self.prompts, self.clients, self.new_tokens = server, prompts, clients, new_tokens
         self.draw = random.Random(seed)
         self.done: Counter[str] = Counter()
         self.wrong: Counter[str] = Counter()
-        self.memory: list[int] = []
+        self.memory: list[dict[str, int]] = []
 
     async def run(self, minutes: float, requests: int) -> dict[str, Any]:
         """Until the time is over, or so many requests have been made; then wait for the server to be idle."""
@@ -64,15 +63,22 @@ class Soak:
         watching.cancel()
         seconds = time.monotonic() - started
         left = await self._left_over()
-        settled = self.memory[len(self.memory) // 5 :] or [self.server.resident_bytes]
+        samples = [*self.memory, self.server.resident_bytes]
+        settled = samples[len(samples) // 5 :]
         return {
             "requests": self.done.total(),
             "seconds": round(seconds, 1),
             "done": dict(sorted(self.done.items())),
             "wrong": dict(self.wrong),
-            "resident_bytes_after_a_fifth": settled[0],
-            "resident_bytes_at_the_end": self.server.resident_bytes,
-            "resident_bytes_largest": max(settled),
+            "resident_mib": {
+                name: {
+                    "after_a_fifth": _mib(settled[0][name]),
+                    "at_the_end": _mib(settled[-1][name]),
+                    "largest": _mib(max(sample[name] for sample in settled)),
+                    "by_tenths": [_mib(samples[len(samples) * tenth // 10][name]) for tenth in range(10)],
+                }
+                for name in samples[0]
+            },
             **left,
         }
 
@@ -130,7 +136,8 @@ class Soak:
     async def _watch(self) -> None:
         while True:
             self.memory.append(self.server.resident_bytes)
-            talk.print(f"{self.done.total()} requests, {self.memory[-1] / 2**20:.0f} MiB, {self.wrong.total()} wrong")
+            mib = ", ".join(f"{name} {_mib(size)} MiB" for name, size in self.memory[-1].items())
+            talk.print(f"{self.done.total()} requests, {mib}, {self.wrong.total()} wrong")
             await asyncio.sleep(5)
 
     async def _left_over(self) -> dict[str, float]:
@@ -142,3 +149,7 @@ class Soak:
                 break
             await asyncio.sleep(0.1)
         return {name.removeprefix("recursify_") + "_left": metrics[name] for name in names}
+
+
+def _mib(size: int) -> float:
+    return round(size / 2**20, 1)

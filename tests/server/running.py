@@ -1,4 +1,4 @@
-"""Servers on this machine, in threads, over a tiny random model."""
+"""Servers on this machine, in threads, over a tiny random model: in a thread as well, or in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
 import openai
+from prometheus_client.parser import text_string_to_metric_families
 from schedules import model_of
 
 from recursify.engine import Engine
@@ -34,40 +36,46 @@ def tokenizer(*, template: str | None = TEMPLATE) -> Any:
     return made
 
 
-def build(family: str = "llama", kv: str = "deferred", **settings: Any) -> Callable[[], Engine]:
-    """Makes engines over a tiny model with exits, or with routers."""
-    template = settings.pop("template", TEMPLATE)
-    chosen = {"max_requests": 8, "num_pages": 256, "page_size": 8, **settings}
+def make_engine(family: str, kv: str, template: str | None, settings: dict[str, Any], seconds: float) -> Engine:
+    """An engine over a tiny model with exits, or with routers; its iterations take at least so many seconds."""
     # Of its own: while an engine works, the model's attention is the engine's, and another thread cannot use it.
     model = copy.deepcopy(model_of(family, kv))
-    return lambda: Engine(model, tokenizer(template=template), kv=kv, force_kv=True, **chosen)
+    engine = Engine(model, tokenizer(template=template), kv=kv, force_kv=True, **settings)
+    step = engine.step
 
+    def slow() -> None:
+        time.sleep(seconds)
+        step()
 
-def slowly(builder: Callable[[], Engine], seconds: float = 0.01) -> Callable[[], Engine]:
-    """The same engine, with iterations of at least so long."""
-
-    def made() -> Engine:
-        engine = builder()
-        step = engine.step
-
-        def slow() -> None:
-            time.sleep(seconds)
-            step()
-
+    if seconds:
         engine.step = slow  # type: ignore[method-assign]
-        return engine
+    return engine
 
-    return made
+
+def build(family: str = "llama", kv: str = "deferred", *, seconds: float = 0.0, **settings: Any) -> partial[Engine]:
+    """Makes such engines, here or in another process."""
+    template = settings.pop("template", TEMPLATE)
+    chosen = {"max_requests": 8, "num_pages": 256, "page_size": 8, **settings}
+    return partial(make_engine, family, kv, template, chosen, seconds)
+
+
+SLOW = 0.01
+"""Seconds of an iteration, where answers have to take a while."""
 
 
 @dataclass
 class Running:
-    """A server that answers."""
+    """A server that answers.
+
+    Attributes:
+        engines: That were made in this process.
+    """
 
     url: str
     host: EngineHost
     server: Server
     thread: threading.Thread
+    engines: list[Engine]
 
     @property
     def client(self) -> openai.OpenAI:
@@ -80,18 +88,30 @@ class Running:
         """Any client of it."""
         return httpx.Client(base_url=self.url, timeout=60)
 
-    @property
-    def pages_used(self) -> int:
-        """In the engine, now."""
-        return self.engine_says(lambda engine: engine.pages.num_used)
+    def metrics(self) -> dict[tuple[str, tuple[str, ...]], float]:
+        """All samples, by name and labels."""
+        headers = {"authorization": f"Bearer {self.host.settings.api_key}"}
+        answer = self.http.get("/metrics", headers=headers)
+        assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+        return {
+            (sample.name, tuple(sample.labels.values())): sample.value
+            for family in text_string_to_metric_families(answer.text)
+            for sample in family.samples
+        }
 
-    def engine_says(self, function: Callable[[Engine], Any]) -> Any:
-        """What ``function`` finds between two iterations."""
-        return self.host.ready().thread.call(function).result(30)
+    def says(self, name: str) -> float:
+        """The metric of that name."""
+        return self.metrics()[f"recursify_{name}", ()]
+
+    @property
+    def num_requests(self) -> int:
+        """In the engine, now."""
+        metrics = self.metrics()
+        return int(sum(metrics[f"recursify_{name}_requests", ()] for name in ("running", "waiting")))
 
     def is_idle(self, seconds: float = 20.0) -> bool:
         """Whether the engine gets to have nothing to do, and no page in use."""
-        return eventually(lambda: self.engine_says(lambda engine: not engine.has_work) and not self.pages_used, seconds)
+        return eventually(lambda: not self.num_requests and not self.says("pages_used"), seconds)
 
     def stop(self) -> None:
         """End it as a signal does."""
@@ -111,15 +131,23 @@ def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> bool:
 
 
 @contextlib.contextmanager
-def running(builder: Callable[[], Engine] | None = None, *, wait: bool = True, **settings: Any) -> Iterator[Running]:
+def running(
+    builder: Callable[[], Engine] | None = None, *, wait: bool = True, own_process: bool = False, **settings: Any
+) -> Iterator[Running]:
     """A server, until the block ends."""
+    builder, engines = builder or build(), []
+
+    def made_here() -> Engine:
+        engines.append(builder())
+        return engines[-1]
+
     chosen = ServerSettings(**{"model_name": NAME, **settings})
     listener = listen("127.0.0.1", 0)
-    app = create_app(builder or build(), chosen)
+    app = create_app(builder if own_process else made_here, chosen, own_process=own_process)
     server = Server(config_of(app, chosen), app.state.host)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    made = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.host, server, thread)
+    made = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.host, server, thread, engines)
     try:
         if wait:
             assert eventually(lambda: made.host.state == "ready", 60), made.host.load_error

@@ -9,9 +9,9 @@ from running import NAME, build, running, tokenizer
 from schedules import model_of
 
 from recursify.engine import SamplingParams
+from recursify.engine.scoring import score_prompt
 from recursify.modeling import ExitSettings, make_policy
 from recursify.server import ExitChoice
-from recursify.server.scoring import score_prompt
 
 EXITS = {"policy": "confidence", "threshold": 0.1}
 

@@ -10,11 +10,9 @@ import time
 import httpx
 import openai
 import pytest
-from running import NAME, build, eventually, running, slowly
+from running import NAME, SLOW, build, eventually, running
 
 from recursify.engine import SamplingParams
-from recursify.errors import CheckpointError, EngineError
-from recursify.server import ExitChoice, ServerSettings, serve
 
 LONG = {"model": NAME, "prompt": "hello", "max_tokens": 200, "temperature": 0}
 
@@ -22,13 +20,8 @@ LONG = {"model": NAME, "prompt": "hello", "max_tokens": 200, "temperature": 0}
 @pytest.fixture(scope="module")
 def slow():
     """A server whose answers of 200 tokens take some seconds."""
-    with running(slowly(build())) as made:
+    with running(build(seconds=SLOW)) as made:
         yield made
-
-
-def requests_in(made) -> int:
-    """How many the engine has."""
-    return made.engine_says(lambda engine: len(engine.requests))
 
 
 # --- Leaving -----------------------------------------------------------------------------------------------------
@@ -38,7 +31,7 @@ def test_who_leaves_a_stream_is_cancelled(slow):
     """At once, with pages back; others go on."""
     with slow.client.completions.create(**LONG, stream=True) as stream:
         assert next(iter(stream)).choices[0].finish_reason is None
-        assert requests_in(slow) == 1
+        assert slow.num_requests == 1
     started = time.monotonic()
     assert slow.is_idle()
     assert time.monotonic() - started < 1.0
@@ -55,12 +48,12 @@ def test_who_leaves_a_whole_answer_is_cancelled(slow):
 
 def test_who_leaves_while_waiting_is_cancelled():
     """A request that has not begun is forgotten."""
-    with running(slowly(build(max_requests=1))) as made:
+    with running(build(max_requests=1, seconds=SLOW)) as made:
         with made.client.completions.create(**LONG, stream=True) as first:
             next(iter(first))
             with pytest.raises(httpx.ReadTimeout):
                 made.http.post("/v1/completions", json=LONG, timeout=0.3)
-            assert eventually(lambda: requests_in(made) == 1)
+            assert eventually(lambda: made.num_requests == 1)
         assert made.is_idle()
 
 
@@ -69,7 +62,7 @@ def test_who_leaves_while_waiting_is_cancelled():
 
 def test_a_full_queue_says_when_to_come_back():
     """429 with Retry-After; the places are free again afterwards."""
-    with running(slowly(build(max_requests=1)), max_queue=1) as made:
+    with running(build(max_requests=1, seconds=SLOW), max_queue=1) as made:
         with made.client.completions.create(**LONG, stream=True), made.client.completions.create(**LONG, stream=True):
             answer = made.http.post("/v1/completions", json=LONG)
             assert answer.status_code == 429
@@ -85,7 +78,7 @@ def test_a_full_queue_says_when_to_come_back():
 
 def test_an_answer_that_takes_too_long_is_ended():
     """504, or an event of a stream; no page stays in use."""
-    with running(slowly(build()), request_seconds=0.5) as made:
+    with running(build(seconds=SLOW), request_seconds=0.5) as made:
         with pytest.raises(openai.APIStatusError, match=r"not ready within 0\.5 seconds") as caught:
             made.client.completions.create(**LONG)
         assert caught.value.status_code == 504
@@ -128,36 +121,18 @@ def test_it_is_ready_only_when_it_is_loaded():
         assert eventually(lambda: made.http.get("/health").status_code == 200)
 
 
-@pytest.mark.parametrize(
-    ("default_exit", "message"),
-    [(ExitChoice(policy="confidence", min_depth=5), "no exit after depth 5"), (None, "no model in /models")],
-)
-def test_a_model_that_does_not_load_ends_the_server(default_exit, message):
-    """With its own error, also where it cannot do what is asked of every request."""
-    builder = build()
-
-    def load():
-        if default_exit is None:
-            raise CheckpointError("There is no model in /models.")
-        return builder()
-
-    settings = ServerSettings(model_name=NAME, default_exit=default_exit)
-    with pytest.raises((CheckpointError, EngineError), match=message):
-        serve(load, settings, address="127.0.0.1", port=0)
-
-
 # --- Ending ------------------------------------------------------------------------------------------------------
 
 
 def test_shutting_down_finishes_answers():
     """Those under way are whole, streamed or not; new ones are told."""
     asked = LONG | {"max_tokens": 60}
-    with running(slowly(build())) as made, concurrent.futures.ThreadPoolExecutor(4) as pool:
+    with running(build(seconds=SLOW)) as made, concurrent.futures.ThreadPoolExecutor(4) as pool:
         expected = made.client.completions.create(**asked).choices[0].text
         whole = [pool.submit(lambda: made.client.completions.create(**asked).choices[0].text) for _ in range(2)]
         stream = made.client.completions.create(**asked, stream=True)
         first = next(iter(stream)).choices[0].text
-        assert eventually(lambda: requests_in(made) == 3)
+        assert eventually(lambda: made.num_requests == 3)
         made.server.should_exit = True
         assert [future.result() for future in whole] == [expected, expected]
         assert first + "".join(event.choices[0].text for event in stream) == expected
@@ -167,11 +142,11 @@ def test_shutting_down_finishes_answers():
 
 def test_shutting_down_tells_those_who_cannot_be_finished():
     """When the time for that is over, every request still gets an answer: that the server ends."""
-    with running(slowly(build(), 0.1), shutdown_seconds=0.3) as made, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with running(build(seconds=0.1), shutdown_seconds=0.3) as made, concurrent.futures.ThreadPoolExecutor(1) as pool:
         whole = pool.submit(lambda: made.http.post("/v1/completions", json=LONG))
         stream = made.client.completions.create(**LONG, stream=True)
         next(iter(stream))
-        assert eventually(lambda: requests_in(made) == 2)
+        assert eventually(lambda: made.num_requests == 2)
         made.server.should_exit = True
         answer = whole.result()
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_closing")
@@ -182,19 +157,19 @@ def test_shutting_down_tells_those_who_cannot_be_finished():
 # --- Failing -----------------------------------------------------------------------------------------------------
 
 
-def test_an_engine_that_fails_says_so_and_can_be_replaced():
+def test_an_engine_that_fails_says_so_and_can_be_replaced(caplog):
     """All requests get a clear error without the inside of it; /restart makes another engine that answers the same."""
 
     def broken():
         raise RuntimeError("secret at /home/somebody")
 
-    with running(slowly(build())) as made, concurrent.futures.ThreadPoolExecutor(4) as pool:
+    with running(build(seconds=SLOW)) as made, concurrent.futures.ThreadPoolExecutor(4) as pool:
         expected = made.client.completions.create(**LONG | {"max_tokens": 20}).choices[0].text
         whole = pool.submit(lambda: made.http.post("/v1/completions", json=LONG))
         stream = made.client.completions.create(**LONG, stream=True)
         next(iter(stream))
-        assert eventually(lambda: requests_in(made) == 2)
-        made.engine_says(lambda engine: setattr(engine, "step", broken))
+        assert eventually(lambda: made.num_requests == 2)
+        made.engines[-1].step = broken
         answer = whole.result()
         with pytest.raises(openai.APIError, match=r"The engine has stopped \(RuntimeError\).*POST /restart"):
             list(stream)
@@ -205,19 +180,33 @@ def test_an_engine_that_fails_says_so_and_can_be_replaced():
             assert "The engine has stopped (RuntimeError)" in found.text
             assert "secret" not in found.text
         assert health.json()["status"] == "stopped"
+        assert "in broken" in caplog.text
+        assert "secret at /home/somebody" in caplog.text
         assert "recursify_up 0.0" in made.http.get("/metrics").text
-        tokens = generated(made)
+        tokens = made.says("generated_tokens_total")
         assert made.http.post("/restart").json() == {"status": "ready"}
         assert made.http.get("/health").status_code == 200
         assert made.client.completions.create(**LONG | {"max_tokens": 20}).choices[0].text == expected
-        assert generated(made) >= tokens + 20
+        assert made.says("generated_tokens_total") >= tokens + 20
         assert made.is_idle()
 
 
-def generated(made) -> float:
-    """New tokens, by the metrics."""
-    text = made.http.get("/metrics").text
-    return next(float(line.split()[1]) for line in text.splitlines() if line.startswith("recursify_generated_tokens_t"))
+def test_a_bug_in_taking_a_request_is_that_requests_error(caplog):
+    """500 with the request's id, whole or streamed, and the traceback in the log; the engine goes on."""
+
+    def broken(prompt, params):
+        raise RuntimeError("secret at /home/somebody")
+
+    with running() as made:
+        add, made.engines[-1].add = made.engines[-1].add, broken
+        for stream in (False, True):
+            answer = made.http.post("/v1/completions", json=LONG | {"stream": stream})
+            assert answer.status_code == 500
+            assert answer.headers["x-request-id"] in answer.text
+            assert "secret" not in answer.text
+        assert caplog.text.count("secret at /home/somebody") >= 2
+        made.engines[-1].add = add
+        assert made.client.completions.create(**LONG | {"max_tokens": 3}).usage.completion_tokens == 3
 
 
 def test_a_restart_that_fails_says_so():
@@ -230,7 +219,7 @@ def test_a_restart_that_fails_says_so():
         return builder()
 
     with running(load) as made:
-        made.engine_says(lambda engine: setattr(engine, "step", None))
+        made.engines[-1].step = None
         made.http.post("/v1/completions", json=LONG)
         answer = made.http.post("/restart")
         assert answer.status_code == 503

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-from running import NAME, build, eventually, running, slowly
-
-
-def metrics(made) -> dict[tuple[str, tuple[str, ...]], float]:
-    """All samples, by name and labels."""
-    answer = made.http.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-    return {
-        (sample.name, tuple(sample.labels.values())): sample.value
-        for family in text_string_to_metric_families(answer.text)
-        for sample in family.samples
-    }
+from running import NAME, build, eventually, running
 
 
 def test_counts_add_up():
     """Requests by outcome, tokens by depth, pages and times."""
     with running(build()) as made:
-        before = metrics(made)
+        before = made.metrics()
         assert before["recursify_up", ()] == 1
         assert before["recursify_pages", ()] == 256
         answer = made.client.completions.create(
@@ -32,7 +20,7 @@ def test_counts_add_up():
         )
         made.http.post("/v1/completions", json={"prompt": [999]})
         depths = answer.choices[0].recursify["depths"]
-        after = metrics(made)
+        after = made.metrics()
         assert after["recursify_requests_total", ("completions", "answered")] == 1
         assert after["recursify_requests_total", ("completions", "invalid_value")] == 1
         assert {depth: depths.count(depth) for depth in set(depths)} == {
@@ -48,22 +36,22 @@ def test_counts_add_up():
 
 def test_what_is_there_now_is_shown():
     """Rows by depth, the queue and pages while answers are under way."""
-    with running(slowly(build(max_requests=2), 0.02)) as made:
+    with running(build(max_requests=2, seconds=0.02)) as made:
         body = {"model": NAME, "prompt": "hello", "max_tokens": 200, "stream": True, "n": 5}
         with made.client.completions.create(**body) as stream:
             next(iter(stream))
-            found = metrics(made)
+            found = made.metrics()
             assert found["recursify_running_requests", ()] == 2
             assert found["recursify_waiting_requests", ()] == 3
             assert found["recursify_pages_used", ()] > 0
             assert eventually(
-                lambda: any(name == "recursify_rows" and value for (name, _), value in metrics(made).items())
+                lambda: any(name == "recursify_rows" and value for (name, _), value in made.metrics().items())
             )
-        assert eventually(lambda: metrics(made).get(("recursify_requests_total", ("completions", "abandoned"))) == 1)
+        assert eventually(lambda: made.metrics().get(("recursify_requests_total", ("completions", "abandoned"))) == 1)
 
 
 def test_a_route_is_counted_by_its_endpoint(server):
     """Chats apart from completions."""
-    before = metrics(server).get(("recursify_requests_total", ("chat", "answered")), 0)
+    before = server.metrics().get(("recursify_requests_total", ("chat", "answered")), 0)
     server.client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "x"}], max_tokens=2)
-    assert metrics(server)["recursify_requests_total", ("chat", "answered")] == pytest.approx(before + 1)
+    assert server.metrics()["recursify_requests_total", ("chat", "answered")] == pytest.approx(before + 1)

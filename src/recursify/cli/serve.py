@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,19 +90,33 @@ def serve_command(
         request_seconds=request_timeout,
         shutdown_seconds=shutdown_timeout,
     )
-    loaded: list[Any] = []
-
-    def build() -> Any:
-        from recursify.engine import Engine
-
-        from .models import load_model
-
-        # A restart makes a new engine over the weights that are there.
-        if not loaded:
-            loaded.extend(load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code))
-        return Engine(*loaded, max_requests=max_requests, kv_bytes=kv_bytes, max_length=max_length)
-
+    build = partial(
+        make_engine,
+        model,
+        {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code},
+        {"max_requests": max_requests, "kv_bytes": kv_bytes, "max_length": max_length},
+    )
     server.serve(build, settings, address=host, port=port)
+
+
+def make_engine(source: str, loading: dict[str, Any], limits: dict[str, Any]) -> Any:
+    """An engine over what is at ``source``; called in the process that it runs in.
+
+    Args:
+        source: See :func:`~recursify.cli.models.load_model`.
+        loading: Its other arguments.
+        limits: The engine's.
+
+    Raises:
+        CheckpointError: The model cannot be loaded.
+        SettingsError: Unknown dtype or device.
+        EngineError: It has no room.
+    """
+    from recursify.engine import Engine
+
+    from .models import load_model
+
+    return Engine(*load_model(source, **loading), **limits)
 
 
 def _server() -> Any:

@@ -1,15 +1,13 @@
-"""Answers on their way from the engine's thread to the event loop."""
+"""Answers on their way from the engine to a request."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from recursify.engine import EngineThread, RequestOutput, SamplingParams, StreamChunk
+from recursify.engine import Accepted, EngineLink, RequestOutput, SamplingParams, StreamChunk
 from recursify.errors import EngineError
 
 from .errors import ApiError
@@ -18,53 +16,12 @@ if TYPE_CHECKING:
     from .host import EngineHost
 
 
-INTERVAL_SECONDS = 0.01
-"""Between two deliveries: what comes meanwhile is sent together. The event loop and the engine's thread take turns at
-Python, so every token that is sent by itself costs the engine time."""
-
-
-class Inbox:
-    """Takes what the engine's thread says into the event loop, all that it said meanwhile in one wake-up.
-
-    Args:
-        loop: Where it goes.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._delivered = -INTERVAL_SECONDS
-        self._items: deque[tuple[Answers, int, Any]] = deque()
-        self._is_coming = False
-
-    def put(self, answers: Answers, index: int, item: Any) -> None:
-        """Called in any thread: ``item`` is for the answer ``index`` of ``answers``."""
-        self._items.append((answers, index, item))
-        if not self._is_coming and not self._loop.is_closed():
-            self._is_coming = True
-            try:
-                self._loop.call_soon_threadsafe(self._come)
-            except RuntimeError:  # the loop has closed since: nobody listens
-                self._items.clear()
-
-    def _come(self) -> None:
-        self._loop.call_at(self._delivered + INTERVAL_SECONDS, self._deliver)
-
-    def _deliver(self) -> None:
-        self._delivered = self._loop.time()
-        # Before reading: what is put from now on is read below, or brings another wake-up.
-        self._is_coming = False
-        while self._items:
-            answers, index, item = self._items.popleft()
-            answers.receive(index, item)
-
-
 class Answers:
     """The answers to one call of the server, which may ask the engine several things.
 
     Args:
         host: Of the engine; knows why it has stopped.
-        thread: The engine's.
-        inbox: Through which it speaks.
+        link: To the engine.
         asked: Prompts and parameters.
 
     Attributes:
@@ -74,12 +31,12 @@ class Answers:
     def __init__(
         self,
         host: EngineHost,
-        thread: EngineThread,
-        inbox: Inbox,
+        link: EngineLink,
         asked: Sequence[tuple[list[int], SamplingParams]],
     ) -> None:
-        self._host, self._thread, self._inbox, self._asked = host, thread, inbox, asked
-        self._ids: dict[int, int] = {}
+        self._host, self._link, self._asked = host, link, asked
+        self._numbers: dict[int, int] = {}
+        self._unaccepted = len(asked)
         self._open = set(range(len(asked)))
         self._chunks: list[tuple[int, StreamChunk]] = []
         self._error: Exception | None = None
@@ -88,7 +45,6 @@ class Answers:
         late = ApiError(504, f"The answer was not ready within {seconds:g} seconds.", code="timeout")
         # One timer per request: a limit to every wait would be a task per token.
         self._timer = asyncio.get_running_loop().call_later(seconds, self.fail, late)
-        self._closed = False
         self.outputs: dict[int, RequestOutput] = {}
 
     # --- For the request -----------------------------------------------------------------------------------------
@@ -102,11 +58,10 @@ class Answers:
         """
         for index, (prompt, params) in enumerate(self._asked):
             try:
-                accepted = self._thread.submit(prompt, params, partial(self._inbox.put, self, index))
+                self._numbers[index] = self._link.submit(prompt, params, partial(self._receive, index))
             except EngineError as error:
-                raise self._stopped() from error
-            accepted.add_done_callback(partial(self._inbox.put, self, index))
-        while len(self._ids) < len(self._asked):
+                raise self._host.unavailable() from error
+        while self._unaccepted:
             await self._wait()
 
     async def chunks(self) -> AsyncIterator[list[tuple[int, StreamChunk]]]:
@@ -135,44 +90,27 @@ class Answers:
 
     def close(self) -> None:
         """Nobody listens any more: cancel what has not ended."""
-        self._closed = True
         self._timer.cancel()
-        for index in self._open & set(self._ids):
-            self._thread.cancel(self._ids[index])
+        for index in self._open & set(self._numbers):
+            self._link.cancel(self._numbers[index])
         self._open.clear()
 
     # --- From the engine -----------------------------------------------------------------------------------------
 
-    def receive(self, index: int, item: StreamChunk | BaseException | Future[int]) -> None:
-        """What the engine says of the answer ``index``: that it is accepted or refused, a chunk, or its own end."""
-        if isinstance(item, Future):
-            self._receive_acceptance(index, item)
-        elif isinstance(item, BaseException):
-            self._host.log_failure()
+    def _receive(self, index: int, item: Accepted | StreamChunk | Exception) -> None:
+        """What is said of the answer ``index``: that it is taken or refused, a chunk, or the engine's own end."""
+        if isinstance(item, Exception):
             self._open.discard(index)
-            self._error = self._error or self._stopped()
-        else:
+            self.fail(item if self._link.is_running else self._host.unavailable())
+            return
+        if isinstance(item, StreamChunk):
             self.outputs[index] = item.output
             if item.finish_reason is not None:
                 self._open.discard(index)
-            if not self._closed:
-                self._chunks.append((index, item))
+            self._chunks.append((index, item))
+        else:
+            self._unaccepted -= 1
         self._news.set()
-
-    def _receive_acceptance(self, index: int, accepted: Future[int]) -> None:
-        refusal = accepted.exception()
-        if refusal is not None:
-            self._open.discard(index)
-            is_ours = isinstance(refusal, EngineError) and self._thread.error is None
-            self._error = self._error or (refusal if is_ours and isinstance(refusal, Exception) else self._stopped())
-            return
-        self._ids[index] = accepted.result()
-        if self._closed:
-            self._thread.cancel(accepted.result())
-
-    def _stopped(self) -> ApiError:
-        state = self._host.state
-        return ApiError(503, self._host.reason, code=f"engine_{state}", headers={"retry-after": "5"})
 
     async def _wait(self) -> None:
         """Until something has come."""

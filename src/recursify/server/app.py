@@ -19,23 +19,25 @@ from .routes import router
 from .settings import ServerSettings
 
 
-def create_app(build: Callable[[], Engine], settings: ServerSettings) -> FastAPI:
+def create_app(build: Callable[[], Engine], settings: ServerSettings, *, own_process: bool = False) -> FastAPI:
     """A server that begins to load its engine when it starts, and answers when that is done.
 
     Args:
-        build: Makes the engine, with its tokenizer; called in another thread, and again for a restart.
+        build: Makes the engine, with its tokenizer; called where the engine runs, and again for a restart.
         settings: Names, key and limits.
+        own_process: Run the engine in a process of its own, where it shares no interpreter with the server and a
+            crash is its own; ``build`` is pickled for that. Else in a thread, with any ``build``.
     """
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(host.load())
         yield
-        if not loading.done():
-            await loading
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
         await host.close()
 
-    host = EngineHost(build, settings)
+    host = EngineHost(build, settings, own_process=own_process)
     # FastAPI's own pages of documentation would load scripts from elsewhere.
     app = FastAPI(title="Recursify", version=recursify.__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.host = host

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from recursify.engine import Engine, EngineThread, SamplingParams
+from recursify.engine import Accepted, Engine, EngineLink, EngineSnapshot, SamplingParams, StreamChunk
 from recursify.errors import EngineError, RecursifyError
 
 from .admission import Admission
-from .answers import Answers, Inbox
+from .answers import Answers
 from .errors import ApiError
 from .metrics import Metrics
 from .prompts import Prompts
@@ -28,7 +28,7 @@ T = TypeVar("T")
 class Serving:
     """What there is while an engine runs."""
 
-    thread: EngineThread
+    link: EngineLink
     prompts: Prompts
     sampling: Sampling
     num_recursions: int
@@ -38,23 +38,22 @@ class EngineHost:
     """Makes an engine, hands requests to it, and knows how it is.
 
     Args:
-        build: Makes the engine, with its tokenizer; called in another thread, and again for a restart.
+        build: Makes the engine, with its tokenizer; called where the engine runs, and again for a restart.
         settings: Of the server.
+        own_process: See :meth:`~recursify.engine.link.EngineLink.open`.
     """
 
-    def __init__(self, build: Callable[[], Engine], settings: ServerSettings) -> None:
+    def __init__(self, build: Callable[[], Engine], settings: ServerSettings, *, own_process: bool) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.admission = Admission(1, settings.max_queue)
         self.load_error: BaseException | None = None
         self.has_loaded = False
-        self._build = build
+        self._build, self._own_process = build, own_process
         self._serving: Serving | None = None
         self._loading = asyncio.Lock()
         self._closing = False
         self._answers: set[Answers] = set()
-        self._inbox: Inbox | None = None
-        self._logged: BaseException | None = None
 
     # --- How it is -----------------------------------------------------------------------------------------------
 
@@ -65,13 +64,13 @@ class EngineHost:
             return "closing"
         if self._serving is None:
             return "stopped" if self.load_error is not None else "loading"
-        return "ready" if self._serving.thread.is_running else "stopped"
+        return "ready" if self._serving.link.is_running else "stopped"
 
     @property
     def reason(self) -> str:
         """Why the state is what it is; of an error only its kind, since its text may name what is inside."""
-        error = self.load_error if self._serving is None else self._serving.thread.error
-        kind = type(error).__name__
+        error = self.load_error if self._serving is None else self._serving.link.error
+        kind = getattr(error, "kind", type(error).__name__)
         return {
             "loading": "The model is being loaded.",
             "ready": "Requests are answered.",
@@ -91,27 +90,41 @@ class EngineHost:
             ApiError: No engine runs.
         """
         if self.state != "ready" or self._serving is None:
-            raise ApiError(503, self.reason, code=f"engine_{self.state}", headers={"retry-after": "5"})
+            raise self.unavailable()
         return self._serving
 
-    async def ask_engine(self, function: Callable[[Engine], T], seconds: float) -> T:
-        """What ``function`` finds between two iterations of the engine.
+    def unavailable(self) -> ApiError:
+        """What a caller is told while no engine runs."""
+        return ApiError(503, self.reason, code=f"engine_{self.state}", headers={"retry-after": "5"})
+
+    async def snapshot(self, seconds: float) -> EngineSnapshot:
+        """The engine's counts.
 
         Raises:
             ApiError: No engine runs, or it did not come to it in time.
         """
+        return await self._in_time(self.ready().link.snapshot(), seconds)
+
+    async def score(self, ids: list[int], count: int) -> list[dict[int, float] | None]:
+        """Log-probabilities of a prompt, as :func:`~recursify.engine.scoring.score_prompt` has them.
+
+        Raises:
+            ApiError: No engine runs, or it did not come to it in time.
+        """
+        return await self._in_time(self.ready().link.score(ids, count), self.settings.request_seconds)
+
+    async def _in_time(self, asking: Coroutine[Any, Any, T], seconds: float) -> T:
         try:
-            found = asyncio.wrap_future(self.ready().thread.call(function))
-            return await asyncio.wait_for(found, seconds)
+            return await asyncio.wait_for(asking, seconds)
         except TimeoutError:
             raise ApiError(504, f"The engine did not come to it within {seconds:g} seconds. Try again.") from None
         except EngineError:
-            raise ApiError(503, self.reason, code=f"engine_{self.state}") from None
+            raise self.unavailable() from None
 
     # --- Requests ------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def answers(self, prompts: list[list[int]], params: list[list[SamplingParams]]) -> Any:
+    async def answers(self, prompts: list[list[int]], params: list[list[SamplingParams]]) -> AsyncIterator[Answers]:
         """The answers to ``prompts``, each once per set of its ``params``; whatever happens, they end with the block.
 
         Raises:
@@ -119,10 +132,9 @@ class EngineHost:
             EngineError: One of them was refused; none is answered, then.
         """
         serving = self.ready()
-        assert self._inbox is not None
         asked = [(prompt, each) for prompt, its in zip(prompts, params, strict=True) for each in its]
         ticket = self.admission.take(len(asked))
-        answers = Answers(self, serving.thread, self._inbox, asked)
+        answers = Answers(self, serving.link, asked)
         self._answers.add(answers)
         try:
             await answers.accept()
@@ -132,62 +144,73 @@ class EngineHost:
             self._answers.discard(answers)
             ticket.give_back()
 
-    def log_failure(self) -> None:
-        """Log why the engine has stopped, once."""
-        error = None if self._serving is None else self._serving.thread.error
-        if error is not None and error is not self._logged:
-            self._logged = error
-            log_event("error", "the engine has stopped", exception=error)
-
     # --- Beginning and end ---------------------------------------------------------------------------------------
 
     async def load(self) -> bool:
         """Make the engine, unless one runs; whether it was made."""
         async with self._loading:
-            if self._closing or (self._serving is not None and self._serving.thread.is_running):
+            if self._closing or (self._serving is not None and self._serving.link.is_running):
                 return False
             await self._let_go()
             self.load_error = None
-            self._inbox = Inbox(asyncio.get_running_loop())
             try:
-                engine = await asyncio.to_thread(self._make)
+                link = await EngineLink.open(self._build, own_process=self._own_process, on_stop=self._note_stop)
+                try:
+                    self._serving = await self._try_out(link)
+                except BaseException:
+                    await link.close()
+                    raise
             except Exception as error:
                 self.load_error = error
                 expected = isinstance(error, RecursifyError)
                 log_event("error", "the model did not load", message=str(error), exception=None if expected else error)
                 return False
-            self.admission.running = engine.scheduler.max_requests
-            self.admission.capacity = engine.scheduler.max_requests + self.settings.max_queue
-            self._serving = self._serve(engine)
+            facts = link.facts
+            self.admission.running = facts.max_requests
+            self.admission.capacity = facts.max_requests + self.settings.max_queue
             self.has_loaded = True
-            log_event("info", "ready", model=self.settings.model_name, pages=engine.pages.pools[0].num_pages)
+            log_event("info", "ready", model=self.settings.model_name, pages=facts.num_pages, engine_pid=link.pid)
             return True
 
-    def _make(self) -> Engine:
-        """An engine that has answered once, so that what it cannot do shows now."""
-        engine = self._build()
-        leaves = self._sampling(engine).leaving(self.settings.default_exit)
-        engine.generate([[0]], SamplingParams(max_tokens=1, **leaves))
-        engine.reset_stats()
-        return engine
+    async def _try_out(self, link: EngineLink) -> Serving:
+        """Have the engine answer once, so that what it cannot do shows now.
 
-    def _sampling(self, engine: Engine) -> Sampling:
-        return Sampling(self.settings, engine.parts.config, engine.kv, engine.max_length)
+        Raises:
+            EngineError, SettingsError: It cannot do what is asked of every request.
+            EngineFailure: It fails at it.
+        """
+        facts, limit = link.facts, self.settings.max_prompt_tokens
+        sampling = Sampling(self.settings, facts.config, facts.kv, facts.max_length)
+        leaves = sampling.leaving(self.settings.default_exit)
+        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def _serve(self, engine: Engine) -> Serving:
-        limit = self.settings.max_prompt_tokens
-        longest = engine.max_length - 1 if limit is None else min(limit, engine.max_length - 1)
-        return Serving(
-            EngineThread(engine), Prompts(engine.tokenizer, longest), self._sampling(engine), engine.parts.num_depths
-        )
+        def listen(what: Accepted | StreamChunk | Exception) -> None:
+            if isinstance(what, Exception):
+                answered.set_exception(what)
+            elif isinstance(what, StreamChunk) and what.finish_reason is not None:
+                answered.set_result(None)
+
+        number = link.submit([0], SamplingParams(max_tokens=1, **leaves), listen)
+        try:
+            await answered
+        finally:
+            link.cancel(number)
+        await link.reset_stats()
+        longest = facts.max_length - 1 if limit is None else min(limit, facts.max_length - 1)
+        return Serving(link, Prompts(facts.tokenizer, longest), sampling, facts.num_recursions)
+
+    def _note_stop(self, error: Exception) -> None:
+        """The engine has stopped: say why in the log, where alone the inside is shown, and keep its counts."""
+        if self._serving is not None:
+            log_event("error", "the engine has stopped", message=str(error), exception=error)
+            self.metrics.keep(self._serving.link.last_snapshot)
 
     async def _let_go(self) -> None:
-        """Forget the engine that has stopped, with its pages, so that there is room for the next."""
-        if self._serving is not None:
-            self.metrics.keep(self._serving.thread.engine)
-            await asyncio.to_thread(self._serving.thread.close, drain=False, timeout=5.0)
-            self._serving.prompts.close()
-            self._serving = None
+        """Forget the engine, with its weights and pages, so that there is room for the next."""
+        serving, self._serving = self._serving, None
+        if serving is not None:
+            serving.prompts.close()
+            await serving.link.close()
 
     async def finish(self) -> None:
         """Take no more requests; finish those there are in the time that there is, and tell the others."""

@@ -4,62 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client import Counter as CounterMetric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from recursify.engine import Engine
+from recursify.engine import EngineSnapshot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Bounds of the histograms."""
-
-
-@dataclass(frozen=True)
-class EngineSnapshot:
-    """An engine between two iterations; counts since it was made.
-
-    Attributes:
-        waiting: Answers that have not begun.
-        running: Answers under way.
-        rows: By depth, tokens and prompts that are there now.
-        pages: Of keys and values, in all.
-        pages_used: Of them.
-        exits: By depth, new tokens that were read after it.
-        totals: Other counts, by name.
-    """
-
-    waiting: int = 0
-    running: int = 0
-    rows: dict[int, int] = field(default_factory=dict)
-    pages: int = 0
-    pages_used: int = 0
-    exits: dict[int, int] = field(default_factory=dict)
-    totals: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, engine: Engine) -> EngineSnapshot:
-        """To be called in the engine's thread."""
-        stats, scheduler = engine.stats, engine.scheduler
-        return cls(
-            len(scheduler.waiting),
-            len(scheduler.running),
-            dict(Counter(flight.depth for flight in scheduler.flights.values())),
-            sum(pool.num_pages for pool in engine.pages.pools),
-            sum(pool.num_used for pool in engine.pages.pools),
-            dict(stats.exit_histogram or {}),
-            {
-                "generated_tokens": stats.new_tokens,
-                "prompt_tokens": stats.prompt_tokens,
-                "cached_prompt_tokens": stats.cached_tokens,
-                "recursions": stats.depth_sum,
-                "block_calls": stats.block_calls,
-                "preemptions": stats.preemptions,
-                "engine_seconds": stats.seconds,
-            },
-        )
 
 
 HELP = {
@@ -96,11 +50,10 @@ class Metrics:
         self._kept_totals: Counter[str] = Counter()
         self.registry.register(self)
 
-    def keep(self, engine: Engine) -> None:
-        """Add the counts of an engine that has stopped to those of the next."""
-        found = EngineSnapshot.of(engine)
-        self._kept_exits.update(found.exits)
-        self._kept_totals.update(found.totals)
+    def keep(self, last: EngineSnapshot) -> None:
+        """Add the counts of an engine that has stopped, as they were last seen, to those of the next."""
+        self._kept_exits.update(last.exits)
+        self._kept_totals.update(last.totals)
         self._snapshot = EngineSnapshot()
 
     def text(self, snapshot: EngineSnapshot | None, *, ready: bool) -> bytes:

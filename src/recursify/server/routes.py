@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from recursify.engine import EngineSnapshot
+
 from .answering import Work, answer
 from .chat_format import ChatFormat
 from .completion_format import CompletionFormat, Echo
 from .errors import ApiError, json_response
 from .host import EngineHost, Serving
-from .metrics import CONTENT_TYPE, EngineSnapshot
+from .metrics import CONTENT_TYPE
 from .page import CONTENT_SECURITY_POLICY, PAGE
 from .schema import ChatRequest, CompletionRequest
-from .scoring import score_prompt
 
 router = APIRouter()
 CREATED = int(time.time())
@@ -99,7 +99,7 @@ async def metrics(http: Request) -> Response:
     """Of the server and its engine."""
     host = host_of(http)
     try:
-        snapshot: EngineSnapshot | None = await host.ask_engine(EngineSnapshot.of, 5.0)
+        snapshot: EngineSnapshot | None = await host.snapshot(5.0)
     except ApiError:  # the engine has stopped, or is in a long iteration: the rest is as true as ever
         snapshot = None
     return Response(host.metrics.text(snapshot, ready=host.state == "ready"), media_type=CONTENT_TYPE)
@@ -132,7 +132,6 @@ async def _echoes(host: EngineHost, serving: Serving, body: CompletionRequest, p
     for ids in prompts:
         logged = None
         if body.logprobs is not None:
-            score = partial(score_prompt, ids=ids, count=body.logprobs)
-            logged = await host.ask_engine(score, host.settings.request_seconds)
+            logged = await host.score(ids, body.logprobs)
         echoes += [Echo(serving.prompts.text_of(ids), ids, logged)] * (body.n or 1)
     return echoes

@@ -45,7 +45,13 @@ class Server(uvicorn.Server):
 
 
 def serve(build: Callable[[], Engine], settings: ServerSettings, *, address: str, port: int) -> None:
-    """Answer requests at ``address`` and ``port`` until a signal ends it.
+    """Answer requests at ``address`` and ``port`` until a signal ends it, with the engine in a process of its own.
+
+    Args:
+        build: Makes the engine, with its tokenizer. It is pickled: a function of a module, or a ``partial`` of one.
+        settings: Names, key and limits.
+        address: To listen at.
+        port: To listen at; 0 takes a free one.
 
     Raises:
         RecursifyError: The model does not load, or the port is taken.
@@ -53,7 +59,7 @@ def serve(build: Callable[[], Engine], settings: ServerSettings, *, address: str
     log_to_stderr()
     listener = listen(address, port)
     number = listener.getsockname()[1]
-    app = create_app(build, settings)
+    app = create_app(build, settings, own_process=True)
     server = Server(config_of(app, settings), app.state.host)
     name = f"[{address}]" if ":" in address else address
     log_event("info", "listening", url=f"http://{name}:{number}", key="required" if settings.api_key else "none")
