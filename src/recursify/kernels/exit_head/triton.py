@@ -87,7 +87,8 @@ def read_parts(
         first = m
     tl.store(tops + (i_p * 2) * N + o_n, first, mask=m_n)
     tl.store(tops + (i_p * 2 + 1) * N + o_n, second, mask=m_n)
-    tl.store(choices + i_p * N + o_n, i_p * TILES * BV + index, mask=m_n)
+    # Where logits are no numbers a maximum may be anywhere, and who embeds the choice must find it.
+    tl.store(choices + i_p * N + o_n, tl.minimum(i_p * TILES * BV + index, V - 1), mask=m_n)
     tl.store(sums + (i_p * 2) * N + o_n, s, mask=m_n)
     tl.store(sums + (i_p * 2 + 1) * N + o_n, t, mask=m_n)
 
@@ -109,7 +110,7 @@ def merge_parts(tops, choices, sums, choice, readings, N, P, BP: tl.constexpr):
     b_t = tl.load(sums + o_pairs + N, mask=m_p, other=0.0)
     s = tl.sum(scale * b_s, axis=0)
     t = tl.sum(scale * (b_t + b_s * shift), axis=0)
-    tl.store(choice + i_n, tl.load(choices + part * N + i_n).to(tl.int64))
+    tl.store(choice + i_n, tl.load(choices + part * N + i_n, mask=part < P, other=0).to(tl.int64))
     tl.store(readings + i_n, m)
     tl.store(readings + N + i_n, second)
     tl.store(readings + 2 * N + i_n, m + tl.log(s))
