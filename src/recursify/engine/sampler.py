@@ -30,35 +30,40 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         logits.device,
         torch.float64,
     )
-    top_k = on_device([each.top_k or 0 for each in params], logits.device, torch.long)
+    top_k = None
+    if any(each.top_k for each in params):
+        top_k = on_device([each.top_k or 0 for each in params], logits.device, torch.long)
+    if all(each.top_p == 1 for each in params):
+        top_p = None
     return greedy.index_put((index,), choose(logits[index], temperatures, top_k, top_p, draws))
 
 
-def choose(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor, draws: Tensor) -> Tensor:
-    """The token of each row of ``logits [n, V]`` that its draw falls to, ``[n]``; the first choice at temperature 0.
+def choose(logits: Tensor, temperatures: Tensor, top_k: Tensor | None, top_p: Tensor | None, draws: Tensor) -> Tensor:
+    """The token of each row of ``logits [n, V]`` that its draw falls to, ``[n]``.
 
     Tokens in the order of their probability take up the range from 0 to 1. Nothing here waits for the device.
 
     Args:
         logits: As the model makes them.
         temperatures: ``[n]``.
-        top_k: ``[n]``, 0 for all.
-        top_p: ``[n]``, 1 for all.
+        top_k: ``[n]``, 0 for all; None where no row has any.
+        top_p: ``[n]``, 1 for all; likewise.
         draws: ``[n]``, from 0 to 1.
     """
     shifted = logits.double()
     shifted = shifted - shifted.amax(-1, keepdim=True)  # or a tiny temperature makes them infinite
     scaled = shifted / temperatures[:, None].double().clamp(min=1e-6)
     probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(logits.shape[-1], device=logits.device)
-    probabilities = probabilities.masked_fill((ranks >= top_k[:, None]) & (top_k[:, None] > 0), 0.0)
-    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill((before >= top_p[:, None]) & (top_p[:, None] < 1), 0.0)
+    if top_k is not None:
+        ranks = torch.arange(logits.shape[-1], device=logits.device)
+        probabilities = probabilities.masked_fill((ranks >= top_k[:, None]) & (top_k[:, None] > 0), 0.0)
+        probabilities /= probabilities.sum(-1, keepdim=True)
+    if top_p is not None:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill((before >= top_p[:, None]) & (top_p[:, None] < 1), 0.0)
     cumulated = probabilities.cumsum(-1)
     place = torch.searchsorted(cumulated, draws[:, None] * cumulated[:, -1:], right=True)
-    drawn = order.gather(-1, place.clamp(max=logits.shape[-1] - 1))[:, 0]
-    return torch.where(temperatures > 0, drawn, logits.argmax(-1))
+    return order.gather(-1, place.clamp(max=logits.shape[-1] - 1))[:, 0]
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[dict[int, float]]:
