@@ -35,7 +35,7 @@ class Boundaries:
     def __init__(self, runner: Runner, kv: str, fetcher: Fetcher) -> None:
         self.runner, self.kv, self.fetcher = runner, kv, fetcher
         self.last_depth = runner.parts.num_depths - 1
-        self.through_coda = getattr(runner.parts.config, "exit_through_coda", True)
+        self.through_coda = runner.parts.exits_run_coda
 
     def enter(self, flights: Sequence[Flight]) -> None:
         """``flights`` come to the first recursion; all of their tokens run it."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from recursify.errors import EngineError, UnsupportedModelError
-from recursify.kernels.dispatch import Implementation, uses_triton, why_not_triton
+from recursify.kernels.dispatch import Implementation, implementation_on, why_not_triton
 from recursify.modeling import ExitSettings
 from recursify.modeling.recursive_decoding import check_depths
 from recursify.modeling.recursive_policies import KV_MODES as EXIT_KV
@@ -62,12 +62,12 @@ def choose_implementation(implementation: Implementation, parts: DecoderParts) -
     """
     device = parts.device
     try:
-        uses = uses_triton(implementation, device)
+        chosen = implementation_on(device, implementation)
     except (ValueError, RuntimeError) as error:
         raise EngineError(str(error)) from error
-    if implementation == "auto" and device.type == "cuda" and not uses:
+    if implementation == "auto" and device.type == "cuda" and chosen != "triton":
         _warn_once(f"Kernels run in PyTorch on {device}: {why_not_triton(device)}.")
-    return "triton" if uses else "reference"
+    return chosen
 
 
 @functools.cache
@@ -148,8 +148,7 @@ def exit_settings(params: SamplingParams, parts: DecoderParts, kv: str) -> ExitS
         EngineError: The model or the engine cannot do that.
     """
     num_exits = parts.num_depths - 1
-    wants = params.exit is not None or params.max_depth is not None or params.forced_depths is not None
-    if wants and (parts.is_routed or not num_exits):
+    if params.may_leave and (parts.is_routed or not num_exits):
         why = "has routers, which say how far a token goes" if parts.is_routed else "has no exits"
         raise EngineError(f"The model {why}. Leave exit, max_depth and forced_depths out.")
     if params.exit is None:

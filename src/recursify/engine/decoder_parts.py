@@ -88,6 +88,16 @@ class DecoderParts:
         return head if type(head) is nn.Linear else None
 
     @property
+    def exits_run_coda(self) -> bool:
+        """Whether tokens that leave early go through the coda."""
+        return self.is_routed or getattr(self.config, "exit_through_coda", True)
+
+    @property
+    def exits_read_alike(self) -> bool:
+        """Whether all exits read out with the model's own norm and head."""
+        return self.is_routed or getattr(self.config, "exit_head", None) in (None, "shared")
+
+    @property
     def rotates_by_length(self) -> bool:
         """Whether RoPE's frequencies depend on how long a text is, which the host has to ask the device."""
         return any("dynamic" in str(getattr(module, "rope_type", "")) for module in self.model.modules())

@@ -39,6 +39,9 @@ MOST_PENDING = 64
 MOST_FORCED = 64
 """Forced depths that a slot has room for."""
 
+MOST_ENDS = 8
+"""Tokens that end a text, which the device knows; of more, the host cuts texts off."""
+
 
 @dataclass(frozen=True)
 class LoopShape:
@@ -75,11 +78,10 @@ class SlotSettings:
         forced: Int64 ``[S, F]``: depths of the tokens, in turn.
         num_forced: Int64 ``[S]``: how many of those count; 0 for none.
         thresholds: Float32 ``[S, R]``: above which confidence tokens leave; infinite where none does.
-        active: Bool ``[S]``: slots that have a request.
         temperature: Float64 ``[S]``; 0 for the first choice.
         top_k: Int64 ``[S]``; 0 for all.
         top_p: Float64 ``[S]``; 1 for all.
-        draws: Float64 ``[S, replays + 1]``: what the next tokens are drawn by.
+        draws: Float64 ``[S, most_said]``: what the next tokens are drawn by.
     """
 
     tables: Tensor
@@ -89,7 +91,6 @@ class SlotSettings:
     forced: Tensor
     num_forced: Tensor
     thresholds: Tensor
-    active: Tensor
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
@@ -97,7 +98,7 @@ class SlotSettings:
 
     @classmethod
     def empty(
-        cls, count: int, pages: int, depths: int, replays: int, device: torch.device | str, *, pin: bool = False
+        cls, count: int, pages: int, depths: int, most_said: int, device: torch.device | str, *, pin: bool = False
     ) -> SlotSettings:
         """Of ``count`` slots without a request."""
 
@@ -112,11 +113,10 @@ class SlotSettings:
             forced=full(0, MOST_FORCED),
             num_forced=full(0),
             thresholds=full(math.inf, depths, dtype=torch.float32),
-            active=full(False, dtype=torch.bool),
             temperature=full(0, dtype=torch.float64),
             top_k=full(0),
             top_p=full(1, dtype=torch.float64),
-            draws=full(0, replays + 1, dtype=torch.float64),
+            draws=full(0, most_said, dtype=torch.float64),
         )
 
 
@@ -161,6 +161,8 @@ class DeviceLoop:
         done: Int64 ``[S, R]``: positions before this one have run the depth.
         coda_from: Int64 ``[S]``: the first position that goes through the coda when the token leaves: its own, or that
             of the first one that came along to the last recursion.
+        most_said: Tokens that a slot may say between two looks: one in every iteration, and one that has waited for an
+            iteration of its own before them.
         held: ``[S, W, D]``: the state of the token at position ``p`` is at ``p % W``.
         embedded: ``[S, D]``: what the token was before the first layer.
         entered: ``[S, D]``: what entered the recursion that ran last.
@@ -180,9 +182,10 @@ class DeviceLoop:
         self.page_size = pages.page_size
         self.catches_up = kv == "deferred" and self.last > 0
         self.width = MOST_PENDING + 1 if self.catches_up else 1
+        self.most_said = replays + 1
         self.slots = Slots.empty(count + 1, device)
         self.settings = SlotSettings.empty(
-            count + 1, pages_for(pages.context, self.page_size), parts.num_depths, replays, device
+            count + 1, pages_for(pages.context, self.page_size), parts.num_depths, self.most_said, device
         )
         states = {"dtype": parts.dtype, "device": device}
         whole = {"dtype": torch.long, "device": device}
@@ -197,17 +200,15 @@ class DeviceLoop:
         self.embedded = torch.zeros(count + 1, size, **states)
         self.entered = torch.zeros(count + 1, size, **states)
         self.choice = torch.zeros(count + 1, **whole)
-        self.ends = torch.full((8,), -1, **whole)
-        # Of every iteration, and of what has waited for one of its own before them.
-        self.ring = OutputRing.empty(count * (replays + 1), device)
+        self.ends = torch.full((MOST_ENDS,), -1, **whole)
+        self.ring = OutputRing.empty(count * self.most_said, device)
         self.turn = torch.zeros((), **whole)
         self.tally = torch.zeros(3, **whole)
         # Constants: what is made of numbers cannot be made while a graph is captured.
-        self._numbers = torch.arange(count + 1, **whole)
+        self._numbers = torch.arange(self.most_rows + 1, **whole)
         self._offsets = torch.tensor(pages.layout.offsets, **whole)
         self._no_offset = torch.zeros(1, **whole)
         self._deeper = torch.arange(1, parts.num_depths, **whole)
-        self._numbers_of_rows = torch.arange(self.most_rows, **whole)
         depths = torch.arange(parts.num_depths, device=device)
         self._reaches = {
             layer.windows: reach_of(layer.windows, depths if len(layer.windows) > 1 else depths[:1])
@@ -251,8 +252,8 @@ class DeviceLoop:
         sizes = torch.where(wanted, position + 1 - first, 0)[order]
         sizes = torch.where(sizes.cumsum(0) <= room, sizes, 0)
         ends = sizes.cumsum(0)
-        row = self._numbers_of_rows[:room]
-        assert len(row) == room
+        assert room <= self.most_rows
+        row = self._numbers[:room]
         place = torch.searchsorted(ends, row, right=True)
         there = place < count
         place = place.clamp(max=count - 1)
@@ -300,9 +301,9 @@ class DeviceLoop:
 
     def block(self, shape: LoopShape) -> None:
         """One call of the block, for tokens that have entered and not left; who stays is a recursion deeper then."""
-        before = self.done.clone()
+        barred = self._are_barred(slice(0, shape.slots))
         ran = self._run_block(shape)
-        leaves = self._test(shape, ran, before)
+        leaves = self._test(shape, ran, barred)
         self.leaving[: shape.slots] |= leaves
         if shape.leaves:
             self._fill_skipped(shape, leaves)
@@ -358,8 +359,8 @@ class DeviceLoop:
         self.tally += torch.stack([layout.taken.sum(), layout.there.sum(), (goes & ~layout.taken).sum()])
         return layout.taken
 
-    def _test(self, shape: LoopShape, ran: Tensor, before: Tensor) -> Tensor:
-        """Which slots' tokens leave, of those that ``ran [S]``; ``before [S, R]`` is ``done`` before they did."""
+    def _test(self, shape: LoopShape, ran: Tensor, barred: Tensor | None) -> Tensor:
+        """Which slots' tokens leave, of those that ``ran [S]``; ``barred [S]`` from leaving by the policy."""
         every = slice(0, shape.slots)
         depth = self.slots.depth[every].long()
         leaves = depth == self.last
@@ -378,7 +379,8 @@ class DeviceLoop:
             forced = settings.forced[every].gather(1, turn[:, None])[:, 0]
             leaves = leaves | ((num_forced > 0) & (forced <= depth))
             if self.policy is not None:
-                leaves = leaves | (self._is_sure(every, reading) & ~self._is_barred(every, before))
+                sure = self._is_sure(every, reading)
+                leaves = leaves | (sure if barred is None else sure & ~barred)
         return leaves & ran
 
     def _is_sure(self, every: slice, reading: ExitReading | None) -> Tensor:
@@ -407,11 +409,14 @@ class DeviceLoop:
             sure = torch.where(depth == at, self.policy.confidence(boundary) > thresholds, sure)
         return sure
 
-    def _is_barred(self, every: slice, before: Tensor) -> Tensor:
-        """Whose tokens may not leave because too many wait for deeper recursions, ``[S]``."""
-        if self.kv != "deferred":
-            return torch.zeros_like(self.fresh[every])
-        run = before[every].gather(1, self.settings.max_depth[every][:, None])[:, 0]
+    def _are_barred(self, every: slice) -> Tensor | None:
+        """Whose tokens may not leave because too many wait for deeper recursions, ``[S]``; None where none does.
+
+        Asked before the block runs, which lets some of those go on.
+        """
+        if self.policy is None or not self.catches_up:
+            return None
+        run = self.done[every].gather(1, self.settings.max_depth[every][:, None])[:, 0]
         return self.slots.position[every].long() + 1 - run > self.settings.max_pending[every]
 
     def _fill_skipped(self, shape: LoopShape, leaves: Tensor) -> None:

@@ -22,9 +22,7 @@ class Readout:
         self.runner = runner
         parts = runner.parts
         self.last_depth = parts.num_depths - 1
-        self.exits_run_coda = parts.is_routed or getattr(parts.config, "exit_through_coda", True)
-        own_heads = getattr(parts.config, "exit_head", None) not in (None, "shared")
-        self.exits_read_alike = parts.is_routed or not own_heads
+        self.exits_run_coda, self.exits_read_alike = parts.exits_run_coda, parts.exits_read_alike
 
     def run_coda(self, flights: Sequence[Flight]) -> None:
         """Replace the states of departures by what the coda makes of them, where they run it."""

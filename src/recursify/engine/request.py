@@ -86,6 +86,11 @@ class SamplingParams:
                 "forced_depths stand in place of exit and max_depth, and name at least one depth. Leave the others out."
             )
 
+    @property
+    def may_leave(self) -> bool:
+        """Whether tokens may leave before the last recursion."""
+        return self.exit is not None or self.max_depth is not None or self.forced_depths is not None
+
 
 @dataclass
 class RequestOutput:

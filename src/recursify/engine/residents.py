@@ -18,14 +18,11 @@ from recursify.kernels.dispatch import Implementation
 from recursify.modeling.recursive_decoding import on_device
 from recursify.modeling.recursive_policies import Confidence, Entropy, ExitPolicy
 
-from .device_loop import MOST_FORCED, MOST_PENDING, DeviceLoop, LoopShape, SlotSettings
+from .device_loop import MOST_ENDS, MOST_FORCED, MOST_PENDING, DeviceLoop, LoopShape, SlotSettings
 from .graphs import GraphedCalls
 from .request import Request
 from .runner import Runner
 from .scheduler import Scheduler
-
-MOST_ENDS = 8
-"""Tokens that end a text, which the device knows; of more, the host cuts texts off."""
 
 ROOM = 1.25
 """Where tokens leave early, prelude and coda take so many times the rows that they have on average."""
@@ -61,25 +58,25 @@ class Residents:
         implementation: Implementation,
     ) -> None:
         count = scheduler.max_requests
-        self.runner, self.kv, self.scheduler, self.replays = runner, kv, scheduler, replays
+        self.runner, self.scheduler, self.replays = runner, scheduler, replays
         self.num_looks = 0
         self.loop = DeviceLoop(runner, kv, count, replays, implementation)
         # PyTorch's forms of some kernels ask the device how much there is to do, and some RoPE how long a text is.
         waits = implementation != "triton" or runner.parts.rotates_by_length
         self.calls = GraphedCalls(runner.device, captures=not waits)
         self.requests: list[Request | None] = [None] * count
-        self._eos = sorted(eos)[:MOST_ENDS]
+        self._no_ends = torch.full_like(self.loop.ends, -1)
+        self._ends = self._no_ends.clone()
+        for number, token in enumerate(sorted(eos)[:MOST_ENDS]):
+            self._ends[number] = token
         slots, pages = self.loop.settings.tables.shape
         pin = runner.device.type == "cuda"
-        self._settings = SlotSettings.empty(slots, pages, runner.parts.num_depths, replays, "cpu", pin=pin)
+        said = self.loop.most_said
+        self._settings = SlotSettings.empty(slots, pages, runner.parts.num_depths, said, "cpu", pin=pin)
         self._pages_sent = [0] * count
         self._num_read = 0
         self.tally = [0, 0, 0]
         self._depths = [0] * (count + 1)
-        config = runner.parts.config
-        self._exits_alike = getattr(config, "exit_head", None) in (None, "shared") and getattr(
-            config, "exit_through_coda", True
-        )
 
     # --- Coming and going ----------------------------------------------------------------------------------------
 
@@ -95,12 +92,12 @@ class Residents:
 
     def takes(self, request: Request) -> bool:
         """Whether the next token of ``request`` can run here, and all after it."""
-        params, settings = request.params, request.settings
+        params, settings, parts = request.params, request.settings, self.runner.parts
         if params.logprobs is not None or None not in self.requests:
             return False
         if sum(len(positions) for positions, _ in request.waiting.values()) > MOST_PENDING:
             return False
-        if _may_leave(request) and not self._exits_alike:
+        if params.may_leave and not (parts.exits_run_coda and parts.exits_read_alike):
             return False
         along = self._brings_along(request)
         if along is None or along > MOST_PENDING + 1 or len(params.forced_depths or ()) > MOST_FORCED:
@@ -170,14 +167,12 @@ class Residents:
                 held.thresholds[slot, depth] = settings.threshold_at(depth, last, 0, 1)
         held.temperature[slot], held.top_p[slot] = params.temperature, params.top_p
         held.top_k[slot] = params.top_k or 0
-        held.active[slot] = True
 
     def forget_gone(self) -> None:
         """Slots of requests that have ended, or have lost their pages, are free."""
         for slot, request in enumerate(self.requests):
             if request is not None and request.id not in self.scheduler.residents:
                 self.requests[slot] = None
-                self._settings.active[slot] = False
 
     # --- Running -------------------------------------------------------------------------------------------------
 
@@ -261,7 +256,6 @@ class Residents:
             held[there] = held[here]
         for held in vars(self._settings).values():
             held[targets] = held[sources]
-        self._settings.active[sources] = False
         for source, target in zip(sources, targets, strict=True):
             self.requests[target], self.requests[source] = self.requests[source], None
             self._pages_sent[target] = self._pages_sent[source]
@@ -284,24 +278,23 @@ class Residents:
                 self._settings.tables[slot, len(table) :] = -1
         drawn = {slot: each for slot, each in enumerate(self.requests) if each is not None and each.params.temperature}
         if drawn:
-            numbers = [request.next_draws(self.replays + 1) for request in drawn.values()]
+            numbers = [request.next_draws(self.loop.most_said) for request in drawn.values()]
             self._settings.draws[list(drawn)] = torch.tensor(numbers, dtype=torch.float64)
         self.loop.said.zero_()
         for field in fields(SlotSettings):
             getattr(self.loop.settings, field.name).copy_(getattr(self._settings, field.name), non_blocking=True)
-        self.loop.slots.active.copy_(self.loop.settings.active)
+        here = [request is not None for request in self.requests]
+        self.loop.slots.active[:-1] = on_device(here, self.runner.device, torch.bool)
         # A slot may have lost its request when its token waited for the coda, whose keys are another's place by now.
         self.loop.leaving.logical_and_(self.loop.slots.active)
         ignores = any(request is not None and request.params.ignore_eos for request in self.requests)
-        self.loop.ends.fill_(-1)
-        if self._eos and not ignores:
-            self.loop.ends[: len(self._eos)] = on_device(self._eos, self.runner.device, torch.long)
+        self.loop.ends.copy_(self._no_ends if ignores else self._ends)
 
     def _shape(self, recursions: float) -> LoopShape:
         """The smallest that has room for the residents."""
         slots, loop = self._bucket(self._highest()), self.loop
         requests = [request for request in self.requests if request is not None]
-        leaves = loop.last > 0 and any(map(_may_leave, requests))
+        leaves = loop.last > 0 and any(request.params.may_leave for request in requests)
         most = max(self._brings_along(request) or 1 for request in requests)
         # Room for the tokens of half of the slots that come along, or for all of one.
         along = loop.room_for(most)
@@ -350,9 +343,3 @@ class Residents:
 def _kind_of(policy: ExitPolicy) -> ExitPolicy:
     """``policy`` without its thresholds, which slots have each their own of."""
     return replace(policy, threshold=policy.default)
-
-
-def _may_leave(request: Request) -> bool:
-    """Whether its tokens may leave before the last recursion."""
-    params = request.params
-    return request.settings is not None or params.forced_depths is not None or params.max_depth is not None

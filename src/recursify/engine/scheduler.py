@@ -162,6 +162,5 @@ class Scheduler:
         """Have others find the pages of ``request`` whose keys and values are exact at all depths."""
         if not self.prefix_caching:
             return
-        leaves = request.settings or request.params.forced_depths or request.params.max_depth is not None
-        stop = min(request.computed, request.prompt_length) if leaves else request.computed
+        stop = min(request.computed, request.prompt_length) if request.params.may_leave else request.computed
         self.pages.pools[0].publish(request.tokens[:stop], request.tables[0])

@@ -40,9 +40,13 @@ def uses_triton(implementation: Implementation, device: torch.device) -> bool:
     return True
 
 
-def implementation_on(device: torch.device) -> str:
-    """``triton`` or ``reference``: what ``auto`` means on ``device``."""
-    return "triton" if uses_triton("auto", device) else "reference"
+def implementation_on(device: torch.device, implementation: Implementation = "auto") -> Literal["reference", "triton"]:
+    """What ``implementation`` means on ``device``.
+
+    Raises:
+        ValueError, RuntimeError: See :func:`uses_triton`.
+    """
+    return "triton" if uses_triton(implementation, device) else "reference"
 
 
 @functools.cache
