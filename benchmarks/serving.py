@@ -156,9 +156,14 @@ def asked(options: argparse.Namespace, server: ServerProcess, **body: Any) -> Co
     return answer
 
 
+def engine_arguments(options: argparse.Namespace) -> list[str]:
+    """Of `recursify serve`."""
+    return ["--max-requests", str(options.clients), "--dtype", options.dtype, "--device", options.device]
+
+
 def compare(options: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, list[Measured]]:
     """Rounds of all contestants, in turns; the first warms up and does not count."""
-    arguments = ["--max-requests", str(options.clients), "--dtype", options.dtype, "--device", options.device]
+    arguments = engine_arguments(options)
     ours: dict[str, Any] = {"ignore_eos": True}
     leaves = {} if options.exit is None else {"exit": {"policy": options.exit}}
     server = stack.enter_context(served(options.model, *arguments))
@@ -251,8 +256,7 @@ def main() -> None:
         return
     with contextlib.ExitStack() as stack:
         if options.soak:
-            arguments = ["--max-requests", str(options.clients), "--dtype", options.dtype, "--device", options.device]
-            server = stack.enter_context(served(options.model, *arguments))
+            server = stack.enter_context(served(options.model, *engine_arguments(options)))
             tokenizer = AutoTokenizer.from_pretrained(options.model)
             prompts = [prompt for each in prompts_of(options, tokenizer) for prompt in each]
             soak = Soak(server, prompts, seed=options.seed, clients=options.clients, new_tokens=options.new_tokens)

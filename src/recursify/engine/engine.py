@@ -472,22 +472,21 @@ class Engine:
         stats.loop_waits += residents.tally[2] - waits
         stats.graph_replays += residents.calls.replays - replays
         stats.kv_bytes = max(stats.kv_bytes, self.pages.bytes_used())
-        heard: list[Exception] = []
-        for request, token, depth in said:
-            if request.finished:
-                continue
+        try:
+            self._take_all(map(self._land, said))
+        finally:
+            stats.loop_seconds += self.clock() - started
+
+    def _land(self, said: tuple[Request, int, int]) -> tuple[Said, int]:
+        """A token that was said on the device, as the host has it."""
+        request, token, depth = said
+        if not request.finished:
             request.left.append(depth)
             request.computed += 1
             if self.kv == "deferred" and depth == self.parts.num_depths - 1:
                 request.full_until = request.computed
             request.tokens.append(token)
-            try:
-                self._take(Said(request, depth, None), token)
-            except Exception as error:
-                heard.append(error)
-        stats.loop_seconds += self.clock() - started
-        if heard:
-            raise heard[0]
+        return Said(request, depth, None), token
 
     # --- Answering -----------------------------------------------------------------------------------------------
 
@@ -499,8 +498,12 @@ class Engine:
         tokens = self.fetcher.tokens()
         for each, token in zip(said, tokens, strict=True):
             each.request.tokens[-1] = token
+        self._take_all(zip(said, tokens, strict=True))
+
+    def _take_all(self, said: Iterable[tuple[Said, int]]) -> None:
+        """Give tokens to their requests, one after the other: what follows the end of a text is dropped."""
         heard: list[Exception] = []
-        for each, token in zip(said, tokens, strict=True):
+        for each, token in said:
             try:
                 if not each.request.finished:
                     self._take(each, token)

@@ -60,7 +60,7 @@ class DepthSpans:
 
     def set_on_device(self, depths: Tensor) -> None:
         """``depths`` has the depth of every row."""
-        self.depths, self.num_rows = depths, len(depths)
+        self.depths = depths
         self._masks: dict[int, Tensor] = {}
 
     def mask(self, num_depths: int) -> Tensor:
@@ -110,22 +110,23 @@ class MixedLinear(nn.Module):
         if stored.lora_a is not None:
             rows = x.flatten(0, -2)
             y = y + self._residuals(rows).unflatten(0, x.shape[:-1])
-        if stored.bias is not None and len(stored.bias) > 1 and self.spans.depths is not None:
-            y = y + stored.bias[self.spans.depths].view(len(y), *(1,) * (y.ndim - 2), -1)
-        elif stored.bias is not None and len(stored.bias) > 1:
-            for depth, rows_of in self.spans.slices:
-                y[rows_of] += stored.bias[depth]
-        elif stored.bias is not None:
-            y = y + stored.bias[0]
+        return y if stored.bias is None else self._add_bias(y, stored.bias)
+
+    def _add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
+        if len(bias) == 1:
+            return y + bias[0]
+        if self.spans.depths is not None:
+            return y + bias[self.spans.depths].view(len(y), *(1,) * (y.ndim - 2), -1)
+        for depth, rows in self.spans.slices:
+            y[rows] += bias[depth]
         return y
 
     def _residuals(self, x: Tensor) -> Tensor:
         """``[N, I] -> [N, O]``."""
         assert self.stored.lora_a is not None
         assert self.stored.lora_b is not None
-        if self.spans.depths is not None:
-            return self.masked(x)
-        if (x.is_cuda and len(x) <= MASKED_ROWS) or not _can_group(x, self.stored.lora_a, self.stored.lora_b):
+        is_fixed = self.spans.depths is not None or (x.is_cuda and len(x) <= MASKED_ROWS)
+        if is_fixed or not _can_group(x, self.stored.lora_a, self.stored.lora_b):
             return self.masked(x)
         return self.grouped(x)
 
@@ -193,7 +194,7 @@ class MixedNorm(nn.Module):
         depths = depths.repeat_interleave(len(rows) // len(x), output_size=len(rows))
         norm: Any = self.stored.copies[0]
         if self._weight is None:
-            self._weight = torch.stack([copy.weight for copy in self.stored.copies])  # type: ignore[misc]
+            self._weight = torch.stack([each.weight for each in self.stored.copies])  # type: ignore[misc]
         eps = getattr(norm, "variance_epsilon", None) or norm.eps
         _, normed = add_and_norm(rows, None, self._weight, depths, eps=eps, adds_one=adds_one, implementation="triton")
         return normed.view_as(x)
