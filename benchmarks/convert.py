@@ -65,7 +65,7 @@ index = {"metadata": {"total_size": total}, "weight_map": weight_map}
 """Run in a process of its own; holds one shard at a time."""
 
 RECURSIFY_COMMAND = "from recursify.cli.app import main; main()"
-RECURSIFY_IMPORT = "import recursify.convert.check"
+RECURSIFY_IMPORT = "import recursify.convert.pipeline"
 MERGEKIT_IMPORT = "import mergekit.scripts.run_yaml"
 COPY_COMMAND = "import shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2])"
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recursify.convert.low_rank import Metric, truncated_svd
+from recursify.convert.low_rank import WeightedNorm, truncated_svd
 
 NUM_ENDS = 4
 """First and last layers that :func:`drop_layers` keeps: those that matter most; the recursive rows keep them too."""
@@ -193,7 +193,7 @@ def factorize(dense: PreTrainedModel, budget: int, calibration: Tensor | None = 
         else:
             moment = moments[name]
             if id(moment) not in metrics:
-                metrics = {id(moment): Metric(moment)}
+                metrics = {id(moment): WeightedNorm(moment)}
             left, right = metrics[id(moment)].low_rank(weight, rank)
         weight.copy_(left @ right)
         num_factored += 1

@@ -34,9 +34,7 @@ from engine import RESULTS, SHAPES, random_model
 from gpu_timing import copy_bandwidth, make_flush
 from keyed_results import markdown_table
 from quality import commit
-from recursify.cli.report import progress_report, talk
-from recursify.engine import Engine, SamplingParams
-from recursify.engine.bench import (
+from recursify.bench.contestants import (
     Contestant,
     Workload,
     by_engine,
@@ -45,10 +43,12 @@ from recursify.engine.bench import (
     run_bench,
     static_batches,
 )
-from recursify.engine.decoder_parts import take_apart
-from recursify.engine.device_loop import DeviceLoop, LoopShape
-from recursify.engine.kv_pages import KVPages
-from recursify.engine.runner import Runner
+from recursify.cli.report import progress_report, talk
+from recursify.engine import Engine, SamplingParams
+from recursify.engine.device_loop.loop import DeviceLoop, LoopShape
+from recursify.engine.layers.decoder import adapt_decoder
+from recursify.engine.layers.kv_cache import KVCache
+from recursify.engine.layers.model_runner import ModelRunner
 from recursify.kernels.ahead_of_time import recorded
 
 HOST, LOOP, FORCED, COMPILED = (
@@ -79,7 +79,7 @@ def launches(shape: str, slots: int, *, leaves: bool) -> dict[str, int]:
     """Of one iteration with ``slots`` new tokens at mixed depths, by who decides."""
     model = random_model(shape, torch.float32, "cpu")
     recursions = model.config.num_recursions
-    engine = Engine(model, max_requests=slots, num_pages=slots * 4, max_length=64, kv="latest", force_kv=True)
+    engine = Engine(model, max_num_seqs=slots, num_pages=slots * 4, max_model_len=64, kv="latest", force_kv=True)
     for number in range(slots):
         forced = (number % recursions, 0, 1) if leaves else None
         engine.add([5 + number, 6], SamplingParams(max_tokens=40, ignore_eos=True, forced_depths=forced))
@@ -89,17 +89,19 @@ def launches(shape: str, slots: int, *, leaves: bool) -> dict[str, int]:
             engine.step()
     once = -(-5 * slots // (4 * recursions)) if leaves else slots
     shape_of_loop = LoopShape(slots, enters=once, rows=slots, exits=once, leaves=leaves)
-    parts = take_apart(model)
+    parts = adapt_decoder(model)
     with torch.inference_mode(), parts.in_use(), Counted() as forms:
-        loop = DeviceLoop(Runner(parts, KVPages(parts, "latest", 16, slots * 4, 64)), "latest", slots, 1, "reference")
+        loop = DeviceLoop(
+            ModelRunner(parts, KVCache(parts, "latest", 16, slots * 4, 64)), "latest", slots, 1, "reference"
+        )
         before = forms.calls.total()
         for part in (loop.enter, loop.block, loop.exit):
             part(shape_of_loop)
         in_pytorch = forms.calls.total() - before
-    parts = take_apart(model.to("meta"))
+    parts = adapt_decoder(model.to("meta"))
     with torch.inference_mode(), parts.in_use(), recorded() as kernels, Counted() as own:
-        pages = KVPages(parts, "latest", 16, slots * 4, 64)
-        loop = DeviceLoop(Runner(parts, pages, kernels=True), "latest", slots, 1, "triton")
+        pages = KVCache(parts, "latest", 16, slots * 4, 64)
+        loop = DeviceLoop(ModelRunner(parts, pages, kernels=True), "latest", slots, 1, "triton")
         before, kernels_before = own.calls.total(), len(kernels)
         for part in (loop.enter, loop.block, loop.exit):
             part(shape_of_loop)
@@ -126,7 +128,7 @@ def contestants(model: Any, compiled: bool, replays: int) -> list[Contestant]:
     recursions = model.config.num_recursions
     table = forced_table(PARTS[recursions], 64, seed=0)
     turned = {n: table[n % 64 :] + table[: n % 64] for n in range(64)}
-    loop: dict[str, Any] = {"device_loop": True, "replays": replays, "in_phases": False}
+    loop: dict[str, Any] = {"device_loop": True, "num_device_steps": replays, "in_phases": False}
     leaving = by_engine(
         model, lambda number: {"forced_depths": turned[number % 64]}, kv="latest", force_kv=True, **loop
     )

@@ -152,7 +152,7 @@ def read_text(model: RecursiveForCausalLM, windows: Tensor) -> Reading:
     batches = windows.split(WINDOWS_PER_BATCH)
     for done, batch in enumerate(batches):
         boundaries, last_states = read_boundaries(model, batch)
-        last = model.read_out(last_states)
+        last = model.compute_logits(last_states)
         for name, policy in policies.items():
             confidences[name].append(torch.stack([policy.confidence(each) for each in boundaries]).float())
         agrees.append(torch.stack([each.logits.argmax(-1) == last.argmax(-1) for each in boundaries]))

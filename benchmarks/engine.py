@@ -27,9 +27,9 @@ from transformers import LlamaConfig
 
 from keyed_results import markdown_table
 from quality import MODEL, commit
+from recursify.bench.plan import FIGURES, BenchPlan, figures_of, ideals_of, name_of
 from recursify.cli.models import load_model
 from recursify.cli.report import progress_report, talk
-from recursify.engine.bench_plan import FIGURES, BenchPlan, figures_of, ideals_of, name_of
 from recursify.modeling import LayerLayout, RecursiveConfig, RecursiveForCausalLM
 
 RESULTS = Path(__file__).parent / "results"

@@ -78,7 +78,7 @@ def main() -> None:
         if output.finish_reason is not None:
             ended[output.finish_reason] += 1
 
-    engine = Engine(small_model(), max_requests=32, num_pages=72, max_length=96, chunk_size=24, on_token=heard)
+    engine = Engine(small_model(), max_num_seqs=32, num_pages=72, max_model_len=96, chunk_size=24, on_token=heard)
     prefixes = [[draw.randrange(512) for _ in range(40)] for _ in range(8)]
     stamp = {"commit": commit(), "date": datetime.now(UTC).date().isoformat()}
     lines = []

@@ -24,8 +24,8 @@ from keyed_results import KeyedResults, markdown_table, short
 from quality import MODEL, commit
 from recursify.cli.report import talk
 from recursify.evaluation.text import Text, default_text
+from recursify.uptrain.run import uptrain
 from recursify.uptrain.settings import UptrainSettings
-from recursify.uptrain.uptraining import uptrain
 
 COLUMNS = (
     "row",

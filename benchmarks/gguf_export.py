@@ -27,7 +27,7 @@ import torch
 from transformers import AutoTokenizer
 
 from quality import commit
-from recursify.convert.unroll import find_format
+from recursify.convert.export import find_format
 from recursify.modeling import RecursiveForCausalLM
 
 PROMPT = "Once upon a time"

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recursify.experiments.kernels.grouped_lora import add_depth_lora
+from recursify.experiments.kernels.route import gather_normed, scatter_gated
+from recursify.experiments.kernels.route.reference import gated
 from recursify.kernels.depth_norm import add_and_norm
 from recursify.kernels.exit_head import read_exit
-from recursify.kernels.grouped_lora import add_depth_lora
 from recursify.kernels.paged_attention import attend_pages
 from recursify.kernels.rope_store import store_keys_and_values
 from recursify.kernels.rope_store.reference import rotated
-from recursify.kernels.route import gather_normed, scatter_gated
-from recursify.kernels.route.reference import gated
 from recursify.kernels.slot_advance import OutputRing, Slots, advance_slots
 
 DTYPE = torch.bfloat16

@@ -34,12 +34,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
-from recursify.convert.check import make_conversion
+from recursify.convert.pipeline import make_conversion
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
+from recursify.uptrain.run import uptrain
 from recursify.uptrain.settings import UptrainSettings
-from recursify.uptrain.uptraining import uptrain
 
 MODEL = "smollm2-135m"
 CONVERSION = {

@@ -34,7 +34,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from bigbench_tasks import DEFAULT_CACHE, PROMPT, TASKS, chance, evaluate_tasks, fetch_tasks
 from dense_controls import Control, count_parameters, drop_layers, factorize
 from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
-from recursify.convert.check import make_conversion
+from recursify.convert.pipeline import make_conversion
 from recursify.convert.settings import ConversionSettings
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import Text, default_text, token_windows

@@ -194,7 +194,7 @@ class Reading:
 def read_routed(model: RecursiveForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
     outputs = model.model(ids, use_cache=False)
     assert outputs.routing is not None
-    return model.read_out(outputs.last_hidden_state[0, :-1]), outputs.routing.depths[0, :-1] + 1
+    return model.compute_logits(outputs.last_hidden_state[0, :-1]), outputs.routing.depths[0, :-1] + 1
 
 
 def read_at_depth(depth: int | None, model: RecursiveForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,7 +205,7 @@ def read_at_depth(depth: int | None, model: RecursiveForCausalLM, ids: Tensor) -
 def read_with_exits(policy: ExitPolicy, model: RecursiveForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Each token by the first exit that is sure enough; deeper keys are exact, as with ``kv`` deferred."""
     boundaries, last = read_boundaries(model, ids, policy.vocabulary)
-    logits = model.read_out(last)
+    logits = model.compute_logits(last)
     recursions = torch.full(logits.shape[:1], model.config.num_recursions)
     thresholds = policy.thresholds(len(boundaries))
     for boundary in reversed(boundaries):

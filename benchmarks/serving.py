@@ -108,7 +108,7 @@ Contestant = Callable[[list[str], int], Measured]
 def run_alone(options: argparse.Namespace) -> None:
     """The engine by itself: for every line on stdin, prompts and a number of tokens, a line of figures on stdout."""
     model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
-    engine = Engine(model, tokenizer, max_requests=options.clients)
+    engine = Engine(model, tokenizer, max_num_seqs=options.clients)
     for line in sys.stdin:
         prompts, new_tokens = json.loads(line)
         params = SamplingParams(max_tokens=new_tokens, ignore_eos=True, exit=options.exit)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
-from recursify.convert.check import make_conversion
+from recursify.convert.pipeline import make_conversion
 
 STEPS, LENGTH, BATCH = 8, 64, 4
 

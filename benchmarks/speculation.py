@@ -43,7 +43,7 @@ from keyed_results import KeyedResults, markdown_table
 from quality import MODEL, commit
 from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
 from recursify.cli.report import talk
-from recursify.convert.unroll import export_dense
+from recursify.convert.export import export_dense
 from recursify.evaluation.text import default_text
 from recursify.modeling import RecursiveForCausalLM, SpeculationSettings
 

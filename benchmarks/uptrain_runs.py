@@ -28,8 +28,8 @@ from convert import commit, versions
 from recursify.checkpoint.dense_checkpoint import folder_tensors
 from recursify.evaluation.text import default_text
 from recursify.uptrain import checkpoints
+from recursify.uptrain.run import CHECKPOINT_FOLDER, uptrain
 from recursify.uptrain.settings import UptrainSettings
-from recursify.uptrain.uptraining import CHECKPOINT_FOLDER, uptrain
 
 MB = 10**6
 

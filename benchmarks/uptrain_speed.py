@@ -267,7 +267,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(train(json.loads(arguments.child))))
         return
-    from recursify.convert.check import make_conversion
+    from recursify.convert.pipeline import make_conversion
 
     context = about(arguments)
     cases = CASES if arguments.cases is None else (CASES[0], *(CASES[int(n)] for n in arguments.cases.split(",")))

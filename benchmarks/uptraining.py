@@ -34,12 +34,12 @@ from keyed_results import KeyedResults, markdown_table, short
 from quality import MAIN, MODEL, PUBLISHED, WINDOW, commit
 from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
 from recursify.cli.report import format_table, print_data, talk
-from recursify.convert.check import make_conversion
+from recursify.convert.pipeline import make_conversion
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import default_text, read_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
+from recursify.uptrain.run import uptrain
 from recursify.uptrain.settings import UptrainSettings
-from recursify.uptrain.uptraining import uptrain
 
 COLUMNS = (
     "row",

@@ -17,12 +17,12 @@ from transformers.utils import logging
 
 from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
 from recursify.cli.report import format_table, print_data, progress_report, talk
-from recursify.convert.check import make_conversion
+from recursify.convert.pipeline import make_conversion
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
+from recursify.uptrain.run import uptrain
 from recursify.uptrain.settings import UptrainSettings
-from recursify.uptrain.uptraining import uptrain
 
 MODEL = "smollm2-135m"
 LAYOUT = {"num_recursions": 2, "num_prelude_layers": 4, "num_coda_layers": 4, "lora_rank": 64}

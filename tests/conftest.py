@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from helpers.tiny_models import FAMILIES, save_tiny
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, open_checkpoint
-from tiny_models import FAMILIES, save_tiny
 
 logging.disable_progress_bar()
 # Workers that share cores lose more to waiting for one another's threads than threads gain.

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from helpers.tiny_models import byte_tokenizer, save_tiny, tiny_config
 from recursify.checkpoint.dense_checkpoint import INDEX_FILE, open_checkpoint
-from recursify.convert.check import make_conversion
+from recursify.convert.pipeline import make_conversion
 from recursify.errors import CheckpointError, RecursifyError, UnsupportedModelError
-from tiny_models import byte_tokenizer, save_tiny, tiny_config
 
 
 @pytest.fixture

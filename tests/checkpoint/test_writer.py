@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.tiny_models import save_tiny
 from recursify.checkpoint import writer
 from recursify.checkpoint.dense_checkpoint import INDEX_FILE, TensorInfo, folder_tensors
 from recursify.checkpoint.writer import ShardedCheckpoint, atomic_folder, check_target
 from recursify.errors import OutputError
-from tiny_models import save_tiny
 
 
 def tensors(dtype=torch.float32) -> dict[str, torch.Tensor]:
@@ -129,7 +129,7 @@ def test_target_that_is_a_file(tmp_path):
 CONVERT = """
 import sys
 from recursify.checkpoint import writer
-from recursify.convert.check import make_conversion
+from recursify.convert.pipeline import make_conversion
 write = writer.ShardedCheckpoint.write
 def slowly(self, name, tensor):
     import time

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from command_line import run
+from helpers.command_line import run
+from helpers.tiny_models import convert_tiny
 from recursify.modeling import RecursiveForCausalLM
-from tiny_models import convert_tiny
 
 
 @pytest.fixture(scope="module")

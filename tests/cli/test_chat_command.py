@@ -8,12 +8,12 @@ import re
 import pytest
 import torch
 
-from command_line import run
+from helpers.command_line import run
+from helpers.tiny_models import byte_tokenizer, convert_tiny, save_tiny
 from recursify.cli.conversation import Conversation
 from recursify.engine import Engine, SamplingParams
 from recursify.errors import EngineError
 from recursify.modeling import RecursiveForCausalLM
-from tiny_models import byte_tokenizer, convert_tiny, save_tiny
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -41,7 +41,7 @@ def engine_of(folder) -> Engine:
     """Of the model, with its tokenizer."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    return Engine(RecursiveForCausalLM.from_pretrained(folder / "model"), tokenizer, max_requests=1)
+    return Engine(RecursiveForCausalLM.from_pretrained(folder / "model"), tokenizer, max_num_seqs=1)
 
 
 def test_lines_are_answered_in_one_conversation(folder, monkeypatch, capsys):

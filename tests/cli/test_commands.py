@@ -10,10 +10,10 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from command_line import run
+from helpers.command_line import run
+from helpers.tiny_models import save_tiny
 from recursify.cli.app import main
 from recursify.modeling import RecursiveForCausalLM
-from tiny_models import save_tiny
 
 COMMANDS = (
     "convert",

@@ -10,10 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from command_line import run
+from helpers.command_line import run
+from helpers.tiny_models import byte_tokenizer, convert_tiny, save_tiny
 from recursify.cli.depth_view import DEEP, SHALLOW, DepthView, token_pieces
 from recursify.modeling import RecursiveForCausalLM
-from tiny_models import byte_tokenizer, convert_tiny, save_tiny
 
 VIEW = DepthView("<a> & ", ["one", " <b>", "", "two"], [0, 2, -1, 2], 3)
 

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from command_line import run
+from helpers.command_line import run
+from helpers.tiny_models import convert_tiny, save_tiny
 from recursify.modeling import RecursiveForCausalLM
-from tiny_models import convert_tiny, save_tiny
 
 pytestmark = pytest.mark.xdist_group("uptraining")
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from test_commands import run
 
+from helpers.tiny_models import convert_tiny, save_tiny
 from recursify.cli.uptrain import _culprit
-from recursify.uptrain.watching import read_metrics
-from tiny_models import convert_tiny, save_tiny
+from recursify.uptrain.callbacks import read_metrics
 
 pytestmark = pytest.mark.xdist_group("uptraining")
 

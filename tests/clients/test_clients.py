@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, TorchAoConfig
 from trl import SFTConfig, SFTTrainer
 
+from helpers.tiny_models import convert_tiny, random_ids, save_tiny
+from helpers.tolerances import LOGITS
 from recursify.modeling import RecursiveForCausalLM
-from tiny_models import convert_tiny, random_ids, save_tiny
-from tolerances import LOGITS
 
 TEXTS = ["the cat sat on the mat", "a dog ran after the cat", "the mat was red"] * 4
 

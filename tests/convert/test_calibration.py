@@ -7,14 +7,14 @@ import json
 import pytest
 import torch
 
+from helpers.tiny_models import byte_tokenizer, convert_tiny, random_ids, save_tiny, tiny_config
 from recursify.checkpoint.dense_checkpoint import open_checkpoint
 from recursify.checkpoint.layerwise import Layerwise
 from recursify.convert.calibration import _spend
-from recursify.convert.check import make_conversion
+from recursify.convert.pipeline import make_conversion
 from recursify.errors import PlanError, TextError
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import LayerLayout, RecursiveConfig
-from tiny_models import byte_tokenizer, convert_tiny, random_ids, save_tiny, tiny_config
 
 SMALL = {
     "calibration_data": None,

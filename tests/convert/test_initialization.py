@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers.tiny_models import convert_tiny, save_tiny
 from recursify.convert.initialization import INITIALIZATIONS, average, find_initialization
 from recursify.errors import PlanError
 from recursify.modeling import LayerLayout
-from tiny_models import convert_tiny, save_tiny
 
 STEPWISE = [
     # layers, recursions, sharing, dense layers chosen (papers' formula: linspace, halves to even)

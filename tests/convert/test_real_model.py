@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers.tiny_models import random_ids
+from helpers.tolerances import LOGITS
 from recursify.checkpoint.dense_checkpoint import load_tokenizer
-from recursify.convert.check import make_conversion
 from recursify.convert.low_rank import truncated_svd
+from recursify.convert.pipeline import make_conversion
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
-from tiny_models import random_ids
-from tolerances import LOGITS
 
 pytestmark = pytest.mark.xdist_group("real model")  # one worker: its fixtures are gigabytes
 

@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from recursify.convert.low_rank import Metric, share, share_for_residuals, truncated_svd
+from helpers.tiny_models import convert_tiny, random_ids, save_tiny
+from recursify.convert.low_rank import WeightedNorm, share, share_for_residuals, truncated_svd
 from recursify.convert.relaxation import RELAXATIONS, find_relaxation
 from recursify.errors import PlanError
-from tiny_models import convert_tiny, random_ids, save_tiny
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -36,7 +36,7 @@ def test_truncated_svd_error_is_the_tail(rank):
 @pytest.mark.parametrize("shape", [(20, 31), (31, 20), (17, 17)])
 def test_weighted_low_rank_is_optimal(shape):
     """In the metric's norm, the error equals the tail that the metric reports, and plain SVD is no better."""
-    matrix, metric = draw(*shape), Metric(moment(shape[1], seed=1))
+    matrix, metric = draw(*shape), WeightedNorm(moment(shape[1], seed=1))
     for rank in (1, 7, min(shape)):
         left, right = metric.low_rank(matrix, rank)
         error = metric.error(matrix - left @ right)
@@ -47,7 +47,7 @@ def test_weighted_low_rank_is_optimal(shape):
 
 def test_white_inputs_make_the_metric_plain():
     """With uncorrelated inputs, calibrated equals published: the mean, and the truncated SVD."""
-    metric = Metric(torch.eye(12, dtype=torch.float64))
+    metric = WeightedNorm(torch.eye(12, dtype=torch.float64))
     weights = [draw(9, 12, seed=s) for s in range(3)]
     torch.testing.assert_close(share(weights, [metric] * 3), sum(weights) / 3)
     left, right = metric.low_rank(weights[0], 4)
@@ -58,7 +58,7 @@ def test_white_inputs_make_the_metric_plain():
 def test_shared_weight_minimizes_the_weighted_error():
     """No perturbation of the shared weight lowers the sum of errors."""
     weights = [draw(9, 12, seed=s) for s in range(2)]
-    metrics = [Metric(moment(12, seed=s)) for s in range(2)]
+    metrics = [WeightedNorm(moment(12, seed=s)) for s in range(2)]
     shared = share(weights, metrics)
     best = sum(m.error(w - shared) for w, m in zip(weights, metrics, strict=True))
     for seed in range(5):
@@ -78,7 +78,7 @@ def joint_error(weights, metrics, shared, rank) -> float:
 def test_sharing_with_residuals_in_mind_beats_averaging_first(num_depths):
     """And more sweeps never raise the error."""
     weights = [draw(24, 30, seed=s) for s in range(num_depths)]
-    metrics = [Metric(moment(30, seed=s)) for s in range(num_depths)]
+    metrics = [WeightedNorm(moment(30, seed=s)) for s in range(num_depths)]
     averaged = joint_error(weights, metrics, share(weights, metrics), 4)
     errors = [
         joint_error(weights, metrics, share_for_residuals(weights, metrics, 4, num_sweeps=sweeps), 4)
@@ -90,7 +90,7 @@ def test_sharing_with_residuals_in_mind_beats_averaging_first(num_depths):
 
 def test_two_residuals_cover_twice_the_rank():
     """Two layers that differ by rank 2r are recovered exactly by two residuals of rank r."""
-    base, metric = draw(24, 30), Metric(moment(30, seed=1))
+    base, metric = draw(24, 30), WeightedNorm(moment(30, seed=1))
     difference = draw(24, 8, seed=2) @ draw(8, 30, seed=3)
     weights = [base, base + difference]
     shared = share_for_residuals(weights, [metric, metric], 4)

@@ -18,7 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 import typer.main
-from pages import (
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from helpers.command_line import run
+from helpers.pages import (
     DOCS,
     PAGES,
     REPOSITORY,
@@ -36,23 +40,19 @@ from pages import (
     prose,
     spans,
 )
-from peft import PeftModel
-from running import running
-from transformers import AutoTokenizer
-
-from command_line import run
+from helpers.running import running
+from helpers.tiny_models import convert_tiny, save_tiny
 from recursify.cli.app import app
 from recursify.cli.models import load_model
-from recursify.convert.check import make_conversion
 from recursify.convert.initialization import INITIALIZATIONS
+from recursify.convert.pipeline import make_conversion
 from recursify.convert.relaxation import RELAXATIONS
 from recursify.engine import Engine, SamplingParams
 from recursify.modeling import EXIT_POLICIES, RecursiveForCausalLM, make_policy
 from recursify.server import ServerSettings
 from recursify.server.sampling import Sampling
+from recursify.uptrain.run import STAGES, uptrain
 from recursify.uptrain.settings import UptrainSettings
-from recursify.uptrain.uptraining import STAGES, uptrain
-from tiny_models import convert_tiny, save_tiny
 
 pytestmark = pytest.mark.xdist_group("docs")
 
@@ -293,7 +293,7 @@ SERVER = "http://127.0.0.1:8000"
 
 def exits_engine() -> Engine:
     """The one that the page has served."""
-    return Engine(*load_model("smollm2-exits"), max_requests=2)
+    return Engine(*load_model("smollm2-exits"), max_num_seqs=2)
 
 
 def execute(block: Block, namespace: dict[str, object], server: str = SERVER) -> None:

@@ -4,74 +4,30 @@ import gc
 
 import pytest
 import torch
-from schedules import model_of
 
+from helpers.schedules import model_of
+from helpers.small_engine import greedy, prompts, recursive, says_what_generate_says, small_engine
+from helpers.tiny_models import byte_tokenizer, tiny_dense
+from helpers.tolerances import LOGITS
 from recursify.engine import Engine, SamplingParams
 from recursify.errors import EngineError, UnsupportedModelError
 from recursify.modeling import (
     AdaptiveThresholds,
     ExitSettings,
-    LayerLayout,
-    RecursiveConfig,
-    RecursiveForCausalLM,
     make_policy,
 )
-from tiny_models import byte_tokenizer, random_ids, tiny_config, tiny_dense
-from tolerances import LOGITS
-
-SMALL = {"max_requests": 4, "page_size": 4, "num_pages": 64, "chunk_size": 6, "max_batch_tokens": 24}
-
-
-def small_engine(model, *tokenizer, **limits) -> Engine:
-    """Pages and chunks of a few tokens, so that a short prompt takes several."""
-    return Engine(model, *tokenizer, **{**SMALL, **limits})
-
-
-def recursive(family="llama", recursions=2, ends=1, seed=0, **fields) -> RecursiveForCausalLM:
-    """A random recursive model of six layers, its residuals and norms random too."""
-    layout = LayerLayout.fold(
-        6, recursions, fields.pop("sharing", "cycle"), num_prelude_layers=ends, num_coda_layers=ends
-    )
-    config = RecursiveConfig.from_dense(
-        tiny_config(family, **fields.pop("dense", {})), layout, **{"lora_rank": 4, **fields}
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = RecursiveForCausalLM(config).eval()
-        for parameter in model.parameters():
-            parameter.data.copy_(0.2 * torch.randn_like(parameter) + (parameter.ndim == 1 and "gemma" not in family))
-    return model
-
-
-def prompts(*lengths: int) -> list[list[int]]:
-    return [random_ids(1, length, seed=length)[0].tolist() for length in lengths]
-
-
-def greedy(model, prompt: list[int], new: int = 9, **arguments) -> list[int]:
-    ids = torch.tensor([prompt])
-    return model.generate(ids, max_new_tokens=new, do_sample=False, **arguments)[0, len(prompt) :].tolist()
-
-
-def says_what_generate_says(model, *lengths: int, **limits) -> Engine:
-    """Prompts of ``lengths`` in one engine, which is returned, beside each alone in ``generate``."""
-    engine = small_engine(model, **limits)
-    outputs = engine.generate(prompts(*lengths), SamplingParams(max_tokens=9))
-    assert [output.token_ids for output in outputs] == [greedy(model, each) for each in prompts(*lengths)]
-    assert engine.pages.num_used == 0
-    return engine
-
 
 # --- Models --------------------------------------------------------------------------------------------------------
 
 
 def test_recursive_models_of_all_families(family):
     """Prompts of several chunks, more of them than run at once, at full depth."""
-    says_what_generate_says(recursive(family), 3, 17, 9, 6, max_requests=3)
+    says_what_generate_says(recursive(family), 3, 17, 9, 6, max_num_seqs=3)
 
 
 def test_dense_models_of_all_families(family):
     """A dense model is one recursion of the same engine: the control."""
-    engine = says_what_generate_says(tiny_dense(family), 3, 17, 9, 6, max_requests=3)
+    engine = says_what_generate_says(tiny_dense(family), 3, 17, 9, 6, max_num_seqs=3)
     assert engine.stats.mean_recursions == 1
 
 
@@ -80,8 +36,8 @@ def test_mixed_depths_in_all_families(family):
     model = recursive(family)
     asked = prompts(5, 11, 4)
     params = [SamplingParams(max_tokens=9, forced_depths=table) for table in ((0, 1), (1, 0, 0), (1,))]
-    together = small_engine(model, max_requests=3).generate(asked, params)
-    alone = [Engine(model, max_requests=1).generate([each], its)[0] for each, its in zip(asked, params, strict=True)]
+    together = small_engine(model, max_num_seqs=3).generate(asked, params)
+    alone = [Engine(model, max_num_seqs=1).generate([each], its)[0] for each, its in zip(asked, params, strict=True)]
     assert [output.token_ids for output in together] == [output.token_ids for output in alone]
     assert [output.depths for output in together] == [output.depths for output in alone]
     assert together[0].depths == [1, 0, 1, 0, 1, 0, 1, 0, 1]
@@ -92,21 +48,21 @@ def test_depths_without_rotation():
     dense = {"no_rope_layers": [1, 1, 0, 0, 1, 1]}
     model = recursive("smollm3", recursions=2, dense=dense)
     assert len({view.self_attn.use_rope for view in model.model.block[0].views}) == 2
-    says_what_generate_says(model, 7, 12, max_requests=2)
+    says_what_generate_says(model, 7, 12, max_num_seqs=2)
 
 
 @pytest.mark.parametrize("fields", [{"sharing": "sequence"}, {"lora_rank": 0}, {"tie_norms": True}])
 def test_other_models(fields):
     """Sequence sharing, which has no boundary, is one recursion; no residuals; tied norms."""
     model = recursive(recursions=2, **fields)
-    says_what_generate_says(model, 7, 12, max_requests=2)
+    says_what_generate_says(model, 7, 12, max_num_seqs=2)
 
 
 def test_another_number_of_recursions():
     """Scaled steps are hooks of the family's layers, which the engine's layers keep."""
     model = recursive().with_recursions(3)
     assert model.config.residual_scale != 1
-    says_what_generate_says(model, 7, 12, max_requests=2)
+    says_what_generate_says(model, 7, 12, max_num_seqs=2)
 
 
 @pytest.mark.parametrize("head", ["shared", "norm", "low_rank", "full"])
@@ -116,7 +72,7 @@ def test_exit_heads(head, coda):
     model = recursive(exit_head=head, exit_rank=4, exit_through_coda=coda, recursions=4, seed=3)
     exits = ExitSettings(make_policy("confidence", 0.05 if head == "full" else 0.1))
     asked = prompts(7, 12, 5)
-    engine = small_engine(model, max_requests=3)
+    engine = small_engine(model, max_num_seqs=3)
     outputs = engine.generate(asked, SamplingParams(max_tokens=9, exit=exits))
     assert [output.token_ids for output in outputs] == [greedy(model, each, exit_policy=exits) for each in asked]
     assert len(engine.stats.exit_histogram) > 1
@@ -183,7 +139,7 @@ def test_exits_at_the_first_depth_halve_the_calls():
     asked = prompts(4, 4, 4, 4)
     calls = []
     for depth in (0, 1):
-        engine = Engine(model, max_requests=4, page_size=4, num_pages=64)
+        engine = Engine(model, max_num_seqs=4, page_size=4, num_pages=64)
         engine.generate(asked, SamplingParams(max_tokens=1))
         engine.reset_stats()
         engine.generate(asked, SamplingParams(max_tokens=21, forced_depths=(depth,)))
@@ -196,15 +152,15 @@ def test_slots_are_full_where_requests_wait():
     model = recursive(recursions=4)
     generator = torch.Generator().manual_seed(0)
     occupancy = {}
-    for synchronous in (False, True):
-        engine = Engine(model, max_requests=4, page_size=4, num_pages=256, synchronous=synchronous)
+    for lockstep in (False, True):
+        engine = Engine(model, max_num_seqs=4, page_size=4, num_pages=256, lockstep=lockstep)
         for number in range(40):
             table = tuple(torch.randint(0, 4, (7,), generator=generator).tolist())
             new = 4 + 5 * number % 13
             engine.add(prompts(3 + number % 5)[0], SamplingParams(max_tokens=new, forced_depths=table))
         while engine.scheduler.waiting:
             engine.step()
-        occupancy[synchronous] = engine.stats.occupancy
+        occupancy[lockstep] = engine.stats.occupancy
         while engine.has_work:
             engine.step()
     assert occupancy[False] >= 0.95
@@ -216,7 +172,7 @@ def test_fetches():
     model = recursive(exit_head="shared", recursions=4)
     leaves = SamplingParams(max_tokens=20, exit=ExitSettings(make_policy("head", 0.5)))
     for late, most in ((False, 2), (True, 1)):
-        engine = Engine(model, max_requests=4, page_size=4, num_pages=64, reads_late=late)
+        engine = Engine(model, max_num_seqs=4, page_size=4, num_pages=64, async_output=late)
         outputs = engine.generate(prompts(4, 5, 6, 7), leaves)
         assert engine.stats.fetches <= most * engine.stats.iterations
         assert len(engine.stats.exit_histogram) > 1
@@ -239,7 +195,7 @@ def test_reading_late_stops_in_time():
         SamplingParams(max_tokens=30, logprobs=1),
     ]
     for late in (False, True):
-        engine = small_engine(model, tokenizer, reads_late=late)
+        engine = small_engine(model, tokenizer, async_output=late)
         outputs = engine.generate(["Once upon"] * 4, params)
         lengths = [len(output.token_ids) for output in outputs]
         assert lengths == [whole.token_ids.index(whole.token_ids[4]) + 1, lengths[1], 1, 30]
@@ -259,7 +215,7 @@ def test_prefixes_are_found():
     assert (first.cached_tokens, second.cached_tokens) == (0, 20)
     assert second.token_ids == greedy(model, [*shared, 9], 5)
     assert engine.generate([[*shared, 9]], SamplingParams(max_tokens=1))[0].cached_tokens == 20
-    again = small_engine(model, prefix_caching=False)
+    again = small_engine(model, enable_prefix_caching=False)
     again.generate([shared, shared], SamplingParams(max_tokens=5))
     assert again.stats.cached_tokens == 0
 
@@ -282,7 +238,7 @@ def test_memory_of_routed_models():
         model = recursive(recursions=3, ends=0)
         if kv != "deferred":
             model.add_routers("expert_choice", router_kv=kv)
-        sizes[kv] = Engine(model, num_pages=1000, page_size=4, max_length=64).pages.num_bytes
+        sizes[kv] = Engine(model, num_pages=1000, page_size=4, max_model_len=64).pages.num_bytes
     assert sizes["shared"] / sizes["deferred"] == pytest.approx(1 / 3)
     assert sizes["recursion_wise"] / sizes["deferred"] == pytest.approx((1 + 1.1 * 2 / 3 + 1.1 / 3) / 3, rel=1e-2)
 
@@ -295,7 +251,7 @@ def test_draws_do_not_depend_on_the_batch():
     model = recursive()
     asked = prompts(5, 9, 4)
     params = [SamplingParams(max_tokens=8, temperature=1.0, top_p=0.9, top_k=50, seed=number) for number in range(3)]
-    together = small_engine(model, max_requests=3).generate(asked, params)
+    together = small_engine(model, max_num_seqs=3).generate(asked, params)
     alone = [Engine(model).generate([each], its)[0] for each, its in zip(asked, params, strict=True)]
     assert [output.token_ids for output in together] == [output.token_ids for output in alone]
     other = Engine(model).generate(asked[:1], SamplingParams(max_tokens=8, temperature=1.0, seed=99))[0]
@@ -397,14 +353,14 @@ def test_tokens_come_one_by_one():
 def test_cancel_before_during_and_after():
     """A request can be cancelled at any time, also in the middle of the depths; others go on."""
     model = recursive(recursions=4)
-    engine = small_engine(model, max_requests=2)
+    engine = small_engine(model, max_num_seqs=2)
     asked = prompts(5, 9, 4)
     ids = [engine.add(each, SamplingParams(max_tokens=6)) for each in asked]
     outputs = [engine.requests[each].output for each in ids]
     engine.cancel(ids[2])
     assert outputs[2].finish_reason == "cancelled"
     engine.step()
-    assert engine.scheduler.flights[ids[0]].depth == 1
+    assert engine.scheduler.chunks[ids[0]].depth == 1
     engine.cancel(ids[0])
     while engine.has_work:
         engine.step()
@@ -418,7 +374,7 @@ def test_cancel_before_during_and_after():
 
 def test_requests_that_cannot_be_answered():
     """An error at once, and never a request that hangs."""
-    engine = Engine(recursive(), byte_tokenizer(), page_size=4, num_pages=6, max_length=64)
+    engine = Engine(recursive(), byte_tokenizer(), page_size=4, num_pages=6, max_model_len=64)
     with pytest.raises(EngineError, match="40 tokens and max_tokens is 30: together more than the 64"):
         engine.add(prompts(40)[0], SamplingParams(max_tokens=30))
     with pytest.raises(EngineError, match=r"needs 8 pages for 30 tokens, and the engine has 6"):
@@ -487,12 +443,15 @@ def test_sampling_values_out_of_range(values, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_requests": 0}, "max_requests must be at least 1, got 0"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
         ({"num_pages": 0}, "num_pages must be at least 1, got 0"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
-        ({"max_length": 0}, "max_length must be at least 1, got 0"),
-        ({"max_batch_tokens": 4, "max_requests": 4}, r"max_batch_tokens \(4\) must be more than max_requests \(4\)"),
-        ({"kv_bytes": 100}, "100 bytes of keys and values hold no page"),
+        ({"max_model_len": 0}, "max_model_len must be at least 1, got 0"),
+        (
+            {"max_num_batched_tokens": 4, "max_num_seqs": 4},
+            r"max_num_batched_tokens \(4\) must be more than max_num_seqs \(4\)",
+        ),
+        ({"kv_cache_memory_bytes": 100}, "100 bytes of keys and values hold no page"),
         ({"kv": "best"}, "Unknown kv 'best'. Use one of: deferred"),
         ({"kv": "copied"}, "was trained with 'deferred' keys and values, and 'copied' makes others"),
         ({"kv": "shared", "force_kv": True}, "kv 'shared' is not for this model, whose own is 'deferred'"),
@@ -607,7 +566,9 @@ def test_callbacks_may_add_and_cancel():
 def test_no_request_starves():
     """The oldest gets on however tight pages are, and all are answered in their turn."""
     model = recursive()
-    engine = Engine(model, max_requests=4, page_size=2, num_pages=12, chunk_size=3, max_batch_tokens=8, max_length=24)
+    engine = Engine(
+        model, max_num_seqs=4, page_size=2, num_pages=12, chunk_size=3, max_num_batched_tokens=8, max_model_len=24
+    )
     asked = prompts(*range(4, 14))
     outputs = engine.generate(asked, SamplingParams(max_tokens=10))
     assert engine.stats.preemptions > 0
@@ -617,7 +578,7 @@ def test_no_request_starves():
 def test_soak():
     """Many short requests with cancels: pages and memory come back, every request is answered."""
     model = recursive(exit_head="shared")
-    engine = Engine(model, max_requests=8, page_size=4, num_pages=48, max_length=48)
+    engine = Engine(model, max_num_seqs=8, page_size=4, num_pages=48, max_model_len=48)
     draw = torch.Generator().manual_seed(0)
     answered = 0
     live: list[int] = []
@@ -644,5 +605,5 @@ def test_soak():
     assert answered == 400
     assert engine.pages.num_used == 0
     assert not engine.requests
-    assert not engine.scheduler.flights
+    assert not engine.scheduler.chunks
     assert counts[1] <= counts[0] + 100, "tensors pile up"

@@ -1,10 +1,10 @@
 """Whatever happens to requests in the engine, each is answered as if it were alone."""
 
 import pytest
-from schedules import FAMILIES, NEW_TOKENS, NUM_SETTINGS, expected, model_of, prompt, run_schedule, settings
 
+from helpers.schedules import FAMILIES, NEW_TOKENS, NUM_SETTINGS, expected, model_of, prompt, run_schedule, settings
 from recursify.engine import Engine, SamplingParams
-from recursify.engine.rows import Rows
+from recursify.engine.layers.batch import AttentionBatch
 
 MODES = ("deferred", "copied", "latest", "recursion_wise", "shared")
 SCHEDULES = 50
@@ -36,18 +36,18 @@ def test_preemption_at_any_moment(kv, loop, monkeypatch):
 
     No two rows of a call write to one place: which of them is there in the end, a GPU does not say.
     """
-    store = Rows.store
+    store = AttentionBatch.store
 
     def checked(self, layer, key, value):
         assert len(self.slots.unique()) == len(self.slots)
         store(self, layer, key, value)
 
-    monkeypatch.setattr(Rows, "store", checked)
+    monkeypatch.setattr(AttentionBatch, "store", checked)
     model, which = model_of("llama", kv), 2
     for how in range(NUM_SETTINGS):
         for moment in range(3, 22):
-            sizes = {"max_requests": 1, "page_size": 4, "num_pages": 16, "chunk_size": 5, "max_length": 64}
-            engine = Engine(model, kv=kv, force_kv=True, device_loop=loop, replays=1, **sizes)
+            sizes = {"max_num_seqs": 1, "page_size": 4, "num_pages": 16, "chunk_size": 5, "max_model_len": 64}
+            engine = Engine(model, kv=kv, force_kv=True, device_loop=loop, num_device_steps=1, **sizes)
             asked = engine.add(prompt(which), SamplingParams(max_tokens=NEW_TOKENS, exit=settings(how, "llama", kv)))
             request = engine.requests[asked]
             for _ in range(moment):

@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 import torch
-from test_recursive_decoding import tiny_recursive
 
-from command_line import run
+from helpers.command_line import run
+from helpers.early_exit import tiny_recursive
+from helpers.tiny_models import byte_tokenizer, random_ids
 from recursify.errors import SettingsError, TextError
 from recursify.evaluation.exit_calibration import (
     ReadTokens,
@@ -20,7 +21,6 @@ from recursify.evaluation.exit_calibration import (
     read_exits,
 )
 from recursify.modeling import ExitSettings, RecursiveConfig, RecursiveForCausalLM, make_policy
-from tiny_models import byte_tokenizer, random_ids
 
 ABLE = ("head", "confidence", "entropy", "saturation", "convergence", "divergence")
 
@@ -71,7 +71,7 @@ def test_boundaries_have_what_the_exits_and_the_whole_model_say():
     for each in boundaries:
         expected = model(windows, exit_depth=each.depth).logits[:, :-1].flatten(0, 1)
         torch.testing.assert_close(each.logits, expected)
-    torch.testing.assert_close(model.read_out(last_states), model(windows).logits[:, :-1].flatten(0, 1))
+    torch.testing.assert_close(model.compute_logits(last_states), model(windows).logits[:, :-1].flatten(0, 1))
 
 
 @pytest.mark.parametrize(

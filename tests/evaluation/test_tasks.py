@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 
-from command_line import run
+from helpers.command_line import run
+from helpers.tiny_models import save_tiny
 from recursify.checkpoint.record import read_record
 from recursify.modeling import RecursiveForCausalLM
-from tiny_models import save_tiny
 
 SAMPLES = 24
 METRICS = ("acc", "acc_norm", "brier_score")

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from loopback_hub import LoopbackHub
 
+from helpers.loopback_hub import LoopbackHub
+from helpers.tiny_models import save_tiny
 from recursify.checkpoint.record import update_record
-from recursify.convert.check import check_conversion, make_conversion
-from tiny_models import save_tiny
+from recursify.convert.pipeline import check_conversion, make_conversion
 
 SETTINGS = {
     "initialization": "average",

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback_hub import GITATTRIBUTES, READ_TOKEN, WRITE_TOKEN, LoopbackHub
+
+from helpers.loopback_hub import GITATTRIBUTES, READ_TOKEN, WRITE_TOKEN, LoopbackHub
 
 MODEL = "tester/model"
 CARD = b"---\nlicense: apache-2.0\ntags: [recursive]\nmodel-index:\n- name: m\n  results: []\n---\n# A model\n"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from loopback_hub import GITATTRIBUTES, READ_TOKEN, WRITE_TOKEN, LoopbackHub
 
+from helpers.loopback_hub import GITATTRIBUTES, READ_TOKEN, WRITE_TOKEN, LoopbackHub
+from helpers.tiny_models import random_ids
 from recursify.modeling import RecursiveForCausalLM
-from tiny_models import random_ids
 
 REPO = "tester/tiny-recursive"
 

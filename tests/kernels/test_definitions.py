@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from recursify.experiments.kernels.route import gather_normed
 from recursify.kernels.depth_norm import add_and_norm
 from recursify.kernels.paged_attention import attend_pages
 from recursify.kernels.rope_store import store_keys_and_values
-from recursify.kernels.route import gather_normed
 
 LENGTH, PAGE, DEPTHS, POOL = 11, 4, 3, 9
 

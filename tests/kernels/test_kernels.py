@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_worker import names_of
 
 import recursify
+from helpers import TESTS, python_path
+from helpers.kernel_worker import names_of
 
 pytest.importorskip("triton", reason="has wheels for Linux")
 
-FOLDER = Path(__file__).parent
-KERNELS = sorted(path.name.removesuffix("_checks.py") for path in FOLDER.glob("*_checks.py"))
-CHECKS = {kernel: importlib.import_module(f"{kernel}_checks") for kernel in KERNELS}
+KERNELS = sorted(path.stem for path in (TESTS / "helpers" / "kernel_checks").glob("*.py"))
+CHECKS = {kernel: importlib.import_module(f"helpers.kernel_checks.{kernel}") for kernel in KERNELS}
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SEED = int(os.environ.get("RECURSIFY_SEED") or random.SystemRandom().randrange(2**31))
 
@@ -39,12 +39,9 @@ def cases(members) -> list:
 @functools.cache
 def results(kernel: str, device: str) -> tuple[dict[str, str | None], str]:
     """Errors by check or planted fault, and how the process ended."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER.parent), str(Path(recursify.__file__).parents[1])]),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
+    environment = os.environ | {"PYTHONPATH": python_path(), "PYTHONDONTWRITEBYTECODE": "1"}
     environment["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
-    command = [sys.executable, str(FOLDER / "kernel_worker.py"), kernel, device, str(SEED)]
+    command = [sys.executable, "-m", "helpers.kernel_worker", kernel, device, str(SEED)]
     process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     lines = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("[")]
     return dict(lines), f"the process ended with {process.returncode} (seed {SEED})\n{process.stderr}"
@@ -72,5 +69,6 @@ def test_planted_fault_is_found(kernel, device, fault):
 
 def test_every_kernel_has_checks():
     """A folder with a Triton source and none is a kernel that nobody looks at."""
-    sources = (Path(recursify.__file__).parent / "kernels").glob("*/triton.py")
+    package = Path(recursify.__file__).parent
+    sources = [*package.glob("kernels/*/triton.py"), *package.glob("experiments/kernels/*/triton.py")]
     assert sorted(source.parent.name for source in sources) == KERNELS

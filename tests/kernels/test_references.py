@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
+from recursify.experiments.kernels.grouped_lora import add_depth_lora, reference
+from recursify.experiments.kernels.route import GATES, scatter_gated
 from recursify.kernels.dispatch import implementation_on, uses_triton, why_not_triton
 from recursify.kernels.exit_head import read_exit
-from recursify.kernels.grouped_lora import add_depth_lora, reference
-from recursify.kernels.route import GATES, scatter_gated
 from recursify.kernels.slot_advance import OutputRing, Slots, advance_slots
 from recursify.modeling.recursive_policies import Confidence, Entropy
 from recursify.modeling.recursive_routing import ROUTER_GATES, gated

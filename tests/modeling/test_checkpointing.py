@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from helpers.tiny_models import random_ids, tiny_config
 from recursify.modeling import LayerLayout, RecursiveConfig, RecursiveForCausalLM
-from tiny_models import random_ids, tiny_config
 
 
 def relaxed(family: str) -> RecursiveForCausalLM:

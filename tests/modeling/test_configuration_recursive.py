@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from helpers.tiny_models import tiny_config
 from recursify.modeling import LayerLayout, LayoutError, RecursiveConfig
-from tiny_models import tiny_config
 
 
 def make(family: str = "llama", **fields) -> RecursiveConfig:

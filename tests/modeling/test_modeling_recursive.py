@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, pipeline
 
+from helpers.tiny_models import byte_tokenizer, convert_tiny, random_ids, save_tiny, tiny_config, tiny_dense
+from helpers.tolerances import LOGITS
 from recursify.modeling import (
     DepthView,
     LayerLayout,
@@ -19,8 +21,6 @@ from recursify.modeling import (
     UnsupportedFamily,
 )
 from recursify.modeling.modeling_recursive import SharedLayer
-from tiny_models import byte_tokenizer, convert_tiny, random_ids, save_tiny, tiny_config, tiny_dense
-from tolerances import LOGITS
 
 
 @pytest.fixture(scope="module")

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 from transformers import TextStreamer
 
+from helpers.early_exit import STEPS, Waits, generate, left_padded, tiny_recursive
+from helpers.tiny_models import byte_tokenizer, random_ids
+from helpers.tolerances import LOGITS
 from recursify.modeling import (
     EXIT_POLICIES,
     KV_MODES,
     AdaptiveThresholds,
     DepthDecoder,
     ExitSettings,
-    LayerLayout,
-    RecursiveConfig,
     RecursiveForCausalLM,
     make_policy,
 )
-from tiny_models import byte_tokenizer, random_ids, tiny_config
-from tolerances import LOGITS
 
-STEPS = 64
 THRESHOLDS = {
     "confidence": 0.02,
     "entropy": 0.02,
@@ -33,34 +30,6 @@ THRESHOLDS = {
     "oracle": 0.5,
 }
 """At which a random model of four recursions exits here and there."""
-
-
-def tiny_recursive(
-    family: str = "llama", recursions: int = 4, *, through_coda: bool = True, heads: bool = True
-) -> RecursiveForCausalLM:
-    """A random recursive model of six layers whose exits differ from its end, and whose tests have opinions."""
-    torch.manual_seed(0)
-    layout = LayerLayout.fold(6, recursions, "middle_cycle" if recursions > 1 else "cycle")
-    model = RecursiveForCausalLM(RecursiveConfig.from_dense(tiny_config(family), layout, lora_rank=2)).eval()
-    if heads:
-        model.add_exit_heads("norm", through_coda=through_coda)
-        with torch.no_grad():
-            for head in model.exit_heads:
-                head.test.weight.normal_(std=0.3)
-    return model
-
-
-def left_padded(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts of those lengths, and their mask."""
-    ids = random_ids(len(lengths), max(lengths))
-    mask = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
-    return ids * mask, mask
-
-
-def generate(model: RecursiveForCausalLM, ids: torch.Tensor, mask: torch.Tensor | None = None, **more):
-    arguments = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    mask = torch.ones_like(ids) if mask is None else mask
-    return model.generate(ids, attention_mask=mask, **{**arguments, **more})
 
 
 def alone_and_together(model: RecursiveForCausalLM, settings: ExitSettings, lengths=(9, 4, 7)) -> list[int]:
@@ -208,8 +177,8 @@ def test_an_exit_through_the_coda_says_what_the_coda_makes_of_its_state(kv):
         mask = torch.zeros(2, 1, 1, last + 1).masked_fill(hidden, torch.finfo(torch.float32).min)
         arguments = {model.model.cache_argument: Seen(), "use_cache": True}
         out = layer(state, attention_mask=mask, position_embeddings=rotation, **arguments)
-        wanted = model.read_exit(1, out[:, 0])
-        found = decoder.read_exit(1, state[:, 0], [0, 1])
+        wanted = model.compute_exit_logits(1, out[:, 0])
+        found = decoder.compute_exit_logits(1, state[:, 0], [0, 1])
     torch.testing.assert_close(found, wanted, atol=LOGITS[torch.float32], rtol=0)
 
 
@@ -490,7 +459,7 @@ def test_a_reduced_vocabulary_decides_and_the_whole_one_speaks(policy, kind):
 
     ids = random_ids(2, 9)
     states = model.model(ids, exit_depths=(0,), use_cache=False).exit_states[0][:, -1]
-    by_fifty, by_all = model.read_exit(0, states, 50), model.read_exit(0, states)
+    by_fifty, by_all = model.compute_exit_logits(0, states, 50), model.compute_exit_logits(0, states)
     torch.testing.assert_close(by_fifty, by_all[:, :50], atol=LOGITS[torch.float32], rtol=0)
     found = generate(model, ids, exit_policy=ExitSettings(make_policy(policy, -1.0, vocabulary=50)))
     assert torch.equal(found, generate(model, ids, exit_policy=ExitSettings(make_policy(policy, -1.0))))
@@ -529,25 +498,6 @@ def test_thresholds_of_the_config_come_with_the_vocabulary_that_they_were_chosen
     assert make_policy("confidence", 0.5, config) == make_policy("confidence", 0.5)
     assert make_policy("confidence", config=config, vocabulary=60).threshold == 0.9
     assert make_policy("entropy", config=config).vocabulary is None
-
-
-class Waits(TorchFunctionMode):
-    """Counts what waits for a GPU: values fetched, and lists of the host that index or become tensors there."""
-
-    FETCHES = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "equal")
-
-    def __init__(self):
-        super().__init__()
-        self.fetched = 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        name = getattr(function, "__name__", "")
-        self.fetched += name in self.FETCHES
-        if name in ("__getitem__", "__setitem__"):
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            assert not any(isinstance(each, list) for each in index), "a list as index is copied, and waited for"
-        assert not (name == "tensor" and (kwargs or {}).get("device") is not None), "a copy that waits: use on_device"
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kv", KV_MODES)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.tiny_models import random_ids, tiny_config
+from helpers.tolerances import LOGITS
 from recursify.modeling import EXIT_HEADS, ExitHead, LayerLayout, RecursiveConfig, RecursiveForCausalLM
-from tiny_models import random_ids, tiny_config
-from tolerances import LOGITS
 
 
 def tiny_recursive(family: str = "llama", recursions: int = 2, sharing: str = "middle_cycle") -> RecursiveForCausalLM:
@@ -33,7 +33,7 @@ def test_a_new_head_reads_out_as_the_model_does(family, kind):
     model.add_exit_heads(kind, rank=3)
     ids = random_ids(2, 9)
     with torch.no_grad():
-        found = model.read_exit(0, exits(model, ids).exit_states[0])
+        found = model.compute_exit_logits(0, exits(model, ids).exit_states[0])
         assert torch.equal(model(ids, exit_depth=0).logits, found)
         torch.testing.assert_close(found, model(ids, num_recursions=1).logits, atol=LOGITS[torch.float32], rtol=0)
 
@@ -49,7 +49,7 @@ def test_without_the_coda_an_exit_is_read_out_where_it_stopped():
             state = outputs.layer_states[1 + depth]
             assert torch.equal(outputs.boundary_states[depth], state)
             assert torch.equal(outputs.exit_states[depth], state)
-            torch.testing.assert_close(model.read_exit(depth, state), model.lm_head(model.model.norm(state)))
+            torch.testing.assert_close(model.compute_exit_logits(depth, state), model.lm_head(model.model.norm(state)))
     assert len(outputs.layer_states) == 6
 
 
@@ -72,7 +72,7 @@ def test_head_is_its_formula():
         h = torch.randn(5, 32)
         n = head.norm.weight * h / h.square().mean(-1, keepdim=True).add(model.config.rms_norm_eps).sqrt()
         wanted = n @ (model.lm_head.weight + head.lora_b @ head.lora_a).T
-        torch.testing.assert_close(model.read_exit(0, h), wanted, atol=LOGITS[torch.float32], rtol=0)
+        torch.testing.assert_close(model.compute_exit_logits(0, h), wanted, atol=LOGITS[torch.float32], rtol=0)
         odds = (h / h.square().mean(-1, keepdim=True).sqrt()) @ head.test.weight[0] + head.test.bias
         torch.testing.assert_close(head.agreement(h), odds, atol=1e-5, rtol=1e-4)
 
@@ -83,7 +83,7 @@ def test_soft_capped_families_cap_exits_too():
     model.config.final_logit_softcapping = 0.5
     model.add_exit_heads("norm")
     with torch.no_grad():
-        logits = model.read_exit(0, 100 * exits(model, random_ids(1, 5)).exit_states[0])
+        logits = model.compute_exit_logits(0, 100 * exits(model, random_ids(1, 5)).exit_states[0])
     assert float(logits.abs().max()) <= 0.5
 
 
@@ -102,7 +102,7 @@ def test_heads_come_back_from_disk(tmp_path, kind):
         for depth, (mine, theirs) in enumerate(
             zip(exits(model, ids).exit_states, exits(loaded, ids).exit_states, strict=True)
         ):
-            assert torch.equal(model.read_exit(depth, mine), loaded.read_exit(depth, theirs))
+            assert torch.equal(model.compute_exit_logits(depth, mine), loaded.compute_exit_logits(depth, theirs))
     owned = {"shared": 0, "norm": 1, "low_rank": 3, "full": 2}[kind] + 2
     assert sum(name.startswith("exit_heads.") for name in load_file(tmp_path / "model.safetensors")) == 3 * owned
 
@@ -119,7 +119,7 @@ def test_a_fixed_depth_generates_as_its_exit_says(tmp_path, through_coda):
     with torch.no_grad():
         for _ in range(8):
             states = exits(model, wanted).exit_states[1]
-            wanted = torch.cat([wanted, model.read_exit(1, states)[:, -1:].argmax(-1)], dim=1)
+            wanted = torch.cat([wanted, model.compute_exit_logits(1, states)[:, -1:].argmax(-1)], dim=1)
     arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
     assert torch.equal(shallow.generate(ids, **arguments), wanted)
     assert torch.equal(shallow.generate(ids, cache_implementation="static", **arguments), wanted)

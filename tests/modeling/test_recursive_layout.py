@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recursify.modeling import LayerLayout, LayoutError, Slot
+from recursify.modeling import LayerLayout, LayerRef, LayoutError
 
 
 def test_cycle_repeats_the_block():
@@ -34,10 +34,10 @@ def test_explicit_prelude_and_coda():
     """SmolLM2's 30 layers as 4 + 11 x 2 + 4."""
     layout = LayerLayout.fold(30, 2, "cycle", num_prelude_layers=4, num_coda_layers=4)
     assert layout.block_size == 11
-    assert layout.slot(3) == Slot("prelude", 3, 0)
-    assert layout.slot(4) == Slot("block", 0, 0)
-    assert layout.slot(15) == Slot("block", 0, 1)
-    assert layout.slot(29) == Slot("coda", 3, 0)
+    assert layout.layer_ref(3) == LayerRef("prelude", 3, 0)
+    assert layout.layer_ref(4) == LayerRef("block", 0, 0)
+    assert layout.layer_ref(15) == LayerRef("block", 0, 1)
+    assert layout.layer_ref(29) == LayerRef("coda", 3, 0)
     assert layout.positions(10) == [14, 25]
 
 

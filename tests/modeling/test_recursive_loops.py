@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from recursify.convert.unroll import check_export, export_dense, export_peft
+from helpers.tiny_models import FAMILIES, random_ids, tiny_config
+from helpers.tolerances import LOGITS
+from recursify.convert.export import check_export, export_dense, export_peft
 from recursify.errors import PlanError
 from recursify.modeling import LayerLayout, RecursiveConfig, RecursiveForCausalLM, make_policy
 from recursify.modeling.recursive_loops import LoopMixing, anderson_mix, spread_depths, spread_exits
-from tiny_models import FAMILIES, random_ids, tiny_config
-from tolerances import LOGITS
 
 TOLERANCE = LOGITS[torch.float32]
 STEPS = 64

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from helpers.tiny_models import random_ids, tiny_config
+from helpers.tolerances import LOGITS
 from recursify.evaluation.router_calibration import calibrate_thresholds
 from recursify.modeling import (
     ROUTED_KV,
@@ -28,8 +30,6 @@ from recursify.modeling.recursive_routing import (
     tokens_of,
     warmed_up,
 )
-from tiny_models import random_ids, tiny_config
-from tolerances import LOGITS
 
 STEPS = 64
 TRIALS = 100
@@ -68,7 +68,7 @@ def forward(model, ids, mask=None, **more):
     positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         outputs = model.model(ids, attention_mask=mask, position_ids=positions, use_cache=False, **more)
-        return model.read_out(outputs.last_hidden_state), outputs.routing.depths
+        return model.compute_logits(outputs.last_hidden_state), outputs.routing.depths
 
 
 def generate(model, ids, mask=None, **more):
@@ -219,7 +219,7 @@ def test_a_recursion_is_the_block_on_its_tokens(kv):
 
         class Keys:
             def update(self, key, value, layer_idx, *_, **__):
-                slot = model.config.layout.slot(layer_idx)
+                slot = model.config.layout.layer_ref(layer_idx)
                 if kv == "shared":
                     return keys.setdefault(slot.index, (key, value))
                 return key, value
@@ -494,7 +494,7 @@ def test_packed_documents_do_not_see_one_another():
     for part in (slice(0, 12), slice(12, 20)):
         alone, depths = forward(model, ids[:, part])
         torch.testing.assert_close(
-            model.read_out(packed.last_hidden_state)[:, part], alone, atol=LOGITS[torch.float32], rtol=0
+            model.compute_logits(packed.last_hidden_state)[:, part], alone, atol=LOGITS[torch.float32], rtol=0
         )
         assert torch.equal(packed.routing.depths[:, part], depths)
 

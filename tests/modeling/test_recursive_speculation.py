@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_recursive_decoding import STEPS, Waits, generate, left_padded, tiny_recursive
 from transformers import GenerationConfig, LogitsProcessorList, TextStreamer
 
+from helpers.early_exit import STEPS, Waits, generate, left_padded, tiny_recursive
+from helpers.tiny_models import byte_tokenizer, random_ids
 from recursify.modeling import SpeculationSettings
 from recursify.modeling.recursive_speculation import DraftLength, Speculator
-from tiny_models import byte_tokenizer, random_ids
 
 
 @pytest.mark.parametrize("through_coda", [True, False])

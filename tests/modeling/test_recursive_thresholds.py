@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_recursive_decoding import STEPS, generate, left_padded, tiny_recursive
 from torch.testing import assert_close
 
+from helpers.early_exit import STEPS, generate, left_padded, tiny_recursive
 from recursify.modeling import AdaptiveThresholds, ExitSettings, make_policy
 from recursify.modeling.recursive_thresholds import (
     FREE_OTHER_CLASS,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from running import running
+
+from helpers.running import running
 
 
 @pytest.fixture(scope="session")

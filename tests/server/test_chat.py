@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import openai
 import pytest
-from running import NAME, build, running, tokenizer
 
+from helpers.running import NAME, build, running, tokenizer
 from recursify.engine import SamplingParams
 
 MESSAGES = [

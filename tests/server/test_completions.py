@@ -5,13 +5,13 @@ from __future__ import annotations
 import openai
 import pytest
 import torch
-from running import NAME, build, running, tokenizer
-from schedules import model_of
 
+from helpers.running import NAME, build, running, tokenizer
+from helpers.schedules import model_of
 from recursify.engine import SamplingParams
-from recursify.engine.scoring import score_prompt
 from recursify.modeling import ExitSettings, make_policy
 from recursify.server import ExitChoice
+from recursify.server.engine_process.scoring import score_prompt
 
 EXITS = {"policy": "confidence", "threshold": 0.1}
 

@@ -10,8 +10,8 @@ import time
 import httpx
 import openai
 import pytest
-from running import NAME, SLOW, build, eventually, running
 
+from helpers.running import NAME, SLOW, build, eventually, running
 from recursify.engine import SamplingParams
 
 LONG = {"model": NAME, "prompt": "hello", "max_tokens": 200, "temperature": 0}
@@ -48,7 +48,7 @@ def test_who_leaves_a_whole_answer_is_cancelled(slow):
 
 def test_who_leaves_while_waiting_is_cancelled():
     """A request that has not begun is forgotten."""
-    with running(build(max_requests=1, seconds=SLOW)) as made:
+    with running(build(max_num_seqs=1, seconds=SLOW)) as made:
         with made.client.completions.create(**LONG, stream=True) as first:
             next(iter(first))
             with pytest.raises(httpx.ReadTimeout):
@@ -62,7 +62,7 @@ def test_who_leaves_while_waiting_is_cancelled():
 
 def test_a_full_queue_says_when_to_come_back():
     """429 with Retry-After; the places are free again afterwards."""
-    with running(build(max_requests=1, seconds=SLOW), max_queue=1) as made:
+    with running(build(max_num_seqs=1, seconds=SLOW), max_queue=1) as made:
         with made.client.completions.create(**LONG, stream=True), made.client.completions.create(**LONG, stream=True):
             answer = made.http.post("/v1/completions", json=LONG)
             assert answer.status_code == 429
@@ -89,7 +89,7 @@ def test_an_answer_that_takes_too_long_is_ended():
 
 def test_a_reader_who_does_not_read_is_left():
     """His answer is dropped when he has not taken what was sent in time."""
-    with running(build(max_requests=64, num_pages=2048), write_seconds=0.3) as made:
+    with running(build(max_num_seqs=64, num_pages=2048), write_seconds=0.3) as made:
         # Log-probabilities make the events large, so that the buffers between the two fill up.
         body = {**LONG, "logprobs": 20, "n": 16, "stream": True, "prompt": ["x"] * 4, "max_tokens": 200}
         with made.http.stream("POST", "/v1/completions", json=body) as stream:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from running import NAME, build, eventually, running
+
+from helpers.running import NAME, build, eventually, running
 
 
 def test_counts_add_up():
@@ -36,7 +37,7 @@ def test_counts_add_up():
 
 def test_what_is_there_now_is_shown():
     """Rows by depth, the queue and pages while answers are under way."""
-    with running(build(max_requests=2, seconds=0.02)) as made:
+    with running(build(max_num_seqs=2, seconds=0.02)) as made:
         body = {"model": NAME, "prompt": "hello", "max_tokens": 200, "stream": True, "n": 5}
         with made.client.completions.create(**body) as stream:
             next(iter(stream))

@@ -11,8 +11,9 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from running import NAME, build, running, tokenizer
-from schedules import model_of
+
+from helpers.running import NAME, build, running, tokenizer
+from helpers.schedules import model_of
 
 WORDS = ("red", "green", "blue", "grey", "black")
 
@@ -94,7 +95,7 @@ EXAMPLES = 100
 @pytest.fixture(scope="module")
 def fuzzed():
     """A server for requests that nobody would send; answers are short, and end soon."""
-    with running(build(max_length=48), max_tokens=8, max_choices=3, request_seconds=20) as made:
+    with running(build(max_model_len=48), max_tokens=8, max_choices=3, request_seconds=20) as made:
         yield made
 
 

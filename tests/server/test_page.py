@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from browser import CHROMIUM, browser
-from running import build, running
 
+from helpers.browser import CHROMIUM, browser
+from helpers.running import build, running
 from recursify.engine import SamplingParams
 from recursify.modeling import ExitSettings, make_policy
 from recursify.server.page import CONTENT_SECURITY_POLICY, PAGE

@@ -9,7 +9,8 @@ import socket
 
 import httpx
 import pytest
-from running import NAME, Running, build, running
+
+from helpers.running import NAME, Running, build, running
 
 JSON = {"content-type": "application/json"}
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
@@ -219,7 +220,7 @@ def test_headers_without_end_are_cut_off(locked):
 
 def test_logs_have_sizes_and_no_contents(locked, capsys):
     """JSON lines with the request's id; neither prompt, nor answer, nor key, nor address of a mistyped path."""
-    from recursify.server.serving import log_to_stderr
+    from recursify.server.run import log_to_stderr
 
     log_to_stderr()
     answer = locked.http.post(

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import openai
 import pytest
-from running import eventually, tokenizer
 
-from command_line import run
-from tiny_models import convert_tiny, save_tiny
+from helpers.command_line import run
+from helpers.running import eventually, tokenizer
+from helpers.tiny_models import convert_tiny, save_tiny
 
 KEY = "a-key-of-the-test"
 

@@ -6,7 +6,7 @@ import pytest
 
 from recursify.errors import EngineError, SettingsError
 from recursify.server import ExitChoice, ServerSettings
-from recursify.server.serving import listen
+from recursify.server.run import listen
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
+from helpers.tiny_models import byte_tokenizer, convert_tiny, save_tiny
 from recursify.errors import TextError
 from recursify.modeling import RecursiveForCausalLM
 from recursify.uptrain.data import IGNORED, Collator, prepare_data
 from recursify.uptrain.settings import UptrainSettings
-from tiny_models import byte_tokenizer, convert_tiny, save_tiny
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"

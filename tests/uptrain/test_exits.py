@@ -9,16 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import run
-from runs import BASE, assert_resumes, assert_same, silent, weights
 
+from helpers.processes import run
+from helpers.runs import BASE, assert_resumes, assert_same, silent, weights
+from helpers.tiny_models import convert_tiny, random_ids, save_tiny
 from recursify.errors import SettingsError
 from recursify.modeling import RecursiveForCausalLM
 from recursify.uptrain.data import IGNORED
 from recursify.uptrain.exits import Exits
 from recursify.uptrain.losses import layer_distillation
-from recursify.uptrain.uptraining import uptrain
-from tiny_models import convert_tiny, random_ids, save_tiny
+from recursify.uptrain.run import uptrain
 
 pytestmark = pytest.mark.xdist_group("uptraining")
 
@@ -61,8 +61,8 @@ def objective_and_parts(source, settings):
     total, sums = objective(model, outputs, inputs)
     keep = inputs["labels"][:, 1:] != IGNORED
     targets = inputs["labels"][:, 1:][keep]
-    logits = [model.read_exit(depth, state)[:, :-1][keep] for depth, state in enumerate(outputs.exit_states)]
-    logits.append(model.read_out(outputs.last_hidden_state)[:, :-1][keep])
+    logits = [model.compute_exit_logits(depth, state)[:, :-1][keep] for depth, state in enumerate(outputs.exit_states)]
+    logits.append(model.compute_logits(outputs.last_hidden_state)[:, :-1][keep])
     ce = [F.cross_entropy(each, targets, reduction="sum") for each in logits]
     normed = [model.model.norm(state)[:, :-1][keep] for state in outputs.layer_states or ()]
     return total, sums, ce, logits, normed

@@ -10,12 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import run
-from runs import BASE, assert_resumes, assert_same, silent, weights
 
+from helpers.processes import run
+from helpers.runs import BASE, assert_resumes, assert_same, silent, weights
+from helpers.tiny_models import convert_tiny, random_ids, save_tiny
 from recursify.errors import SettingsError
 from recursify.modeling import RecursiveForCausalLM, Routing
 from recursify.modeling.recursive_routing import warmed_up
+from recursify.uptrain.callbacks import read_metrics
 from recursify.uptrain.data import IGNORED
 from recursify.uptrain.routers import (
     RouterFigures,
@@ -25,10 +27,8 @@ from recursify.uptrain.routers import (
     moved_bias,
     z_loss,
 )
+from recursify.uptrain.run import uptrain
 from recursify.uptrain.settings import UptrainSettings
-from recursify.uptrain.uptraining import uptrain
-from recursify.uptrain.watching import read_metrics
-from tiny_models import convert_tiny, random_ids, save_tiny
 
 pytestmark = pytest.mark.xdist_group("uptraining")
 
@@ -73,7 +73,7 @@ def routed_loss(source, settings):
     outputs = model.model(inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
     total, sums = objective(model, outputs, inputs)
     keep = inputs["labels"][:, 1:] != IGNORED
-    logits = model.read_out(outputs.last_hidden_state)[:, :-1][keep]
+    logits = model.compute_logits(outputs.last_hidden_state)[:, :-1][keep]
     plain = F.cross_entropy(logits, inputs["labels"][:, 1:][keep], reduction="sum")
     return objective, model, outputs.routing, (total, plain), sums
 

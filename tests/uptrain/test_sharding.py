@@ -11,16 +11,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run, start_all
 from test_trainer import BASE, assert_same, plain, silent, source, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.processes import run, start_all
+from helpers.tiny_models import convert_tiny, save_tiny
 from recursify.errors import SettingsError, TrainingError
 from recursify.modeling import RecursiveForCausalLM
 from recursify.uptrain import checkpoints, sharding
+from recursify.uptrain.run import uptrain
 from recursify.uptrain.settings import UptrainSettings
-from recursify.uptrain.uptraining import uptrain
-from tiny_models import convert_tiny, save_tiny
 
 __all__ = ["plain", "source"]  # fixtures
 

@@ -13,18 +13,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from processes import run, start_run
-from runs import BASE, assert_same, losses, silent, weights
 from safetensors.torch import load_file
 
+from helpers.processes import run, start_run
+from helpers.runs import BASE, assert_same, losses, silent, weights
+from helpers.tiny_models import convert_tiny, save_tiny
+from helpers.tolerances import LOSSES
 from recursify.errors import CheckpointError, OutputError, RecursifyError, SettingsError, TrainingError
 from recursify.modeling import RecursiveForCausalLM
 from recursify.uptrain import checkpoints
+from recursify.uptrain.callbacks import read_metrics
+from recursify.uptrain.run import uptrain
 from recursify.uptrain.settings import UptrainSettings
-from recursify.uptrain.uptraining import uptrain
-from recursify.uptrain.watching import read_metrics
-from tiny_models import convert_tiny, save_tiny
-from tolerances import LOSSES
 
 pytestmark = pytest.mark.xdist_group("uptraining")
 

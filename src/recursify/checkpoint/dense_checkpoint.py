@@ -236,10 +236,10 @@ class SafetensorsFolder(DenseCheckpoint):
         return origin_of_folder(self.source, self.folder)
 
     def save_passengers(self, folder: Path) -> None:
-        copy_passengers(self.folder, folder)
+        copy_auxiliary_files(self.folder, folder)
 
 
-def copy_passengers(source: Path, target: Path) -> None:
+def copy_auxiliary_files(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template, generation config and licences from one model folder to another."""
     for pattern in PASSENGERS:
         for file in sorted(source.glob(pattern)):

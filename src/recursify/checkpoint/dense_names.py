@@ -82,7 +82,7 @@ class DenseNames:
         for name in self.dense_parameters:
             if name.startswith(self.stem + "."):
                 position, _, rest = name.removeprefix(self.stem + ".").partition(".")
-                slot = self.layout.slot(int(position))
+                slot = self.layout.layer_ref(int(position))
                 if slot.part != "block":
                     names[f"model.{slot.part}.{slot.index}.{rest}"] = name
                 continue

@@ -83,7 +83,7 @@ def bench_command(
     if threads is not None:
         torch.set_num_threads(threads)
 
-    from recursify.engine.bench_plan import BenchPlan, draw_speeds
+    from recursify.bench.plan import BenchPlan, draw_speeds
 
     from .models import load_model
 
@@ -119,7 +119,7 @@ def bench_command(
 
 
 def _table(facts: dict[str, Any]) -> str:
-    from recursify.engine.bench_plan import FIGURES, figures_of, ideals_of, name_of
+    from recursify.bench.plan import FIGURES, figures_of, ideals_of, name_of
 
     head = ["", "at once", *FIGURES, "G", "G*", "G* per call", "η"]
     lines = [[name_of(row), str(row["concurrency"]), *figures_of(row), *ideals_of(row)] for row in facts["rows"]]

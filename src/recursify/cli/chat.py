@@ -57,8 +57,8 @@ def chat_command(
     show_depth: Annotated[
         bool, typer.Option("--show-depth", help="Colour each token by the depth it was read at.")
     ] = False,
-    kv_bytes: KVBytesOption = 2**28,
-    max_length: MaxLengthOption = None,
+    kv_cache_memory_bytes: KVBytesOption = 2**28,
+    max_model_len: MaxLengthOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     trust_remote_code: TrustOption = False,
@@ -71,7 +71,9 @@ def chat_command(
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if not getattr(tokenizer, "chat_template", None):
         raise SettingsError(f"'{model}' has no chat template, so it cannot chat. Use recursify generate.")
-    engine = Engine(loaded, tokenizer, max_requests=1, kv_bytes=kv_bytes, max_length=max_length)
+    engine = Engine(
+        loaded, tokenizer, max_num_seqs=1, kv_cache_memory_bytes=kv_cache_memory_bytes, max_model_len=max_model_len
+    )
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,

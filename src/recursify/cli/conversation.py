@@ -38,7 +38,7 @@ class Conversation:
         engine, messages = self.engine, [*self.messages, {"role": "user", "content": text}]
         found = engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         prompt = found["input_ids"]
-        room = max(engine.max_length - len(prompt), 1)
+        room = max(engine.max_model_len - len(prompt), 1)
         request = engine.requests[
             engine.add(prompt, replace(self.params, max_tokens=min(self.params.max_tokens, room)))
         ]

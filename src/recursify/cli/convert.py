@@ -139,7 +139,7 @@ def convert_command(
         "dtype": dtype,
         "seed": seed,
     }
-    from recursify.convert.check import check_conversion, make_conversion
+    from recursify.convert.pipeline import check_conversion, make_conversion
 
     with progress_report() as progress:
         conversion = make_conversion(

@@ -37,7 +37,7 @@ def export_command(
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
-    from recursify.convert.unroll import check_export, find_format
+    from recursify.convert.export import check_export, find_format
 
     from .models import require_recursive
 

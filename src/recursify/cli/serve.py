@@ -57,9 +57,9 @@ def serve_command(
         str | None,
         typer.Option("--name", help="Name of the model for clients. [default: its folder's]", show_default=False),
     ] = None,
-    max_requests: MaxRequestsOption = 32,
-    kv_bytes: KVBytesOption = 2**30,
-    max_length: MaxLengthOption = None,
+    max_num_seqs: MaxRequestsOption = 32,
+    kv_cache_memory_bytes: KVBytesOption = 2**30,
+    max_model_len: MaxLengthOption = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="New tokens of one answer at most.", min=1)] = 4096,
     max_queue: Annotated[
         int, typer.Option("--max-queue", help="Answers that may wait; more are told to come back.", min=0)
@@ -94,7 +94,7 @@ def serve_command(
         make_engine,
         model,
         {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code},
-        {"max_requests": max_requests, "kv_bytes": kv_bytes, "max_length": max_length},
+        {"max_num_seqs": max_num_seqs, "kv_cache_memory_bytes": kv_cache_memory_bytes, "max_model_len": max_model_len},
     )
     server.serve(build, settings, address=host, port=port)
 

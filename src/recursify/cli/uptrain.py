@@ -233,7 +233,7 @@ def uptrain_command(
 
     from transformers.utils import logging
 
-    from recursify.uptrain.uptraining import uptrain
+    from recursify.uptrain.run import uptrain
 
     logging.disable_progress_bar()
     is_main = os.environ.get("RANK", "0") == "0"

@@ -28,7 +28,7 @@ from recursify.evaluation.text import Text, token_windows
 
 from .converter import Progress, write_factors
 from .initialization import average
-from .low_rank import Metric, regress, share, share_for_residuals
+from .low_rank import WeightedNorm, regress, share, share_for_residuals
 from .plan import ConversionPlan
 from .relaxation import find_relaxation
 
@@ -129,7 +129,7 @@ class Calibration:
         for index, layers, moments in self._slots(starts, "share"):
             modules = {module.path: module for module in self.names.stored_modules(index) if module.is_linear}
             for stage in self.dense.stages:
-                metrics = [Metric(moment.pop(stage[0])) for moment in moments]
+                metrics = [WeightedNorm(moment.pop(stage[0])) for moment in moments]
                 for path in stage:
                     self._share_linear(plan, output, modules[path], layers, metrics)
 
@@ -152,7 +152,7 @@ class Calibration:
         for index, layers, moments in self._slots(starts, "allocate"):
             modules = {module.path: module for module in self.names.stored_modules(index) if module.is_linear}
             for stage in self.dense.stages:
-                metrics = [Metric(moment.pop(stage[0])) for moment in moments]
+                metrics = [WeightedNorm(moment.pop(stage[0])) for moment in moments]
                 for path in stage:
                     weights = [_weight(layer, path).cpu() for layer in layers]
                     key = f"{index}.{path}"
@@ -185,7 +185,7 @@ class Calibration:
         output: ShardedCheckpoint,
         module: StoredModule,
         layers: list[nn.Module],
-        metrics: list[Metric],
+        metrics: list[WeightedNorm],
     ) -> None:
         """Write the shared weight of one module, and its residuals against what then lies on disk."""
         weights = [_weight(layer, module.path).cpu() for layer in layers]
@@ -249,7 +249,7 @@ class Calibration:
         # SmolLM2-135M rose from 22.2 to 23.2.
         last = layout.num_layers - layout.num_coda_layers - 1
         for position in range(first, last + 1):
-            slot = layout.slot(position)
+            slot = layout.layer_ref(position)
             dense_layer = self.dense.load(position)
             own_layer = self._converted(output, position)
             modules = {module.path: module for module in self.names.stored_modules(slot.index)}
@@ -267,7 +267,7 @@ class Calibration:
 
     def _converted(self, output: ShardedCheckpoint, position: int) -> nn.Module:
         """The converted layer at ``position`` as a dense one: weights merged, norms as written."""
-        slot = self.layout.slot(position)
+        slot = self.layout.layer_ref(position)
         layer = self.dense.load(position)
         for module in self.names.stored_modules(slot.index):
             for parameter in module.parameters:
@@ -301,7 +301,7 @@ class Calibration:
         dense_hidden: list[Tensor],
         own_hidden: list[Tensor],
         stage: int,
-    ) -> Evidence:
+    ) -> RegressionMoments:
         """Run both layers up to a stage over the whole text."""
         moment = cross = drift = torch.zeros(())
         for theirs, mine in zip(dense_hidden, own_hidden, strict=True):
@@ -311,11 +311,11 @@ class Calibration:
             cross = cross + _products(y, x)
             if their_stream is not None and my_stream is not None:
                 drift = drift + _products(their_stream - my_stream, x)
-        return Evidence(Metric(moment), cross, drift if self.dense.writes[stage] else None)
+        return RegressionMoments(WeightedNorm(moment), cross, drift if self.dense.writes[stage] else None)
 
     @staticmethod
     def _refit_residual(
-        output: ShardedCheckpoint, module: StoredModule, depth: int, wanted: Tensor, metric: Metric
+        output: ShardedCheckpoint, module: StoredModule, depth: int, wanted: Tensor, metric: WeightedNorm
     ) -> None:
         """Give one depth the residual that is nearest to the map ``wanted [O, I]``."""
         if not module.rank:
@@ -329,7 +329,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class RegressionMoments:
     """What a residual is refitted on; ``x`` are the converted layer's inputs at a stage, ``y`` the dense one's.
 
     Attributes:
@@ -339,12 +339,12 @@ class Evidence:
             writes there can take back what earlier layers got wrong. None elsewhere.
     """
 
-    metric: Metric
+    metric: WeightedNorm
     cross: Tensor
     drift: Tensor | None
 
 
-def _weighted_gains(weights: list[Tensor], metrics: list[Metric]) -> Tensor:
+def _weighted_gains(weights: list[Tensor], metrics: list[WeightedNorm]) -> Tensor:
     """What each rank of all depths' residuals removes, as a fraction of the energy of the output: ``[min(O, I)]``."""
     shared = share(weights, metrics)
     tails = [m.tail(w.double() - shared) / m.error(w) for w, m in zip(weights, metrics, strict=True)]

@@ -45,7 +45,7 @@ def whole_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (matrix, identity) if matrix.shape[1] <= matrix.shape[0] else (identity, matrix)
 
 
-class Metric:
+class WeightedNorm:
     """The norm ``‖E‖² = tr(E C Eᵀ)`` of an error ``E [O, I]`` in a linear map whose inputs have second moment ``C``.
 
     Args:
@@ -113,7 +113,7 @@ def _leading_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return matrix @ right, right.mT.contiguous()
 
 
-def regress(weight: Tensor, cross: Tensor, metric: Metric, offset: Tensor | None = None) -> Tensor:
+def regress(weight: Tensor, cross: Tensor, metric: WeightedNorm, offset: Tensor | None = None) -> Tensor:
     """The map that does on inputs ``x`` what ``weight [O, I]`` does on inputs ``y``: ``min_M Σ ‖W y + e − M x‖²``.
 
     Args:
@@ -133,7 +133,7 @@ def regress(weight: Tensor, cross: Tensor, metric: Metric, offset: Tensor | None
     return torch.cholesky_solve(wanted.mT, metric.factor).mT
 
 
-def share(weights: list[Tensor], metrics: list[Metric]) -> Tensor:
+def share(weights: list[Tensor], metrics: list[WeightedNorm]) -> Tensor:
     """The one map nearest to all ``weights [O, I]`` in their metrics: ``(Σ W_ℓ C_ℓ)(Σ C_ℓ)⁻¹``, float64."""
     total = sum((metric.moment for metric in metrics), torch.zeros((), dtype=torch.float64))
     weighted = sum(
@@ -144,7 +144,7 @@ def share(weights: list[Tensor], metrics: list[Metric]) -> Tensor:
 
 
 def share_for_residuals(
-    weights: list[Tensor], metrics: list[Metric], rank: int, *, num_sweeps: int | None = None
+    weights: list[Tensor], metrics: list[WeightedNorm], rank: int, *, num_sweeps: int | None = None
 ) -> Tensor:
     """The shared map of ``min Σ_ℓ ‖W_ℓ − W − B_ℓ A_ℓ‖²``, solved together with the residuals it will be given.
 
@@ -162,7 +162,7 @@ def share_for_residuals(
             and 4 for more, which start from the mean.
 
     Returns:
-        ``W [O, I]``, float64; the residuals are :meth:`Metric.low_rank` of what it leaves.
+        ``W [O, I]``, float64; the residuals are :meth:`WeightedNorm.low_rank` of what it leaves.
     """
     shared = share(weights, metrics)
     if rank == 0 or len(weights) == 1:
@@ -170,7 +170,7 @@ def share_for_residuals(
     num_sweeps = num_sweeps or (1 if len(weights) == 2 else 4)
     residuals = [torch.zeros_like(shared) for _ in weights]
     if len(weights) == 2:
-        between = Metric(metrics[0].moment + metrics[1].moment)
+        between = WeightedNorm(metrics[0].moment + metrics[1].moment)
         left, right = between.low_rank(weights[0].double() - weights[1].double(), min(2 * rank, *shared.shape))
         residuals = [left[:, 0::2] @ right[0::2], -(left[:, 1::2] @ right[1::2])]
         shared = share([weight - known for weight, known in zip(weights, residuals, strict=True)], metrics)

@@ -17,10 +17,10 @@ from recursify.modeling.recursive_decoding import check_depths
 from recursify.modeling.recursive_policies import KV_MODES as EXIT_KV
 from recursify.modeling.recursive_routing import ROUTED_KV
 
-from .decoder_parts import DecoderParts
+from .layers.batch import TokenSpan
+from .layers.decoder import DecoderAdapter
+from .layers.model_runner import ModelRunner
 from .request import Request, SamplingParams
-from .rows import Run
-from .runner import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ PARITY = {torch.float64: 1e-2, torch.float32: 1e-2}
 order (measured: 1.3e-3 on a random Gemma 2 of eight layers), and a part that is missing is a difference of order 1."""
 
 
-def choose_kv(parts: DecoderParts, kv: str | None, *, force: bool) -> str:
+def choose_kv(parts: DecoderAdapter, kv: str | None, *, force: bool) -> str:
     """The mode of keys and values: ``kv``, else what the model was trained for.
 
     Raises:
@@ -54,7 +54,7 @@ def choose_kv(parts: DecoderParts, kv: str | None, *, force: bool) -> str:
     return kv
 
 
-def choose_implementation(implementation: Implementation, parts: DecoderParts) -> Literal["reference", "triton"]:
+def choose_implementation(implementation: Implementation, parts: DecoderAdapter) -> Literal["reference", "triton"]:
     """``triton`` or ``reference``, of the kernels; one warning where a GPU is there that Triton cannot use.
 
     Raises:
@@ -75,13 +75,13 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def loop_obstacle(parts: DecoderParts, *, synchronous: bool) -> str | None:
+def loop_obstacle(parts: DecoderAdapter, *, lockstep: bool) -> str | None:
     """What keeps new tokens from running in the loop on the device; None if nothing does."""
     if parts.is_routed:
         return "models with routers"
     if parts.head is None:
         return f"a model whose LM head is a {type(parts.model.get_output_embeddings()).__name__}"
-    return "a synchronous engine" if synchronous else None
+    return "a lockstep engine" if lockstep else None
 
 
 def eos_tokens(model: Any) -> frozenset[int]:
@@ -92,7 +92,7 @@ def eos_tokens(model: Any) -> frozenset[int]:
 
 
 @torch.inference_mode()
-def check_parity(runner: Runner) -> None:
+def check_parity(runner: ModelRunner) -> None:
     """Raises:
     UnsupportedModelError: What the engine computes of a few tokens at full depth is not what the model does.
     """
@@ -105,11 +105,11 @@ def check_parity(runner: Runner) -> None:
     request = Request(ids.tolist(), SamplingParams(), None, len(pages.pools))
     pages.reserve(request, count)
     with parts.in_use():
-        _, states = runner.enter(ids, [Run(request, None, range(count))])
+        _, states = runner.enter(ids, [TokenSpan(request, None, range(count))])
         for depth in range(parts.num_depths):
-            states = runner.block([Run(request, depth, range(count))], states)
-        states = runner.coda([Run(request, None, range(count))], states)
-        found = runner.read_out(states)[-1].float()
+            states = runner.block([TokenSpan(request, depth, range(count))], states)
+        states = runner.coda([TokenSpan(request, None, range(count))], states)
+        found = runner.compute_logits(states)[-1].float()
     pages.release(request)
     difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
     if not difference <= PARITY.get(parts.dtype, 0.1):
@@ -141,7 +141,7 @@ def encode(prompt: str | Sequence[int], tokenizer: Any, vocabulary: int) -> list
     return ids
 
 
-def exit_settings(params: SamplingParams, parts: DecoderParts, kv: str) -> ExitSettings | None:
+def exit_settings(params: SamplingParams, parts: DecoderAdapter, kv: str) -> ExitSettings | None:
     """How tokens of a request leave, in an engine whose mode is ``kv``.
 
     Raises:

@@ -19,22 +19,22 @@ from recursify.errors import EngineError
 from recursify.kernels.dispatch import Implementation
 from recursify.modeling.recursive_decoding import on_device
 
-from .boundaries import Boundaries
 from .checks import check_parity, choose_implementation, choose_kv, encode, eos_tokens, exit_settings, loop_obstacle
-from .decoder_parts import take_apart
-from .fetching import Fetcher
-from .flight import Flight
-from .kv_pages import KVPages, pages_in
+from .chunk import Chunk
+from .detokenizer import Detokenizer
+from .device_loop.slot_manager import SlotManager
+from .early_exit import EarlyExitStage
+from .host_sync import HostSync
+from .layers.batch import TokenSpan
+from .layers.decoder import adapt_decoder
+from .layers.kv_cache import KVCache, pages_in
+from .layers.model_runner import ModelRunner
+from .logits import LogitsHead
 from .page_pool import pages_for
-from .readout import Readout
 from .request import UNREAD, FinishReason, Request, RequestOutput, SamplingParams
-from .residents import Residents
-from .routing import RoutedBoundaries
-from .rows import Run
-from .runner import Runner
+from .routing import RoutingStage
 from .sampler import log_probabilities, sample
 from .scheduler import Scheduler
-from .stops import StopChecker
 
 
 @dataclass
@@ -46,7 +46,7 @@ class EngineStats:
         block_calls: Calls of the shared block.
         block_rows: Rows in them, prompts and tokens that were caught up included.
         slot_calls: Requests that had a row in a call, summed over calls.
-        slots: Requests that could have had one: ``max_requests`` times the calls.
+        slots: Requests that could have had one: ``max_num_seqs`` times the calls.
         new_tokens: Said.
         depth_sum: Of the recursions that new tokens ran, counting from 1.
         exit_histogram: By depth, how many new tokens were read after it.
@@ -109,7 +109,7 @@ class EngineStats:
 
 
 @dataclass(frozen=True)
-class Said:
+class SampledToken:
     """A token that was read out; which one, the device knows.
 
     Attributes:
@@ -132,25 +132,26 @@ class Engine:
         tokenizer: For prompts that are text, for the text of answers, and for stop strings.
         kv: Of :data:`~recursify.engine.KV_MODES`; None takes the mode that the model was trained for.
         force_kv: Allow another mode than that.
-        max_requests: Requests that run at once.
+        max_num_seqs: Requests that run at once.
         page_size: Tokens per page of keys and values.
-        num_pages: Pages; None takes as many as ``kv_bytes`` hold.
-        kv_bytes: See ``num_pages``.
-        max_batch_tokens: Tokens of an iteration, as far as prompts are to blame.
+        num_pages: Pages; None takes as many as ``kv_cache_memory_bytes`` hold.
+        kv_cache_memory_bytes: See ``num_pages``.
+        max_num_batched_tokens: Tokens of an iteration, as far as prompts are to blame.
         chunk_size: Tokens of a prompt that enter together.
-        max_length: Tokens of a request, prompt and answer; None takes the model's context.
-        prefix_caching: Take over keys and values of a known prefix, in whole pages. Not in routed models, where a page
-            holds tokens that are not next to one another.
-        synchronous: A control: rows wait for the deepest one before new tokens enter.
-        reads_late: Fetch tokens together with the next iteration's decisions, so that the host waits once per
+        max_model_len: Tokens of a request, prompt and answer; None takes the model's context.
+        enable_prefix_caching: Reuse of the keys and values of a known prefix, in whole pages. Not in routed models,
+            where a page holds tokens that are not next to one another.
+        lockstep: A control: rows wait for the deepest one before new tokens enter.
+        async_output: Fetch tokens together with the next iteration's decisions, so that the host waits once per
             iteration; a token after the last one of a text is then begun for nothing. None: where there is a device to
             wait for.
         implementation: Of the kernels (:mod:`recursify.kernels.dispatch`). ``auto`` takes Triton on GPUs that have
             bfloat16, and says so in ``stats``.
         device_loop: Run new tokens on the device, without the host deciding anything in between (``device_loop.py``),
             as CUDA graphs where there is a GPU. None: where kernels are Triton's on a GPU, of models that can.
-            ``reads_late`` is off then.
-        replays: Iterations of that loop between two looks of the host: more cost less, and tell later of a text's end.
+            ``async_output`` is off then.
+        num_device_steps: Iterations of that loop between two synchronizations with the host. More cost less, and notice
+            the end of a text later.
         on_token: Called with a request's output whenever a token has come, or it has ended.
 
     Attributes:
@@ -169,79 +170,81 @@ class Engine:
         *,
         kv: str | None = None,
         force_kv: bool = False,
-        max_requests: int = 32,
+        max_num_seqs: int = 32,
         page_size: int = 16,
         num_pages: int | None = None,
-        kv_bytes: int = 2**30,
-        max_batch_tokens: int = 2048,
+        kv_cache_memory_bytes: int = 2**30,
+        max_num_batched_tokens: int = 2048,
         chunk_size: int = 512,
-        max_length: int | None = None,
-        prefix_caching: bool = True,
-        synchronous: bool = False,
-        reads_late: bool | None = None,
+        max_model_len: int | None = None,
+        enable_prefix_caching: bool = True,
+        lockstep: bool = False,
+        async_output: bool | None = None,
         implementation: Implementation = "auto",
         device_loop: bool | None = None,
-        replays: int = 8,
+        num_device_steps: int = 8,
         on_token: Callable[[RequestOutput], None] | None = None,
     ) -> None:
         limits = {
-            "max_requests": max_requests,
+            "max_num_seqs": max_num_seqs,
             "page_size": page_size,
-            "max_batch_tokens": max_batch_tokens,
+            "max_num_batched_tokens": max_num_batched_tokens,
             "chunk_size": chunk_size,
-            "replays": replays,
+            "num_device_steps": num_device_steps,
             **({} if num_pages is None else {"num_pages": num_pages}),
-            **({} if max_length is None else {"max_length": max_length}),
+            **({} if max_model_len is None else {"max_model_len": max_model_len}),
         }
         for name, value in limits.items():
             if value < 1:
                 raise EngineError(f"{name} must be at least 1, got {value}.")
-        if max_batch_tokens <= max_requests:
+        if max_num_batched_tokens <= max_num_seqs:
             raise EngineError(
-                f"max_batch_tokens ({max_batch_tokens}) must be more than max_requests ({max_requests}), or no prompt "
-                f"gets in beside their tokens."
+                f"max_num_batched_tokens ({max_num_batched_tokens}) must be more than max_num_seqs ({max_num_seqs}), "
+                f"or no prompt gets in beside their tokens."
             )
         self.model, self.tokenizer, self.on_token = model.eval(), tokenizer, on_token
         self.clock = time.perf_counter
-        self.parts = take_apart(model)
+        self.parts = adapt_decoder(model)
         self.kv = choose_kv(self.parts, kv, force=force_kv)
         context = getattr(model.config, "max_position_embeddings", None) or 2**20
-        self.max_length = context if max_length is None else min(max_length, context)
+        self.max_model_len = context if max_model_len is None else min(max_model_len, context)
         if num_pages is None:
-            num_pages = pages_in(kv_bytes, self.parts, self.kv, page_size)
-            num_pages = min(num_pages, max_requests * pages_for(self.max_length, page_size))
+            num_pages = pages_in(kv_cache_memory_bytes, self.parts, self.kv, page_size)
+            num_pages = min(num_pages, max_num_seqs * pages_for(self.max_model_len, page_size))
         with torch.inference_mode():
-            self.pages = KVPages(self.parts, self.kv, page_size, num_pages, self.max_length)
+            self.pages = KVCache(self.parts, self.kv, page_size, num_pages, self.max_model_len)
         self.implementation = choose_implementation(implementation, self.parts)
-        self.runner = Runner(self.parts, self.pages, kernels=self.implementation == "triton")
-        self.fetcher = Fetcher()
-        self.boundaries: Boundaries | RoutedBoundaries = (
-            RoutedBoundaries(self.runner, self.fetcher)
+        self.runner = ModelRunner(self.parts, self.pages, kernels=self.implementation == "triton")
+        self.fetcher = HostSync()
+        self.boundaries: EarlyExitStage | RoutingStage = (
+            RoutingStage(self.runner, self.fetcher)
             if self.parts.is_routed
-            else Boundaries(self.runner, self.kv, self.fetcher)
+            else EarlyExitStage(self.runner, self.kv, self.fetcher)
         )
-        self.reads_late = self.parts.device.type != "cpu" if reads_late is None else reads_late
+        self.async_output = self.parts.device.type != "cpu" if async_output is None else async_output
         self.scheduler = Scheduler(
             self.pages,
-            max_requests=max_requests,
-            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
             chunk_size=chunk_size,
-            prefix_caching=prefix_caching,
-            synchronous=synchronous,
+            enable_prefix_caching=enable_prefix_caching,
+            lockstep=lockstep,
         )
         self.requests: dict[int, Request] = {}
-        self.readout = Readout(self.runner)
+        self.readout = LogitsHead(self.runner)
         self.eos = eos_tokens(model)
-        self.residents: Residents | None = None
-        obstacle = loop_obstacle(self.parts, synchronous=synchronous)
+        self.residents: SlotManager | None = None
+        obstacle = loop_obstacle(self.parts, lockstep=lockstep)
         if device_loop and obstacle:
             raise EngineError(f"The loop on the device cannot run {obstacle}. Leave device_loop out.")
         pays = self.parts.device.type == "cuda" and self.implementation == "triton"
         if device_loop or (device_loop is None and pays and not obstacle):
-            self.reads_late = False
+            self.async_output = False
             with torch.inference_mode():
-                self.residents = Residents(self.runner, self.kv, self.scheduler, self.eos, replays, self.implementation)
-        self._said: list[Said] = []
+                self.residents = SlotManager(
+                    self.runner, self.kv, self.scheduler, self.eos, num_device_steps, self.implementation
+                )
+        self._said: list[SampledToken] = []
         self.reset_stats()
         check_parity(self.runner)
 
@@ -257,21 +260,21 @@ class Engine:
         ids = encode(prompt, self.tokenizer, self.parts.config.vocab_size)
         settings = exit_settings(params, self.parts, self.kv)
         longest = len(ids) + params.max_tokens
-        if longest > self.max_length:
+        if longest > self.max_model_len:
             raise EngineError(
                 f"The prompt has {len(ids)} tokens and max_tokens is {params.max_tokens}: together more than the "
-                f"{self.max_length} that a request can have. Shorten one of them."
+                f"{self.max_model_len} that a request can have. Shorten one of them."
             )
         pages, held = pages_for(longest, self.pages.page_size), min(pool.num_pages for pool in self.pages.pools)
         if pages > held:
             raise EngineError(
                 f"The request needs {pages} pages for {longest} tokens, and the engine has {held} in all. Give it more "
-                f"(num_pages, kv_bytes), or ask for less."
+                f"(num_pages, kv_cache_memory_bytes), or ask for less."
             )
         if params.stop and self.tokenizer is None:
             raise EngineError("Stop strings need a tokenizer. Give the engine one, or use stop_token_ids.")
         request = Request(ids, params, settings, len(self.pages.pools))
-        request.text = StopChecker(self.tokenizer, params.stop)
+        request.text = Detokenizer(self.tokenizer, params.stop)
         self.requests[request.id] = request
         self.scheduler.waiting.append(request)
         return request.id
@@ -320,7 +323,7 @@ class Engine:
     @property
     def depths(self) -> list[int]:
         """Of all that is under way: the recursion that a request's token, or a part of its prompt, is in."""
-        here = [flight.depth for flight in self.scheduler.flights.values()]
+        here = [chunk.depth for chunk in self.scheduler.chunks.values()]
         return here if self.residents is None else here + self.residents.depths
 
     # --- An iteration --------------------------------------------------------------------------------------------
@@ -329,92 +332,92 @@ class Engine:
     def step(self) -> None:
         """One iteration: every row that is under way advances by one recursion."""
         stats, started = self.stats, self.clock()
-        flights, new = self.scheduler.schedule()
+        chunks, new = self.scheduler.schedule()
         if self.residents is not None:
-            flights, new = self._settle(self.residents, flights, new)
+            chunks, new = self._settle(self.residents, chunks, new)
         with self.parts.in_use():
-            if flights or self.residents is None:
-                self._iterate(flights, new)
+            if chunks or self.residents is None:
+                self._iterate(chunks, new)
             if self.residents is not None:
-                self._run_residents(self.residents, 1 if flights else self.residents.replays)
+                self._run_residents(self.residents, 1 if chunks else self.residents.num_device_steps)
         stats.seconds += self.clock() - started
 
-    def _iterate(self, flights: Sequence[Flight], new: Sequence[Flight]) -> None:
+    def _iterate(self, chunks: Sequence[Chunk], new: Sequence[Chunk]) -> None:
         stats = self.stats
         entering = self.clock()
         self._enter(new)
         entered = self.clock()
         stats.enter_seconds += entered - entering
-        self._run_block([flight for flight in flights if not flight.is_done])
+        self._run_block([chunk for chunk in chunks if not chunk.is_done])
         leaving = self.clock()
         self._say()  # what was read out an iteration ago, where that has waited
-        self._exit([flight for flight in flights if flight.is_done and not flight.request.finished])
-        if not self.reads_late:
+        self._exit([chunk for chunk in chunks if chunk.is_done and not chunk.request.finished])
+        if not self.async_output:
             self._say()
         stats.exit_seconds += self.clock() - leaving
         stats.iterations += 1
 
-    def _enter(self, flights: Sequence[Flight]) -> None:
-        if not flights:
+    def _enter(self, chunks: Sequence[Chunk]) -> None:
+        if not chunks:
             return
-        tokens = [token for flight in flights for token in flight.tokens]
+        tokens = [token for chunk in chunks for token in chunk.tokens]
         ids = on_device(tokens, self.parts.device, torch.long)
         unread = [row for row, token in enumerate(tokens) if token == UNREAD]
         if unread:
             said = {each.request.id: number for number, each in enumerate(self._said)}
-            owners = [flight.request.id for flight in flights for _ in flight.tokens]
+            owners = [chunk.request.id for chunk in chunks for _ in chunk.tokens]
             places = on_device([unread, [said[owners[row]] for row in unread]], self.parts.device)
             assert self.fetcher.waiting is not None
             ids[places[0]] = self.fetcher.waiting[places[1]]
-        runs = [Run(flight.request, None, flight.positions) for flight in flights]
+        runs = [TokenSpan(chunk.request, None, chunk.positions) for chunk in chunks]
         embedded, states = self.runner.enter(ids, runs)
-        sizes = [len(flight.positions) for flight in flights]
-        for flight, first, entering in zip(flights, embedded.split(sizes), states.split(sizes), strict=True):
-            flight.embedded, flight.states = first[-1], entering
-            self.stats.prompt_tokens += max(0, min(flight.stop, flight.request.prompt_length) - flight.start)
-        self.boundaries.enter(flights)
+        sizes = [len(chunk.positions) for chunk in chunks]
+        for chunk, first, entering in zip(chunks, embedded.split(sizes), states.split(sizes), strict=True):
+            chunk.embedded, chunk.states = first[-1], entering
+            self.stats.prompt_tokens += max(0, min(chunk.stop, chunk.request.prompt_length) - chunk.start)
+        self.boundaries.enter(chunks)
 
-    def _run_block(self, flights: Sequence[Flight]) -> None:
-        if not flights:
+    def _run_block(self, chunks: Sequence[Chunk]) -> None:
+        if not chunks:
             return
-        flights = sorted(flights, key=lambda flight: flight.depth)
-        runs = [Run(flight.request, flight.depth, flight.positions) for flight in flights]
+        chunks = sorted(chunks, key=lambda chunk: chunk.depth)
+        runs = [TokenSpan(chunk.request, chunk.depth, chunk.positions) for chunk in chunks]
         started = self.clock()
-        states = self.runner.block(runs, torch.cat([flight.states for flight in flights]))
+        states = self.runner.block(runs, torch.cat([chunk.states for chunk in chunks]))
         ran = self.clock()
-        for flight, made in zip(flights, states.split([len(run.positions) for run in runs]), strict=True):
-            flight.states = made
+        for chunk, made in zip(chunks, states.split([len(run.positions) for run in runs]), strict=True):
+            chunk.states = made
         stats = self.stats
         stats.block_calls += 1
         stats.block_rows += len(states)
-        stats.slot_calls += len(flights)
-        stats.slots += self.scheduler.max_requests
+        stats.slot_calls += len(chunks)
+        stats.slots += self.scheduler.max_num_seqs
         stats.kv_bytes = max(stats.kv_bytes, self.pages.bytes_used())
         stats.block_seconds += ran - started
-        self.boundaries.pass_block(flights)
+        self.boundaries.pass_block(chunks)
         stats.test_seconds += self.clock() - ran
 
-    def _exit(self, flights: Sequence[Flight]) -> None:
+    def _exit(self, chunks: Sequence[Chunk]) -> None:
         """Coda for all that have left, a new token for those whose last one has."""
-        if not flights:
+        if not chunks:
             return
-        self.readout.run_coda(flights)
-        saying = [flight for flight in flights if flight.says]
+        self.readout.run_coda(chunks)
+        saying = [chunk for chunk in chunks if chunk.says]
         if saying:
-            requests = [flight.request for flight in saying]
+            requests = [chunk.request for chunk in saying]
             logits = self.readout.logits(saying)
             tokens = sample(logits, requests)
             logged = self._log(logits, tokens, requests)
             self.fetcher.later(tokens)
             self._said = [
-                Said(flight.request, flight.last_departure().depth, log_p)
-                for flight, log_p in zip(saying, logged, strict=True)
+                SampledToken(chunk.request, chunk.last_departure().depth, log_p)
+                for chunk, log_p in zip(saying, logged, strict=True)
             ]
-        for flight in flights:
-            request = flight.request
-            if flight.is_new:
-                request.left.append(flight.last_departure().depth)
-            self.scheduler.land(flight)
+        for chunk in chunks:
+            request = chunk.request
+            if chunk.is_new:
+                request.left.append(chunk.last_departure().depth)
+            self.scheduler.land(chunk)
             if request.computed == request.prompt_length:
                 self.scheduler.publish(request)
         for each in self._said:
@@ -437,19 +440,17 @@ class Engine:
 
     # --- On the device -------------------------------------------------------------------------------------------
 
-    def _settle(
-        self, residents: Residents, flights: list[Flight], new: list[Flight]
-    ) -> tuple[list[Flight], list[Flight]]:
+    def _settle(self, residents: SlotManager, chunks: list[Chunk], new: list[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
         """Have tokens that can begin on the device do so; returns the other flights, and the new ones among them."""
         residents.forget_gone()
         settled = set()
-        for flight in new:
-            if flight.is_new and residents.takes(flight.request):
-                residents.take(self.scheduler.settle(flight))
-                settled.add(flight)
-        return [each for each in flights if each not in settled], [each for each in new if each not in settled]
+        for chunk in new:
+            if chunk.is_new and residents.takes(chunk.request):
+                residents.take(self.scheduler.settle(chunk))
+                settled.add(chunk)
+        return [each for each in chunks if each not in settled], [each for each in new if each not in settled]
 
-    def _run_residents(self, residents: Residents, times: int) -> None:
+    def _run_residents(self, residents: SlotManager, times: int) -> None:
         """Iterations on the device, and what was said in them."""
         stats, started = self.stats, self.clock()
         calls, rows, waits = residents.tally
@@ -466,7 +467,7 @@ class Engine:
         stats.iterations += times
         stats.loop_iterations += times
         stats.block_calls += times
-        stats.slots += times * self.scheduler.max_requests
+        stats.slots += times * self.scheduler.max_num_seqs
         stats.slot_calls += residents.tally[0] - calls
         stats.block_rows += residents.tally[1] - rows
         stats.loop_waits += residents.tally[2] - waits
@@ -477,7 +478,7 @@ class Engine:
         finally:
             stats.loop_seconds += self.clock() - started
 
-    def _land(self, said: tuple[Request, int, int]) -> tuple[Said, int]:
+    def _land(self, said: tuple[Request, int, int]) -> tuple[SampledToken, int]:
         """A token that was said on the device, as the host has it."""
         request, token, depth = said
         if not request.finished:
@@ -486,7 +487,7 @@ class Engine:
             if self.kv == "deferred" and depth == self.parts.num_depths - 1:
                 request.full_until = request.computed
             request.tokens.append(token)
-        return Said(request, depth, None), token
+        return SampledToken(request, depth, None), token
 
     # --- Answering -----------------------------------------------------------------------------------------------
 
@@ -500,7 +501,7 @@ class Engine:
             each.request.tokens[-1] = token
         self._take_all(zip(said, tokens, strict=True))
 
-    def _take_all(self, said: Iterable[tuple[Said, int]]) -> None:
+    def _take_all(self, said: Iterable[tuple[SampledToken, int]]) -> None:
         """Give tokens to their requests, one after the other: what follows the end of a text is dropped."""
         heard: list[Exception] = []
         for each, token in said:
@@ -512,7 +513,7 @@ class Engine:
         if heard:
             raise heard[0]
 
-    def _take(self, said: Said, token: int) -> None:
+    def _take(self, said: SampledToken, token: int) -> None:
         request, params, output = said.request, said.request.params, said.request.output
         output.token_ids.append(token)
         output.depths.append(said.depth)

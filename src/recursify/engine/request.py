@@ -160,7 +160,7 @@ class Request:
         self.full_until = 0
         self.prefix_keys: list[bytes] | None = None  # of its prompt's pages, once they have been looked for
         self.num_streams = num_streams
-        self.text: Any = None  # its StopChecker
+        self.text: Any = None  # its Detokenizer
         self.reset()
 
     def reset(self) -> None:

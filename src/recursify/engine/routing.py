@@ -22,117 +22,117 @@ from recursify.modeling.recursive_routing import (
     inference_threshold,
 )
 
-from .fetching import Fetcher
-from .flight import Flight, known
-from .runner import Runner
+from .chunk import Chunk, known
+from .host_sync import HostSync
+from .layers.model_runner import ModelRunner
 
 
-class RoutedBoundaries:
-    """Of a routed model; the same two calls as :class:`~.boundaries.Boundaries`."""
+class RoutingStage:
+    """Of a routed model; the same two calls as :class:`~.boundaries.EarlyExitStage`."""
 
-    def __init__(self, runner: Runner, fetcher: Fetcher) -> None:
+    def __init__(self, runner: ModelRunner, fetcher: HostSync) -> None:
         self.runner, self.fetcher = runner, fetcher
         self.config = runner.parts.config
         self.model = runner.parts.model.model
         self.last_depth = runner.parts.num_depths - 1
 
-    def enter(self, flights: Sequence[Flight]) -> None:
+    def enter(self, chunks: Sequence[Chunk]) -> None:
         """``flights`` come to the first recursion."""
-        self._route(flights)
+        self._route(chunks)
 
-    def pass_block(self, flights: Sequence[Flight]) -> None:
+    def pass_block(self, chunks: Sequence[Chunk]) -> None:
         """The block has run: ``flight.states`` are what it made of ``flight.positions`` at ``flight.depth``."""
-        for flight in flights:
-            flight.states = self._gate(flight)
-            flight.depth += 1
-        ends = [flight for flight in flights if flight.depth > self.last_depth]
-        for flight in ends:
-            flight.depart(flight.positions, flight.states, self.last_depth)
-            flight.positions = []
-        self._route([flight for flight in flights if not flight.is_done])
+        for chunk in chunks:
+            chunk.states = self._gate(chunk)
+            chunk.depth += 1
+        ends = [chunk for chunk in chunks if chunk.depth > self.last_depth]
+        for chunk in ends:
+            chunk.depart(chunk.positions, chunk.states, self.last_depth)
+            chunk.positions = []
+        self._route([chunk for chunk in chunks if not chunk.is_done])
 
-    def _gate(self, flight: Flight) -> Tensor:
-        entered, made, gates = known(flight.entered), flight.states, known(flight.gates)
+    def _gate(self, chunk: Chunk) -> Tensor:
+        entered, made, gates = known(chunk.entered), chunk.states, known(chunk.gates)
         if self.config.router == "token_choice" and self.config.router_gate == "mor":
             # As published: recursions add up unweighted, and the last is weighted beside the first's input.
-            is_last = (known(flight.choices) == flight.depth).unsqueeze(-1)
-            return torch.where(is_last, gated(known(flight.first), made, gates, "mor"), made)
+            is_last = (known(chunk.choices) == chunk.depth).unsqueeze(-1)
+            return torch.where(is_last, gated(known(chunk.first), made, gates, "mor"), made)
         return gated(entered, made, gates, self.config.router_gate)
 
-    def _route(self, flights: Sequence[Flight]) -> None:
+    def _route(self, chunks: Sequence[Chunk]) -> None:
         """Have tokens go into the recursion that ``flights`` have come to, or leave. One fetch for all."""
         choose = self._choose_experts if self.config.router == "expert_choice" else self._choose_by_token
-        by_depth: dict[int, list[Flight]] = {}
-        for flight in flights:
-            by_depth.setdefault(flight.depth, []).append(flight)
+        by_depth: dict[int, list[Chunk]] = {}
+        for chunk in chunks:
+            by_depth.setdefault(chunk.depth, []).append(chunk)
         taken = [choose(depth, group) for depth, group in by_depth.items()]
-        order = [flight for group in by_depth.values() for flight in group]
+        order = [chunk for group in by_depth.values() for chunk in group]
         if not order:
             return
         if all(each is None for each in taken):
-            for flight in order:
-                self._take(flight, None)
+            for chunk in order:
+                self._take(chunk, None)
             return
         whole = [
-            torch.ones(sum(len(flight.positions) for flight in group), dtype=torch.bool, device=self.runner.device)
+            torch.ones(sum(len(chunk.positions) for chunk in group), dtype=torch.bool, device=self.runner.device)
             if each is None
             else each
             for each, group in zip(taken, by_depth.values(), strict=True)
         ]
         answers = iter(self.fetcher.now(torch.cat(whole)))
-        for flight in order:
-            self._take(flight, [next(answers) for _ in flight.positions])
+        for chunk in order:
+            self._take(chunk, [next(answers) for _ in chunk.positions])
 
-    def _choose_experts(self, depth: int, flights: Sequence[Flight]) -> Tensor | None:
+    def _choose_experts(self, depth: int, chunks: Sequence[Chunk]) -> Tensor | None:
         """Which tokens the router of ``depth`` takes, bool ``[n]``, None for all; notes their gates."""
-        states = torch.cat([flight.states for flight in flights])
+        states = torch.cat([chunk.states for chunk in chunks])
         router = self.model.routers[depth]
         logits = router(states)
         deciding = logits[:, 0]
         if self.model.auxiliary_routers is not None:
             deciding = self.model.auxiliary_routers[depth](states)[:, 0]
-        _hand_out(flights, "gates", expert_gates(self.config, router, logits))
+        _hand_out(chunks, "gates", expert_gates(self.config, router, logits))
         threshold = inference_threshold(self.config, depth)
         if threshold is None:
             return None
         return choose_above(deciding, torch.ones_like(deciding, dtype=torch.bool), threshold)
 
-    def _choose_by_token(self, depth: int, flights: Sequence[Flight]) -> Tensor | None:
+    def _choose_by_token(self, depth: int, chunks: Sequence[Chunk]) -> Tensor | None:
         """Which tokens go as far as ``depth``, bool ``[n]``, None for all; notes their gates."""
         if depth == 0:
-            states = torch.cat([flight.states for flight in flights])
+            states = torch.cat([chunk.states for chunk in chunks])
             router = self.model.routers[0]
             choices, weights = depths_and_gates(self.config, router, router(states))
-            _hand_out(flights, "choices", choices)
-            _hand_out(flights, "weights", weights)
-            for flight in flights:
-                flight.first = flight.states
-        choices = torch.cat([known(flight.choices) for flight in flights])
-        weights = torch.cat([known(flight.weights) for flight in flights])
-        _hand_out(flights, "gates", weights * (choices == depth))
+            _hand_out(chunks, "choices", choices)
+            _hand_out(chunks, "weights", weights)
+            for chunk in chunks:
+                chunk.first = chunk.states
+        choices = torch.cat([known(chunk.choices) for chunk in chunks])
+        weights = torch.cat([known(chunk.weights) for chunk in chunks])
+        _hand_out(chunks, "gates", weights * (choices == depth))
         return None if depth == 0 else choices >= depth
 
-    def _take(self, flight: Flight, taken: list[bool] | None) -> None:
+    def _take(self, chunk: Chunk, taken: list[bool] | None) -> None:
         """Tokens of ``flight`` that are not ``taken`` leave; None takes all."""
         if taken is not None and not all(taken):
             outside = [number for number, goes in enumerate(taken) if not goes]
             inside = [number for number, goes in enumerate(taken) if goes]
-            index = on_device(outside, flight.states.device, torch.long)
-            positions = [flight.positions[number] for number in outside]
-            flight.depart(positions, flight.states[index], flight.depth - 1)
-            index = on_device(inside, flight.states.device, torch.long)
-            flight.positions = [flight.positions[number] for number in inside]
+            index = on_device(outside, chunk.states.device, torch.long)
+            positions = [chunk.positions[number] for number in outside]
+            chunk.depart(positions, chunk.states[index], chunk.depth - 1)
+            index = on_device(inside, chunk.states.device, torch.long)
+            chunk.positions = [chunk.positions[number] for number in inside]
             for name in ("states", "gates", "choices", "weights", "first"):
-                held = getattr(flight, name)
+                held = getattr(chunk, name)
                 if held is not None:
-                    setattr(flight, name, held[index])
-        if flight.positions:
-            flight.entered = flight.states
-            flight.request.packed.setdefault(flight.depth, []).extend(flight.positions)
+                    setattr(chunk, name, held[index])
+        if chunk.positions:
+            chunk.entered = chunk.states
+            chunk.request.packed.setdefault(chunk.depth, []).extend(chunk.positions)
 
 
-def _hand_out(flights: Sequence[Flight], name: str, values: Tensor) -> None:
+def _hand_out(chunks: Sequence[Chunk], name: str, values: Tensor) -> None:
     """Give each flight its part of ``values [n, ...]``."""
-    parts = values.split([len(flight.positions) for flight in flights])
-    for flight, part in zip(flights, parts, strict=True):
-        setattr(flight, name, part)
+    parts = values.split([len(chunk.positions) for chunk in chunks])
+    for chunk, part in zip(chunks, parts, strict=True):
+        setattr(chunk, name, part)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from .flight import Flight
-from .kv_pages import KVPages
+from .chunk import Chunk
+from .layers.kv_cache import KVCache
 from .page_pool import page_keys
 from .request import Request
 
@@ -21,11 +21,11 @@ class Scheduler:
 
     Args:
         pages: Of keys and values.
-        max_requests: Requests that run at once.
-        max_batch_tokens: Tokens of an iteration, as far as prompts are to blame: new tokens always get in.
+        max_num_seqs: Requests that run at once.
+        max_num_batched_tokens: Tokens of an iteration, as far as prompts are to blame: new tokens always get in.
         chunk_size: Tokens of a prompt that enter together.
-        prefix_caching: Take over pages of a known prefix.
-        synchronous: Let new tokens in only when no flight is under way, as engines do that know no depths. A control.
+        enable_prefix_caching: Take over pages of a known prefix.
+        lockstep: Let new tokens in only when no flight is under way, as engines do that know no depths. A control.
 
     Attributes:
         waiting: In the order in which they will begin.
@@ -37,20 +37,24 @@ class Scheduler:
 
     def __init__(
         self,
-        pages: KVPages,
+        pages: KVCache,
         *,
-        max_requests: int,
-        max_batch_tokens: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
         chunk_size: int,
-        prefix_caching: bool,
-        synchronous: bool = False,
+        enable_prefix_caching: bool,
+        lockstep: bool = False,
     ) -> None:
         self.pages = pages
-        self.max_requests, self.max_batch_tokens, self.chunk_size = max_requests, max_batch_tokens, chunk_size
-        self.prefix_caching, self.synchronous = prefix_caching and not pages.is_packed, synchronous
+        self.max_num_seqs, self.max_num_batched_tokens, self.chunk_size = (
+            max_num_seqs,
+            max_num_batched_tokens,
+            chunk_size,
+        )
+        self.enable_prefix_caching, self.lockstep = enable_prefix_caching and not pages.is_packed, lockstep
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.flights: dict[int, Flight] = {}
+        self.chunks: dict[int, Chunk] = {}
         self.residents: set[int] = set()
         self.preemptions = 0
         self.cached_tokens = 0
@@ -59,26 +63,26 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def schedule(self) -> tuple[list[Flight], list[Flight]]:
+    def schedule(self) -> tuple[list[Chunk], list[Chunk]]:
         """All flights of the next iteration, and those of them that are new."""
-        if self.synchronous and self.flights:
-            return list(self.flights.values()), []  # none of them new
+        if self.lockstep and self.chunks:
+            return list(self.chunks.values()), []  # none of them new
         preemptions = self.preemptions
         for request in list(self.running):
-            busy = request.id in self.flights or request.id in self.residents
+            busy = request.id in self.chunks or request.id in self.residents
             if not busy and request in self.running and not request.is_complete:
                 self._launch(request)
         # What has just given its pages back does not take them again at once.
         admits = preemptions == self.preemptions
-        while admits and self.waiting and len(self.running) < self.max_requests and self._budget() > 0:
+        while admits and self.waiting and len(self.running) < self.max_num_seqs and self._budget() > 0:
             admits = self._admit(self.waiting[0])
-        flights = list(self.flights.values())
-        return flights, [flight for flight in flights if flight.embedded is None]
+        chunks = list(self.chunks.values())
+        return chunks, [chunk for chunk in chunks if chunk.embedded is None]
 
     def _budget(self) -> int:
         """How many more tokens of prompts may enter."""
-        under_way = len(self.residents) + sum(len(flight.positions) for flight in self.flights.values())
-        return self.max_batch_tokens - under_way
+        under_way = len(self.residents) + sum(len(chunk.positions) for chunk in self.chunks.values())
+        return self.max_num_batched_tokens - under_way
 
     def _launch(self, request: Request) -> bool:
         """Let the next tokens of a running request in, if there is room for any."""
@@ -90,7 +94,7 @@ class Scheduler:
                 return False
         if not self.make_room(request, count):
             return False
-        self.flights[request.id] = Flight(request, count)
+        self.chunks[request.id] = Chunk(request, count)
         return True
 
     def make_room(self, request: Request, count: int) -> bool:
@@ -102,16 +106,16 @@ class Scheduler:
                 return False
         return True
 
-    def settle(self, flight: Flight) -> Request:
+    def settle(self, chunk: Chunk) -> Request:
         """The request of ``flight``, which has not begun, goes on as a resident."""
-        del self.flights[flight.request.id]
-        self.residents.add(flight.request.id)
-        return flight.request
+        del self.chunks[chunk.request.id]
+        self.residents.add(chunk.request.id)
+        return chunk.request
 
     def _admit(self, request: Request) -> bool:
         """Begin a waiting request, if there is room for its whole prompt and a token more."""
         prefix: list[int] = []
-        if self.prefix_caching:
+        if self.enable_prefix_caching:
             pool = self.pages.pools[0]
             if request.prefix_keys is None:
                 # Without the last token, which runs in any case: what follows is read from it.
@@ -146,21 +150,21 @@ class Scheduler:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
-        self.flights.pop(request.id, None)
+        self.chunks.pop(request.id, None)
         self.residents.discard(request.id)
         self.pages.release(request)
         request.reset()
 
-    def land(self, flight: Flight) -> None:
+    def land(self, chunk: Chunk) -> None:
         """``flight`` is done: its tokens have been computed."""
-        request = flight.request
-        del self.flights[request.id]
-        request.computed = flight.stop
+        request = chunk.request
+        del self.chunks[request.id]
+        request.computed = chunk.stop
         self.pages.trim(request)
 
     def publish(self, request: Request) -> None:
         """Have others find the pages of ``request`` whose keys and values are exact at all depths."""
-        if not self.prefix_caching:
+        if not self.enable_prefix_caching:
             return
         stop = min(request.computed, request.prompt_length) if request.params.may_leave else request.computed
         self.pages.pools[0].publish(request.tokens[:stop], request.tables[0])

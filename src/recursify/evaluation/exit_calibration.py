@@ -20,7 +20,7 @@ from torch import Tensor
 
 from recursify.errors import SettingsError, TextError
 from recursify.modeling import EXIT_POLICIES, ExitHead, ExitPolicy, RecursiveForCausalLM, make_policy
-from recursify.modeling.recursive_policies import Boundary
+from recursify.modeling.recursive_policies import ExitContext
 
 from .pictures import DARK, SHARED, new_figure, save_figure
 
@@ -165,7 +165,7 @@ def read_exits(
     batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
     for done, batch in enumerate(batches):
         boundaries, last_states = read_boundaries(model, batch, policy.vocabulary)
-        last = model.read_out(last_states).argmax(-1)
+        last = model.compute_logits(last_states).argmax(-1)
         confidences.append(torch.stack([policy.confidence(each) for each in boundaries]).float().cpu())
         agreements.append(torch.stack([each.all_logits.argmax(-1) == last for each in boundaries]).cpu())
         progress("read", done + 1, len(batches))
@@ -175,7 +175,7 @@ def read_exits(
 @torch.inference_mode()
 def read_boundaries(
     model: RecursiveForCausalLM, windows: Tensor, vocabulary: int | None = None
-) -> tuple[list[Boundary], Tensor]:
+) -> tuple[list[ExitContext], Tensor]:
     """All tokens of ``[w, T]`` windows that another follows, ``n`` in number: at every exit, and after the last layer.
 
     Returns:
@@ -189,7 +189,7 @@ def read_boundaries(
     states = [state[:, :-1].flatten(0, 1) for state in states]
     arrived = [state[:, :-1].flatten(0, 1) for state in outputs.exit_states or ()]
     # Of all entries: whether an exit agrees depends on them.
-    logits = [model.read_exit(depth, state) for depth, state in zip(depths, arrived, strict=True)]
+    logits = [model.compute_exit_logits(depth, state) for depth, state in zip(depths, arrived, strict=True)]
     last_states = outputs.last_hidden_state[:, :-1].flatten(0, 1)
     return [_boundary(model, depth, states, arrived[depth], logits, vocabulary) for depth in depths], last_states
 
@@ -201,7 +201,7 @@ def _boundary(
     exit_states: Tensor,
     logits: list[Tensor],
     vocabulary: int | None,
-) -> Boundary:
+) -> ExitContext:
     """All tokens at the exit after ``depth``.
 
     Args:
@@ -214,7 +214,7 @@ def _boundary(
     """
     head = None if model.exit_heads is None else cast(ExitHead, model.exit_heads[depth])
     here = states[depth + 1]
-    return Boundary(
+    return ExitContext(
         depth,
         here,
         states[depth],

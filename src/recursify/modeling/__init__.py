@@ -18,7 +18,7 @@ from .modeling_recursive import (
 )
 from .recursive_decoding import DepthDecoder, ExitGenerateOutput
 from .recursive_exits import EXIT_HEADS, ExitHead, ExitKind
-from .recursive_layout import SHARINGS, LayerLayout, LayoutError, Slot
+from .recursive_layout import SHARINGS, LayerLayout, LayerRef, LayoutError
 from .recursive_policies import EXIT_POLICIES, KV_MODES, ExitPolicy, ExitSettings, make_policy
 from .recursive_routed_cache import RoutedCache
 from .recursive_routing import (
@@ -79,6 +79,7 @@ __all__ = [
     "ExitPolicy",
     "ExitSettings",
     "LayerLayout",
+    "LayerRef",
     "LayoutError",
     "PerDepth",
     "RecursiveConfig",
@@ -90,7 +91,6 @@ __all__ = [
     "RouterKind",
     "Routing",
     "SharedLayer",
-    "Slot",
     "SpeculationOutput",
     "SpeculationSettings",
     "TokenRouter",

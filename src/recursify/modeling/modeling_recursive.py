@@ -35,7 +35,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_recursive import RecursiveConfig
 from .recursive_decoding import generate_with_exits, refuse_arguments
 from .recursive_exits import ExitHead, ExitKind, read_vocabulary
-from .recursive_layout import LayoutError, Slot
+from .recursive_layout import LayerRef, LayoutError
 from .recursive_loops import LoopMixing, scale_step, with_recursions
 from .recursive_policies import ExitSettings
 from .recursive_routed_cache import RoutedCache
@@ -549,7 +549,7 @@ class RecursiveModel(RecursivePreTrainedModel):
         def run(position: int, states: Tensor) -> Tensor:
             layer_type = self.layer_type(position)
             return self.run_slot(
-                self.layout.slot(position),
+                self.layout.layer_ref(position),
                 states,
                 attention_mask=masks[layer_type] if isinstance(masks, dict) else masks,
                 position_embeddings=rotations[layer_type] if isinstance(rotations, dict) else rotations,
@@ -626,7 +626,7 @@ class RecursiveModel(RecursivePreTrainedModel):
                 boundary_states = run(position, boundary_states)
         return boundary_states
 
-    def run_slot(self, slot: Slot, hidden_states: Tensor, **layer_arguments: Any) -> Tensor:
+    def run_slot(self, slot: LayerRef, hidden_states: Tensor, **layer_arguments: Any) -> Tensor:
         """Run the layer at ``slot``: ``[B, T, D] -> [B, T, D]``."""
         if slot.part == "block":
             return self.block[slot.index](hidden_states, slot.depth, **layer_arguments)
@@ -708,9 +708,9 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
             return objective(self, outputs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if exit_depth is None:
-            logits = self.read_out(outputs.last_hidden_state[:, kept, :])
+            logits = self.compute_logits(outputs.last_hidden_state[:, kept, :])
         else:
-            logits = self.read_exit(exit_depth, outputs.exit_states[-1][:, kept, :])
+            logits = self.compute_exit_logits(exit_depth, outputs.exit_states[-1][:, kept, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -878,20 +878,20 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
             raise ValueError(f"No linear map is called '{unknown[0]}'. There are: {there}.")
         return [path for path, name in maps.items() if not names or name in names]
 
-    def read_out(self, hidden_states: Tensor, vocabulary: int | None = None) -> Tensor:
+    def compute_logits(self, hidden_states: Tensor, vocabulary: int | None = None) -> Tensor:
         """Logits ``[..., V]`` of normed hidden states ``[..., D]``, soft-capped where the family does so.
 
         With ``vocabulary``, those of its first so many entries.
         """
         return self._soft_cap(read_vocabulary(self.lm_head, hidden_states, vocabulary))
 
-    def read_exit(self, depth: int, exit_states: Tensor, vocabulary: int | None = None) -> Tensor:
+    def compute_exit_logits(self, depth: int, exit_states: Tensor, vocabulary: int | None = None) -> Tensor:
         """Logits ``[..., V]`` of an exit after ``depth``, of its ``exit_states [..., D]`` (which are not normed).
 
         A model without exit heads reads out with its own final norm and head.
         """
         if self.exit_heads is None:
-            return self.read_out(self.model.norm(exit_states), vocabulary)
+            return self.compute_logits(self.model.norm(exit_states), vocabulary)
         return self._soft_cap(self.exit_heads[depth](exit_states, self.model.norm, self.lm_head, vocabulary))
 
     def _soft_cap(self, logits: Tensor) -> Tensor:

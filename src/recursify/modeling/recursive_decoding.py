@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .recursive_policies import Boundary, ExitSettings
+from .recursive_policies import ExitContext, ExitSettings
 
 ATTENTION = ("eager", "sdpa")
 """Attention implementations that take a mask of any shape."""
@@ -186,7 +186,7 @@ class DepthDecoder:
             states = self.advance(segment, rows)[:, -1]
         self.layers_run = [0] * len(rows)
         self.block_calls = 0
-        return self.read_out(states)
+        return self.compute_logits(states)
 
     def append(self, tokens: Tensor, rows: list[int]) -> None:
         """Put the next token of each of ``rows`` after its last column; ``tokens [B]``."""
@@ -246,7 +246,7 @@ class DepthDecoder:
             kind = base.layer_type(position)
             try:
                 states = base.run_slot(
-                    self.layout.slot(position),
+                    self.layout.layer_ref(position),
                     states,
                     attention_mask=masks[window],
                     position_embeddings=rotations[kind] if isinstance(rotations, dict) else rotations,
@@ -320,15 +320,15 @@ class DepthDecoder:
         Thresholds that are learned in use learn from all of these ``[s, n, D]``.
         """
         if self.learning is None:
-            return self.read_out(states[:, -1])
-        logits = self.read_out(states)
+            return self.compute_logits(states[:, -1])
+        logits = self.compute_logits(states)
         index, last = self._places(rows)
         columns = last[:, None] + torch.arange(1 - states.shape[1], 1, device=last.device)
         for depth, (confidence, choice) in enumerate(self.readings.take(index, columns.clamp(min=0))):
             self.learning.learn(depth, confidence, choice == logits.argmax(-1), choice >= 0)
         return logits[:, -1]
 
-    def _leaves(self, boundary: Boundary, rows: list[int]) -> Tensor:
+    def _leaves(self, boundary: ExitContext, rows: list[int]) -> Tensor:
         """Which of ``rows`` exit, bool ``[s]``."""
         depth = boundary.depth
         barred = [
@@ -356,11 +356,11 @@ class DepthDecoder:
         """Tokens of ``row``, its last included, that have not run the last segment."""
         return self.columns[row] + 1 - self.done[-1][row]
 
-    def _boundary(self, depth: int, states: Tensor, rows: list[int], before: Tensor | None) -> Boundary:
+    def _boundary(self, depth: int, states: Tensor, rows: list[int], before: Tensor | None) -> ExitContext:
         index, columns = self._places(rows)
         previous = self.entering[depth][index, columns]
         heads = self.model.exit_heads if self.settings[0].layers is None else None
-        return Boundary(
+        return ExitContext(
             depth,
             states,
             previous,
@@ -371,16 +371,16 @@ class DepthDecoder:
             vocabulary=self.settings[0].policy.vocabulary,
         )
 
-    def _exit_logits(self, boundary: Boundary, places: list[int], rows: list[int]) -> Tensor:
+    def _exit_logits(self, boundary: ExitContext, places: list[int], rows: list[int]) -> Tensor:
         """The exit's logits for ``rows``, at ``places`` in the boundary; what is not known is made for them alone."""
         logits, arrived = boundary.known("all_logits"), boundary.known("exit_states")
         if logits is not None:
             return pick(logits, places)
         if arrived is None:
-            return self.read_exit(boundary.depth, pick(boundary.states, places), rows)
+            return self.compute_exit_logits(boundary.depth, pick(boundary.states, places), rows)
         return self._read_arrived(boundary.depth, pick(arrived, places))
 
-    def read_exit(self, depth: int, states: Tensor, rows: list[int]) -> Tensor:
+    def compute_exit_logits(self, depth: int, states: Tensor, rows: list[int]) -> Tensor:
         """Logits ``[s, V]`` of an exit, of the states ``[s, D]`` there."""
         return self._read_arrived(depth, self._to_exit(states, rows))
 
@@ -392,12 +392,12 @@ class DepthDecoder:
 
     def _read_arrived(self, depth: int, exit_states: Tensor, vocabulary: int | None = None) -> Tensor:
         if self.settings[0].layers is not None:
-            return self.read_out(exit_states, vocabulary)
-        return self.model.read_exit(depth, exit_states, vocabulary)
+            return self.compute_logits(exit_states, vocabulary)
+        return self.model.compute_exit_logits(depth, exit_states, vocabulary)
 
-    def read_out(self, states: Tensor, vocabulary: int | None = None) -> Tensor:
+    def compute_logits(self, states: Tensor, vocabulary: int | None = None) -> Tensor:
         """Logits ``[..., V]`` of the whole model, of what the last segment puts out, ``[..., D]``."""
-        return self.model.read_out(self.model.model.norm(states), vocabulary)
+        return self.model.compute_logits(self.model.model.norm(states), vocabulary)
 
     def _run_last(self, positions: Sequence[int], states: Tensor, rows: list[int], **arguments: Any) -> Tensor:
         """Layers for the last token of each of ``rows``: ``[s, D] -> [s, D]``."""
@@ -419,10 +419,10 @@ class DepthDecoder:
         if kv == "latest":
             index, columns = self._places(rows)
             for position in skipped:
-                slot = self.layout.slot(position)
+                slot = self.layout.layer_ref(position)
                 if slot.part == "block":
                     self.cache.copy_column(self.layout.position(slot.index, depth), position, index, columns)
-            skipped = [position for position in skipped if self.layout.slot(position).part == "coda"]
+            skipped = [position for position in skipped if self.layout.layer_ref(position).part == "coda"]
         self._run_last(skipped, states, rows, only_keys_and_values=True)
         for done in self.done[depth + 1 :]:
             for row in rows:

@@ -27,7 +27,7 @@ class LayoutError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class LayerRef:
     """Where one position lives: ``part``, the layer's ``index`` in that part, and the ``depth`` it runs at."""
 
     part: Part
@@ -120,22 +120,22 @@ class LayerLayout:
         """Stored layers."""
         return self.num_prelude_layers + self.block_size + self.num_coda_layers
 
-    def slot(self, position: int) -> Slot:
+    def layer_ref(self, position: int) -> LayerRef:
         """The slot that runs at ``position``."""
         if not 0 <= position < self.num_layers:
             raise IndexError(f"Position {position} is outside 0 .. {self.num_layers - 1}.")
         inner = position - self.num_prelude_layers
         if inner < 0:
-            return Slot("prelude", position, 0)
+            return LayerRef("prelude", position, 0)
         if inner >= self.block_size * self.num_recursions:
-            return Slot("coda", inner - self.block_size * self.num_recursions, 0)
+            return LayerRef("coda", inner - self.block_size * self.num_recursions, 0)
         if self.order == "cycle":
-            return Slot("block", inner % self.block_size, inner // self.block_size)
-        return Slot("block", inner // self.num_recursions, inner % self.num_recursions)
+            return LayerRef("block", inner % self.block_size, inner // self.block_size)
+        return LayerRef("block", inner // self.num_recursions, inner % self.num_recursions)
 
-    def slots(self) -> Iterator[Slot]:
+    def slots(self) -> Iterator[LayerRef]:
         """Every slot, in the order in which the model runs them."""
-        return (self.slot(position) for position in range(self.num_layers))
+        return (self.layer_ref(position) for position in range(self.num_layers))
 
     def position(self, index: int, depth: int) -> int:
         """The position at which block layer ``index`` runs at ``depth``."""

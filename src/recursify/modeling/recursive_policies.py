@@ -29,7 +29,7 @@ later token of the row needs them (FREE's synchronized parallel decoding). ``cop
 at the exit (CALM's state copying). ``latest``: those of the deepest depth that ran. The last two are approximate."""
 
 
-class Boundary:
+class ExitContext:
     """What a policy can look at when ``s`` tokens have come to an exit.
 
     Args:
@@ -149,7 +149,7 @@ class ExitPolicy(ABC):
         return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * num_exits
 
     @abstractmethod
-    def confidence(self, boundary: Boundary) -> Tensor:
+    def confidence(self, boundary: ExitContext) -> Tensor:
         """``[s]``, the higher the surer."""
 
 
@@ -160,7 +160,7 @@ class Fixed(ExitPolicy):
     highest: ClassVar[float] = math.inf
     default: ClassVar[float] = 0
 
-    def confidence(self, boundary: Boundary) -> Tensor:
+    def confidence(self, boundary: ExitContext) -> Tensor:
         return boundary.states.new_full((len(boundary.states),), boundary.depth + 0.5)
 
 
@@ -169,7 +169,7 @@ class Confidence(ExitPolicy):
 
     reads_logits: ClassVar[bool] = True
 
-    def confidence(self, boundary: Boundary) -> Tensor:
+    def confidence(self, boundary: ExitContext) -> Tensor:
         best = boundary.logits.float().softmax(-1).topk(2).values
         return best[:, 0] - best[:, 1]
 
@@ -179,7 +179,7 @@ class Entropy(ExitPolicy):
 
     reads_logits: ClassVar[bool] = True
 
-    def confidence(self, boundary: Boundary) -> Tensor:
+    def confidence(self, boundary: ExitContext) -> Tensor:
         log_p = boundary.logits.float().log_softmax(-1)
         return 1 + (log_p.exp() * log_p).sum(-1) / math.log(log_p.shape[-1])
 
@@ -189,7 +189,7 @@ class Saturation(ExitPolicy):
 
     default: ClassVar[float] = 0.98
 
-    def confidence(self, boundary: Boundary) -> Tensor:
+    def confidence(self, boundary: ExitContext) -> Tensor:
         # Rounding takes the cosine of a vector with itself above 1.
         return F.cosine_similarity(boundary.states.float(), boundary.previous.float(), dim=-1).clamp(max=1)
 
@@ -199,7 +199,7 @@ class Convergence(ExitPolicy):
 
     default: ClassVar[float] = 0.97
 
-    def confidence(self, boundary: Boundary) -> Tensor:
+    def confidence(self, boundary: ExitContext) -> Tensor:
         states = boundary.states.float()
         change = (states - boundary.previous.float()).norm(dim=-1) / states.norm(dim=-1).clamp(min=1e-12)
         return (1 - change).clamp(min=0)
@@ -212,7 +212,7 @@ class Divergence(ExitPolicy):
     reads_logits: ClassVar[bool] = True
     needs_previous_logits: ClassVar[bool] = True
 
-    def confidence(self, boundary: Boundary) -> Tensor:
+    def confidence(self, boundary: ExitContext) -> Tensor:
         before = boundary.previous_logits
         if before is None:
             return boundary.states.new_zeros(len(boundary.states), dtype=torch.float32)
@@ -226,7 +226,7 @@ class Head(ExitPolicy):
     needs_head: ClassVar[bool] = True
     default: ClassVar[float] = 0.8
 
-    def confidence(self, boundary: Boundary) -> Tensor:
+    def confidence(self, boundary: ExitContext) -> Tensor:
         return boundary.log_odds.float().sigmoid()
 
 
@@ -236,7 +236,7 @@ class Oracle(ExitPolicy):
     simulated: ClassVar[bool] = True
     default: ClassVar[float] = 0.5
 
-    def confidence(self, boundary: Boundary) -> Tensor:
+    def confidence(self, boundary: ExitContext) -> Tensor:
         raise AssertionError("the decoder compares choices when all depths have run")
 
 

@@ -181,7 +181,7 @@ class RoutedCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any):
         """Write ``[s, heads, n, head size]`` of a layer; returns what is to be attended to."""
-        slot = self.layout.slot(layer_idx)
+        slot = self.layout.layer_ref(layer_idx)
         home = layer_idx
         if slot.part == "block":
             home = self.layout.position(slot.index, self.home(slot.depth))

@@ -112,7 +112,7 @@ class RoutedWalk:
 
         Inside a recursion what goes in and comes out are its tokens, ``[s, n, D]``; before and after, ``[B, T, D]``.
         """
-        slot = self.layout.slot(position)
+        slot = self.layout.layer_ref(position)
         if slot.part != "block":
             return self.plain(position, states)
         if slot.index == 0:
@@ -201,7 +201,7 @@ class RoutedWalk:
         if kind not in self._made_for:
             self._made_for[kind] = self._mask(kind, states)
         return self.model.run_slot(
-            self.layout.slot(position),
+            self.layout.layer_ref(position),
             states,
             attention_mask=self._made_for[kind],
             position_embeddings=self._rotations[kind] if isinstance(self._rotations, dict) else self._rotations,

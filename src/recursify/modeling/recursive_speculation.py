@@ -186,7 +186,7 @@ class Speculator:
             going_on = [row for row in drafting if len(q[row]) < wanted[row]]
             if going_on:
                 places = [drafting.index(row) for row in going_on]
-                logits = decoder.read_exit(self.settings.depth, pick(states, places), going_on)
+                logits = decoder.compute_exit_logits(self.settings.depth, pick(states, places), going_on)
                 tokens, scores = self.choose(going_on, [tried[row] for row in going_on], logits)
                 for row, token, score in zip(going_on, tokens, scores, strict=True):
                     tried[row] = torch.cat([tried[row], token[None]])
@@ -197,7 +197,7 @@ class Speculator:
         settled = []
         for place, row in enumerate(rows):
             count = len(q[row])
-            logits = decoder.read_out(states[place, -count - 1 :])
+            logits = decoder.compute_logits(states[place, -count - 1 :])
             prefixes = [tried[row][: start[row] + n] for n in range(count + 1)]
             choices, p = self.choose([row] * (count + 1), prefixes, logits)
             settled.append(self._settle(tried[row][start[row] :], q[row], choices, p))

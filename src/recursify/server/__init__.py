@@ -1,8 +1,8 @@
 """An OpenAI-compatible server over the engine: needs the extra ``serve``."""
 
 from .app import create_app
-from .host import EngineHost
-from .serving import serve
+from .engine_supervisor import EngineSupervisor
+from .run import serve
 from .settings import ExitChoice, ServerSettings
 
-__all__ = ["EngineHost", "ExitChoice", "ServerSettings", "create_app", "serve"]
+__all__ = ["EngineSupervisor", "ExitChoice", "ServerSettings", "create_app", "serve"]

@@ -11,11 +11,11 @@ from fastapi import FastAPI
 import recursify
 from recursify.engine import Engine
 
+from .access_log import RequestLog
+from .engine_supervisor import EngineSupervisor
 from .errors import Failsafe, add_handlers
-from .guard import Guard
-from .host import EngineHost
-from .request_log import RequestLog
-from .routes import router
+from .http_routes import router
+from .middleware import Guard
 from .settings import ServerSettings
 
 
@@ -37,7 +37,7 @@ def create_app(build: Callable[[], Engine], settings: ServerSettings, *, own_pro
         await asyncio.gather(loading, return_exceptions=True)
         await host.close()
 
-    host = EngineHost(build, settings, own_process=own_process)
+    host = EngineSupervisor(build, settings, own_process=own_process)
     # FastAPI's own pages of documentation would load scripts from elsewhere.
     app = FastAPI(title="Recursify", version=recursify.__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.host = host

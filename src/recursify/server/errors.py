@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recursify.errors import EngineError, SettingsError
 
-from .request_log import log_event, request_id_of
+from .access_log import log_event, request_id_of
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 """Status -> OpenAI's name of the kind; others are ``invalid_request_error`` below 500, ``server_error`` from there."""

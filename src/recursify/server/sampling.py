@@ -21,11 +21,11 @@ class Sampling:
         settings: Limits, and how tokens leave by default.
         config: Of the model.
         kv: The engine's.
-        max_length: Tokens of a request, prompt and answer.
+        max_model_len: Tokens of a request, prompt and answer.
     """
 
-    def __init__(self, settings: ServerSettings, config: Any, kv: str, max_length: int) -> None:
-        self.settings, self.config, self.kv, self.max_length = settings, config, kv, max_length
+    def __init__(self, settings: ServerSettings, config: Any, kv: str, max_model_len: int) -> None:
+        self.settings, self.config, self.kv, self.max_model_len = settings, config, kv, max_model_len
 
     def for_each_choice(self, request: AnswerRequest, prompt_length: int, logprobs: int | None) -> list[SamplingParams]:
         """One set per choice: they differ in their seeds.
@@ -76,7 +76,7 @@ class Sampling:
         if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
             param, asked = "max_completion_tokens", request.max_completion_tokens
         if asked is None:
-            room = max(self.max_length - prompt_length, 1)
+            room = max(self.max_model_len - prompt_length, 1)
             return min(limit, room, room if isinstance(request, ChatRequest) else COMPLETION_TOKENS)
         if asked > limit:
             raise _over(param, f"At most {limit} new tokens are allowed.")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused_losses import fused_cross_entropy, fused_forward_kl, uses_liger
+from .liger_losses import fused_cross_entropy, fused_forward_kl, uses_liger
 from .settings import LayerDistillation, LossBackend
 
 Sums = dict[str, Tensor]

@@ -113,11 +113,11 @@ class Heal(Objective):
         coefficients = self.coefficients(model.config, len(exits))
 
         def loss(pieces: list[Tensor], rows: slice) -> tuple[Tensor, Sums]:
-            logits = model.read_out(pieces[0])
+            logits = model.compute_logits(pieces[0])
             total, figures = self._last(logits, targets[rows], None if taught is None else taught[rows], model.training)
             total = coefficients[-1] * total
             for depth, coefficient in enumerate(coefficients[:-1]):
-                said = model.read_exit(depth, pieces[1 + depth])
+                said = model.compute_exit_logits(depth, pieces[1 + depth])
                 ce = cross_entropy(said, targets[rows], self.settings.loss_backend)
                 read = ReadExit(depth, pieces[1 + len(exits) + depth], said, ce, same_choice(said, logits))
                 added, more = self.exit_loss(model, read, logits, coefficient)
@@ -126,7 +126,7 @@ class Heal(Objective):
                 figures |= {f"{name}_depth_{depth}": figure for name, figure in more.items()}
             return total, figures
 
-        return chunked_loss([hidden, *exits, *boundaries], readout_weights(model), loss, self.settings.loss_chunk)
+        return chunked_loss([hidden, *exits, *boundaries], logits_weights(model), loss, self.settings.loss_chunk)
 
     def _taught(self, model: RecursiveForCausalLM, inputs: dict[str, Tensor], keep: Tensor) -> Tensor | None:
         """The teacher's last hidden states ``[n, D]`` of the tokens to ``keep``, where they can change anything."""
@@ -146,7 +146,7 @@ class Heal(Objective):
         total = settings.ce_weight * ce
         figures: Sums = {"ce": ce, "tokens": torch.ones_like(ce) * len(logits)}
         if taught is not None and self.teacher is not None:
-            theirs = dense_read_out(self.teacher, taught).to(logits.device)
+            theirs = dense_logits(self.teacher, taught).to(logits.device)
             kl = forward_kl(logits, theirs, settings.temperature, settings.loss_backend)
             total = total + settings.kl_weight * kl
             if not training:
@@ -168,7 +168,7 @@ class Heal(Objective):
         return torch.zeros_like(read.cross_entropy), {}
 
 
-def readout_weights(model: RecursiveForCausalLM) -> list[nn.Parameter]:
+def logits_weights(model: RecursiveForCausalLM) -> list[nn.Parameter]:
     """Every parameter that a readout, at the end or at an exit, may use."""
     parts = [model.lm_head, model.model.norm, *([] if model.exit_heads is None else [model.exit_heads])]
     return [parameter for part in parts for parameter in part.parameters()]
@@ -188,7 +188,7 @@ def last_hidden_state(teacher: PreTrainedModel, inputs: dict[str, Tensor]) -> Te
 
 
 @torch.no_grad()
-def dense_read_out(teacher: PreTrainedModel, hidden: Tensor) -> Tensor:
+def dense_logits(teacher: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits ``[N, V]`` of a dense model's normed hidden states ``[N, D]``."""
     head: Any = teacher.get_output_embeddings()
     logits = head(hidden)

@@ -27,7 +27,7 @@ from . import checkpoints, sharding
 from .data import IGNORED, Collator, TextData
 from .losses import Sums
 from .objectives import Objective
-from .parameters import HFAC, find_optimizer, parameter_groups
+from .param_groups import HFAC, find_optimizer, parameter_groups
 from .schedules import draw_recursions
 from .settings import UptrainSettings
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import Implementation, uses_triton
+from recursify.kernels.dispatch import Implementation, uses_triton
+
 from . import reference
 
 __all__ = ["add_and_norm"]

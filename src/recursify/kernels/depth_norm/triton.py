@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_math import tile_of
+from recursify.kernels.triton_math import tile_of
 
 
 @triton.jit

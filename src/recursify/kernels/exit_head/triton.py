@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import programs_to_fill
-from ..triton_math import soft_capped, tile_of
+from recursify.kernels.dispatch import programs_to_fill
+from recursify.kernels.triton_math import soft_capped, tile_of
+
 from .reference import ExitReading
 
 WAVES = 4

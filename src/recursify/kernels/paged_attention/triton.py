@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import programs_to_fill
-from ..triton_math import soft_capped, tile_of
+from recursify.kernels.dispatch import programs_to_fill
+from recursify.kernels.triton_math import soft_capped, tile_of
 
 MOST_PARTS = 32
 TILES_PER_PART = 4

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..dispatch import Implementation, uses_triton
+from recursify.kernels.dispatch import Implementation, uses_triton
+
 from . import reference
 from .reference import OutputRing, Slots
 

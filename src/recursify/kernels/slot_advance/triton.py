@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_math import tile_of
+from recursify.kernels.triton_math import tile_of
+
 from .reference import OutputRing, Slots
 
 

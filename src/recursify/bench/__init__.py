@@ -1,0 +1,1 @@
+"""Throughput and latency of the engine beside transformers and the dense model."""

@@ -1,0 +1,1 @@
+"""Device-resident decode loop, captured in CUDA graphs on a GPU."""

@@ -1,0 +1,1 @@
+"""Model execution: the KV cache, batches of rows at mixed depths, and the layers that run them."""

@@ -1,0 +1,271 @@
+"""Layers of the shared block whose rows are at different depths.
+
+The shared weight is one product for all rows. The residual of each depth is one for its rows, by library products:
+where rows are few, both factors of all depths at once, masked (the same bytes are read, since rows of all depths are
+there); where they are many, ``grouped_mm``. Norms and biases of a depth are applied to its rows.
+
+In an iteration whose shapes are fixed (``device_loop.py``) the host does not know which rows are at which depth. There
+the depths are a tensor: residuals are the masked product, biases are looked up, and norms are a kernel, or those of all
+depths, of which each row takes its own.
+
+Rows are the first axis of everything that a layer computes, so a norm of heads meets them where a norm of states does.
+
+Shape legend: N rows, sorted by depth; I/O in/out features; R depths; r LoRA rank.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recursify.errors import UnsupportedModelError
+from recursify.kernels.depth_norm import add_and_norm
+from recursify.modeling.modeling_recursive import DepthView, PerDepth, RelaxedLinear, SharedLayer
+
+MASKED_ROWS = 64
+"""Up to so many rows on a GPU residuals are one masked product: shapes do not depend on where rows are, and reading the
+factors costs more than multiplying them."""
+
+HANDLED = {"depth", "layer_idx", "layer_type", "attention_type", "is_sliding", "sliding_window", "use_rope"}
+"""What may differ between the depths of a layer: weights are looked up by row, the engine makes masks and rotations."""
+
+
+class DepthContext:
+    """Which rows of the call are at which depth: the state that mixed layers share.
+
+    Attributes:
+        depths: Of the rows ``[N]``, in any order, where only the device knows them; else None.
+    """
+
+    def __init__(self) -> None:
+        self.set([(0, 0)], torch.device("cpu"))
+
+    def set(self, counts: list[tuple[int, int]], device: torch.device) -> None:
+        """``counts`` has the depths of the rows in their order, and how many there are of each."""
+        self.depths: Tensor | None = None
+        self.counts = counts
+        self.slices = []
+        start = 0
+        for depth, count in counts:
+            self.slices.append((depth, slice(start, start + count)))
+            start += count
+        self.num_rows = start
+        self.device = device
+        self._groups: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def set_on_device(self, depths: Tensor) -> None:
+        """``depths`` has the depth of every row."""
+        self.depths = depths
+        self._masks: dict[int, Tensor] = {}
+
+    def mask(self, num_depths: int) -> Tensor:
+        """Which rows are at which depth: bool ``[N, R]``."""
+        if self.depths is None:
+            return self.by_group(num_depths)[1]
+        if num_depths not in self._masks:
+            self._masks[num_depths] = self.depths[:, None] == torch.arange(num_depths, device=self.depths.device)
+        return self._masks[num_depths]
+
+    @property
+    def only_depth(self) -> int | None:
+        """The depth of all rows, if the host knows that they have but one."""
+        if self.depths is not None:
+            return None
+        return self.counts[0][0] if len(self.counts) == 1 else None
+
+    def by_group(self, num_depths: int) -> tuple[Tensor, Tensor]:
+        """Where each depth's rows end, int32 ``[R]``, and a mask ``[N, R]``."""
+        if num_depths not in self._groups:
+            counts = [0] * num_depths
+            for depth, count in self.counts:
+                counts[depth] = count
+            ends = torch.tensor(counts).cumsum(0)
+            depths = torch.repeat_interleave(torch.arange(num_depths), torch.tensor(counts))
+            mask = F.one_hot(depths, num_depths).bool()
+            self._groups[num_depths] = ends.to(self.device, torch.int32), mask.to(self.device)
+        return self._groups[num_depths]
+
+
+class MixedDepthLinear(nn.Module):
+    """:class:`~recursify.modeling.RelaxedLinear` with a depth per row."""
+
+    stored: RelaxedLinear
+
+    def __init__(self, stored: RelaxedLinear, spans: DepthContext) -> None:
+        super().__init__()
+        object.__setattr__(self, "stored", stored)  # the model owns it
+        self.spans = spans
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, ..., I] -> [N, ..., O]``."""
+        stored, depth = self.stored, self.spans.only_depth
+        if depth is not None:
+            return stored(x, depth)
+        y = stored.linear(x)
+        if stored.lora_a is not None:
+            rows = x.flatten(0, -2)
+            y = y + self._residuals(rows).unflatten(0, x.shape[:-1])
+        return y if stored.bias is None else self._add_bias(y, stored.bias)
+
+    def _add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
+        if len(bias) == 1:
+            return y + bias[0]
+        if self.spans.depths is not None:
+            return y + bias[self.spans.depths].view(len(y), *(1,) * (y.ndim - 2), -1)
+        for depth, rows in self.spans.slices:
+            y[rows] += bias[depth]
+        return y
+
+    def _residuals(self, x: Tensor) -> Tensor:
+        """``[N, I] -> [N, O]``."""
+        assert self.stored.lora_a is not None
+        assert self.stored.lora_b is not None
+        is_fixed = self.spans.depths is not None or (x.is_cuda and len(x) <= MASKED_ROWS)
+        if is_fixed or not _can_group(x, self.stored.lora_a, self.stored.lora_b):
+            return self.masked(x)
+        return self.grouped(x)
+
+    def masked(self, x: Tensor) -> Tensor:
+        """Residuals ``[N, O]`` as products with the factors of all depths, whose shapes do not depend on the rows."""
+        lora_a, lora_b = self.stored.lora_a, self.stored.lora_b
+        assert lora_a is not None
+        assert lora_b is not None
+        mask = self.spans.mask(len(lora_a))
+        inner = F.linear(x, lora_a.flatten(0, 1)).unflatten(-1, lora_a.shape[:2]) * mask.unsqueeze(-1)
+        y = F.linear(inner[:, 0], lora_b[0])
+        for depth in range(1, len(lora_b)):
+            y = torch.addmm(y, inner[:, depth], lora_b[depth].T)
+        return y
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """Residuals ``[N, O]`` as a product for every depth that has rows."""
+        lora_a, lora_b = self.stored.lora_a, self.stored.lora_b
+        assert lora_a is not None
+        assert lora_b is not None
+        ends, _ = self.spans.by_group(len(lora_a))
+        inner = F.grouped_mm(x, lora_a.transpose(1, 2), offs=ends)
+        return F.grouped_mm(inner, lora_b.transpose(1, 2), offs=ends)
+
+
+def _can_group(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
+    """``grouped_mm`` wants rows of whole 16 bytes, and has no float64."""
+    sizes = (x.shape[-1], lora_a.shape[1], lora_b.shape[1])
+    return x.dtype != torch.float64 and all(size * x.element_size() % 16 == 0 for size in sizes)
+
+
+class MixedDepthNorm(nn.Module):
+    """:class:`~recursify.modeling.modeling_recursive.PerDepth` with a depth per row.
+
+    Attributes:
+        kernel_adds: In fixed shapes, look weights up in a kernel, which adds so much to them; None for without one.
+    """
+
+    stored: PerDepth
+
+    def __init__(self, stored: PerDepth, spans: DepthContext) -> None:
+        super().__init__()
+        object.__setattr__(self, "stored", stored)
+        self.spans = spans
+        self.kernel_adds: int | None = None
+        self._weight: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, ...] -> [N, ...]``."""
+        depth, copies = self.spans.only_depth, self.stored.copies
+        if depth is not None or len(copies) == 1:
+            return self.stored(x, depth or 0)
+        if self.spans.depths is None:
+            return torch.cat([self.stored(x[rows], depth) for depth, rows in self.spans.slices])
+        if self.kernel_adds is not None:
+            return self._by_kernel(x, self.spans.depths, bool(self.kernel_adds))
+        y = copies[0](x)
+        for depth in range(1, len(copies)):
+            here = (self.spans.depths == depth).view(-1, *(1,) * (x.ndim - 1))
+            y = torch.where(here, copies[depth](x), y)
+        return y
+
+    def _by_kernel(self, x: Tensor, depths: Tensor, adds_one: bool) -> Tensor:
+        rows = x.flatten(0, -2)
+        depths = depths.repeat_interleave(len(rows) // len(x), output_size=len(rows))
+        norm: Any = self.stored.copies[0]
+        if self._weight is None:
+            self._weight = torch.stack([each.weight for each in self.stored.copies])  # type: ignore[misc]
+        eps = getattr(norm, "variance_epsilon", None) or norm.eps
+        _, normed = add_and_norm(rows, None, self._weight, depths, eps=eps, adds_one=adds_one, implementation="triton")
+        return normed.view_as(x)
+
+
+def use_norm_kernel(layers: Iterable[nn.Module]) -> None:
+    """Have the norms of mixed ``layers`` run in a kernel, where they are what it computes."""
+    for layer in layers:
+        for module in layer.modules():
+            if isinstance(module, MixedDepthNorm):
+                module.kernel_adds = rms_norm_adds(module.stored.copies[0])
+
+
+@torch.no_grad()
+def rms_norm_adds(norm: nn.Module) -> int | None:
+    """Which ``c`` makes ``norm`` compute ``x / √(mean(x²) + eps) · (c + weight)``: 0, in Gemma 1; None if neither does.
+
+    A copy of it is asked, since families write the same norm under many names.
+    """
+    weight = getattr(norm, "weight", None)
+    eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
+    if weight is None or weight.ndim != 1 or not isinstance(eps, float) or len(list(norm.parameters())) > 1:
+        return None
+    asked: Any = copy.deepcopy(norm).to_empty(device="cpu").float()
+    x = torch.linspace(-2, 3, 2 * len(weight)).view(2, -1)
+    asked.weight.copy_(torch.linspace(-1, 2, len(weight)))
+    for adds in (0, 1):
+        expected = F.rms_norm(x, x.shape[-1:], asked.weight + adds, eps)
+        if torch.allclose(asked(x), expected, rtol=1e-4, atol=1e-5):
+            return adds
+    return None
+
+
+def mixed_layer(shared: SharedLayer, spans: DepthContext, name: str) -> tuple[nn.Module, tuple[bool, ...]]:
+    """The family's layer with a depth per row, and by depth whether it rotates queries and keys.
+
+    Raises:
+        UnsupportedModelError: The depths of the layer differ in more than their weights, windows and rotations.
+    """
+    views = list(shared.views)
+    _check_alike(views, name)
+    # What the layer only refers to stays one object: the stored weights, and the config that attention asks.
+    memo: dict[int, Any] = {}
+    for module in views[0].modules():
+        for referred in (getattr(module, "config", None), getattr(module, "stored", None)):
+            if referred is not None:
+                memo[id(referred)] = referred
+    layer = copy.deepcopy(views[0], memo)
+    for path, view in views[0].named_modules():
+        if isinstance(view, DepthView):
+            stored: Any = view.stored
+            mixed = MixedDepthLinear if isinstance(stored, RelaxedLinear) else MixedDepthNorm
+            layer.set_submodule(path, mixed(stored, spans))
+    ropes = tuple(all(getattr(module, "use_rope", True) for module in view.modules()) for view in views)
+    for module in layer.modules():
+        if hasattr(module, "use_rope"):
+            vars(module)["use_rope"] = True  # a rotation by nothing, where a depth has none
+    return layer, ropes
+
+
+def _check_alike(views: list[nn.Module], name: str) -> None:
+    plain = (bool, int, float, str, type(None))
+    for path, module in views[0].named_modules():
+        if isinstance(module, DepthView):
+            continue
+        for other in views[1:]:
+            there = vars(other.get_submodule(path))
+            for key, value in vars(module).items():
+                if key not in HANDLED and isinstance(value, plain) and there.get(key) != value:
+                    raise UnsupportedModelError(
+                        f"The engine runs rows of all depths in one call, and {name} is not the same layer at all of "
+                        f"them: '{path}.{key}' is {value} and {there.get(key)}. Export the model instead: recursify "
+                        f"export --format dense."
+                    )

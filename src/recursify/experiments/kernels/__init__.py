@@ -1,0 +1,1 @@
+"""Kernels that the engine does not call."""
