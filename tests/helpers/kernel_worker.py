@@ -19,7 +19,11 @@ from types import ModuleType
 
 import torch
 
+import recursify
 from helpers.kernel_bench import Bench
+
+PACKAGES = ("recursify.kernels", "recursify.experiments.kernels")
+"""Packages with a folder per kernel."""
 
 DTYPES = {"cpu": (torch.float32, torch.float16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 """The interpreter's bfloat16 arithmetic is wrong, without a word."""
@@ -44,9 +48,16 @@ def error_of(checks: ModuleType, name: str, device: str, seed: int) -> str | Non
     return None
 
 
+def kernel_names() -> list[str]:
+    """Names of all kernels that have a Triton source, sorted."""
+    root = Path(recursify.__file__).parents[1]
+    sources = (source for package in PACKAGES for source in (root / package.replace(".", "/")).glob("*/triton.py"))
+    return sorted(source.parent.name for source in sources)
+
+
 def package_of(kernel: str) -> str:
     """The package of a kernel, among those that the engine calls or the experiments."""
-    for parent in ("recursify.kernels", "recursify.experiments.kernels"):
+    for parent in PACKAGES:
         if importlib.util.find_spec(f"{parent}.{kernel}"):
             return f"{parent}.{kernel}"
     raise ValueError(kernel)

@@ -116,10 +116,10 @@ def test_kernels_work_without_triton():
 import importlib, pkgutil, sys
 sys.modules["triton"] = None
 import torch
-import recursify.kernels
-for module in pkgutil.iter_modules(recursify.kernels.__path__):
-    if module.ispkg:
-        importlib.import_module(f"recursify.kernels.{module.name}")
+for parent in ("recursify.kernels", "recursify.experiments.kernels"):
+    for module in pkgutil.iter_modules(importlib.import_module(parent).__path__):
+        if module.ispkg:
+            importlib.import_module(f"{parent}.{module.name}")
 from recursify.kernels.exit_head import read_exit
 print(read_exit(torch.eye(2), torch.eye(2)).choice.tolist())
 """
