@@ -24,7 +24,7 @@ from keyed_results import KeyedResults, markdown_table, short
 from quality import MODEL, commit
 from recursify.cli.report import talk
 from recursify.evaluation.text import Text, default_text
-from recursify.uptrain.run import uptrain
+from recursify.uptrain.run import uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 COLUMNS = (
@@ -75,7 +75,7 @@ def run_row(name: str, model: Path, scratch: Path, settings: UptrainSettings) ->
         if done % 5120 == 0:
             talk.print(f"{name}: {stage} {done}/{total}")
 
-    outcome = uptrain(model, scratch / "out", chosen, overwrite=True, progress=progress)
+    outcome = uptrain_model(model, scratch / "out", settings=chosen, overwrite=True, progress=progress)
     before, after = outcome.before, outcome.after
     return {
         "row": name,

@@ -38,7 +38,7 @@ from recursify.convert.pipeline import make_conversion
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
-from recursify.uptrain.run import uptrain
+from recursify.uptrain.run import uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 MODEL = "smollm2-135m"
@@ -74,7 +74,7 @@ class Stopwatch:
 def heal(source: Path, output: Path, settings: UptrainSettings) -> tuple[float, int]:
     """Run one stage; seconds of training, and tokens."""
     watch = Stopwatch()
-    outcome = uptrain(source, output, settings, overwrite=True, progress=watch)
+    outcome = uptrain_model(source, output, settings=settings, overwrite=True, progress=watch)
     print(file=sys.stderr)
     return watch.seconds, outcome.tokens
 

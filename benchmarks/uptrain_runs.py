@@ -28,7 +28,7 @@ from convert import commit, versions
 from recursify.checkpoint.dense_checkpoint import folder_tensors
 from recursify.evaluation.text import default_text
 from recursify.uptrain import checkpoints
-from recursify.uptrain.run import CHECKPOINT_FOLDER, uptrain
+from recursify.uptrain.run import CHECKPOINT_FOLDER, uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 MB = 10**6
@@ -57,7 +57,7 @@ def measure(case: Case, model: Path, base: UptrainSettings) -> dict[str, Any]:
     settings = replace(base, **case.settings)
     with tempfile.TemporaryDirectory(prefix="recursify-benchmark-") as scratch:
         start = time.perf_counter()
-        outcome = uptrain(model, Path(scratch) / "out", settings, progress=lambda *_: None)
+        outcome = uptrain_model(model, Path(scratch) / "out", settings=settings)
         seconds = time.perf_counter() - start
         last = checkpoints.list_checkpoints(Path(scratch) / "out" / CHECKPOINT_FOLDER)[-1]
         trained = sum(info.num_parameters for info in folder_tensors(last).values())

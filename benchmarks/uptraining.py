@@ -38,7 +38,7 @@ from recursify.convert.pipeline import make_conversion
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import default_text, read_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
-from recursify.uptrain.run import uptrain
+from recursify.uptrain.run import uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 COLUMNS = (
@@ -154,10 +154,10 @@ class Bench:
         if tokens:
             folder = self.scratch / f"{name}-{tokens}"
             settings = {**self.settings.to_dict(), **ROWS[name].training, "teacher": MODEL, "max_tokens": tokens}
-            uptrain(
+            uptrain_model(
                 start,
                 folder,
-                UptrainSettings.from_mapping(settings, "the benchmark"),
+                settings=UptrainSettings.from_mapping(settings, "the benchmark"),
                 overwrite=True,
                 progress=lambda stage, done, total: (
                     talk.print(f"{name}: {stage} {done}/{total}") if done % 5120 == 0 else None

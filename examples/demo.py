@@ -21,7 +21,7 @@ from recursify.convert.pipeline import make_conversion
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
-from recursify.uptrain.run import uptrain
+from recursify.uptrain.run import uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 MODEL = "smollm2-135m"
@@ -92,7 +92,7 @@ def main() -> None:
         talk.print(f"\nuptrained: {UPTRAINING.max_tokens:,} tokens")
         healed = Path(scratch) / "uptrained"
         with progress_report() as progress:
-            uptrain(keep, healed, UPTRAINING, progress=progress)
+            uptrain_model(keep, healed, settings=UPTRAINING, progress=progress)
         model = RecursiveForCausalLM.from_pretrained(healed).eval()
         rows.append(measure(f"uptrained, {UPTRAINING.max_tokens:,} tokens", model, dense, tokenizer, windows))
     for row in rows:

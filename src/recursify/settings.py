@@ -5,12 +5,35 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from recursify.errors import SettingsError
 
 if TYPE_CHECKING:
     import torch
+
+
+class FromMapping(Protocol):
+    """Settings that read a mapping strictly."""
+
+    @classmethod
+    def from_mapping(cls, mapping: dict[str, Any], where: str) -> Self: ...
+
+
+Settings = TypeVar("Settings", bound=FromMapping)
+
+
+def resolve_settings(kind: type[Settings], settings: Settings | None, options: dict[str, Any]) -> Settings:
+    """``settings`` if given, else a ``kind`` made of ``options``: the arguments of every public function.
+
+    Raises:
+        SettingsError: Both are given, or an option is unknown or out of range.
+    """
+    if settings is None:
+        return kind.from_mapping(options, "the options")
+    if options:
+        raise SettingsError(f"Got settings and also {', '.join(options)}. Pass all of them in the settings.")
+    return settings
 
 
 def read_settings(file: Path) -> dict[str, Any]:

@@ -51,7 +51,7 @@ from recursify.engine import Engine, SamplingParams
 from recursify.modeling import EXIT_POLICIES, RecursiveForCausalLM, make_policy
 from recursify.server import ServerSettings
 from recursify.server.sampling import Sampling
-from recursify.uptrain.run import STAGES, uptrain
+from recursify.uptrain.run import STAGES, uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 pytestmark = pytest.mark.xdist_group("docs")
@@ -313,7 +313,7 @@ def test_what_extend_registers_can_be_used(desk, registries):
     factors = model.model.block[0].self_attn.q_proj
     assert factors.lora_b[0].sum() == 4
     short = UptrainSettings(stage="imitating_exits", data=("notes.md",), max_tokens=256, length=64, batch_size=2)
-    outcome = uptrain(Path("rows"), Path("imitating"), short, progress=lambda *_: None)
+    outcome = uptrain_model(Path("rows"), Path("imitating"), settings=short)
     assert "perplexity_depth_0" in outcome.after
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.runs import BASE, losses, silent, weights
+from helpers.runs import BASE, losses, weights
 from helpers.tiny_models import convert_tiny, save_tiny
 from recursify.errors import SettingsError
 from recursify.experiments.hfac import HFac
 from recursify.uptrain import checkpoints
-from recursify.uptrain.run import uptrain
+from recursify.uptrain.run import uptrain_model
 
 pytestmark = pytest.mark.xdist_group("uptraining")
 
@@ -194,7 +194,7 @@ def test_an_uptraining_run_with_it(tmp_path):
     convert_tiny(tmp_path / "dense", tmp_path / "recursive", lora_rank=4)
     settings = replace(BASE, optimizer="hfac", keep=4, weight_decay=0.01)
     output = tmp_path / "out"
-    outcome = uptrain(tmp_path / "recursive", output, settings, progress=silent)
+    outcome = uptrain_model(tmp_path / "recursive", output, settings=settings)
     assert outcome.after["perplexity"] < 0.8 * outcome.before["perplexity"]
     checkpoint = checkpoints.list_checkpoints(output / "checkpoints")[-1]
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
@@ -206,6 +206,6 @@ def test_an_uptraining_run_with_it(tmp_path):
     for checkpoint in checkpoints.list_checkpoints(output / "checkpoints"):
         if checkpoints.step_of(checkpoint) > 2:
             shutil.rmtree(checkpoint)
-    uptrain(tmp_path / "recursive", output, settings, resume=True, progress=silent)
+    uptrain_model(tmp_path / "recursive", output, settings=settings, resume=True)
     assert losses(output) == whole_losses
     assert all(torch.equal(weight, whole_weights[name]) for name, weight in weights(output).items())

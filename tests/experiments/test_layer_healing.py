@@ -18,7 +18,7 @@ from recursify.errors import CheckpointError, OutputError, SettingsError, Traini
 from recursify.evaluation.text import default_text
 from recursify.modeling import RecursiveForCausalLM
 from recursify.uptrain.callbacks import read_metrics
-from recursify.uptrain.run import uptrain
+from recursify.uptrain.run import uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 pytestmark = pytest.mark.xdist_group("uptraining")
@@ -32,10 +32,6 @@ BASE = UptrainSettings(
     layer_tokens=8 * 4 * LENGTH,
     layer_passes=2,
 )
-
-
-def silent(*_):
-    """No progress."""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +66,7 @@ def layer_lines(output):
 
 def test_every_layer_gets_nearer_and_so_does_the_model(family, settings, tmp_path):
     """Whatever the family's layers do beside their weights: norms around them, windows, no RoPE, two paths at once."""
-    outcome = uptrain(make(tmp_path, family), tmp_path / "out", settings, progress=silent)
+    outcome = uptrain_model(make(tmp_path, family), tmp_path / "out", settings=settings)
     lines = layer_lines(tmp_path / "out")
     assert [line["layer"] for line in lines] == [0, 1, 0, 1]
     assert all(line["error_after"] < line["error_before"] for line in lines)
@@ -90,7 +86,7 @@ def test_every_layer_gets_nearer_and_so_does_the_model(family, settings, tmp_pat
 )
 def test_other_layouts(layout, settings, tmp_path):
     """Errors and divergence fall, however positions fold."""
-    outcome = uptrain(make(tmp_path, **layout), tmp_path / "out", settings, progress=silent)
+    outcome = uptrain_model(make(tmp_path, **layout), tmp_path / "out", settings=settings)
     assert all(line["error_after"] < line["error_before"] for line in layer_lines(tmp_path / "out"))
     assert outcome.after["kl"] < outcome.before["kl"]
 
@@ -104,7 +100,7 @@ def test_no_model_is_ever_whole(source, settings, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(DenseCheckpoint, "load_model", refuse)
         patch.setattr(RecursiveForCausalLM, "from_pretrained", refuse)
-        outcome = uptrain(source, tmp_path / "out", settings, progress=silent)
+        outcome = uptrain_model(source, tmp_path / "out", settings=settings)
     assert outcome.tokens == settings.max_tokens
     assert outcome.steps == settings.max_tokens // (4 * LENGTH)
     model = RecursiveForCausalLM.from_pretrained(tmp_path / "out")
@@ -118,8 +114,8 @@ def test_no_model_is_ever_whole(source, settings, tmp_path, monkeypatch):
 
 def test_held_out_figures_are_those_of_healing(source, settings, tmp_path):
     """Measured a layer at a time they are what the Trainer measures with both models whole."""
-    layers = uptrain(source, tmp_path / "layers", replace(settings, max_tokens=1), progress=silent)
-    heal = uptrain(source, tmp_path / "heal", replace(settings, stage="heal", max_tokens=1), progress=silent)
+    layers = uptrain_model(source, tmp_path / "layers", settings=replace(settings, max_tokens=1))
+    heal = uptrain_model(source, tmp_path / "heal", settings=replace(settings, stage="heal", max_tokens=1))
     assert layers.before.keys() == {name for name in heal.before if "_depth_" not in name}
     for name, value in layers.before.items():
         assert value == pytest.approx(heal.before[name], rel=1e-4), name
@@ -133,7 +129,7 @@ def test_only_what_is_asked_is_trained(source, settings, tmp_path):
         ("lora", lambda name: ".block." in name and not name.endswith(".linear.weight")),
         ("shared", lambda name: ".block." in name and name.endswith(".linear.weight")),
     ):
-        uptrain(source, tmp_path / trainable, replace(settings, trainable=trainable), progress=silent)
+        uptrain_model(source, tmp_path / trainable, settings=replace(settings, trainable=trainable))
         after = load_file(tmp_path / trainable / "model.safetensors")
         changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
         assert changed == {name for name in before if belongs(name)}
@@ -146,7 +142,7 @@ def test_a_model_that_is_the_dense_one_stays_it(num_recursions, settings, tmp_pa
     convert_tiny(tmp_path / "dense", tmp_path / "source", num_recursions=num_recursions, sharing="cycle")
     model = fold_exactly(dense, num_recursions)
     model.save_pretrained(tmp_path / "source")
-    outcome = uptrain(tmp_path / "source", tmp_path / "out", settings, progress=silent)
+    outcome = uptrain_model(tmp_path / "source", tmp_path / "out", settings=settings)
     assert all(line["error_after"] <= line["error_before"] < 1e-9 for line in layer_lines(tmp_path / "out"))
     assert outcome.after["kl"] < 1e-6
     assert outcome.after["agreement"] == 1
@@ -161,7 +157,7 @@ def test_error_of_a_hand_made_difference(settings, tmp_path):
             layer.get_submodule(path).linear.weight.data.zero_()
     model.save_pretrained(source)
     untrained = replace(settings, learning_rate=1e-30, layer_passes=1, max_tokens=1)
-    uptrain(source, tmp_path / "out", untrained, progress=silent)
+    uptrain_model(source, tmp_path / "out", settings=untrained)
     dense = open_checkpoint(str(tmp_path / "dense")).load_model()
     first, *_ = layer_lines(tmp_path / "out")
     inputs, real = _first_batch(untrained, source)
@@ -186,30 +182,30 @@ def _first_batch(settings, source):
 
 def test_a_layer_that_got_worse_is_left_as_it_was(source, settings, tmp_path):
     """At a learning rate that destroys, the model that comes out is the one that went in; or the run stops."""
-    uptrain(source, tmp_path / "out", replace(settings, learning_rate=0.3, schedule="constant"), progress=silent)
+    uptrain_model(source, tmp_path / "out", settings=replace(settings, learning_rate=0.3, schedule="constant"))
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
     with pytest.raises(TrainingError, match=r"error of block layer 0 is (nan|inf)\. Try a lower learning rate"):
-        uptrain(source, tmp_path / "stopped", replace(settings, learning_rate=1e30), progress=silent)
+        uptrain_model(source, tmp_path / "stopped", settings=replace(settings, learning_rate=1e30))
 
 
 def test_refusals(source, settings, tmp_path):
     """What this stage cannot do, it says before it begins."""
     with pytest.raises(TrainingError, match=r"keeps no checkpoints\. Run it again, with --overwrite"):
-        uptrain(source, tmp_path / "a", settings, resume=True, progress=silent)
+        uptrain_model(source, tmp_path / "a", settings=settings, resume=True)
     with pytest.raises(SettingsError, match="random_recursions: without meaning in stage 'layers'"):
         replace(settings, random_recursions=True)
     with pytest.raises(SettingsError, match="layer_tokens must be above 0, got 0"):
         replace(settings, layer_tokens=0)
     with pytest.raises(SettingsError, match="length 512 is longer than the model's context of 256"):
-        uptrain(source, tmp_path / "b", replace(settings, length=512), progress=silent)
+        uptrain_model(source, tmp_path / "b", settings=replace(settings, length=512))
     save_tiny(tmp_path / "other", num_hidden_layers=4)
     with pytest.raises(CheckpointError, match=r"of 'model\.layers\.4\..*' it wants .* and the teacher has none"):
-        uptrain(source, tmp_path / "c", replace(settings, teacher=str(tmp_path / "other")), progress=silent)
+        uptrain_model(source, tmp_path / "c", settings=replace(settings, teacher=str(tmp_path / "other")))
     with pytest.raises(CheckpointError, match=r"^The teacher does not open: (?!.*--kl-weight)"):
-        uptrain(source, tmp_path / "d", replace(settings, teacher="nowhere"), progress=silent)
+        uptrain_model(source, tmp_path / "d", settings=replace(settings, teacher="nowhere"))
     with pytest.raises(OutputError, match="exists"):
-        uptrain(source, source.parent / "dense", settings, progress=silent)
+        uptrain_model(source, source.parent / "dense", settings=settings)
 
 
 def test_several_processes_are_refused(source, settings, tmp_path):
@@ -225,5 +221,5 @@ def test_recursions_of_another_number_do_not_pair_with_dense_layers(source, sett
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "shorter")
     chosen = UptrainSettings(stage=stage, data=settings.data, length=LENGTH, teacher=str(source.parent / "dense"))
     with pytest.raises(TrainingError, match=f"Stage '{stage}' takes the dense model's layers one by one.*--stage heal"):
-        uptrain(tmp_path / "shorter", tmp_path / "out", chosen, progress=silent)
+        uptrain_model(tmp_path / "shorter", tmp_path / "out", settings=chosen)
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.processes import run
-from helpers.runs import BASE, assert_same, losses, silent, weights
+from helpers.runs import BASE, assert_same, losses, weights
 from helpers.tiny_models import convert_tiny, random_ids, save_tiny
 from recursify.checkpoint.dense_checkpoint import open_checkpoint
 from recursify.errors import CheckpointError, SettingsError
@@ -18,7 +18,7 @@ from recursify.experiments.soft_tying import SoftTiedLinear, SoftTying, draw_mix
 from recursify.modeling import RecursiveForCausalLM, RelaxedLinear
 from recursify.uptrain import checkpoints
 from recursify.uptrain.param_groups import choose_trained, is_per_depth
-from recursify.uptrain.run import uptrain
+from recursify.uptrain.run import uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 pytestmark = pytest.mark.xdist_group("uptraining")
@@ -50,7 +50,7 @@ def prepared(source):
 def plain(source, tmp_path_factory):
     """The run that the others are compared with."""
     output = tmp_path_factory.mktemp("runs") / "plain"
-    return output, uptrain(source, output, TIE, progress=silent)
+    return output, uptrain_model(source, output, settings=TIE)
 
 
 def stand_ins(model) -> list[SoftTiedLinear]:
@@ -164,10 +164,10 @@ def test_ties_and_writes_an_ordinary_model(source, plain):
     assert outcome.steps == 8
     assert {n: w.shape for n, w in weights(output).items()} == {n: w.shape for n, w in weights(source).items()}
     healed = output.with_name("healed")
-    before = uptrain(source, healed, replace(TIE, stage="heal"), progress=silent).before
+    before = uptrain_model(source, healed, settings=replace(TIE, stage="heal")).before
     assert outcome.before["ce"] == pytest.approx(before["ce"], rel=1e-5)
     assert outcome.after["perplexity"] < 0.9 * outcome.before["perplexity"]
-    again = uptrain(output, output.with_name("again"), replace(TIE, stage="heal"), progress=silent).before
+    again = uptrain_model(output, output.with_name("again"), settings=replace(TIE, stage="heal")).before
     assert again["ce"] == pytest.approx(outcome.after["ce"], rel=1e-5)
 
 
@@ -180,7 +180,7 @@ def test_resumes_to_the_same_run(source, plain, tmp_path):
             if checkpoints.step_of(checkpoint) > kept:
                 shutil.rmtree(checkpoint)
         (output / "config.json").unlink()
-        uptrain(source, output, TIE, resume=True, progress=silent)
+        uptrain_model(source, output, settings=TIE, resume=True)
         assert losses(output) == losses(plain[0])
         mine, theirs = weights(output), weights(plain[0])
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
@@ -197,13 +197,13 @@ def test_a_checkpoint_of_candidates_is_no_model(source, plain):
 
 def test_checkpointing_changes_nothing(source, plain, tmp_path):
     """Activations are recomputed with the mixture they were computed with."""
-    uptrain(source, tmp_path / "out", replace(TIE, gradient_checkpointing=True), progress=silent)
+    uptrain_model(source, tmp_path / "out", settings=replace(TIE, gradient_checkpointing=True))
     assert_same(plain[0], tmp_path / "out")
 
 
 def test_accumulation_changes_nothing(source, plain, tmp_path):
     """All micro-batches of a step have its mixture."""
-    uptrain(source, tmp_path / "out", replace(TIE, batch_size=1, accumulate=4), progress=silent)
+    uptrain_model(source, tmp_path / "out", settings=replace(TIE, batch_size=1, accumulate=4))
     assert_same(plain[0], tmp_path / "out")
 
 
@@ -215,12 +215,12 @@ def test_two_processes_are_one(source, plain, tmp_path):
 
 def test_needs_the_dense_layers(source, tmp_path):
     """Also where nothing is distilled; a teacher with other layers is refused."""
-    uptrain(source, tmp_path / "data-alone", replace(TIE, kl_weight=0.0), progress=silent)
+    uptrain_model(source, tmp_path / "data-alone", settings=replace(TIE, kl_weight=0.0))
     save_tiny(tmp_path / "other", "qwen2", intermediate_size=40)
     with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.mlp.*' is \[40, 32\], where \[48, 32\] is needed"):
-        uptrain(source, tmp_path / "a", replace(TIE, teacher=str(tmp_path / "other")), progress=silent)
+        uptrain_model(source, tmp_path / "a", settings=replace(TIE, teacher=str(tmp_path / "other")))
     with pytest.raises(CheckpointError, match=r"The teacher does not open.*Give another --teacher\.$"):
-        uptrain(source, tmp_path / "b", replace(TIE, teacher="nowhere", kl_weight=0.0), progress=silent)
+        uptrain_model(source, tmp_path / "b", settings=replace(TIE, teacher="nowhere", kl_weight=0.0))
 
 
 def test_settings_have_ranges():

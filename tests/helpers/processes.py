@@ -16,15 +16,15 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["recursify.uptrain.run", "trl"])
 
 
-def uptrain(*arguments: Any, die_at_tokens: int | None = None, **options: Any) -> None:
-    """The real one, with a ``kill -9`` of the process that reports progress after so many tokens."""
-    from recursify.uptrain.run import uptrain
+def uptrain(source: Path, output: Path, settings: Any, *, die_at_tokens: int | None = None, **options: Any) -> None:
+    """Train with ``uptrain_model``; ``kill -9`` the process that reports progress at ``die_at_tokens`` tokens."""
+    from recursify.uptrain.run import uptrain_model
 
     def progress(_: str, done: int, __: int) -> None:
         if done == die_at_tokens:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    uptrain(*arguments, progress=progress, **options)
+    uptrain_model(source, output, settings=settings, progress=progress, **options)
 
 
 def start_run(

@@ -9,16 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from recursify.uptrain.callbacks import read_metrics
-from recursify.uptrain.run import uptrain
+from recursify.uptrain.run import uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 BASE = UptrainSettings(
     length=32, batch_size=4, max_tokens=6 * 4 * 32, learning_rate=5e-3, eval_every=3, save_every=2, warmup_fraction=0.2
 )
-
-
-def silent(*_):
-    """No progress."""
 
 
 def losses(output) -> dict[int, float]:
@@ -43,7 +39,7 @@ def assert_same(first, second, tolerance=2e-5):
 
 def assert_resumes(source: Path, folder: Path, settings: UptrainSettings) -> None:
     """A run of six steps, cut after the fourth, goes on to the same losses and weights as one that was not."""
-    uptrain(source, folder / "whole", settings, progress=silent)
+    uptrain_model(source, folder / "whole", settings=settings)
 
     class Cut(Exception):
         pass
@@ -53,8 +49,8 @@ def assert_resumes(source: Path, folder: Path, settings: UptrainSettings) -> Non
             raise Cut
 
     with pytest.raises(Cut):
-        uptrain(source, folder / "cut", settings, progress=cut)
-    uptrain(source, folder / "cut", settings, resume=True, progress=silent)
+        uptrain_model(source, folder / "cut", settings=settings, progress=cut)
+    uptrain_model(source, folder / "cut", settings=settings, resume=True)
     assert losses(folder / "cut") == losses(folder / "whole")
     mine, theirs = weights(folder / "cut"), weights(folder / "whole")
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from helpers.processes import run
-from helpers.runs import BASE, assert_resumes, assert_same, silent, weights
+from helpers.runs import BASE, assert_resumes, assert_same, weights
 from helpers.tiny_models import convert_tiny, random_ids, save_tiny
 from recursify.errors import SettingsError
 from recursify.modeling import RecursiveForCausalLM
 from recursify.uptrain.data import IGNORED
 from recursify.uptrain.exits import Exits
 from recursify.uptrain.losses import layer_distillation
-from recursify.uptrain.run import uptrain
+from recursify.uptrain.run import uptrain_model
 
 pytestmark = pytest.mark.xdist_group("uptraining")
 
@@ -39,7 +39,7 @@ def trained(source, tmp_path_factory):
     """The run that others are compared with."""
     output = tmp_path_factory.mktemp("runs") / "exits"
     settings = replace(EXITS, max_tokens=40 * 4 * 32, eval_every=99, save_every=99)
-    return output, uptrain(source, output, settings, progress=silent)
+    return output, uptrain_model(source, output, settings=settings)
 
 
 def batch(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -149,7 +149,7 @@ def test_exits_learn(source, trained):
 def test_frozen_base(source, tmp_path):
     """``heads`` trains exit heads alone; the last recursion's perplexity stays what it was."""
     settings = replace(EXITS, trainable="heads", exit_head="low_rank", exit_rank=3)
-    outcome = uptrain(source, tmp_path / "out", settings, progress=silent)
+    outcome = uptrain_model(source, tmp_path / "out", settings=settings)
     before, after = weights(source), weights(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert {name.split(".")[2] for name in after.keys() - before.keys()} == {"norm", "lora_a", "lora_b", "test"}
@@ -160,7 +160,7 @@ def test_frozen_base(source, tmp_path):
 def test_exits_in_two_processes_are_in_one(source, tmp_path):
     """DDP over two ranks with half the batch each, random recursion counts, own heads."""
     settings = replace(EXITS, exit_head="norm", random_recursions=True, recursion_curriculum=0.0)
-    uptrain(source, tmp_path / "one", settings, progress=silent)
+    uptrain_model(source, tmp_path / "one", settings=settings)
     run(tmp_path / "log", source, tmp_path / "two", replace(settings, batch_size=2), world_size=2)
     assert_same(tmp_path / "one", tmp_path / "two")
 
@@ -174,7 +174,7 @@ def test_exits_resume(source, tmp_path):
 def test_healing_leaves_heads_as_they_are(trained, tmp_path):
     """A model with exits can be healed further: its heads are frozen, and measured."""
     output, _ = trained
-    outcome = uptrain(output, tmp_path / "out", BASE, progress=silent)
+    outcome = uptrain_model(output, tmp_path / "out", settings=BASE)
     before, after = weights(output), weights(tmp_path / "out")
     heads = [name for name in before if name.startswith("exit_heads.")]
     assert heads
@@ -200,9 +200,9 @@ def test_what_cannot_be_trained_is_refused(source, tmp_path):
     folder = source.parent
     convert_tiny(folder / "dense", tmp_path / "sequence", sharing="sequence")
     with pytest.raises(SettingsError, match="in sequence sharing has no boundary"):
-        uptrain(tmp_path / "sequence", tmp_path / "a", EXITS, progress=silent)
+        uptrain_model(tmp_path / "sequence", tmp_path / "a", settings=EXITS)
     with pytest.raises(SettingsError, match="Unknown exit_head 'mine'"):
-        uptrain(source, tmp_path / "b", replace(EXITS, exit_head="mine"), progress=silent)
+        uptrain_model(source, tmp_path / "b", settings=replace(EXITS, exit_head="mine"))
     with pytest.raises(SettingsError, match=r"Unknown exit_loss 'kind'\. Use one of: aggressive, weighted, free"):
         replace(EXITS, exit_loss="kind")
     with pytest.raises(SettingsError, match="Stage 'heal' has no heads to train"):

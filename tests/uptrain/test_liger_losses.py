@@ -20,7 +20,7 @@ from torch.profiler import profile
 from transformers import AutoModelForCausalLM
 
 from helpers import python_path
-from helpers.runs import BASE, silent
+from helpers.runs import BASE
 from helpers.tiny_models import convert_tiny, random_ids, save_tiny
 from recursify.errors import SettingsError
 from recursify.modeling import RecursiveForCausalLM
@@ -29,7 +29,7 @@ from recursify.uptrain.data import IGNORED
 from recursify.uptrain.exits import Exits
 from recursify.uptrain.losses import cross_entropy, forward_kl
 from recursify.uptrain.objectives import Heal
-from recursify.uptrain.run import uptrain
+from recursify.uptrain.run import uptrain_model
 
 pytestmark = pytest.mark.xdist_group("uptraining")
 interpreted = pytest.mark.skipif(
@@ -232,7 +232,7 @@ def test_liger_that_is_not_installed(tmp_path, monkeypatch):
     """Said before anything is read or written."""
     monkeypatch.setattr(fused_losses, "liger_is_installed", lambda: False)
     with pytest.raises(SettingsError, match=r"needs liger-kernel, .* Run: pip install 'recursify\[liger\]'"):
-        uptrain(tmp_path / "model", tmp_path / "out", replace(BASE, loss_backend="liger"), progress=silent)
+        uptrain_model(tmp_path / "model", tmp_path / "out", settings=replace(BASE, loss_backend="liger"))
     assert not (tmp_path / "out").exists()
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers.processes import run
-from helpers.runs import BASE, assert_resumes, assert_same, silent, weights
+from helpers.runs import BASE, assert_resumes, assert_same, weights
 from helpers.tiny_models import convert_tiny, random_ids, save_tiny
 from recursify.errors import SettingsError
 from recursify.modeling import RecursiveForCausalLM, Routing
@@ -27,7 +27,7 @@ from recursify.uptrain.routers import (
     moved_bias,
     z_loss,
 )
-from recursify.uptrain.run import uptrain
+from recursify.uptrain.run import uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 pytestmark = pytest.mark.xdist_group("uptraining")
@@ -49,7 +49,7 @@ def trained(source, tmp_path_factory):
     """Sixty steps of expert choice."""
     output = tmp_path_factory.mktemp("runs") / "routed"
     settings = replace(ROUTED, max_tokens=60 * 4 * 32, eval_every=99, save_every=99, router_weight=0.1)
-    return output, uptrain(source, output, settings, progress=silent)
+    return output, uptrain_model(source, output, settings=settings)
 
 
 def batch(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -224,7 +224,7 @@ def test_routers_learn_to_be_judged_alone(source, trained):
 def test_without_calibration_scores_decide_at_even_odds(source, tmp_path):
     """Few steps teach which tokens are better, and not where the line is: loads are then what comes of it."""
     settings = replace(ROUTED, router_calibrate=False, max_tokens=512)
-    outcome = uptrain(source, tmp_path / "out", settings, progress=silent)
+    outcome = uptrain_model(source, tmp_path / "out", settings=settings)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["router_thresholds"] is None
     model = RecursiveForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_without_calibration_scores_decide_at_even_odds(source, tmp_path):
 def test_token_choice_runs_with_a_bias(source, tmp_path):
     """The bias has moved from where it was, by whole steps of its rate; loads are counted."""
     settings = replace(ROUTED, router="token_choice", router_balance="bias", router_kv="shared", kl_weight=1.0)
-    outcome = uptrain(source, tmp_path / "out", settings, progress=silent)
+    outcome = uptrain_model(source, tmp_path / "out", settings=settings)
     bias = weights(tmp_path / "out")["model.routers.0.bias"]
     assert bias.abs().max() > 0
     torch.testing.assert_close((bias / 0.001).round() * 0.001, bias, atol=1e-6, rtol=0)
@@ -246,7 +246,7 @@ def test_token_choice_runs_with_a_bias(source, tmp_path):
 
 def test_frozen_base(source, tmp_path):
     """``routers`` trains routers alone."""
-    uptrain(source, tmp_path / "out", replace(ROUTED, trainable="routers"), progress=silent)
+    uptrain_model(source, tmp_path / "out", settings=replace(ROUTED, trainable="routers"))
     before, after = weights(source), weights(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert {name.rpartition(".")[0] for name in after.keys() - before.keys()} == {"model.routers.0", "model.routers.1"}
@@ -276,7 +276,7 @@ def without_ties(folder) -> UptrainSettings:
 def test_two_processes_are_one(source, tmp_path, more):
     """DDP over two ranks with half the batch each, also where ranks route different numbers of tokens."""
     settings = replace(without_ties(tmp_path), **more)
-    uptrain(source, tmp_path / "one", settings, progress=silent)
+    uptrain_model(source, tmp_path / "one", settings=settings)
     run(tmp_path / "log", source, tmp_path / "two", replace(settings, batch_size=2), world_size=2)
     assert_same(tmp_path / "one", tmp_path / "two")
 
@@ -284,7 +284,7 @@ def test_two_processes_are_one(source, tmp_path, more):
 def test_sharded_processes_are_one(source, tmp_path):
     """FSDP2: every rank runs every layer, whatever its tokens do."""
     settings = replace(without_ties(tmp_path), router="token_choice")
-    uptrain(source, tmp_path / "one", settings, progress=silent)
+    uptrain_model(source, tmp_path / "one", settings=settings)
     sharded = replace(settings, batch_size=2, sharding="fsdp2")
     run(tmp_path / "log", source, tmp_path / "two", sharded, world_size=2)
     assert_same(tmp_path / "one", tmp_path / "two")
@@ -299,7 +299,7 @@ def test_runs_resume(source, tmp_path):
 def test_healing_a_routed_model(trained, tmp_path):
     """It stays routed, its routers frozen."""
     output, _ = trained
-    outcome = uptrain(output, tmp_path / "out", replace(BASE, kl_weight=0.0), progress=silent)
+    outcome = uptrain_model(output, tmp_path / "out", settings=replace(BASE, kl_weight=0.0))
     before, after = weights(output), weights(tmp_path / "out")
     assert torch.equal(before["model.routers.1.weight"], after["model.routers.1.weight"])
     assert "ce_depth_0" in outcome.after
@@ -322,11 +322,11 @@ def test_what_cannot_be_trained_is_refused(source, trained, tmp_path):
     """No boundaries, unknown routers, capacities that rise, routers outside their stage, other stages after it."""
     convert_tiny(source.parent / "dense", tmp_path / "sequence", sharing="sequence")
     with pytest.raises(SettingsError, match="in sequence sharing has no boundary"):
-        uptrain(tmp_path / "sequence", tmp_path / "a", ROUTED, progress=silent)
+        uptrain_model(tmp_path / "sequence", tmp_path / "a", settings=ROUTED)
     with pytest.raises(SettingsError, match="Unknown router 'mine'"):
-        uptrain(source, tmp_path / "b", replace(ROUTED, router="mine"), progress=silent)
+        uptrain_model(source, tmp_path / "b", settings=replace(ROUTED, router="mine"))
     with pytest.raises(SettingsError, match=r"rise from 0\.5 to 1 at depth 1"):
-        uptrain(source, tmp_path / "c", replace(ROUTED, router_capacities=(0.5, 1.0)), progress=silent)
+        uptrain_model(source, tmp_path / "c", settings=replace(ROUTED, router_capacities=(0.5, 1.0)))
     with pytest.raises(SettingsError, match="Stage 'heal' has no routers to train"):
         replace(BASE, trainable="routers")
     with pytest.raises(SettingsError, match="Unknown router_balance 'luck'"):
@@ -335,4 +335,4 @@ def test_what_cannot_be_trained_is_refused(source, trained, tmp_path):
         replace(ROUTED, router_weight=-1)
     for stage in ("exits", "tie", "layers"):
         with pytest.raises(SettingsError, match=f"Stage '{stage}' trains a model all of whose tokens run"):
-            uptrain(trained[0], tmp_path / "d", replace(BASE, stage=stage), progress=silent)
+            uptrain_model(trained[0], tmp_path / "d", settings=replace(BASE, stage=stage))

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from test_trainer import BASE, assert_same, plain, silent, source, weights
+from test_trainer import BASE, assert_same, plain, source, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.processes import run, start_all
@@ -19,7 +19,7 @@ from helpers.tiny_models import convert_tiny, save_tiny
 from recursify.errors import SettingsError, TrainingError
 from recursify.modeling import RecursiveForCausalLM
 from recursify.uptrain import checkpoints, sharding
-from recursify.uptrain.run import uptrain
+from recursify.uptrain.run import uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 __all__ = ["plain", "source"]  # fixtures
@@ -62,7 +62,7 @@ def tied(tmp_path_factory):
 def test_tied_head_recomputed_activations_and_random_recursions(tied, tmp_path):
     """With half of the depths missing in some steps, activations made twice, and the embedding learning as the head."""
     settings = replace(BASE, random_recursions=True, recursion_curriculum=0.0, seed=3)
-    uptrain(tied, tmp_path / "one", settings, progress=silent)
+    uptrain_model(tied, tmp_path / "one", settings=settings)
     both = replace(settings, batch_size=1, accumulate=2, sharding="fsdp2", gradient_checkpointing=True)
     run(tmp_path / "log", tied, tmp_path / "two", both, world_size=2)
     assert_same(tmp_path / "one", tmp_path / "two")
@@ -109,17 +109,17 @@ def test_what_cannot_be_sharded(source, tmp_path, monkeypatch):
     """One process; a weight that leaves some process without a part; FSDP by someone else; DeepSpeed not installed."""
     assert "RANK" not in os.environ
     with pytest.raises(TrainingError, match=r"there is one\. Give --num-processes"):
-        uptrain(source, tmp_path / "out", replace(BASE, sharding="fsdp2"), progress=silent)
+        uptrain_model(source, tmp_path / "out", settings=replace(BASE, sharding="fsdp2"))
     assert sharding._dimension("a", torch.empty(3, 4, 32), 8) == 2
     assert sharding._dimension("a", torch.empty(49_151, 30), 8) == 0
     with pytest.raises(TrainingError, match=r"'a' \[9\] cannot be cut into 8 parts"):
         sharding._dimension("a", torch.empty(9), 8)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(SettingsError, match=r"'zero2' needs DeepSpeed.* pip install deepspeed"):
-        uptrain(source, tmp_path / "out", replace(BASE, sharding="zero2"), progress=silent)
+        uptrain_model(source, tmp_path / "out", settings=replace(BASE, sharding="zero2"))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(SettingsError, match=r"told to shard \(ACCELERATE_USE_FSDP\).*--sharding fsdp2 does"):
-        uptrain(source, tmp_path / "out", BASE, progress=silent)
+        uptrain_model(source, tmp_path / "out", settings=BASE)
     with pytest.raises(SettingsError, match="Use sharding: fsdp2"):
         UptrainSettings(trainer={"fsdp": True})
     with pytest.raises(SettingsError, match=r"Unknown sharding 'zero3'\. Use one of: none, fsdp2, zero2"):

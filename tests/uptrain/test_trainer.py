@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.processes import run, start_run
-from helpers.runs import BASE, assert_same, losses, silent, weights
+from helpers.runs import BASE, assert_same, losses, weights
 from helpers.tiny_models import convert_tiny, save_tiny
 from helpers.tolerances import LOSSES
 from recursify.errors import CheckpointError, OutputError, RecursifyError, SettingsError, TrainingError
 from recursify.modeling import RecursiveForCausalLM
 from recursify.uptrain import checkpoints
 from recursify.uptrain.callbacks import read_metrics
-from recursify.uptrain.run import uptrain
+from recursify.uptrain.run import uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 pytestmark = pytest.mark.xdist_group("uptraining")
@@ -42,7 +42,7 @@ def source(tmp_path_factory):
 def plain(source, tmp_path_factory):
     """The run that the others are compared with."""
     output = tmp_path_factory.mktemp("runs") / "plain"
-    outcome = uptrain(source, output, BASE, progress=silent)
+    outcome = uptrain_model(source, output, settings=BASE)
     return output, outcome
 
 
@@ -66,13 +66,13 @@ def test_heals(source, plain):
 
 def test_accumulation_changes_nothing(source, plain, tmp_path):
     """Four micro-batches of one sequence are one batch of four, although documents differ in length."""
-    uptrain(source, tmp_path / "out", replace(BASE, batch_size=1, accumulate=4), progress=silent)
+    uptrain_model(source, tmp_path / "out", settings=replace(BASE, batch_size=1, accumulate=4))
     assert_same(plain[0], tmp_path / "out")
 
 
 def test_checkpointing_changes_nothing(source, plain, tmp_path):
     """Recomputed activations, the same losses and weights."""
-    uptrain(source, tmp_path / "out", replace(BASE, gradient_checkpointing=True), progress=silent)
+    uptrain_model(source, tmp_path / "out", settings=replace(BASE, gradient_checkpointing=True))
     assert_same(plain[0], tmp_path / "out")
 
 
@@ -84,7 +84,7 @@ def test_two_processes_are_one(source, plain, tmp_path):
 
 def test_bfloat16_is_near_float32(source, plain, tmp_path):
     """Matrix products in 8 bits of mantissa, teacher and held-out figures included; weights and optimizer in 24."""
-    uptrain(source, tmp_path / "out", replace(BASE, precision="bfloat16"), progress=silent)
+    uptrain_model(source, tmp_path / "out", settings=replace(BASE, precision="bfloat16"))
     mine, theirs = read_metrics(tmp_path / "out" / "metrics.jsonl"), read_metrics(plain[0] / "metrics.jsonl")
     assert [line["step"] for line in mine] == [line["step"] for line in theirs]
     for line, other in zip(mine, theirs, strict=True):
@@ -99,7 +99,7 @@ def test_bfloat16_is_near_float32(source, plain, tmp_path):
 def test_random_recursions_do_not_hang_and_agree(source, tmp_path):
     """Two ranks draw the same counts as one; some steps run fewer recursions."""
     settings = replace(BASE, random_recursions=True, recursion_curriculum=0.0, seed=3)
-    uptrain(source, tmp_path / "one", settings, progress=silent)
+    uptrain_model(source, tmp_path / "one", settings=settings)
     run(tmp_path / "log", source, tmp_path / "two", replace(settings, batch_size=2), world_size=2)
     assert_same(tmp_path / "one", tmp_path / "two")
 
@@ -111,7 +111,7 @@ def test_only_what_is_asked_is_trained(source, plain, tmp_path):
         ("lora", lambda name: ".block." in name and not name.endswith(".linear.weight")),
         ("shared", lambda name: ".block." in name and name.endswith(".linear.weight")),
     ):
-        uptrain(source, tmp_path / trainable, replace(BASE, trainable=trainable), progress=silent)
+        uptrain_model(source, tmp_path / trainable, settings=replace(BASE, trainable=trainable))
         after = weights(tmp_path / trainable)
         changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
         assert changed == {name for name in before if belongs(name)}
@@ -120,7 +120,7 @@ def test_only_what_is_asked_is_trained(source, plain, tmp_path):
 def test_killed_ten_times_at_random_moments(source, tmp_path):
     """``kill -9``: the losses are those of a run that was not killed, step for step."""
     settings = replace(BASE, max_tokens=40 * 4 * 32, save_every=3, eval_every=20)
-    uptrain(source, tmp_path / "whole", settings, progress=silent)
+    uptrain_model(source, tmp_path / "whole", settings=settings)
     moments = random.Random(time.time_ns())
     kills = attempts = 0
     while kills < 10:
@@ -144,12 +144,12 @@ def test_killed_ten_times_at_random_moments(source, tmp_path):
 def test_damaged_checkpoint_is_skipped(source, plain, tmp_path, caplog):
     """With a warning; the run goes on from the one before and ends the same."""
     output = tmp_path / "out"
-    uptrain(source, output, BASE, progress=silent)
+    uptrain_model(source, output, settings=BASE)
     newest = checkpoints.list_checkpoints(output / "checkpoints")[-1]
     data = bytearray((newest / "optimizer.pt").read_bytes())
     data[len(data) // 2] ^= 1
     (newest / "optimizer.pt").write_bytes(bytes(data))
-    uptrain(source, output, BASE, resume=True, progress=silent)
+    uptrain_model(source, output, settings=BASE, resume=True)
     assert "is damaged (optimizer.pt is not what was written)" in caplog.text
     assert_same(plain[0], output, tolerance=0)
 
@@ -157,11 +157,11 @@ def test_damaged_checkpoint_is_skipped(source, plain, tmp_path, caplog):
 def test_resume_with_other_settings(source, plain, tmp_path):
     """The key is named, with both values."""
     with pytest.raises(SettingsError, match=r"'learning_rate' was 0\.005 when the run .* and is 0\.1 now"):
-        uptrain(source, plain[0], replace(BASE, learning_rate=0.1), resume=True, progress=silent)
+        uptrain_model(source, plain[0], settings=replace(BASE, learning_rate=0.1), resume=True)
     with pytest.raises(TrainingError, match="no run to resume"):
-        uptrain(source, tmp_path / "nowhere", BASE, resume=True, progress=silent)
+        uptrain_model(source, tmp_path / "nowhere", settings=BASE, resume=True)
     with pytest.raises(OutputError, match="holds a run already"):
-        uptrain(source, plain[0], BASE, progress=silent)
+        uptrain_model(source, plain[0], settings=BASE)
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(source, tmp_path):
@@ -170,7 +170,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(source, tmp_path):
     settings = replace(BASE, learning_rate=1e30, warmup_fraction=0.0, max_tokens=20 * 4 * 32)
     settings = replace(settings, schedule="constant", save_every=1, eval_every=100)
     with pytest.raises(TrainingError, match=r"The loss is (nan|inf) at step \d+, micro-batch \d+") as caught:
-        uptrain(source, output, settings, progress=silent)
+        uptrain_model(source, output, settings=settings)
     kept = checkpoints.list_checkpoints(output / "checkpoints")[-1]
     assert str(kept) in str(caught.value)
     assert all(torch.isfinite(weight).all() for weight in load_file(kept / "model.safetensors").values())
@@ -192,7 +192,7 @@ def test_weights_that_are_nan_are_never_saved(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     with pytest.raises(TrainingError, match=r"The weights after step 4 hold NaN .*The last good checkpoint is .*-2'"):
-        uptrain(source, output, BASE, progress=silent)
+        uptrain_model(source, output, settings=BASE)
 
 
 def test_full_disk_in_mid_checkpoint(source, tmp_path, monkeypatch):
@@ -209,23 +209,23 @@ def test_full_disk_in_mid_checkpoint(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(TrainingError, match=r"step 4 could not be written .*No space left.* go on with --resume"):
-        uptrain(source, output, BASE, progress=silent)
+        uptrain_model(source, output, settings=BASE)
     assert [entry.name for entry in sorted((output / "checkpoints").iterdir())] == ["checkpoint-2", "run.json"]
     monkeypatch.undo()
-    assert uptrain(source, output, BASE, resume=True, progress=silent).steps == 6
+    assert uptrain_model(source, output, settings=BASE, resume=True).steps == 6
 
 
 def test_wrong_teachers_and_lengths(source, tmp_path):
     """Another vocabulary, none to be found, and sequences beyond the context."""
     save_tiny(tmp_path / "other", vocab_size=300)
     with pytest.raises(CheckpointError, match="has 300 tokens in its vocabulary, and the model 260"):
-        uptrain(source, tmp_path / "a", replace(BASE, teacher=str(tmp_path / "other")), progress=silent)
+        uptrain_model(source, tmp_path / "a", settings=replace(BASE, teacher=str(tmp_path / "other")))
     with pytest.raises(CheckpointError, match=r"The teacher does not open.*--kl-weight 0"):
-        uptrain(source, tmp_path / "b", replace(BASE, teacher="nowhere"), progress=silent)
+        uptrain_model(source, tmp_path / "b", settings=replace(BASE, teacher="nowhere"))
     with pytest.raises(SettingsError, match="length 512 is longer than the model's context of 256"):
-        uptrain(source, tmp_path / "c", replace(BASE, length=512), progress=silent)
+        uptrain_model(source, tmp_path / "c", settings=replace(BASE, length=512))
     with pytest.raises(SettingsError, match="Unknown stage 'exit'"):
-        uptrain(source, tmp_path / "d", replace(BASE, stage="exit"), progress=silent)
+        uptrain_model(source, tmp_path / "d", settings=replace(BASE, stage="exit"))
 
 
 def test_a_refused_run_leaves_the_output_as_it_was(source, plain, tmp_path):
@@ -240,10 +240,10 @@ def test_a_refused_run_leaves_the_output_as_it_was(source, plain, tmp_path):
         {"stage": "exits", "exit_head": "x"},
     ):
         with pytest.raises(RecursifyError):
-            uptrain(source, output, replace(BASE, **wrong), overwrite=True, progress=silent)
+            uptrain_model(source, output, settings=replace(BASE, **wrong), overwrite=True)
     layers = replace(BASE, stage="layers", data=("nowhere.txt",))
     with pytest.raises(RecursifyError):
-        uptrain(source, output, layers, overwrite=True, progress=silent)
+        uptrain_model(source, output, settings=layers, overwrite=True)
     assert all(torch.equal(weight, before[name]) for name, weight in weights(output).items())
 
 
@@ -277,11 +277,11 @@ def test_trackers(source, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     settings = replace(BASE, report_to=("tensorboard",), eval_every=99, save_every=99, max_tokens=2 * 4 * 32)
-    uptrain(source, tmp_path / "out", settings, progress=silent)
+    uptrain_model(source, tmp_path / "out", settings=settings)
     (events,) = (tmp_path / "out").rglob("events.out.tfevents.*")
     seen = EventAccumulator(str(events))
     seen.Reload()
     tags = set(seen.Tags()["scalars"])
     assert {"train/ce", "train/agreement", "eval/perplexity", "eval/agreement_depth_0"} <= tags
     with pytest.raises(SettingsError, match=r"The tracker 'wandbb' is not installed, .* Installed: .*tensorboard"):
-        uptrain(source, tmp_path / "b", replace(BASE, report_to=("wandbb",)), progress=silent)
+        uptrain_model(source, tmp_path / "b", settings=replace(BASE, report_to=("wandbb",)))

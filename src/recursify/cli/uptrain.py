@@ -233,20 +233,22 @@ def uptrain_command(
 
     from transformers.utils import logging
 
-    from recursify.uptrain.run import uptrain
+    from recursify.uptrain.run import uptrain_model
 
     logging.disable_progress_bar()
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         with progress_report() as progress:
-            outcome = uptrain(model, output, settings, resume=resume, overwrite=overwrite, progress=progress)
+            result = uptrain_model(
+                model, output, settings=settings, resume=resume, overwrite=overwrite, progress=progress
+            )
     except RecursifyError as error:
         if not is_main:
             raise type(error)(f"rank {os.environ['RANK']}: {error}") from error
         raise
     if not is_main:
         return
-    facts = outcome.to_dict()
+    facts = result.to_dict()
     if json:
         print_json(facts)
         return

@@ -33,7 +33,7 @@ from recursify.checkpoint.writer import ShardedCheckpoint
 from recursify.errors import CheckpointError, TrainingError
 from recursify.experiments.recursive_parts import EMBEDDING, RecursiveParts
 from recursify.modeling import RecursiveConfig
-from recursify.uptrain.callbacks import Progress
+from recursify.progress import Progress
 from recursify.uptrain.data import IGNORED, Collator, Rows, TextData
 from recursify.uptrain.lora_balance import balance_factors
 from recursify.uptrain.losses import Sums, cross_entropy, forward_kl

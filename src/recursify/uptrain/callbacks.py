@@ -6,11 +6,12 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from recursify.progress import Progress
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
@@ -24,8 +25,6 @@ PANELS = {
     "same first token as the last recursion": r"(eval_)?(agreement|test_accuracy)_depth_\d+",
 }
 """Panels of the plot: title -> the figures in it."""
-
-Progress = Callable[[str, int, int], None]
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -27,9 +27,11 @@ from recursify.evaluation.fingerprint import take_fingerprint
 from recursify.experiments.layer_healing import LayerHealing, require_same_layers
 from recursify.experiments.soft_tying import SoftTying
 from recursify.modeling import RecursiveConfig, RecursiveForCausalLM
+from recursify.progress import Progress, silent
+from recursify.settings import resolve_settings
 
 from . import checkpoints, sharding
-from .callbacks import METRICS_FILE, Progress, Watcher, append_metrics, draw_curves
+from .callbacks import METRICS_FILE, Watcher, append_metrics, draw_curves
 from .data import Collator, TextData, prepare_data
 from .exits import Exits
 from .liger_losses import check_backend
@@ -81,16 +83,16 @@ class TrainingRun:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
+class UptrainResult:
+    """Result of a finished run.
 
     Attributes:
-        output: The finished model's folder.
-        steps: Steps in all.
-        tokens: Tokens in all, on all ranks.
-        before: Figures on the held-out sequences before the first step.
-        after: The same after the last; of the float32 weights, which are then written in the dtype of the source.
-        curves: The plot, if one could be drawn.
+        output: Folder of the trained model.
+        steps: Number of optimizer steps.
+        tokens: Number of training tokens, over all ranks.
+        before: Held-out figures before the first step; empty where they were not measured.
+        after: Held-out figures after the last step, of the float32 weights (written in the dtype of the source).
+        curves: Plot of the losses; None without matplotlib.
     """
 
     output: Path
@@ -101,33 +103,38 @@ class Outcome:
     curves: Path | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it."""
-        return {
-            "output": str(self.output),
-            "steps": self.steps,
-            "tokens": self.tokens,
-            "before": self.before,
-            "after": self.after,
-            "curves": None if self.curves is None else str(self.curves),
-        }
+        """The fields as JSON values."""
+        return {**asdict(self), "output": str(self.output), "curves": None if self.curves is None else str(self.curves)}
 
 
-def uptrain(
-    source: Path,
-    output: Path,
-    settings: UptrainSettings,
+def uptrain_model(
+    model: str | Path,
+    output: str | Path,
     *,
+    settings: UptrainSettings | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Progress,
-) -> Outcome:
-    """Train the recursive model in ``source`` and write the result into ``output``.
+    progress: Progress = silent,
+    **options: Any,
+) -> UptrainResult:
+    """Train a recursive model and write the result into a new folder.
 
-    ``output`` holds the run's checkpoints and metrics while it goes on, and the model when it is done.
+    During the run ``output`` holds its checkpoints and metrics, at the end the model as well.
+
+    Args:
+        model: Folder of a recursive model.
+        output: Folder for the trained model.
+        settings: Settings of the run; give these or ``options``.
+        resume: Continue the interrupted run in ``output``.
+        overwrite: Replace the contents of ``output``.
+        progress: Callback that is called with the number of tokens after every step.
+        **options: Fields of :class:`UptrainSettings`.
 
     Raises:
-        RecursifyError: Anything wrong with the model, the settings or the data; or a run that cannot go on.
+        RecursifyError: The model, the settings or the data cannot be used, or the run cannot continue.
     """
+    source, output = Path(model), Path(output)
+    settings = resolve_settings(UptrainSettings, settings, options)
     if settings.stage not in (*STAGES, LAYER_STAGE):
         raise SettingsError(f"Unknown stage '{settings.stage}'. Use one of: {', '.join((*STAGES, LAYER_STAGE))}.")
     _check_sharding(settings)
@@ -138,7 +145,7 @@ def uptrain(
     return _heal_layers(run) if settings.stage == LAYER_STAGE else _train(run)
 
 
-def _train(run: TrainingRun) -> Outcome:
+def _train(run: TrainingRun) -> UptrainResult:
     """A stage that trains the whole model at once, in the Trainer."""
     source, output, settings, state = run.source, run.output, run.settings, run.state
     folder = output / CHECKPOINT_FOLDER
@@ -179,9 +186,9 @@ def _train(run: TrainingRun) -> Outcome:
     objective.finish(trainer.accelerator.unwrap_model(trainer.model))
     steps = trainer.state.global_step
     curves = draw_curves(output) if state.is_main_process else None
-    outcome = Outcome(output, steps, steps * per_step, before, after, curves)
-    _finish(trainer, source, outcome, settings, data.name)
-    return outcome
+    result = UptrainResult(output, steps, steps * per_step, before, after, curves)
+    _finish(trainer, source, result, settings, data.name)
+    return result
 
 
 def _prepare_model(model: RecursiveForCausalLM, objective: Objective, settings: UptrainSettings) -> None:
@@ -264,7 +271,7 @@ def _run_trainer(trainer: RecursiveTrainer, settings: UptrainSettings, resumed: 
         ) from error
 
 
-def _heal_layers(run: TrainingRun) -> Outcome:
+def _heal_layers(run: TrainingRun) -> UptrainResult:
     """Stage ``layers``: neither model is ever whole in memory."""
     source, output, settings, state = run.source, run.output, run.settings, run.state
     if run.resume:
@@ -304,9 +311,9 @@ def _heal_layers(run: TrainingRun) -> Outcome:
     healing.run()
     after = healing.measure()
     log({"step": healing.steps, "tokens": healing.tokens, **{f"eval_{name}": value for name, value in after.items()}})
-    outcome = Outcome(output, healing.steps, healing.tokens, before, after, draw_curves(output))
-    _publish(scratch, source, student.config, tokenizer, outcome, settings, data.name, num_processes=1)
-    return outcome
+    result = UptrainResult(output, healing.steps, healing.tokens, before, after, draw_curves(output))
+    _publish(scratch, source, student.config, tokenizer, result, settings, data.name, num_processes=1)
+    return result
 
 
 def _find_resumed(folder: Path, run: dict[str, Any]) -> Path | None:
@@ -407,9 +414,11 @@ def _figures(line: dict[str, Any]) -> dict[str, float]:
     return {key.removeprefix("eval_"): value for key, value in line.items() if key.startswith("eval_")}
 
 
-def _finish(trainer: RecursiveTrainer, source: Path, outcome: Outcome, settings: UptrainSettings, data: str) -> None:
+def _finish(
+    trainer: RecursiveTrainer, source: Path, result: UptrainResult, settings: UptrainSettings, data: str
+) -> None:
     """Write the finished model into the output folder, in the dtype it came in, and the run into its history."""
-    scratch = outcome.output / ".model"
+    scratch = result.output / ".model"
     trainer.save_model(str(scratch), _internal_call=True)
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
@@ -424,7 +433,7 @@ def _finish(trainer: RecursiveTrainer, source: Path, outcome: Outcome, settings:
         source,
         model.config,
         trainer.processing_class,
-        outcome,
+        result,
         settings,
         data,
         num_processes=trainer.args.world_size,
@@ -437,7 +446,7 @@ def _publish(
     source: Path,
     config: RecursiveConfig,
     tokenizer: Any,
-    outcome: Outcome,
+    result: UptrainResult,
     settings: UptrainSettings,
     data: str,
     *,
@@ -452,17 +461,17 @@ def _publish(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "data_name": data,
         "hub_datasets": [name for name in settings.data or () if not Path(name).exists()],
-        "tokens": outcome.tokens,
-        "steps": outcome.steps,
+        "tokens": result.tokens,
+        "steps": result.steps,
         "num_processes": num_processes,
         "settings": settings.to_dict(),
-        "before": outcome.before,
-        "after": outcome.after,
+        "before": result.before,
+        "after": result.after,
     }
     record["history"] = [*record.get("history", []), run]
     write_model_files(scratch, config, record)
     tokenizer.save_pretrained(scratch)
     for file in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
         # config.json comes last: a folder without it is no model, so none is ever half one.
-        os.replace(file, outcome.output / file.name)
+        os.replace(file, result.output / file.name)
     scratch.rmdir()
