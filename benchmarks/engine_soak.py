@@ -104,7 +104,7 @@ def main() -> None:
                 "preemptions": engine.stats.preemptions,
                 "memory_mib": round(memory_mib(), 1),
                 "tensors": tensors,
-                "pages_in_use": engine.pages.num_used,
+                "pages_in_use": engine.kv_cache.num_used,
                 "live": len(engine.requests),
                 **stamp,
             }

@@ -86,7 +86,7 @@ def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_came(folder):
     answer.close()
     assert conversation.messages[-1] == {"role": "assistant", "content": text}
     assert not conversation.engine.has_work
-    assert conversation.engine.pages.num_used == 0
+    assert conversation.engine.kv_cache.num_used == 0
     with pytest.raises(EngineError, match="together more than"):
         next(conversation.say("y" * 300))
 

@@ -268,7 +268,7 @@ def test_commands_run(page, desk, monkeypatch, capsys):
 
 def serve_once(build: Callable[[], Engine], settings: ServerSettings, *, address: str, port: int) -> None:
     """What ``serve`` does, up to the point where it would wait for requests."""
-    leaves = Sampling(settings, (engine := build()).parts.config, engine.kv, 64).leaving(settings.default_exit)
+    leaves = Sampling(settings, (engine := build()).decoder.config, engine.kv, 64).leaving(settings.default_exit)
     print(engine.generate(["Why?"], SamplingParams(max_tokens=2, **leaves))[0].text, address, port)
 
 

@@ -201,7 +201,7 @@ def test_reading_late_stops_in_time():
         assert lengths == [whole.token_ids.index(whole.token_ids[4]) + 1, lengths[1], 1, 30]
         assert [output.token_ids for output in outputs] == [whole.token_ids[:length] for length in lengths]
         assert outputs[1].text == whole.text[: whole.text.index(whole.text[6:8])]
-        assert engine.pages.num_used == 0
+        assert engine.kv_cache.num_used == 0
         assert not engine.has_work
 
 
@@ -238,7 +238,7 @@ def test_memory_of_routed_models():
         model = recursive(recursions=3, ends=0)
         if kv != "deferred":
             model.add_routers("expert_choice", router_kv=kv)
-        sizes[kv] = Engine(model, num_pages=1000, page_size=4, max_model_len=64).pages.num_bytes
+        sizes[kv] = Engine(model, num_pages=1000, page_size=4, max_model_len=64).kv_cache.num_bytes
     assert sizes["shared"] / sizes["deferred"] == pytest.approx(1 / 3)
     assert sizes["recursion_wise"] / sizes["deferred"] == pytest.approx((1 + 1.1 * 2 / 3 + 1.1 / 3) / 3, rel=1e-2)
 
@@ -331,7 +331,7 @@ def test_stop_strings_and_tokens():
     assert engine.generate(["Once upon"], SamplingParams(max_tokens=30))[0].token_ids == ended.token_ids
     ignored = engine.generate(["Once upon"], SamplingParams(max_tokens=30, ignore_eos=True))[0]
     assert ignored.token_ids == whole.token_ids
-    assert engine.pages.num_used == 0
+    assert engine.kv_cache.num_used == 0
 
 
 def test_tokens_come_one_by_one():
@@ -368,7 +368,7 @@ def test_cancel_before_during_and_after():
     assert outputs[1].token_ids == greedy(model, asked[1], 6)
     assert not engine.cancel(ids[1]), "it is answered already"
     assert not engine.cancel(10**9)
-    assert engine.pages.num_used == 0
+    assert engine.kv_cache.num_used == 0
     engine.step()  # with nothing to do
 
 
@@ -491,7 +491,7 @@ def test_largest_depth():
     engine.step()
     (request,) = engine.requests.values()
     while engine.has_work:
-        assert not request.waiting, "nothing waits for depths that no token will run"
+        assert not request.deferred, "nothing waits for depths that no token will run"
         engine.step()
 
 
@@ -542,7 +542,7 @@ def test_a_failing_callback_loses_nothing():
         finish()
     finish()
     assert [output.token_ids for output in outputs] == [greedy(engine.model, each, 5) for each in prompts(4, 5, 6)]
-    assert engine.pages.num_used == 0
+    assert engine.kv_cache.num_used == 0
 
 
 def test_callbacks_may_add_and_cancel():
@@ -560,7 +560,7 @@ def test_callbacks_may_add_and_cancel():
         engine.step()
     assert len(outputs) == 3
     assert outputs[-1].token_ids == greedy(engine.model, prompts(7)[0], 4)
-    assert engine.pages.num_used == 0
+    assert engine.kv_cache.num_used == 0
 
 
 def test_no_request_starves():
@@ -603,7 +603,7 @@ def test_soak():
     while engine.has_work:
         engine.step()
     assert answered == 400
-    assert engine.pages.num_used == 0
+    assert engine.kv_cache.num_used == 0
     assert not engine.requests
     assert not engine.scheduler.chunks
     assert counts[1] <= counts[0] + 100, "tensors pile up"

@@ -26,7 +26,7 @@ def test_pages_are_kept_track_of(steps):
                 pool.release(prefix)
                 continue
             pages = [*prefix, *pool.allocate(count)]
-            pool.publish(tokens, pages)
+            pool.cache_full_pages(tokens, pages)
             held[number] = tokens, pages
         users: dict[int, int] = {}
         for _, pages in held.values():
@@ -46,7 +46,7 @@ def test_a_prefix_outlives_its_request():
     """Until its pages are given out again, the one that has been free the longest first."""
     pool = PagePool(4, 2)
     pages = pool.allocate(2)
-    pool.publish([1, 2, 3, 4], pages)
+    pool.cache_full_pages([1, 2, 3, 4], pages)
     pool.release(pages)
     assert pool.find_prefix(page_keys([1, 2, 3, 4, 5][:-1], 2)) == pages
     assert pool.find_prefix(page_keys([1, 2, 3, 4][:-1], 2)) == pages[:1], "the last token is to run"

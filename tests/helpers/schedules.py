@@ -168,5 +168,5 @@ def run_schedule(family: str, kv: str, seed: int) -> tuple[Engine, int]:
         if output.finish_reason == "length":
             assert count == NEW_TOKENS
             whole += 1
-    assert engine.pages.num_used == 0
+    assert engine.kv_cache.num_used == 0
     return engine, whole

@@ -46,5 +46,5 @@ def says_what_generate_says(model, *lengths: int, **limits) -> Engine:
     engine = small_engine(model, **limits)
     outputs = engine.generate(prompts(*lengths), SamplingParams(max_tokens=9))
     assert [output.token_ids for output in outputs] == [greedy(model, each) for each in prompts(*lengths)]
-    assert engine.pages.num_used == 0
+    assert engine.kv_cache.num_used == 0
     return engine

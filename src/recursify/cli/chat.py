@@ -88,7 +88,7 @@ def chat_command(
             conversation.begin()
             talk.print("(a new conversation)")
         else:
-            _answer(conversation, line, engine.parts.num_depths, show_depth=show_depth)
+            _answer(conversation, line, engine.decoder.num_depths, show_depth=show_depth)
 
 
 def _lines() -> Iterator[str]:

@@ -33,7 +33,7 @@ PARITY = {torch.float64: 1e-2, torch.float32: 1e-2}
 order (measured: 1.3e-3 on a random Gemma 2 of eight layers), and a part that is missing is a difference of order 1."""
 
 
-def choose_kv(parts: DecoderAdapter, kv: str | None, *, force: bool) -> str:
+def choose_kv(decoder: DecoderAdapter, kv: str | None, *, force: bool) -> str:
     """The mode of keys and values: ``kv``, else what the model was trained for.
 
     Raises:
@@ -41,10 +41,10 @@ def choose_kv(parts: DecoderAdapter, kv: str | None, *, force: bool) -> str:
     """
     if kv is not None and kv not in KV_MODES:
         raise EngineError(f"Unknown kv '{kv}'. Use one of: {', '.join(KV_MODES)}.")
-    trained = parts.config.router_kv if parts.is_routed else getattr(parts.config, "exit_kv", "deferred")
+    trained = decoder.config.router_kv if decoder.is_routed else getattr(decoder.config, "exit_kv", "deferred")
     if kv is None or kv == trained:
         return trained
-    if parts.is_routed or kv in ROUTED_KV:
+    if decoder.is_routed or kv in ROUTED_KV:
         raise EngineError(f"kv '{kv}' is not for this model, whose own is '{trained}'. Leave kv out.")
     if not force:
         raise EngineError(
@@ -54,13 +54,13 @@ def choose_kv(parts: DecoderAdapter, kv: str | None, *, force: bool) -> str:
     return kv
 
 
-def choose_implementation(implementation: Implementation, parts: DecoderAdapter) -> Literal["reference", "triton"]:
+def choose_implementation(implementation: Implementation, decoder: DecoderAdapter) -> Literal["reference", "triton"]:
     """``triton`` or ``reference``, of the kernels; one warning where a GPU is there that Triton cannot use.
 
     Raises:
         EngineError: Triton is asked for, and cannot run there.
     """
-    device = parts.device
+    device = decoder.device
     try:
         chosen = implementation_on(device, implementation)
     except (ValueError, RuntimeError) as error:
@@ -75,12 +75,12 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def loop_obstacle(parts: DecoderAdapter, *, lockstep: bool) -> str | None:
+def loop_obstacle(decoder: DecoderAdapter, *, lockstep: bool) -> str | None:
     """What keeps new tokens from running in the loop on the device; None if nothing does."""
-    if parts.is_routed:
+    if decoder.is_routed:
         return "models with routers"
-    if parts.head is None:
-        return f"a model whose LM head is a {type(parts.model.get_output_embeddings()).__name__}"
+    if decoder.head is None:
+        return f"a model whose LM head is a {type(decoder.model.get_output_embeddings()).__name__}"
     return "a lockstep engine" if lockstep else None
 
 
@@ -96,25 +96,25 @@ def check_parity(runner: ModelRunner) -> None:
     """Raises:
     UnsupportedModelError: What the engine computes of a few tokens at full depth is not what the model does.
     """
-    parts, pages = runner.parts, runner.pages
+    decoder, pages = runner.decoder, runner.kv_cache
     count = min(5, pages.context, pages.page_size * pages.pools[0].num_pages)
-    if parts.is_routed:
+    if decoder.is_routed:
         return  # where its tokens go is its own
-    ids = torch.arange(3, 3 + count, device=parts.device) % parts.config.vocab_size
-    expected = parts.model(ids[None], use_cache=False).logits[0, -1].float()
+    ids = torch.arange(3, 3 + count, device=decoder.device) % decoder.config.vocab_size
+    expected = decoder.model(ids[None], use_cache=False).logits[0, -1].float()
     request = Request(ids.tolist(), SamplingParams(), None, len(pages.pools))
     pages.reserve(request, count)
-    with parts.in_use():
+    with decoder.in_use():
         _, states = runner.enter(ids, [TokenSpan(request, None, range(count))])
-        for depth in range(parts.num_depths):
+        for depth in range(decoder.num_depths):
             states = runner.block([TokenSpan(request, depth, range(count))], states)
         states = runner.coda([TokenSpan(request, None, range(count))], states)
         found = runner.compute_logits(states)[-1].float()
     pages.release(request)
     difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
-    if not difference <= PARITY.get(parts.dtype, 0.1):
+    if not difference <= PARITY.get(decoder.dtype, 0.1):
         raise UnsupportedModelError(
-            f"The engine does not compute what this {parts.config.model_type} model does: logits differ by "
+            f"The engine does not compute what this {decoder.config.model_type} model does: logits differ by "
             f"{difference:.2g} of the largest. It does something outside its layers that the engine does not know."
         )
 
@@ -141,24 +141,24 @@ def encode(prompt: str | Sequence[int], tokenizer: Any, vocabulary: int) -> list
     return ids
 
 
-def exit_settings(params: SamplingParams, parts: DecoderAdapter, kv: str) -> ExitSettings | None:
+def exit_settings(params: SamplingParams, decoder: DecoderAdapter, kv: str) -> ExitSettings | None:
     """How tokens of a request leave, in an engine whose mode is ``kv``.
 
     Raises:
         EngineError: The model or the engine cannot do that.
     """
-    num_exits = parts.num_depths - 1
-    if params.may_leave and (parts.is_routed or not num_exits):
-        why = "has routers, which say how far a token goes" if parts.is_routed else "has no exits"
+    num_exits = decoder.num_depths - 1
+    if params.may_exit_early and (decoder.is_routed or not num_exits):
+        why = "has routers, which say how far a token goes" if decoder.is_routed else "has no exits"
         raise EngineError(f"The model {why}. Leave exit, max_depth and forced_depths out.")
     if params.exit is None:
         return None
     try:
-        settings = ExitSettings.of(params.exit, parts.config)
+        settings = ExitSettings.of(params.exit, decoder.config)
         if not hasattr(params.exit, "policy"):
             settings = replace(settings, kv=kv)
         check_depths(settings, num_exits)
-        settings.policy.check_vocabulary(parts.config.vocab_size)
+        settings.policy.check_vocabulary(decoder.config.vocab_size)
     except ValueError as error:
         raise EngineError(str(error)) from error
     if settings.kv != kv:
@@ -170,7 +170,7 @@ def exit_settings(params: SamplingParams, parts: DecoderAdapter, kv: str) -> Exi
             f"Policy '{settings.policy.name}' is a simulation: it runs all depths to know where it could have stopped. "
             f"Use it with recursify generate."
         )
-    if settings.policy.needs_head and parts.model.exit_heads is None:
+    if settings.policy.needs_head and decoder.model.exit_heads is None:
         raise EngineError(
             f"Policy '{settings.policy.name}' needs exit heads, and the model has none. Train them (recursify uptrain "
             f"--stage exits), or use policy 'confidence'."

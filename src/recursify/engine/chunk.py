@@ -55,7 +55,7 @@ class Chunk:
         self.depth = 0
         self.positions = list(range(self.start, self.stop))
         self.states = torch.empty(0)
-        self.departures: list[ExitedTokens] = []
+        self.exited: list[ExitedTokens] = []
         self.embedded: Tensor | None = None
         self.entered: Tensor | None = None
         self.exit_states: Tensor | None = None
@@ -72,28 +72,28 @@ class Chunk:
         return self.request.tokens[self.start : self.stop]
 
     @property
-    def says(self) -> bool:
+    def samples_token(self) -> bool:
         """Whether a new token is read from its last one."""
         return self.stop == len(self.request.tokens)
 
     @property
     def is_new(self) -> bool:
         """Whether it is a new token, of which it is not known where it leaves."""
-        return self.start == self.request.prompt_length + len(self.request.left)
+        return self.start == self.request.prompt_length + len(self.request.exit_depths)
 
     @property
     def is_done(self) -> bool:
         """Whether all of it has left."""
         return not self.positions
 
-    def depart(self, positions: list[int], states: Tensor, depth: int) -> None:
+    def exit_tokens(self, positions: list[int], states: Tensor, depth: int) -> None:
         """``positions`` have left after ``depth``."""
         if positions:
-            self.departures.append(ExitedTokens(positions, states, depth))
+            self.exited.append(ExitedTokens(positions, states, depth))
 
-    def last_departure(self) -> ExitedTokens:
+    def last_exited(self) -> ExitedTokens:
         """Of its last token."""
-        return next(each for each in reversed(self.departures) if each.positions[-1] == self.stop - 1)
+        return next(each for each in reversed(self.exited) if each.positions[-1] == self.stop - 1)
 
 
 def known(tensor: Tensor | None) -> Tensor:

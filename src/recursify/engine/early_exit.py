@@ -32,10 +32,10 @@ from .request import Request
 class EarlyExitStage:
     """Of a model without routers."""
 
-    def __init__(self, runner: ModelRunner, kv: str, fetcher: HostSync) -> None:
-        self.runner, self.kv, self.fetcher = runner, kv, fetcher
-        self.last_depth = runner.parts.num_depths - 1
-        self.through_coda = runner.parts.exits_run_coda
+    def __init__(self, runner: ModelRunner, kv: str, host_sync: HostSync) -> None:
+        self.runner, self.kv, self.host_sync = runner, kv, host_sync
+        self.last_depth = runner.decoder.num_depths - 1
+        self.through_coda = runner.decoder.exits_run_coda
 
     def enter(self, chunks: Sequence[Chunk]) -> None:
         """``flights`` come to the first recursion; all of their tokens run it."""
@@ -73,7 +73,7 @@ class EarlyExitStage:
             groups.setdefault((chunk.depth, type(policy), policy.vocabulary), []).append(chunk)
         answers = [self._ask(group) for group in groups.values()]
         if answers:
-            said = self.fetcher.now(torch.cat(answers))
+            said = self.host_sync.fetch(torch.cat(answers))
             order = [chunk for group in groups.values() for chunk in group]
             decided.update(zip(order, said, strict=True))
         return {chunk: bool(leaves) for chunk, leaves in decided.items()}
@@ -83,7 +83,7 @@ class EarlyExitStage:
         request, depth = chunk.request, chunk.depth
         params, settings = request.params, request.settings
         if params.forced_depths is not None:
-            number = len(request.left)
+            number = len(request.exit_depths)
             return params.forced_depths[number % len(params.forced_depths)] <= depth
         if params.max_depth is not None and depth >= params.max_depth:
             return True
@@ -111,13 +111,13 @@ class EarlyExitStage:
 
         That is the last one that the request lets tokens run.
         """
-        return len(chunk.positions) + sum(len(positions) for positions, _ in chunk.request.waiting.values())
+        return len(chunk.positions) + sum(len(positions) for positions, _ in chunk.request.deferred.values())
 
     def _ask(self, chunks: Sequence[Chunk]) -> Tensor:
         """Which of ``flights``, which have the same kind of policy at the same depth, leave: bool ``[n]``."""
         runner, depth, policy = self.runner, chunks[0].depth, self._settings(chunks[0]).policy
         states = torch.stack([chunk.states[-1] for chunk in chunks])
-        heads = getattr(runner.parts.model, "exit_heads", None)
+        heads = getattr(runner.decoder.model, "exit_heads", None)
         before = None
         if policy.needs_previous_logits and depth:
             before = torch.stack([known(chunk.previous_logits) for chunk in chunks])
@@ -158,7 +158,7 @@ class EarlyExitStage:
 
     def _land(self, chunk: Chunk) -> None:
         """All of ``flight`` has run the last recursion."""
-        chunk.depart(chunk.positions, chunk.states, chunk.depth)
+        chunk.exit_tokens(chunk.positions, chunk.states, chunk.depth)
         if self.kv == "deferred":
             chunk.request.full_until = max(chunk.request.full_until, chunk.positions[-1] + 1)
         chunk.positions = []
@@ -169,7 +169,7 @@ class EarlyExitStage:
         Returns:
             Positions and states ``[n, D]`` of all that skips deeper recursions.
         """
-        chunk.depart(chunk.positions[-1:], chunk.states[-1:], chunk.depth)
+        chunk.exit_tokens(chunk.positions[-1:], chunk.states[-1:], chunk.depth)
         stay = chunk.positions, chunk.states
         chunk.positions = []
         return stay
@@ -182,7 +182,7 @@ class EarlyExitStage:
         if not leaving:
             return None
         positions, states = _pick(chunk, leaving)
-        chunk.depart(positions, states, depth)
+        chunk.exit_tokens(positions, states, depth)
         deeper = [number for number, at in enumerate(last) if at > depth]
         if self.kv == "deferred":
             # What lies between tokens that go deeper goes with them, as it did then.
@@ -196,39 +196,39 @@ class EarlyExitStage:
     def _left_after(self, request: Request, position: int) -> int:
         """The depth after which the token at ``position`` left when it was first run."""
         number = position - request.prompt_length
-        if number < 0 or position < request.full_until or number >= len(request.left):
+        if number < 0 or position < request.full_until or number >= len(request.exit_depths):
             return self.last_depth
-        return request.left[number]
+        return request.exit_depths[number]
 
     def _skip(self, request: Request, depth: int, positions: list[int], states: Tensor) -> None:
         """See to keys and values of the recursions that tokens skip, which left ``depth`` with ``states [n, D]``."""
         if not positions:
             return
-        parts = self.runner.parts
+        decoder = self.runner.decoder
         if self.kv == "deferred":
             if depth == request.params.max_depth:
                 return  # no later token will go deeper either
-            before, held = request.waiting.pop(depth + 1, ([], states[:0]))
+            before, held = request.deferred.pop(depth + 1, ([], states[:0]))
             # A copy: these are a part of all rows of the call, which would be kept as long.
-            request.waiting[depth + 1] = [*before, *positions], torch.cat([held, states])
+            request.deferred[depth + 1] = [*before, *positions], torch.cat([held, states])
             return
         deeper = range(depth + 1, self.last_depth + 1)
         if self.kv == "copied":
             runs = [TokenSpan(request, other, positions) for other in deeper]
-            self.runner.write_only(parts.block, runs, states.repeat(len(runs), 1))
+            self.runner.write_only(decoder.block, runs, states.repeat(len(runs), 1))
         else:
-            slots = [self.runner.pages.slots(request, other, positions) for other in (depth, *deeper)]
+            slots = [self.runner.kv_cache.slots(request, other, positions) for other in (depth, *deeper)]
             sources, *targets = on_device(slots, states.device, torch.long)
             for target in targets:
-                copy_slots(parts.block, sources, target)
+                copy_slots(decoder.block, sources, target)
         if not self.through_coda:
-            self.runner.write_only(parts.coda, [TokenSpan(request, None, positions)], states)
+            self.runner.write_only(decoder.coda, [TokenSpan(request, None, positions)], states)
 
     def _gather_waiting(self, chunk: Chunk) -> None:
         """``flight`` comes to ``flight.depth``, and takes along what waits there."""
         if chunk.is_new:
             chunk.entered = chunk.states[-1]
-        waiting = chunk.request.waiting.pop(chunk.depth, None)
+        waiting = chunk.request.deferred.pop(chunk.depth, None)
         if waiting is not None:
             chunk.positions = [*waiting[0], *chunk.positions]
             chunk.states = torch.cat([waiting[1], chunk.states])

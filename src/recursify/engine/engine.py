@@ -27,7 +27,7 @@ from .early_exit import EarlyExitStage
 from .host_sync import HostSync
 from .layers.batch import TokenSpan
 from .layers.decoder import adapt_decoder
-from .layers.kv_cache import KVCache, pages_in
+from .layers.kv_cache import KVCache, pages_that_fit
 from .layers.model_runner import ModelRunner
 from .logits import LogitsHead
 from .page_pool import pages_for
@@ -204,26 +204,26 @@ class Engine:
             )
         self.model, self.tokenizer, self.on_token = model.eval(), tokenizer, on_token
         self.clock = time.perf_counter
-        self.parts = adapt_decoder(model)
-        self.kv = choose_kv(self.parts, kv, force=force_kv)
+        self.decoder = adapt_decoder(model)
+        self.kv = choose_kv(self.decoder, kv, force=force_kv)
         context = getattr(model.config, "max_position_embeddings", None) or 2**20
         self.max_model_len = context if max_model_len is None else min(max_model_len, context)
         if num_pages is None:
-            num_pages = pages_in(kv_cache_memory_bytes, self.parts, self.kv, page_size)
+            num_pages = pages_that_fit(kv_cache_memory_bytes, self.decoder, self.kv, page_size)
             num_pages = min(num_pages, max_num_seqs * pages_for(self.max_model_len, page_size))
         with torch.inference_mode():
-            self.pages = KVCache(self.parts, self.kv, page_size, num_pages, self.max_model_len)
-        self.implementation = choose_implementation(implementation, self.parts)
-        self.runner = ModelRunner(self.parts, self.pages, kernels=self.implementation == "triton")
-        self.fetcher = HostSync()
-        self.boundaries: EarlyExitStage | RoutingStage = (
-            RoutingStage(self.runner, self.fetcher)
-            if self.parts.is_routed
-            else EarlyExitStage(self.runner, self.kv, self.fetcher)
+            self.kv_cache = KVCache(self.decoder, self.kv, page_size, num_pages, self.max_model_len)
+        self.implementation = choose_implementation(implementation, self.decoder)
+        self.runner = ModelRunner(self.decoder, self.kv_cache, kernels=self.implementation == "triton")
+        self.host_sync = HostSync()
+        self.stage: EarlyExitStage | RoutingStage = (
+            RoutingStage(self.runner, self.host_sync)
+            if self.decoder.is_routed
+            else EarlyExitStage(self.runner, self.kv, self.host_sync)
         )
-        self.async_output = self.parts.device.type != "cpu" if async_output is None else async_output
+        self.async_output = self.decoder.device.type != "cpu" if async_output is None else async_output
         self.scheduler = Scheduler(
-            self.pages,
+            self.kv_cache,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             chunk_size=chunk_size,
@@ -231,17 +231,17 @@ class Engine:
             lockstep=lockstep,
         )
         self.requests: dict[int, Request] = {}
-        self.readout = LogitsHead(self.runner)
+        self.logits_head = LogitsHead(self.runner)
         self.eos = eos_tokens(model)
-        self.residents: SlotManager | None = None
-        obstacle = loop_obstacle(self.parts, lockstep=lockstep)
+        self.slot_manager: SlotManager | None = None
+        obstacle = loop_obstacle(self.decoder, lockstep=lockstep)
         if device_loop and obstacle:
             raise EngineError(f"The loop on the device cannot run {obstacle}. Leave device_loop out.")
-        pays = self.parts.device.type == "cuda" and self.implementation == "triton"
+        pays = self.decoder.device.type == "cuda" and self.implementation == "triton"
         if device_loop or (device_loop is None and pays and not obstacle):
             self.async_output = False
             with torch.inference_mode():
-                self.residents = SlotManager(
+                self.slot_manager = SlotManager(
                     self.runner, self.kv, self.scheduler, self.eos, num_device_steps, self.implementation
                 )
         self._said: list[SampledToken] = []
@@ -257,15 +257,15 @@ class Engine:
             EngineError: It can never be answered: too long, no tokens, or a policy that the model cannot follow.
         """
         params = params or SamplingParams()
-        ids = encode(prompt, self.tokenizer, self.parts.config.vocab_size)
-        settings = exit_settings(params, self.parts, self.kv)
+        ids = encode(prompt, self.tokenizer, self.decoder.config.vocab_size)
+        settings = exit_settings(params, self.decoder, self.kv)
         longest = len(ids) + params.max_tokens
         if longest > self.max_model_len:
             raise EngineError(
                 f"The prompt has {len(ids)} tokens and max_tokens is {params.max_tokens}: together more than the "
                 f"{self.max_model_len} that a request can have. Shorten one of them."
             )
-        pages, held = pages_for(longest, self.pages.page_size), min(pool.num_pages for pool in self.pages.pools)
+        pages, held = pages_for(longest, self.kv_cache.page_size), min(pool.num_pages for pool in self.kv_cache.pools)
         if pages > held:
             raise EngineError(
                 f"The request needs {pages} pages for {longest} tokens, and the engine has {held} in all. Give it more "
@@ -273,7 +273,7 @@ class Engine:
             )
         if params.stop and self.tokenizer is None:
             raise EngineError("Stop strings need a tokenizer. Give the engine one, or use stop_token_ids.")
-        request = Request(ids, params, settings, len(self.pages.pools))
+        request = Request(ids, params, settings, len(self.kv_cache.pools))
         request.text = Detokenizer(self.tokenizer, params.stop)
         self.requests[request.id] = request
         self.scheduler.waiting.append(request)
@@ -324,7 +324,7 @@ class Engine:
     def depths(self) -> list[int]:
         """Of all that is under way: the recursion that a request's token, or a part of its prompt, is in."""
         here = [chunk.depth for chunk in self.scheduler.chunks.values()]
-        return here if self.residents is None else here + self.residents.depths
+        return here if self.slot_manager is None else here + self.slot_manager.depths
 
     # --- An iteration --------------------------------------------------------------------------------------------
 
@@ -333,13 +333,13 @@ class Engine:
         """One iteration: every row that is under way advances by one recursion."""
         stats, started = self.stats, self.clock()
         chunks, new = self.scheduler.schedule()
-        if self.residents is not None:
-            chunks, new = self._settle(self.residents, chunks, new)
-        with self.parts.in_use():
-            if chunks or self.residents is None:
+        if self.slot_manager is not None:
+            chunks, new = self._settle(self.slot_manager, chunks, new)
+        with self.decoder.in_use():
+            if chunks or self.slot_manager is None:
                 self._iterate(chunks, new)
-            if self.residents is not None:
-                self._run_residents(self.residents, 1 if chunks else self.residents.num_device_steps)
+            if self.slot_manager is not None:
+                self._run_device_loop(self.slot_manager, 1 if chunks else self.slot_manager.num_device_steps)
         stats.seconds += self.clock() - started
 
     def _iterate(self, chunks: Sequence[Chunk], new: Sequence[Chunk]) -> None:
@@ -361,21 +361,21 @@ class Engine:
         if not chunks:
             return
         tokens = [token for chunk in chunks for token in chunk.tokens]
-        ids = on_device(tokens, self.parts.device, torch.long)
+        ids = on_device(tokens, self.decoder.device, torch.long)
         unread = [row for row, token in enumerate(tokens) if token == UNREAD]
         if unread:
             said = {each.request.id: number for number, each in enumerate(self._said)}
             owners = [chunk.request.id for chunk in chunks for _ in chunk.tokens]
-            places = on_device([unread, [said[owners[row]] for row in unread]], self.parts.device)
-            assert self.fetcher.waiting is not None
-            ids[places[0]] = self.fetcher.waiting[places[1]]
+            places = on_device([unread, [said[owners[row]] for row in unread]], self.decoder.device)
+            assert self.host_sync.pending is not None
+            ids[places[0]] = self.host_sync.pending[places[1]]
         runs = [TokenSpan(chunk.request, None, chunk.positions) for chunk in chunks]
         embedded, states = self.runner.enter(ids, runs)
         sizes = [len(chunk.positions) for chunk in chunks]
         for chunk, first, entering in zip(chunks, embedded.split(sizes), states.split(sizes), strict=True):
             chunk.embedded, chunk.states = first[-1], entering
             self.stats.prompt_tokens += max(0, min(chunk.stop, chunk.request.prompt_length) - chunk.start)
-        self.boundaries.enter(chunks)
+        self.stage.enter(chunks)
 
     def _run_block(self, chunks: Sequence[Chunk]) -> None:
         if not chunks:
@@ -392,34 +392,34 @@ class Engine:
         stats.block_rows += len(states)
         stats.slot_calls += len(chunks)
         stats.slots += self.scheduler.max_num_seqs
-        stats.kv_bytes = max(stats.kv_bytes, self.pages.bytes_used())
+        stats.kv_bytes = max(stats.kv_bytes, self.kv_cache.bytes_used())
         stats.block_seconds += ran - started
-        self.boundaries.pass_block(chunks)
+        self.stage.pass_block(chunks)
         stats.test_seconds += self.clock() - ran
 
     def _exit(self, chunks: Sequence[Chunk]) -> None:
         """Coda for all that have left, a new token for those whose last one has."""
         if not chunks:
             return
-        self.readout.run_coda(chunks)
-        saying = [chunk for chunk in chunks if chunk.says]
+        self.logits_head.run_coda(chunks)
+        saying = [chunk for chunk in chunks if chunk.samples_token]
         if saying:
             requests = [chunk.request for chunk in saying]
-            logits = self.readout.logits(saying)
+            logits = self.logits_head.logits(saying)
             tokens = sample(logits, requests)
             logged = self._log(logits, tokens, requests)
-            self.fetcher.later(tokens)
+            self.host_sync.defer(tokens)
             self._said = [
-                SampledToken(chunk.request, chunk.last_departure().depth, log_p)
+                SampledToken(chunk.request, chunk.last_exited().depth, log_p)
                 for chunk, log_p in zip(saying, logged, strict=True)
             ]
         for chunk in chunks:
             request = chunk.request
             if chunk.is_new:
-                request.left.append(chunk.last_departure().depth)
-            self.scheduler.land(chunk)
+                request.exit_depths.append(chunk.last_exited().depth)
+            self.scheduler.commit(chunk)
             if request.computed == request.prompt_length:
-                self.scheduler.publish(request)
+                self.scheduler.cache_full_pages(request)
         for each in self._said:
             each.request.tokens.append(UNREAD)
 
@@ -432,7 +432,7 @@ class Engine:
         }
         if not wanted:
             return [None] * len(requests)
-        self.fetcher.count += 1
+        self.host_sync.count += 1
         index = on_device(list(wanted), logits.device, torch.long)
         found = log_probabilities(logits[index], tokens[index], list(wanted.values()))
         by_number = dict(zip(wanted, found, strict=True))
@@ -446,11 +446,11 @@ class Engine:
         settled = set()
         for chunk in new:
             if chunk.is_new and residents.takes(chunk.request):
-                residents.take(self.scheduler.settle(chunk))
+                residents.take(self.scheduler.move_to_device(chunk))
                 settled.add(chunk)
         return [each for each in chunks if each not in settled], [each for each in new if each not in settled]
 
-    def _run_residents(self, residents: SlotManager, times: int) -> None:
+    def _run_device_loop(self, residents: SlotManager, times: int) -> None:
         """Iterations on the device, and what was said in them."""
         stats, started = self.stats, self.clock()
         calls, rows, waits = residents.tally
@@ -463,7 +463,7 @@ class Engine:
         except BaseException:
             residents.discard()
             raise
-        self.fetcher.count += residents.num_looks - looks
+        self.host_sync.count += residents.num_looks - looks
         stats.iterations += times
         stats.loop_iterations += times
         stats.block_calls += times
@@ -472,7 +472,7 @@ class Engine:
         stats.block_rows += residents.tally[1] - rows
         stats.loop_waits += residents.tally[2] - waits
         stats.graph_replays += residents.calls.replays - replays
-        stats.kv_bytes = max(stats.kv_bytes, self.pages.bytes_used())
+        stats.kv_bytes = max(stats.kv_bytes, self.kv_cache.bytes_used())
         try:
             self._take_all(map(self._land, said))
         finally:
@@ -482,9 +482,9 @@ class Engine:
         """A token that was said on the device, as the host has it."""
         request, token, depth = said
         if not request.finished:
-            request.left.append(depth)
+            request.exit_depths.append(depth)
             request.computed += 1
-            if self.kv == "deferred" and depth == self.parts.num_depths - 1:
+            if self.kv == "deferred" and depth == self.decoder.num_depths - 1:
                 request.full_until = request.computed
             request.tokens.append(token)
         return SampledToken(request, depth, None), token
@@ -496,7 +496,7 @@ class Engine:
         said, self._said = self._said, []
         if not said:
             return
-        tokens = self.fetcher.tokens()
+        tokens = self.host_sync.fetch_tokens()
         for each, token in zip(said, tokens, strict=True):
             each.request.tokens[-1] = token
         self._take_all(zip(said, tokens, strict=True))
@@ -534,7 +534,7 @@ class Engine:
         if reason != "cancelled":
             request.text.finish()
             request.output.text = request.text.text
-            self.scheduler.publish(request)
+            self.scheduler.cache_full_pages(request)
         request.output.finish_reason = reason
         self.scheduler.remove(request)
         del self.requests[request.id]
@@ -544,13 +544,13 @@ class Engine:
     def reset_stats(self) -> None:
         """Begin to count anew."""
         self._stats = EngineStats(implementation=self.implementation)
-        self._before = (self.fetcher.count, self.scheduler.preemptions, self.scheduler.cached_tokens)
+        self._before = (self.host_sync.count, self.scheduler.preemptions, self.scheduler.cached_tokens)
 
     @property
     def stats(self) -> EngineStats:
         """Counts; those that others keep are up to date."""
         fetches, preemptions, cached = self._before
-        self._stats.fetches = self.fetcher.count - fetches
+        self._stats.fetches = self.host_sync.count - fetches
         self._stats.preemptions = self.scheduler.preemptions - preemptions
         self._stats.cached_tokens = self.scheduler.cached_tokens - cached
         return self._stats

@@ -19,16 +19,16 @@ class HostSync:
         self._brought: list[int] = []
 
     @property
-    def waiting(self) -> Tensor | None:
+    def pending(self) -> Tensor | None:
         """Tokens that have not been fetched yet, ``[n]``."""
         return self._waiting
 
-    def later(self, tokens: Tensor) -> None:
+    def defer(self, tokens: Tensor) -> None:
         """Have ``tokens [n]`` come with the next fetch."""
         assert self._waiting is None
         self._waiting = tokens
 
-    def now(self, answers: Tensor) -> list[bool]:
+    def fetch(self, answers: Tensor) -> list[bool]:
         """``answers``, bool ``[n]``, and what waits along with them."""
         self.count += 1
         if self._waiting is None:
@@ -37,7 +37,7 @@ class HostSync:
         self._brought, self._waiting = numbers[len(answers) :], None
         return [number != 0 for number in numbers[: len(answers)]]
 
-    def tokens(self) -> list[int]:
+    def fetch_tokens(self) -> list[int]:
         """What was to come later: from the last fetch, or by one of its own."""
         if self._waiting is not None:
             self.count += 1

@@ -74,7 +74,7 @@ class PagePool:
                 del self._free[page]
             self._users[page] += 1
 
-    def publish(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
+    def cache_full_pages(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
         """Have it known that ``pages`` hold ``tokens``, from the first one on. Only whole pages count."""
         for key, page in zip(page_keys(tokens, self.page_size), pages, strict=False):
             if key not in self._page_of and self._key_of[page] is None:

@@ -87,7 +87,7 @@ class SamplingParams:
             )
 
     @property
-    def may_leave(self) -> bool:
+    def may_exit_early(self) -> bool:
         """Whether tokens may leave before the last recursion."""
         return self.exit is not None or self.max_depth is not None or self.forced_depths is not None
 
@@ -150,7 +150,7 @@ class Request:
         self.settings = settings
         self.tokens = list(prompt_ids)
         self.output = RequestOutput(self.id, self.prompt_ids, logprobs=None if params.logprobs is None else [])
-        self.left: list[int] = []
+        self.exit_depths: list[int] = []
         self.generator = torch.Generator()
         if params.seed is None:
             self.generator.seed()
@@ -166,7 +166,7 @@ class Request:
     def reset(self) -> None:
         """Forget all that has been computed; what has been said stays, and where it left."""
         self.computed = 0
-        self.waiting: dict[int, tuple[list[int], torch.Tensor]] = {}
+        self.deferred: dict[int, tuple[list[int], torch.Tensor]] = {}
         self.tables: list[list[int]] = [[] for _ in range(self.num_streams)]
         self.packed: dict[int, list[int]] = {}
 

@@ -30,11 +30,11 @@ from .layers.model_runner import ModelRunner
 class RoutingStage:
     """Of a routed model; the same two calls as :class:`~.boundaries.EarlyExitStage`."""
 
-    def __init__(self, runner: ModelRunner, fetcher: HostSync) -> None:
-        self.runner, self.fetcher = runner, fetcher
-        self.config = runner.parts.config
-        self.model = runner.parts.model.model
-        self.last_depth = runner.parts.num_depths - 1
+    def __init__(self, runner: ModelRunner, host_sync: HostSync) -> None:
+        self.runner, self.host_sync = runner, host_sync
+        self.config = runner.decoder.config
+        self.model = runner.decoder.model.model
+        self.last_depth = runner.decoder.num_depths - 1
 
     def enter(self, chunks: Sequence[Chunk]) -> None:
         """``flights`` come to the first recursion."""
@@ -47,7 +47,7 @@ class RoutingStage:
             chunk.depth += 1
         ends = [chunk for chunk in chunks if chunk.depth > self.last_depth]
         for chunk in ends:
-            chunk.depart(chunk.positions, chunk.states, self.last_depth)
+            chunk.exit_tokens(chunk.positions, chunk.states, self.last_depth)
             chunk.positions = []
         self._route([chunk for chunk in chunks if not chunk.is_done])
 
@@ -79,7 +79,7 @@ class RoutingStage:
             else each
             for each, group in zip(taken, by_depth.values(), strict=True)
         ]
-        answers = iter(self.fetcher.now(torch.cat(whole)))
+        answers = iter(self.host_sync.fetch(torch.cat(whole)))
         for chunk in order:
             self._take(chunk, [next(answers) for _ in chunk.positions])
 
@@ -119,7 +119,7 @@ class RoutingStage:
             inside = [number for number, goes in enumerate(taken) if goes]
             index = on_device(outside, chunk.states.device, torch.long)
             positions = [chunk.positions[number] for number in outside]
-            chunk.depart(positions, chunk.states[index], chunk.depth - 1)
+            chunk.exit_tokens(positions, chunk.states[index], chunk.depth - 1)
             index = on_device(inside, chunk.states.device, torch.long)
             chunk.positions = [chunk.positions[number] for number in inside]
             for name in ("states", "gates", "choices", "weights", "first"):
@@ -133,6 +133,6 @@ class RoutingStage:
 
 def _hand_out(chunks: Sequence[Chunk], name: str, values: Tensor) -> None:
     """Give each flight its part of ``values [n, ...]``."""
-    parts = values.split([len(chunk.positions) for chunk in chunks])
-    for chunk, part in zip(chunks, parts, strict=True):
+    decoder = values.split([len(chunk.positions) for chunk in chunks])
+    for chunk, part in zip(chunks, decoder, strict=True):
         setattr(chunk, name, part)

@@ -45,7 +45,7 @@ class Scheduler:
         enable_prefix_caching: bool,
         lockstep: bool = False,
     ) -> None:
-        self.pages = pages
+        self.kv_cache = pages
         self.max_num_seqs, self.max_num_batched_tokens, self.chunk_size = (
             max_num_seqs,
             max_num_batched_tokens,
@@ -55,7 +55,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.chunks: dict[int, Chunk] = {}
-        self.residents: set[int] = set()
+        self.device_requests: set[int] = set()
         self.preemptions = 0
         self.cached_tokens = 0
 
@@ -69,7 +69,7 @@ class Scheduler:
             return list(self.chunks.values()), []  # none of them new
         preemptions = self.preemptions
         for request in list(self.running):
-            busy = request.id in self.chunks or request.id in self.residents
+            busy = request.id in self.chunks or request.id in self.device_requests
             if not busy and request in self.running and not request.is_complete:
                 self._launch(request)
         # What has just given its pages back does not take them again at once.
@@ -81,12 +81,12 @@ class Scheduler:
 
     def _budget(self) -> int:
         """How many more tokens of prompts may enter."""
-        under_way = len(self.residents) + sum(len(chunk.positions) for chunk in self.chunks.values())
+        under_way = len(self.device_requests) + sum(len(chunk.positions) for chunk in self.chunks.values())
         return self.max_num_batched_tokens - under_way
 
     def _launch(self, request: Request) -> bool:
         """Let the next tokens of a running request in, if there is room for any."""
-        known = request.prompt_length + len(request.left)
+        known = request.prompt_length + len(request.exit_depths)
         count = 1
         if request.computed < known:
             count = min(known - request.computed, self.chunk_size, self._budget())
@@ -99,35 +99,35 @@ class Scheduler:
 
     def make_room(self, request: Request, count: int) -> bool:
         """Pages for ``count`` more tokens of ``request``, if need be those of younger ones; False if it is youngest."""
-        while not self.pages.reserve(request, count):
+        while not self.kv_cache.reserve(request, count):
             last = self.running[-1]
             self.preempt(last)
             if last is request:
                 return False
         return True
 
-    def settle(self, chunk: Chunk) -> Request:
+    def move_to_device(self, chunk: Chunk) -> Request:
         """The request of ``flight``, which has not begun, goes on as a resident."""
         del self.chunks[chunk.request.id]
-        self.residents.add(chunk.request.id)
+        self.device_requests.add(chunk.request.id)
         return chunk.request
 
     def _admit(self, request: Request) -> bool:
         """Begin a waiting request, if there is room for its whole prompt and a token more."""
         prefix: list[int] = []
         if self.enable_prefix_caching:
-            pool = self.pages.pools[0]
+            pool = self.kv_cache.pools[0]
             if request.prefix_keys is None:
                 # Without the last token, which runs in any case: what follows is read from it.
                 request.prefix_keys = page_keys(request.prompt_ids[:-1], pool.page_size)
             prefix = pool.find_prefix(request.prefix_keys)
             pool.share(prefix)
             request.tables[0].extend(prefix)
-            request.computed = len(prefix) * self.pages.page_size
-        known = request.prompt_length + len(request.left)
+            request.computed = len(prefix) * self.kv_cache.page_size
+        known = request.prompt_length + len(request.exit_depths)
         # And for the token after that: without, it would give all back to begin again, as often as it was let in.
-        if not self.pages.has_room(request, known - request.computed + 1):
-            self.pages.release(request)
+        if not self.kv_cache.has_room(request, known - request.computed + 1):
+            self.kv_cache.release(request)
             request.computed = 0
             return False
         self.waiting.popleft()
@@ -151,20 +151,20 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
         self.chunks.pop(request.id, None)
-        self.residents.discard(request.id)
-        self.pages.release(request)
+        self.device_requests.discard(request.id)
+        self.kv_cache.release(request)
         request.reset()
 
-    def land(self, chunk: Chunk) -> None:
+    def commit(self, chunk: Chunk) -> None:
         """``flight`` is done: its tokens have been computed."""
         request = chunk.request
         del self.chunks[request.id]
         request.computed = chunk.stop
-        self.pages.trim(request)
+        self.kv_cache.trim(request)
 
-    def publish(self, request: Request) -> None:
+    def cache_full_pages(self, request: Request) -> None:
         """Have others find the pages of ``request`` whose keys and values are exact at all depths."""
         if not self.enable_prefix_caching:
             return
-        stop = min(request.computed, request.prompt_length) if request.params.may_leave else request.computed
-        self.pages.pools[0].publish(request.tokens[:stop], request.tables[0])
+        stop = min(request.computed, request.prompt_length) if request.params.may_exit_early else request.computed
+        self.kv_cache.pools[0].cache_full_pages(request.tokens[:stop], request.tables[0])

@@ -58,7 +58,7 @@ def test_more_rows_than_there_is_room_for(family, kv, how, monkeypatch):
     assert said(loop.generate(asked, params)) == said(plain.generate(asked, params))
     assert (loop.stats.loop_waits > 0) == (how > 0), "where none leaves early all go together"
     assert loop.stats.exit_histogram == plain.stats.exit_histogram
-    assert loop.pages.num_used == 0
+    assert loop.kv_cache.num_used == 0
 
 
 def test_everyone_gets_on():
@@ -68,7 +68,7 @@ def test_everyone_gets_on():
     loop, plain = engines("llama", "deferred", max_num_seqs=8, num_pages=200, num_device_steps=1)
     params = SamplingParams(max_tokens=24, exit=exits, ignore_eos=True)
     expected_answers = plain.generate(prompts(8), params)
-    residents = loop.residents
+    residents = loop.slot_manager
     shape_of = residents._shape
 
     def narrow(recursions: float) -> LoopShape:
@@ -164,7 +164,7 @@ def test_who_has_gone_writes_nothing(kv, monkeypatch):
     """A token that waits for the coda when its request is cancelled does not go there: its pages are another's."""
     monkeypatch.setattr("recursify.engine.device_loop.slot_manager.ROOM", 0.2)
     loop, plain = engines("llama", kv, max_num_seqs=16, num_pages=80, num_device_steps=1, enable_prefix_caching=False)
-    device, exit_of = loop.residents.loop, DeviceLoop.exit
+    device, exit_of = loop.slot_manager.loop, DeviceLoop.exit
 
     def checked(self, shape):
         assert not (self.leaving & ~self.slots.active).any()
@@ -183,12 +183,12 @@ def test_who_has_gone_writes_nothing(kv, monkeypatch):
     later = []
     while loop.has_work:
         loop.step()
-        for slot, request in enumerate(loop.residents.requests):
+        for slot, request in enumerate(loop.slot_manager.requests):
             if request is not None and request.id in ids and bool(device.leaving[slot]) and loop.cancel(request.id):
                 later.append(loop.requests[loop.add(prompts(16)[len(later)], params)].output)
     assert len(later) > 2
     assert said(later) == said(plain.generate(prompts(len(later)), params))
-    assert loop.pages.num_used == 0
+    assert loop.kv_cache.num_used == 0
 
 
 def test_all_end_while_some_wait(monkeypatch):
@@ -200,7 +200,7 @@ def test_all_end_while_some_wait(monkeypatch):
         loop.add(ids, SamplingParams(max_tokens=40, exit=exits, ignore_eos=True))
     for _ in range(300):
         loop.step()
-        if bool(loop.residents.loop.leaving[8:].any()):
+        if bool(loop.slot_manager.loop.leaving[8:].any()):
             break
     else:
         pytest.fail("nobody waits")
@@ -218,7 +218,7 @@ def test_an_error_in_between_loses_nothing(monkeypatch):
     params = SamplingParams(max_tokens=16, exit=settings(3, "llama", "deferred"), ignore_eos=True)
     ids = [loop.add(prompt, params) for prompt in prompts(6)]
     outputs = [loop.requests[each].output for each in ids]
-    calls, read = [], loop.residents.read
+    calls, read = [], loop.slot_manager.read
 
     def failing():
         calls.append(1)
@@ -226,7 +226,7 @@ def test_an_error_in_between_loses_nothing(monkeypatch):
             raise KeyboardInterrupt
         return read()
 
-    monkeypatch.setattr(loop.residents, "read", failing)
+    monkeypatch.setattr(loop.slot_manager, "read", failing)
     while loop.has_work:
         try:
             loop.step()
@@ -318,7 +318,7 @@ def test_texts_end_where_they_end(num_device_steps):
         )
         outputs = engine.generate(asked, params)
         found.append([(output.text, *each) for output, each in zip(outputs, said(outputs), strict=True)])
-        assert engine.pages.num_used == 0
+        assert engine.kv_cache.num_used == 0
     assert found[0] == found[1]
     assert {reason for *_, reason in found[0]} == {"stop", "length"}
 
@@ -343,16 +343,16 @@ def test_slots_are_given_out_again():
             loop.cancel(ids[7])
         if number % 9 == 0 and loop.scheduler.running:
             loop.scheduler.preempt(loop.scheduler.running[-1])
-        if loop.residents.num_residents:
-            slots.add(loop.residents._bucket(loop.residents._highest()))
+        if loop.slot_manager.num_residents:
+            slots.add(loop.slot_manager._bucket(loop.slot_manager._highest()))
     assert [found for found, each in zip(said(outputs), ids, strict=True) if each != ids[7]] == [
         found for number, found in enumerate(wanted) if number != 7
     ]
     assert outputs[7].finish_reason == "cancelled"
     assert loop.stats.preemptions > 3
     assert {1, 2, 16} <= slots, "few requests run in few slots"
-    assert loop.pages.num_used == 0
-    assert not loop.scheduler.residents
+    assert loop.kv_cache.num_used == 0
+    assert not loop.scheduler.device_requests
 
 
 def test_the_host_looks_once_for_many_iterations():
@@ -404,11 +404,11 @@ def test_an_iteration_does_not_wait_and_has_one_shape(family, kv):
     pytest.importorskip("triton", reason="has wheels for Linux")
     from recursify.kernels.ahead_of_time import recorded
 
-    parts = adapt_decoder(copy.deepcopy(model_of(family, kv)).to("meta"))
+    decoder = adapt_decoder(copy.deepcopy(model_of(family, kv)).to("meta"))
     for how in (0, 1, 2, 3, 6):
-        with torch.inference_mode(), parts.in_use(), recorded() as launches:
-            pages = KVCache(parts, kv, 16, 64, 256)
-            loop = DeviceLoop(ModelRunner(parts, pages, kernels=True), kv, 8, 4, "triton")
+        with torch.inference_mode(), decoder.in_use(), recorded() as launches:
+            pages = KVCache(decoder, kv, 16, 64, 256)
+            loop = DeviceLoop(ModelRunner(decoder, pages, kernels=True), kv, 8, 4, "triton")
             exits = settings(how, family, kv)
             loop.policy = None if exits is None else exits.policy
             drawn = LoopShape(8, 5, loop.most_rows, loop.most_rows, leaves=True, samples=True)
@@ -451,7 +451,7 @@ def test_the_loop_says_what_generate_says(device, family, kv):
         assert engine.stats.loop_iterations > 0
         assert engine.stats.implementation == ("triton" if device == "cuda" else "reference")
         assert (engine.stats.graph_replays > 0) == (device == "cuda")
-        assert engine.residents.calls.problem is None
+        assert engine.slot_manager.calls.problem is None
 
 
 class Graph:

@@ -159,7 +159,7 @@ def test_who_cancels_hears_no_more():
         link.cancel(heard.number)
         said = len(heard.said)
         assert (await link.snapshot()).running == 0
-        assert engine.pages.num_used == 0
+        assert engine.kv_cache.num_used == 0
         assert len(heard.said) == said
 
     linked(use)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recursify.engine.layers.batch import reach_of
+from recursify.engine.layers.batch import window_per_row
 from recursify.engine.layers.model_runner import ModelRunner
 from recursify.engine.layers.static_batch import StaticAttentionBatch
 from recursify.engine.page_pool import pages_for
@@ -175,27 +175,27 @@ class DeviceLoop:
     def __init__(
         self, runner: ModelRunner, kv: str, count: int, num_device_steps: int, implementation: Implementation
     ) -> None:
-        self.runner, self.parts, self.kv, self.implementation = runner, runner.parts, kv, implementation
+        self.runner, self.decoder, self.kv, self.implementation = runner, runner.decoder, kv, implementation
         self.spare = count
         self.policy: ExitPolicy | None = None
-        parts, pages, device = runner.parts, runner.pages, runner.device
-        self.last = parts.num_depths - 1
+        decoder, pages, device = runner.decoder, runner.kv_cache, runner.device
+        self.last = decoder.num_depths - 1
         self.page_size = pages.page_size
         self.catches_up = kv == "deferred" and self.last > 0
         self.width = MOST_PENDING + 1 if self.catches_up else 1
         self.most_said = num_device_steps + 1
         self.slots = Slots.empty(count + 1, device)
         self.settings = SlotSettings.empty(
-            count + 1, pages_for(pages.context, self.page_size), parts.num_depths, self.most_said, device
+            count + 1, pages_for(pages.context, self.page_size), decoder.num_depths, self.most_said, device
         )
-        states = {"dtype": parts.dtype, "device": device}
+        states = {"dtype": decoder.dtype, "device": device}
         whole = {"dtype": torch.long, "device": device}
-        size = parts.config.hidden_size
+        size = decoder.config.hidden_size
         self.fresh = torch.zeros(count + 1, dtype=torch.bool, device=device)
         self.leaving = torch.zeros_like(self.fresh)
         self.number = torch.zeros(count + 1, **whole)
         self.said = torch.zeros(count + 1, **whole)
-        self.done = torch.zeros(count + 1, parts.num_depths, **whole)
+        self.done = torch.zeros(count + 1, decoder.num_depths, **whole)
         self.coda_from = torch.zeros(count + 1, **whole)
         self.held = torch.zeros(count + 1, self.width, size, **states)
         self.embedded = torch.zeros(count + 1, size, **states)
@@ -209,11 +209,11 @@ class DeviceLoop:
         self._numbers = torch.arange(self.most_rows + 1, **whole)
         self._offsets = torch.tensor(pages.layout.offsets, **whole)
         self._no_offset = torch.zeros(1, **whole)
-        self._deeper = torch.arange(1, parts.num_depths, **whole)
-        depths = torch.arange(parts.num_depths, device=device)
+        self._deeper = torch.arange(1, decoder.num_depths, **whole)
+        depths = torch.arange(decoder.num_depths, device=device)
         self._reaches = {
-            layer.windows: reach_of(layer.windows, depths if len(layer.windows) > 1 else depths[:1])
-            for layer in parts.layers
+            layer.windows: window_per_row(layer.windows, depths if len(layer.windows) > 1 else depths[:1])
+            for layer in decoder.layers
         }
 
     @property
@@ -293,8 +293,8 @@ class DeviceLoop:
         every = slice(0, shape.slots)
         fresh = self.slots.active[every] & self.fresh[every]
         layout = self._lay_out(fresh, None, shape.enters)
-        embedded = self.parts.embed(self.slots.token[layout.owner].long()[:, None])[:, 0]
-        states = self.runner.run_fixed(self.parts.prelude, self._rows(layout, None), embedded)
+        embedded = self.decoder.embed(self.slots.token[layout.owner].long()[:, None])[:, 0]
+        states = self.runner.run_static(self.decoder.prelude, self._rows(layout, None), embedded)
         self.held[layout.owner, layout.positions % self.width] = states
         self.embedded[layout.owner] = embedded
         self.fresh[every] &= ~layout.taken
@@ -325,7 +325,7 @@ class DeviceLoop:
             ends=self.ends,
             block_table=self.settings.tables[every],
             page_size=self.page_size,
-            num_depths=self.parts.num_depths,
+            num_depths=self.decoder.num_depths,
             ring=self.ring,
             implementation=self.implementation,
         )
@@ -347,7 +347,7 @@ class DeviceLoop:
             self.entered[every] = torch.where(layout.taken[:, None], self._states(every), self.entered[every])
         place = (layout.owner, layout.positions % self.width)
         rows = self._rows(layout, self.slots.depth[layout.owner].long())
-        self.held[place] = self.runner.run_fixed(self.parts.block, rows, self.held[place])
+        self.held[place] = self.runner.run_static(self.decoder.block, rows, self.held[place])
         if self.catches_up:
             # What its token leaves the block with goes through the coda, and so does what came along to the very end.
             at_end = (depth[:, 0] == self.last) & layout.taken
@@ -394,8 +394,8 @@ class DeviceLoop:
             return reading.probability_margin > thresholds
         if isinstance(self.policy, Entropy):
             assert reading is not None
-            return 1 - reading.entropy / math.log(self.parts.config.vocab_size) > thresholds
-        states, heads = self._states(every), getattr(self.parts.model, "exit_heads", None)
+            return 1 - reading.entropy / math.log(self.decoder.config.vocab_size) > thresholds
+        states, heads = self._states(every), getattr(self.decoder.model, "exit_heads", None)
         sure = torch.zeros_like(depth, dtype=torch.bool)
         for at in range(self.last):
             boundary = ExitContext(
@@ -432,10 +432,10 @@ class DeviceLoop:
         positions = torch.where(there, self.slots.position[owner].long(), 0)
         rows = self._rows(RowAssignment(owner, positions, there, leaves, owner), target, only_writes=True)
         if self.kv == "copied":
-            self.runner.run_fixed(self.parts.block, rows, self._states(every).repeat(deeper, 1))
+            self.runner.run_static(self.decoder.block, rows, self._states(every).repeat(deeper, 1))
             return
         source = torch.where(there, rows.slots + self._offsets[depth] * self.page_size, 0).clamp(min=0)
-        for layer in self.parts.block:
+        for layer in self.decoder.block:
             keys, values = (held.flatten(0, 1)[source] for held in (layer.keys, layer.values))
             store_keys_and_values(
                 keys,
@@ -481,16 +481,16 @@ class DeviceLoop:
         every = slice(0, shape.slots)
         layout = self._lay_out(wanted, self.coda_from[every] if self._brings_along(shape) else None, room)
         states = self.held[layout.owner, layout.positions % self.width]
-        return self.runner.run_fixed(self.parts.coda, self._rows(layout, None), states), layout
+        return self.runner.run_static(self.decoder.coda, self._rows(layout, None), states), layout
 
     def _read(self, states: Tensor) -> ExitReading:
-        parts = self.parts
-        assert parts.head is not None
+        decoder = self.decoder
+        assert decoder.head is not None
         return read_exit(
-            parts.norm(states),
-            parts.head.weight,
-            parts.head.bias,
-            softcap=parts.softcap,
+            decoder.norm(states),
+            decoder.head.weight,
+            decoder.head.bias,
+            softcap=decoder.softcap,
             implementation=self.implementation,
         )
 

@@ -62,7 +62,7 @@ class SlotManager:
         self.num_looks = 0
         self.loop = DeviceLoop(runner, kv, count, num_device_steps, implementation)
         # PyTorch's forms of some kernels ask the device how much there is to do, and some RoPE how long a text is.
-        waits = implementation != "triton" or runner.parts.rotates_by_length
+        waits = implementation != "triton" or runner.decoder.rotates_by_length
         self.calls = GraphedCalls(runner.device, captures=not waits)
         self.requests: list[Request | None] = [None] * count
         self._no_ends = torch.full_like(self.loop.ends, -1)
@@ -72,7 +72,7 @@ class SlotManager:
         slots, pages = self.loop.settings.tables.shape
         pin = runner.device.type == "cuda"
         said = self.loop.most_said
-        self._settings = SlotSettings.empty(slots, pages, runner.parts.num_depths, said, "cpu", pin=pin)
+        self._settings = SlotSettings.empty(slots, pages, runner.decoder.num_depths, said, "cpu", pin=pin)
         self._pages_sent = [0] * count
         self._num_read = 0
         self.tally = [0, 0, 0]
@@ -88,16 +88,18 @@ class SlotManager:
     def depths(self) -> list[int]:
         """The recursion that each resident's token was in when the host looked last."""
         slots = zip(self._depths, self.requests, strict=False)
-        return [depth for depth, request in slots if request is not None and request.id in self.scheduler.residents]
+        return [
+            depth for depth, request in slots if request is not None and request.id in self.scheduler.device_requests
+        ]
 
     def takes(self, request: Request) -> bool:
         """Whether the next token of ``request`` can run here, and all after it."""
-        params, settings, parts = request.params, request.settings, self.runner.parts
+        params, settings, decoder = request.params, request.settings, self.runner.decoder
         if params.logprobs is not None or None not in self.requests:
             return False
-        if sum(len(positions) for positions, _ in request.waiting.values()) > MOST_PENDING:
+        if sum(len(positions) for positions, _ in request.deferred.values()) > MOST_PENDING:
             return False
-        if params.may_leave and not (parts.exits_run_coda and parts.exits_read_alike):
+        if params.may_exit_early and not (decoder.exits_run_coda and decoder.exits_share_head):
             return False
         along = self._brings_along(request)
         if along is None or along > MOST_PENDING + 1 or len(params.forced_depths or ()) > MOST_FORCED:
@@ -138,19 +140,19 @@ class SlotManager:
         self._write_settings(slot, request)
         loop, device, position = self.loop, self.runner.device, request.computed
         done = [position]
-        for depth in range(1, self.runner.parts.num_depths):
-            waiting = request.waiting.get(depth)
+        for depth in range(1, self.runner.decoder.num_depths):
+            waiting = request.deferred.get(depth)
             done.append(waiting[0][0] if waiting else done[-1])
-        numbers = on_device([request.tokens[position], position, len(request.left), *done], device, torch.long)
+        numbers = on_device([request.tokens[position], position, len(request.exit_depths), *done], device, torch.long)
         loop.slots.token[slot], loop.slots.position[slot], loop.number[slot] = numbers[:3]
         loop.done[slot] = numbers[3:]
         for flags in (loop.slots.depth, loop.leaving, loop.slots.finished):
             flags[slot] = 0
         loop.fresh[slot] = True
-        for positions, states in request.waiting.values():
+        for positions, states in request.deferred.values():
             places = on_device([position % loop.width for position in positions], device, torch.long)
             loop.held[slot, places] = states
-        request.waiting.clear()
+        request.deferred.clear()
 
     def _write_settings(self, slot: int, request: Request) -> None:
         """What the device must know of ``request``."""
@@ -171,7 +173,7 @@ class SlotManager:
     def forget_gone(self) -> None:
         """Slots of requests that have ended, or have lost their pages, are free."""
         for slot, request in enumerate(self.requests):
-            if request is not None and request.id not in self.scheduler.residents:
+            if request is not None and request.id not in self.scheduler.device_requests:
                 self.requests[slot] = None
 
     # --- Running -------------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ class SlotManager:
         """
         self.forget_gone()
         for request in list(self.requests):
-            if request is not None and request.id in self.scheduler.residents:
+            if request is not None and request.id in self.scheduler.device_requests:
                 self._provide(request, times)
         self.forget_gone()
         if not self.num_residents:
@@ -239,7 +241,7 @@ class SlotManager:
     def _provide(self, request: Request, times: int) -> None:
         """Pages for the token under way and those that may follow it, or at least for itself."""
         left = request.prompt_length + request.params.max_tokens - request.computed
-        if not self.runner.pages.reserve(request, min(left, times + 1)):
+        if not self.runner.kv_cache.reserve(request, min(left, times + 1)):
             self.scheduler.make_room(request, 1)
 
     def _close_gaps(self) -> None:
@@ -294,7 +296,7 @@ class SlotManager:
         """The smallest that has room for the residents."""
         slots, loop = self._bucket(self._highest()), self.loop
         requests = [request for request in self.requests if request is not None]
-        leaves = loop.last > 0 and any(request.params.may_leave for request in requests)
+        leaves = loop.last > 0 and any(request.params.may_exit_early for request in requests)
         most = max(self._brings_along(request) or 1 for request in requests)
         # Room for the tokens of half of the slots that come along, or for all of one.
         along = loop.room_for(most)
@@ -310,7 +312,7 @@ class SlotManager:
     def discard(self) -> None:
         """After an error: what has been said since the last look is lost, and all begin again."""
         for request in self.requests:
-            if request is not None and request.id in self.scheduler.residents:
+            if request is not None and request.id in self.scheduler.device_requests:
                 self.scheduler.preempt(request)
         self.forget_gone()
         self._num_read = int(self.loop.ring.counts[0])

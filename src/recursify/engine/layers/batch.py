@@ -20,7 +20,7 @@ from recursify.kernels.paged_attention import attend_pages
 from recursify.kernels.rope_store import store_keys_and_values
 from recursify.modeling.recursive_decoding import on_device
 
-from .decoder import Layer
+from .decoder import PagedLayer
 from .kv_cache import KVCache
 from .paged_attention import attend_chunk, attend_singles
 
@@ -65,7 +65,7 @@ class AttentionBatch:
         self, runs: Sequence[TokenSpan], pages: KVCache, *, kernels: bool = False, only_writes: bool = False
     ) -> None:
         self.kernels, self.only_writes = kernels, only_writes
-        device = pages.parts.device
+        device = pages.decoder.device
         positions: list[int] = []
         depths: list[int] = []
         writers: list[int] = []
@@ -103,7 +103,7 @@ class AttentionBatch:
         # Tables name pages in the layers' tensors, so to a kernel all rows are at a depth without an offset.
         self.no_depth = torch.zeros_like(self.depths) if kernels else self.depths
 
-    def store(self, layer: Layer, key: Tensor, value: Tensor) -> None:
+    def store(self, layer: PagedLayer, key: Tensor, value: Tensor) -> None:
         """Write ``key`` and ``value [N, K, D]`` to the rows' slots."""
         if self.writers is not None:
             key, value = key[self.writers], value[self.writers]
@@ -116,7 +116,7 @@ class AttentionBatch:
         for held, new in ((layer.keys, key), (layer.values, value)):
             held.view(-1, *held.shape[2:]).index_copy_(0, self.slots, new.to(held.dtype))
 
-    def attend(self, layer: Layer, query: Tensor, scale: float, softcap: float | None) -> Tensor:
+    def attend(self, layer: PagedLayer, query: Tensor, scale: float, softcap: float | None) -> Tensor:
         """``query [N, H, D]`` over the keys that the rows see: ``[N, H, D]``."""
         if self.singles is not None and not self.chunks:
             return self._attend_singles(layer, self.singles, query, scale, softcap)
@@ -128,7 +128,9 @@ class AttentionBatch:
             out[chunk.rows] = attend_chunk(layer, chunk, query[chunk.rows], scale, softcap)
         return out
 
-    def _attend_singles(self, layer: Layer, group: Group, query: Tensor, scale: float, softcap: float | None) -> Tensor:
+    def _attend_singles(
+        self, layer: PagedLayer, group: Group, query: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
         if not self.kernels:
             return attend_singles(layer, group, query, scale, softcap)
         none = self.no_depth[: len(query)]
@@ -203,11 +205,11 @@ class Group:
     def reach(self, windows: tuple[int | None, ...]) -> Tensor | None:
         """How many positions each row sees in such a layer, ``[n]``, 0 for all; None where all rows see all."""
         if windows not in self._reaches:
-            self._reaches[windows] = reach_of(windows, self._depths)
+            self._reaches[windows] = window_per_row(windows, self._depths)
         return self._reaches[windows]
 
 
-def reach_of(windows: tuple[int | None, ...], depths: Tensor) -> Tensor | None:
+def window_per_row(windows: tuple[int | None, ...], depths: Tensor) -> Tensor | None:
     """By row, how many positions it sees where windows are, by depth, ``windows``: ``[N]``, 0 for all; None if all do.
 
     Args:

@@ -24,7 +24,7 @@ from .paged_attention import ATTENTION_NAME
 
 
 @dataclass(eq=False)
-class Layer:
+class PagedLayer:
     """One stored layer.
 
     Attributes:
@@ -62,10 +62,10 @@ class DecoderAdapter:
 
     model: Any
     num_depths: int
-    prelude: list[Layer]
-    block: list[Layer]
-    coda: list[Layer]
-    spans: DepthContext
+    prelude: list[PagedLayer]
+    block: list[PagedLayer]
+    coda: list[PagedLayer]
+    depth_context: DepthContext
     embed: Callable[[Tensor], Tensor]
     rotate: Callable[[Tensor, Tensor], Any]
     norm: nn.Module
@@ -93,7 +93,7 @@ class DecoderAdapter:
         return self.is_routed or getattr(self.config, "exit_through_coda", True)
 
     @property
-    def exits_read_alike(self) -> bool:
+    def exits_share_head(self) -> bool:
         """Whether all exits read out with the model's own norm and head."""
         return self.is_routed or getattr(self.config, "exit_head", None) in (None, "shared")
 
@@ -103,7 +103,7 @@ class DecoderAdapter:
         return any("dynamic" in str(getattr(module, "rope_type", "")) for module in self.model.modules())
 
     @property
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[PagedLayer]:
         return [*self.prelude, *self.block, *self.coda]
 
     @property
@@ -157,18 +157,18 @@ def _recursive_parts(model: Any) -> DecoderAdapter:
             f"The model is set to exit after depth {config.exit_depth} always (config.exit_depth). Set it to None, and "
             f"give requests max_depth={config.exit_depth}."
         )
-    spans = DepthContext()
+    depth_context = DepthContext()
 
-    def layer(module: nn.Module, part: Any, positions: list[int]) -> Layer:
+    def layer(module: nn.Module, part: Any, positions: list[int]) -> PagedLayer:
         kinds = tuple(base.layer_type(position) for position in positions)
-        return Layer(module, part, kinds, tuple(window_of(config, position) for position in positions))
+        return PagedLayer(module, part, kinds, tuple(window_of(config, position) for position in positions))
 
     prelude = [layer(module, "prelude", [index]) for index, module in enumerate(base.prelude)]
     coda = [layer(module, "coda", [at]) for module, at in zip(base.coda, layout.coda_positions, strict=True)]
     if layout.order == "cycle":
         block = []
         for index, shared in enumerate(base.block):
-            module, ropes = mixed_layer(shared, spans, f"layer {index} of the shared block")
+            module, ropes = mixed_layer(shared, depth_context, f"layer {index} of the shared block")
             found = layer(module, "block", layout.positions(index))
             found.ropes = ropes
             block.append(found)
@@ -183,7 +183,7 @@ def _recursive_parts(model: Any) -> DecoderAdapter:
         prelude=prelude,
         block=block,
         coda=coda,
-        spans=spans,
+        depth_context=depth_context,
         embed=base.embed_tokens,
         rotate=base.rotations,
         norm=base.norm,
@@ -222,10 +222,11 @@ def _dense_parts(model: Any) -> DecoderAdapter:
         num_depths=1,
         prelude=[],
         block=[
-            Layer(module, "block", (kinds[index],), (window_of(config, index),)) for index, module in enumerate(layers)
+            PagedLayer(module, "block", (kinds[index],), (window_of(config, index),))
+            for index, module in enumerate(layers)
         ],
         coda=[],
-        spans=DepthContext(),
+        depth_context=DepthContext(),
         embed=model.get_input_embeddings(),
         rotate=rotate,
         norm=children[norms[0]],

@@ -25,7 +25,7 @@ from recursify.engine.page_pool import PagePool, pages_for
 from recursify.engine.request import Request
 from recursify.errors import EngineError
 
-from .decoder import DecoderAdapter, Layer
+from .decoder import DecoderAdapter, PagedLayer
 
 SPARE = 1.1
 """A routed model's deeper pools are so much larger than its capacities say: loads of inference vary around those."""
@@ -48,7 +48,7 @@ class PageLayout:
     block_pages: int
 
     @classmethod
-    def plan(cls, parts: DecoderAdapter, kv: str, num_pages: int, longest: int) -> PageLayout:
+    def plan(cls, decoder: DecoderAdapter, kv: str, num_pages: int, longest: int) -> PageLayout:
         """The layout of ``kv`` (:data:`~.engine.KV_MODES`) for ``num_pages`` of whole tokens.
 
         Args:
@@ -57,13 +57,13 @@ class PageLayout:
             num_pages: Of stream 0.
             longest: Pages that a routed model's every stream has at least: one whole request.
         """
-        depths = parts.num_depths
+        depths = decoder.num_depths
         if kv == "shared":
             return cls((num_pages, num_pages), (1,) * depths, (0,) * depths, num_pages)
         if kv == "recursion_wise":
             sizes = [
                 min(num_pages, max(longest, round(num_pages * capacity * (SPARE if capacity < 1 else 1))))
-                for capacity in parts.capacities
+                for capacity in decoder.capacities
             ]
             offsets = tuple(accumulate(sizes[:-1], initial=0))
             return cls((num_pages, *sizes), tuple(range(1, depths + 1)), offsets, sum(sizes))
@@ -74,36 +74,36 @@ class KVCache:
     """The pools of page ids, and the tensors.
 
     Args:
-        parts: The model.
+        decoder: The model.
         kv: The mode of keys and values.
         page_size: Tokens per page.
         num_pages: Of whole tokens.
         context: Tokens of the longest request.
     """
 
-    def __init__(self, parts: DecoderAdapter, kv: str, page_size: int, num_pages: int, context: int) -> None:
-        self.parts, self.kv, self.page_size, self.context = parts, kv, page_size, context
-        self.layout = PageLayout.plan(parts, kv, num_pages, min(num_pages, pages_for(context, page_size)))
+    def __init__(self, decoder: DecoderAdapter, kv: str, page_size: int, num_pages: int, context: int) -> None:
+        self.decoder, self.kv, self.page_size, self.context = decoder, kv, page_size, context
+        self.layout = PageLayout.plan(decoder, kv, num_pages, min(num_pages, pages_for(context, page_size)))
         self.pools = [PagePool(count, page_size) for count in self.layout.num_pages]
         self.is_packed = kv in ("recursion_wise", "shared")
-        for layer in parts.layers:
+        for layer in decoder.layers:
             count = self.layout.block_pages if layer.part == "block" else num_pages
-            shape = (count, page_size, parts.num_kv_heads, parts.head_size)
-            layer.keys = torch.zeros(shape, dtype=parts.dtype, device=parts.device)
+            shape = (count, page_size, decoder.num_kv_heads, decoder.head_size)
+            layer.keys = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
             layer.values = torch.zeros_like(layer.keys)
         # Slots of packed streams are not positions, which windows need.
-        self.positions = torch.zeros(self.layout.block_pages, page_size, dtype=torch.long, device=parts.device)
+        self.positions = torch.zeros(self.layout.block_pages, page_size, dtype=torch.long, device=decoder.device)
 
     @property
     def num_bytes(self) -> int:
         """Of all tensors."""
-        return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.parts.layers)
+        return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.decoder.layers)
 
     def bytes_used(self) -> int:
         """Of the pages that are given out."""
         per_page = [0] * len(self.pools)
-        size = 2 * self.page_size * self.parts.num_kv_heads * self.parts.head_size * self.parts.dtype.itemsize
-        for layer in self.parts.layers:
+        size = 2 * self.page_size * self.decoder.num_kv_heads * self.decoder.head_size * self.decoder.dtype.itemsize
+        for layer in self.decoder.layers:
             streams = self.layout.stream_of if layer.part == "block" else (0,)
             if self.kv == "shared":
                 streams = streams[:1]
@@ -168,19 +168,19 @@ class KVCache:
         return [table[position // size] * size + position % size for position in positions]
 
 
-def pages_in(num_bytes: int, parts: DecoderAdapter, kv: str, page_size: int) -> int:
+def pages_that_fit(num_bytes: int, decoder: DecoderAdapter, kv: str, page_size: int) -> int:
     """How many pages of whole tokens ``num_bytes`` hold.
 
     Raises:
         EngineError: Not one.
     """
-    depths = float(parts.num_depths)
+    depths = float(decoder.num_depths)
     if kv == "shared":
         depths = 1.0
     elif kv == "recursion_wise":
-        depths = sum(parts.capacities)
-    layers = sum(depths if layer.part == "block" else 1.0 for layer in parts.layers)
-    size = int(2 * page_size * parts.num_kv_heads * parts.head_size * parts.dtype.itemsize * layers)
+        depths = sum(decoder.capacities)
+    layers = sum(depths if layer.part == "block" else 1.0 for layer in decoder.layers)
+    size = int(2 * page_size * decoder.num_kv_heads * decoder.head_size * decoder.dtype.itemsize * layers)
     if num_bytes < size:
         raise EngineError(
             f"{num_bytes:,} bytes of keys and values hold no page: one of {page_size} tokens is {size:,}."
@@ -188,7 +188,7 @@ def pages_in(num_bytes: int, parts: DecoderAdapter, kv: str, page_size: int) -> 
     return num_bytes // size
 
 
-def copy_slots(layers: Sequence[Layer], sources: Tensor, targets: Tensor) -> None:
+def copy_slots(layers: Sequence[PagedLayer], sources: Tensor, targets: Tensor) -> None:
     """Have the ``targets`` slots ``[n]`` of block layers hold what ``sources [n]`` do."""
     for layer in layers:
         for held in (layer.keys, layer.values):

@@ -96,14 +96,14 @@ class MixedDepthLinear(nn.Module):
 
     stored: RelaxedLinear
 
-    def __init__(self, stored: RelaxedLinear, spans: DepthContext) -> None:
+    def __init__(self, stored: RelaxedLinear, depth_context: DepthContext) -> None:
         super().__init__()
         object.__setattr__(self, "stored", stored)  # the model owns it
-        self.spans = spans
+        self.depth_context = depth_context
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, ..., I] -> [N, ..., O]``."""
-        stored, depth = self.stored, self.spans.only_depth
+        stored, depth = self.stored, self.depth_context.only_depth
         if depth is not None:
             return stored(x, depth)
         y = stored.linear(x)
@@ -115,9 +115,9 @@ class MixedDepthLinear(nn.Module):
     def _add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
         if len(bias) == 1:
             return y + bias[0]
-        if self.spans.depths is not None:
-            return y + bias[self.spans.depths].view(len(y), *(1,) * (y.ndim - 2), -1)
-        for depth, rows in self.spans.slices:
+        if self.depth_context.depths is not None:
+            return y + bias[self.depth_context.depths].view(len(y), *(1,) * (y.ndim - 2), -1)
+        for depth, rows in self.depth_context.slices:
             y[rows] += bias[depth]
         return y
 
@@ -125,7 +125,7 @@ class MixedDepthLinear(nn.Module):
         """``[N, I] -> [N, O]``."""
         assert self.stored.lora_a is not None
         assert self.stored.lora_b is not None
-        is_fixed = self.spans.depths is not None or (x.is_cuda and len(x) <= MASKED_ROWS)
+        is_fixed = self.depth_context.depths is not None or (x.is_cuda and len(x) <= MASKED_ROWS)
         if is_fixed or not _can_group(x, self.stored.lora_a, self.stored.lora_b):
             return self.masked(x)
         return self.grouped(x)
@@ -135,7 +135,7 @@ class MixedDepthLinear(nn.Module):
         lora_a, lora_b = self.stored.lora_a, self.stored.lora_b
         assert lora_a is not None
         assert lora_b is not None
-        mask = self.spans.mask(len(lora_a))
+        mask = self.depth_context.mask(len(lora_a))
         inner = F.linear(x, lora_a.flatten(0, 1)).unflatten(-1, lora_a.shape[:2]) * mask.unsqueeze(-1)
         y = F.linear(inner[:, 0], lora_b[0])
         for depth in range(1, len(lora_b)):
@@ -147,7 +147,7 @@ class MixedDepthLinear(nn.Module):
         lora_a, lora_b = self.stored.lora_a, self.stored.lora_b
         assert lora_a is not None
         assert lora_b is not None
-        ends, _ = self.spans.by_group(len(lora_a))
+        ends, _ = self.depth_context.by_group(len(lora_a))
         inner = F.grouped_mm(x, lora_a.transpose(1, 2), offs=ends)
         return F.grouped_mm(inner, lora_b.transpose(1, 2), offs=ends)
 
@@ -167,25 +167,25 @@ class MixedDepthNorm(nn.Module):
 
     stored: PerDepth
 
-    def __init__(self, stored: PerDepth, spans: DepthContext) -> None:
+    def __init__(self, stored: PerDepth, depth_context: DepthContext) -> None:
         super().__init__()
         object.__setattr__(self, "stored", stored)
-        self.spans = spans
+        self.depth_context = depth_context
         self.kernel_adds: int | None = None
         self._weight: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, ...] -> [N, ...]``."""
-        depth, copies = self.spans.only_depth, self.stored.copies
+        depth, copies = self.depth_context.only_depth, self.stored.copies
         if depth is not None or len(copies) == 1:
             return self.stored(x, depth or 0)
-        if self.spans.depths is None:
-            return torch.cat([self.stored(x[rows], depth) for depth, rows in self.spans.slices])
+        if self.depth_context.depths is None:
+            return torch.cat([self.stored(x[rows], depth) for depth, rows in self.depth_context.slices])
         if self.kernel_adds is not None:
-            return self._by_kernel(x, self.spans.depths, bool(self.kernel_adds))
+            return self._by_kernel(x, self.depth_context.depths, bool(self.kernel_adds))
         y = copies[0](x)
         for depth in range(1, len(copies)):
-            here = (self.spans.depths == depth).view(-1, *(1,) * (x.ndim - 1))
+            here = (self.depth_context.depths == depth).view(-1, *(1,) * (x.ndim - 1))
             y = torch.where(here, copies[depth](x), y)
         return y
 
@@ -228,7 +228,7 @@ def rms_norm_adds(norm: nn.Module) -> int | None:
     return None
 
 
-def mixed_layer(shared: SharedLayer, spans: DepthContext, name: str) -> tuple[nn.Module, tuple[bool, ...]]:
+def mixed_layer(shared: SharedLayer, depth_context: DepthContext, name: str) -> tuple[nn.Module, tuple[bool, ...]]:
     """The family's layer with a depth per row, and by depth whether it rotates queries and keys.
 
     Raises:
@@ -247,7 +247,7 @@ def mixed_layer(shared: SharedLayer, spans: DepthContext, name: str) -> tuple[nn
         if isinstance(view, DepthView):
             stored: Any = view.stored
             mixed = MixedDepthLinear if isinstance(stored, RelaxedLinear) else MixedDepthNorm
-            layer.set_submodule(path, mixed(stored, spans))
+            layer.set_submodule(path, mixed(stored, depth_context))
     ropes = tuple(all(getattr(module, "use_rope", True) for module in view.modules()) for view in views)
     for module in layer.modules():
         if hasattr(module, "use_rope"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .batch import AttentionBatch, TokenSpan
-from .decoder import DecoderAdapter, Layer
+from .decoder import DecoderAdapter, PagedLayer
 from .kv_cache import KVCache
 from .mixed_depth import use_norm_kernel
 from .paged_attention import KeysAndValuesWritten
@@ -23,55 +23,55 @@ class ModelRunner:
     """The model and its pages.
 
     Args:
-        parts: Of the model.
+        decoder: Of the model.
         pages: Of keys and values.
         kernels: Have Triton write keys and attend to them, and norm rows of all depths.
     """
 
-    def __init__(self, parts: DecoderAdapter, pages: KVCache, *, kernels: bool = False) -> None:
-        self.parts, self.pages, self.kernels = parts, pages, kernels
-        self.device = parts.device
+    def __init__(self, decoder: DecoderAdapter, pages: KVCache, *, kernels: bool = False) -> None:
+        self.decoder, self.kv_cache, self.kernels = decoder, pages, kernels
+        self.device = decoder.device
         if kernels:
-            use_norm_kernel(layer.module for layer in parts.block)
+            use_norm_kernel(layer.module for layer in decoder.block)
 
     def enter(self, ids: Tensor, runs: Sequence[TokenSpan]) -> tuple[Tensor, Tensor]:
         """Embed ``ids [N]`` and run the prelude: the embeddings and what enters the block, each ``[N, D]``."""
-        embedded = self.parts.embed(ids[:, None])[:, 0]
-        return embedded, self.run(self.parts.prelude, runs, embedded)
+        embedded = self.decoder.embed(ids[:, None])[:, 0]
+        return embedded, self.run(self.decoder.prelude, runs, embedded)
 
     def block(self, runs: Sequence[TokenSpan], states: Tensor) -> Tensor:
         """One call of the shared block, ``[N, D] -> [N, D]``; ``runs`` are sorted by depth."""
-        return self.run(self.parts.block, runs, states)
+        return self.run(self.decoder.block, runs, states)
 
     def coda(self, runs: Sequence[TokenSpan], states: Tensor) -> Tensor:
         """The coda, ``[N, D] -> [N, D]``, not normed."""
-        return self.run(self.parts.coda, runs, states)
+        return self.run(self.decoder.coda, runs, states)
 
-    def write_only(self, layers: Sequence[Layer], runs: Sequence[TokenSpan], states: Tensor) -> None:
+    def write_only(self, layers: Sequence[PagedLayer], runs: Sequence[TokenSpan], states: Tensor) -> None:
         """Have each of ``layers`` project keys and values of the same ``states [N, D]``, and no more."""
         self.run(layers, runs, states, only_writes=True)
 
     def run(
-        self, layers: Sequence[Layer], runs: Sequence[TokenSpan], states: Tensor, *, only_writes: bool = False
+        self, layers: Sequence[PagedLayer], runs: Sequence[TokenSpan], states: Tensor, *, only_writes: bool = False
     ) -> Tensor:
         """``layers`` one after the other on ``states [N, D]``."""
         if not layers or not len(states):
             return states
-        rows = AttentionBatch(runs, self.pages, kernels=self.kernels, only_writes=only_writes)
-        self.parts.spans.set(_counts(runs), self.device)
+        rows = AttentionBatch(runs, self.kv_cache, kernels=self.kernels, only_writes=only_writes)
+        self.decoder.depth_context.set(_counts(runs), self.device)
         return self._run(layers, rows, states)
 
-    def run_fixed(self, layers: Sequence[Layer], rows: StaticAttentionBatch, states: Tensor) -> Tensor:
+    def run_static(self, layers: Sequence[PagedLayer], rows: StaticAttentionBatch, states: Tensor) -> Tensor:
         """The same of rows that only the device knows; nothing waits for it."""
         if not layers:
             return states
-        self.parts.spans.set_on_device(rows.depths)
+        self.decoder.depth_context.set_on_device(rows.depths)
         return self._run(layers, rows, states)
 
-    def _run(self, layers: Sequence[Layer], rows: AttentionBatch | StaticAttentionBatch, states: Tensor) -> Tensor:
+    def _run(self, layers: Sequence[PagedLayer], rows: AttentionBatch | StaticAttentionBatch, states: Tensor) -> Tensor:
         hidden = states[:, None]
         positions = rows.positions[:, None]
-        rotations = Rotations(self.parts.rotate(hidden, positions), rows.depths)
+        rotations = Rotations(self.decoder.rotate(hidden, positions), rows.depths)
         for layer in layers:
             try:
                 hidden = layer.module(
@@ -88,11 +88,11 @@ class ModelRunner:
 
     def compute_logits(self, states: Tensor) -> Tensor:
         """Logits ``[N, V]`` of what the last layer puts out."""
-        return self.parts.compute_logits(self.parts.norm(states))
+        return self.decoder.compute_logits(self.decoder.norm(states))
 
     def compute_exit_logits(self, depth: int, states: Tensor, vocabulary: int | None = None) -> Tensor:
         """Logits ``[N, V]`` of the exit after ``depth``."""
-        return self.parts.model.compute_exit_logits(depth, states, vocabulary)
+        return self.decoder.model.compute_exit_logits(depth, states, vocabulary)
 
 
 def _counts(runs: Sequence[TokenSpan]) -> list[tuple[int, int]]:
@@ -116,7 +116,7 @@ class Rotations:
         self._made, self._depths = made, depths
         self._mixed: dict[Any, tuple[Tensor, Tensor]] = {}
 
-    def of(self, layer: Layer) -> tuple[Tensor, Tensor]:
+    def of(self, layer: PagedLayer) -> tuple[Tensor, Tensor]:
         """What ``layer`` rotates its rows by."""
         kinds, ropes = layer.kinds, layer.ropes
         if len(set(kinds)) == 1 and (all(ropes) or len(ropes) == 1):

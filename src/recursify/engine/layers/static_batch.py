@@ -16,7 +16,7 @@ from recursify.kernels.dispatch import Implementation
 from recursify.kernels.paged_attention import attend_pages
 from recursify.kernels.rope_store import store_keys_and_values
 
-from .decoder import Layer
+from .decoder import PagedLayer
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class StaticAttentionBatch:
     only_writes: bool = False
     _windows: dict[tuple[int | None, ...], Tensor | None] = field(default_factory=dict, repr=False)
 
-    def store(self, layer: Layer, key: Tensor, value: Tensor) -> None:
+    def store(self, layer: PagedLayer, key: Tensor, value: Tensor) -> None:
         """Write ``key`` and ``value [N, K, D]`` to the rows' slots."""
         store_keys_and_values(
             key,
@@ -60,7 +60,7 @@ class StaticAttentionBatch:
             implementation=self.implementation,
         )
 
-    def attend(self, layer: Layer, query: Tensor, scale: float, softcap: float | None) -> Tensor:
+    def attend(self, layer: PagedLayer, query: Tensor, scale: float, softcap: float | None) -> Tensor:
         """``query [N, H, D]`` over the keys that the rows see: ``[N, H, D]``; 0 where there is no row."""
         return attend_pages(
             query,

@@ -86,13 +86,13 @@ class EngineProcess:
     def _facts(self) -> EngineInfo:
         engine = self.engine
         return EngineInfo(
-            config=engine.parts.config,
+            config=engine.decoder.config,
             tokenizer=engine.tokenizer,
             kv=engine.kv,
             max_model_len=engine.max_model_len,
             max_num_seqs=engine.scheduler.max_num_seqs,
-            num_pages=engine.pages.pools[0].num_pages,
-            num_recursions=engine.parts.num_depths,
+            num_pages=engine.kv_cache.pools[0].num_pages,
+            num_recursions=engine.decoder.num_depths,
         )
 
     # --- Commands ------------------------------------------------------------------------------------------------

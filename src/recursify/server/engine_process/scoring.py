@@ -19,11 +19,11 @@ def score_prompt(engine: Engine, ids: Sequence[int], count: int) -> list[dict[in
 
     The model runs whole and by itself, beside the engine's batch. None for the first token.
     """
-    tokens = torch.tensor([[*ids]], device=engine.parts.device)
+    tokens = torch.tensor([[*ids]], device=engine.decoder.device)
     states = engine.model.base_model(tokens, use_cache=False).last_hidden_state[0]
     rows: list[dict[int, float] | None] = [None]
     for start in range(0, len(ids) - 1, ROWS):
         targets = tokens[0, start + 1 : start + 1 + ROWS]
-        logits = engine.parts.compute_logits(states[start : start + len(targets)])
+        logits = engine.decoder.compute_logits(states[start : start + len(targets)])
         rows += log_probabilities(logits, targets, [count] * len(targets))
     return rows

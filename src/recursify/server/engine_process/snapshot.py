@@ -40,8 +40,8 @@ class EngineSnapshot:
             len(scheduler.waiting),
             len(scheduler.running),
             dict(Counter(engine.depths)),
-            sum(pool.num_pages for pool in engine.pages.pools),
-            sum(pool.num_used for pool in engine.pages.pools),
+            sum(pool.num_pages for pool in engine.kv_cache.pools),
+            sum(pool.num_used for pool in engine.kv_cache.pools),
             dict(stats.exit_histogram or {}),
             {
                 "generated_tokens": stats.new_tokens,
