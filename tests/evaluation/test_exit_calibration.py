@@ -137,8 +137,10 @@ def test_the_command_writes_what_generate_takes(tmp_path, capsys):
     assert "agreement with the last recursion" in (tmp_path / "curve.svg").read_text(encoding="utf-8")
     loaded = RecursiveForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert (loaded.config.exit_policy, loaded.config.exit_thresholds) == ("confidence", facts["chosen"]["thresholds"])
-    assert ExitSettings.of("confidence", loaded.config).policy.thresholds(1) == tuple(facts["chosen"]["thresholds"])
-    assert ExitSettings.of("entropy", loaded.config).policy.thresholds(1) == (0.9,)
+    assert ExitSettings.from_options("confidence", config=loaded.config).policy.thresholds(1) == tuple(
+        facts["chosen"]["thresholds"]
+    )
+    assert ExitSettings.from_options("entropy", config=loaded.config).policy.thresholds(1) == (0.9,)
     record = json.loads((tmp_path / "model" / "recursify.json").read_text(encoding="utf-8"))
     assert record["exit_calibration"]["held_out"] == facts["held_out"]
     named = (

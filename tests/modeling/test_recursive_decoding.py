@@ -378,7 +378,7 @@ def test_a_prompt_is_read_as_generate_reads_it():
     """Logits after a left-padded prompt, on odd lengths."""
     model = tiny_recursive("gemma3_text", recursions=2)
     ids, mask = left_padded((11, 3))
-    decoder = DepthDecoder(model, [ExitSettings.of("confidence")] * 2, mask, max_length=12)
+    decoder = DepthDecoder(model, [ExitSettings.from_options("confidence")] * 2, mask, max_length=12)
     with torch.no_grad():
         wanted = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits[:, -1]
         torch.testing.assert_close(decoder.prefill(ids), wanted, atol=LOGITS[torch.float32], rtol=0)
@@ -529,3 +529,31 @@ def test_learning_thresholds_waits_for_nothing_more():
         for _ in range(12):
             tokens = decoder.step(tokens, [0, 1, 2], goes_on).logits.argmax(-1)
     assert waits.fetched == 12
+
+
+def test_settings_are_made_from_options():
+    config = tiny_recursive().config
+    settings = ExitSettings.from_options(
+        "entropy", threshold=0.7, vocabulary=8, min_depth=1, kv="copied", config=config
+    )
+    assert settings == ExitSettings(make_policy("entropy", 0.7, vocabulary=8), kv="copied", min_depth=1)
+    config.exit_kv = "latest"
+    assert ExitSettings.from_options("head", max_pending=None, config=config).kv == "latest"
+    assert ExitSettings.from_options(settings, kv="deferred", config=config) is settings
+    assert ExitSettings.from_options(None, min_depth=0, max_pending=64) is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "message"),
+    [
+        (None, {"threshold": 0.5, "min_depth": 1}, r"without a policy: threshold, min_depth\. Name a policy"),
+        ("sure", {}, "Unknown exit policy 'sure'"),
+        ("head", {"patience": 3}, "Unknown exit option 'patience'"),
+        (make_policy("head"), {"threshold": 0.5}, "An exit policy and options of one"),
+        (ExitSettings(make_policy("head")), {"min_depth": 1}, r"Exit settings and options \(min_depth\)"),
+        (0.5, {}, "takes a name, a policy or ExitSettings"),
+    ],
+)
+def test_options_that_make_no_settings(policy, options, message):
+    with pytest.raises(ValueError, match=message):
+        ExitSettings.from_options(policy, **options)

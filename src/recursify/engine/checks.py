@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -154,9 +153,7 @@ def exit_settings(params: SamplingParams, decoder: DecoderAdapter, kv: str) -> E
     if params.exit is None:
         return None
     try:
-        settings = ExitSettings.of(params.exit, decoder.config)
-        if not hasattr(params.exit, "policy"):
-            settings = replace(settings, kv=kv)
+        settings = ExitSettings.from_options(params.exit, kv=kv, config=decoder.config)
         check_depths(settings, num_exits)
         settings.policy.check_vocabulary(decoder.config.vocab_size)
     except ValueError as error:

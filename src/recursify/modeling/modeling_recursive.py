@@ -849,8 +849,8 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
             prepared["streamer"] = streamer  # transformers keeps it from methods that are not its own
             if speculate:
                 return generate_speculatively(model, input_ids, settings=SpeculationSettings.of(speculate), **prepared)
-            given = exit_policy if isinstance(exit_policy, list) else [exit_policy]
-            settings = [ExitSettings.of(entry, model.config) for entry in given]
+            given: list[Any] = exit_policy if isinstance(exit_policy, list) else [exit_policy]
+            settings = [ExitSettings.from_options(entry, config=model.config) for entry in given]
             return generate_with_exits(model, input_ids, settings=settings, **prepared)
 
         refuse_arguments(kwargs)

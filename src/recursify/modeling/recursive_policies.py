@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -322,21 +322,65 @@ class ExitSettings:
                 f"confidence, or leave adapt out."
             )
 
+    @overload
     @classmethod
-    def of(cls, given: Any, config: Any = None) -> ExitSettings:
-        """Settings; or those around a policy, or around the one of that name with the thresholds of ``config``.
+    def from_options(cls, policy: None, **options: Any) -> None: ...
 
-        Where only a policy is given, keys and values are those that the model's exits were trained for.
+    @overload
+    @classmethod
+    def from_options(cls, policy: str | ExitPolicy | ExitSettings, **options: Any) -> ExitSettings: ...
+
+    @classmethod
+    def from_options(
+        cls,
+        policy: str | ExitPolicy | ExitSettings | None,
+        *,
+        threshold: float | Sequence[float] | None = None,
+        vocabulary: int | None = None,
+        kv: str | None = None,
+        config: Any = None,
+        **options: Any,
+    ) -> ExitSettings | None:
+        """Make settings from the options of a command line, a request or ``generate``; None without a policy.
+
+        Args:
+            policy: Name of a policy, an :class:`ExitPolicy`, :class:`ExitSettings` (returned as they are), or None.
+            threshold: Exit threshold, one or one per exit; None takes the model's calibrated one, else the policy's.
+            vocabulary: Number of vocabulary entries that the policy scores; None takes the calibrated number.
+            kv: KV mode, one of :data:`KV_MODES`; None takes the mode that the model's exits were trained for.
+            config: Configuration of the model.
+            options: Further fields of :class:`ExitSettings`; None stands for the default.
+
+        Raises:
+            ValueError: An unknown policy, a value outside its range, options that exclude one another, or a model
+                with routers.
         """
-        # By what it has, not by its class: a model that brought its code along has classes of its own.
-        if hasattr(given, "policy"):
-            return given
-        kv = getattr(config, "exit_kv", "deferred")
-        if isinstance(given, str):
-            return cls(make_policy(given, config=config), kv=kv)
-        if hasattr(given, "confidence"):
-            return cls(given, kv=kv)
-        raise ValueError(f"exit_policy takes a name, a policy or ExitSettings, or a list of those, not {given!r}.")
+        unknown = options.keys() - cls.__dataclass_fields__.keys()
+        if unknown:
+            raise ValueError(f"Unknown exit option '{min(unknown)}'. Use fields of ExitSettings.")
+        defaults = {name: entry.default for name, entry in cls.__dataclass_fields__.items()}
+        options = {name: value for name, value in options.items() if value not in (None, defaults[name])}
+        of_policy = {"threshold": threshold, "vocabulary": vocabulary}
+        given = [*(name for name, value in of_policy.items() if value is not None), *options]
+        if policy is None:
+            if given:
+                raise ValueError(f"Options of exit policies without a policy: {', '.join(given)}. Name a policy.")
+            return None
+        if getattr(config, "router", None) is not None:
+            raise ValueError("The model has routers, which decide how far a token goes. Leave the exit policy out.")
+        # By attribute and not by class: a model loaded with its own code has classes of its own.
+        if hasattr(policy, "policy"):
+            if given:
+                raise ValueError(f"Exit settings and options ({', '.join(given)}) exclude one another. Give one.")
+            return cast(ExitSettings, policy)
+        if isinstance(policy, str):
+            policy = make_policy(policy, threshold, config, vocabulary=vocabulary)
+        elif not hasattr(policy, "confidence"):
+            raise ValueError(f"exit_policy takes a name, a policy or ExitSettings, or a list of those, not {policy!r}.")
+        elif threshold is not None or vocabulary is not None:
+            raise ValueError(f"An exit policy and options of one ({', '.join(given)}) exclude one another. Give one.")
+        kv = kv or str(getattr(config, "exit_kv", "deferred"))
+        return cls(policy, kv=kv, **options)
 
     def threshold_at(self, depth: int, num_exits: int, step: int, num_steps: int) -> float:
         """The threshold of an exit at a 0-based step of ``num_steps``."""
