@@ -28,7 +28,7 @@ from transformers import LlamaConfig
 from keyed_results import markdown_table
 from quality import MODEL, commit
 from recursify.bench.plan import FIGURES, BenchPlan, figures_of, ideals_of, name_of
-from recursify.cli.models import load_model
+from recursify.checkpoint.loading import load_model
 from recursify.cli.report import progress_report, talk
 from recursify.modeling import LayerLayout, RecursiveConfig, RecursiveForCausalLM
 

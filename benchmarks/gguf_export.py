@@ -27,7 +27,7 @@ import torch
 from transformers import AutoTokenizer
 
 from quality import commit
-from recursify.convert.export import find_format
+from recursify.convert.export import export_model
 from recursify.modeling import RecursiveForCausalLM
 
 PROMPT = "Once upon a time"
@@ -37,7 +37,7 @@ NEW_TOKENS = 48
 
 def convert(model: Path, llama_cpp: Path, folder: Path) -> Path:
     """The GGUF of the dense export, in float32."""
-    find_format("dense")(model, folder / "dense", overwrite=False, progress=lambda *_: None)
+    export_model(model, folder / "dense", check=False)
     target = folder / "dense.gguf"
     command = [sys.executable, str(llama_cpp / "convert_hf_to_gguf.py"), str(folder / "dense"), "--outtype", "f32"]
     environment = {**os.environ, "PYTHONPATH": str(llama_cpp / "gguf-py")}

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
-from recursify.convert.pipeline import make_conversion
+from recursify.convert.pipeline import convert_model
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
@@ -118,7 +118,7 @@ def run_all(arguments: argparse.Namespace, scratch: Path) -> list[tuple[str, Pat
     source = arguments.converted
     if source is None:
         source = scratch / "converted"
-        make_conversion(MODEL, CONVERSION).write(source, overwrite=True, progress=lambda *_: None)
+        convert_model(MODEL, source, check=False, overwrite=True, **CONVERSION)
     held_out = scratch / "held_out.txt"
     held_out.write_text(default_text("held_out").documents[0][: 4 * arguments.length], encoding="utf-8")
     settings = UptrainSettings(

@@ -34,7 +34,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from bigbench_tasks import DEFAULT_CACHE, PROMPT, TASKS, chance, evaluate_tasks, fetch_tasks
 from dense_controls import Control, count_parameters, drop_layers, factorize
 from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
-from recursify.convert.pipeline import make_conversion
+from recursify.convert.pipeline import convert_model, plan_conversion
 from recursify.convert.settings import ConversionSettings
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import Text, default_text, token_windows
@@ -213,13 +213,12 @@ class Bench:
         if row.control is not None:
             budget = 0
             if row.settings:
-                budget = make_conversion(MODEL, row.settings).plan.recursive.num_parameters
+                budget = plan_conversion(MODEL, **row.settings).recursive.num_parameters
             start = time.perf_counter()
             return row.control(self.dense, budget, self.calibration_windows), time.perf_counter() - start
         folder = self.models / row.name
         start = time.perf_counter()
-        conversion = make_conversion(MODEL, row.settings)
-        conversion.write(folder, overwrite=True, progress=lambda *_: None)
+        conversion = convert_model(MODEL, folder, check=False, overwrite=True, **row.settings)
         seconds = time.perf_counter() - start
         model = RecursiveForCausalLM.from_pretrained(folder).eval()
         return Control(model, count_parameters(model), str(conversion.plan.layout)), seconds

@@ -37,7 +37,7 @@ from transformers import LlamaConfig
 
 from keyed_results import KeyedResults, markdown_table, short
 from quality import MODEL, commit
-from recursify.cli.models import load_model
+from recursify.checkpoint.loading import load_model
 from recursify.cli.report import talk
 from recursify.evaluation.exit_calibration import read_boundaries
 from recursify.evaluation.router_calibration import calibrate_thresholds

@@ -37,7 +37,7 @@ from transformers import AutoTokenizer
 
 from keyed_results import markdown_table
 from quality import commit
-from recursify.cli.models import load_model
+from recursify.checkpoint.loading import load_model
 from recursify.cli.report import talk
 from recursify.engine import Engine, SamplingParams
 from recursify.evaluation.text import default_text

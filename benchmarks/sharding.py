@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
-from recursify.convert.pipeline import make_conversion
+from recursify.convert.pipeline import convert_model
 
 STEPS, LENGTH, BATCH = 8, 64, 4
 
@@ -56,8 +56,7 @@ def make_model(folder: Path) -> Path:
         "lora_rank": 4,
         "calibration_data": [],
     }
-    conversion = make_conversion(str(folder / "dense"), settings)
-    conversion.write(folder / "recursive", overwrite=False, progress=lambda *_: None)
+    convert_model(folder / "dense", folder / "recursive", check=False, **settings)
     assert AutoTokenizer.from_pretrained(folder / "recursive") is not None
     return folder / "recursive"
 

@@ -43,7 +43,7 @@ from keyed_results import KeyedResults, markdown_table
 from quality import MODEL, commit
 from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
 from recursify.cli.report import talk
-from recursify.convert.export import export_dense
+from recursify.convert.export import export_model
 from recursify.evaluation.text import default_text
 from recursify.modeling import RecursiveForCausalLM, SpeculationSettings
 
@@ -177,7 +177,7 @@ class Bench:
         recursive = RecursiveForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.boundary = recursive.config.layout.layers_before(0)
         with tempfile.TemporaryDirectory() as scratch:
-            export_dense(folder, Path(scratch) / "dense", overwrite=False, progress=lambda *_: None)
+            export_model(folder, Path(scratch) / "dense", check=False)
             unrolled = AutoModelForCausalLM.from_pretrained(Path(scratch) / "dense", dtype=torch.float32)
         self.models: dict[str, PreTrainedModel] = {
             "recursive": recursive,

@@ -267,7 +267,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(train(json.loads(arguments.child))))
         return
-    from recursify.convert.pipeline import make_conversion
+    from recursify.convert.pipeline import convert_model
 
     context = about(arguments)
     cases = CASES if arguments.cases is None else (CASES[0], *(CASES[int(n)] for n in arguments.cases.split(",")))
@@ -276,8 +276,7 @@ def main() -> None:
         folders = {}
         for rank in {case.rank for case in cases if case.rank is not None}:
             folders[rank] = Path(scratch) / f"rank-{rank}"
-            conversion = make_conversion(DENSE, {**CONVERSION, "lora_rank": rank})
-            conversion.write(folders[rank], overwrite=False, progress=lambda *_: None)
+            convert_model(DENSE, folders[rank], check=False, **{**CONVERSION, "lora_rank": rank})
         for number in range(arguments.rounds):
             for precision in arguments.precisions.split(","):
                 for case in cases:

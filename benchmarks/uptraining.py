@@ -34,7 +34,7 @@ from keyed_results import KeyedResults, markdown_table, short
 from quality import MAIN, MODEL, PUBLISHED, WINDOW, commit
 from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
 from recursify.cli.report import format_table, print_data, talk
-from recursify.convert.pipeline import make_conversion
+from recursify.convert.pipeline import convert_model, plan_conversion
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import default_text, read_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
@@ -140,12 +140,12 @@ class Bench:
         row = ROWS[name]
         source = MODEL
         if row.drops_layers:
-            budget = make_conversion(MODEL, MAIN).plan.recursive.num_parameters
+            budget = plan_conversion(MODEL, **MAIN).recursive.num_parameters
             source = str(self.scratch / "fewer-layers")
             drop_layers(self.dense, budget).model.save_pretrained(source)
             self.tokenizer.save_pretrained(source)
         talk.print(f"{name}: making")
-        make_conversion(source, row.conversion).write(folder, overwrite=True, progress=lambda *_: None)
+        convert_model(source, folder, check=False, overwrite=True, **row.conversion)
         return folder
 
     def measure(self, name: str, tokens: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
 from recursify.cli.report import format_table, print_data, progress_report, talk
-from recursify.convert.pipeline import make_conversion
+from recursify.convert.pipeline import convert_model
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
@@ -82,11 +82,11 @@ def main() -> None:
     rows = [measure("dense", dense, dense, tokenizer, windows)]
     with tempfile.TemporaryDirectory() as scratch:
         for name, strategy in ROWS.items():
-            conversion = make_conversion(MODEL, {**LAYOUT, "calibration_tokens": CALIBRATION_TOKENS, **strategy})
-            talk.print(f"\n{name}: {conversion.plan.layout}")
+            settings = {**LAYOUT, "calibration_tokens": CALIBRATION_TOKENS, **strategy}
             keep = arguments.output if name == "calibrated" and arguments.output else Path(scratch) / name.split()[0]
+            talk.print(f"\n{name}")
             with progress_report() as progress:
-                conversion.write(keep, overwrite=True, progress=progress)
+                convert_model(MODEL, keep, check=False, overwrite=True, progress=progress, **settings)
             model = RecursiveForCausalLM.from_pretrained(keep).eval()
             rows.append(measure(name, model, dense, tokenizer, windows))
         talk.print(f"\nuptrained: {UPTRAINING.max_tokens:,} tokens")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.tiny_models import byte_tokenizer, save_tiny, tiny_config
 from recursify.checkpoint.dense_checkpoint import INDEX_FILE, open_checkpoint
-from recursify.convert.pipeline import make_conversion
+from recursify.convert.pipeline import convert_model, plan_conversion
 from recursify.errors import CheckpointError, RecursifyError, UnsupportedModelError
 
 
@@ -32,7 +32,7 @@ def sharded(tmp_path):
 
 
 def convert(source, target):
-    make_conversion(str(source), {"calibration_data": []}).write(target, overwrite=False, progress=lambda *_: None)
+    convert_model(source, target, check=False, calibration_data=[])
 
 
 def refuse(source, target, error: type[RecursifyError], match: str):
@@ -284,8 +284,8 @@ def test_family_outside_the_list_that_passes_is_converted(tmp_path):
     config.pop("model_type")
     dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("stablelm", **{**config, "layer_norm_eps": 1e-5}))
     dense.save_pretrained(tmp_path / "dense")
-    conversion = make_conversion(str(tmp_path / "dense"), {"calibration_data": []})
-    assert "is not among those tested" in conversion.plan.warnings[0]
+    plan = plan_conversion(tmp_path / "dense", calibration_data=[])
+    assert "is not among those tested" in plan.warnings[0]
 
 
 def test_refused_families_say_why(tmp_path):

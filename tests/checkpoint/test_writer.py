@@ -129,7 +129,7 @@ def test_target_that_is_a_file(tmp_path):
 CONVERT = """
 import sys
 from recursify.checkpoint import writer
-from recursify.convert.pipeline import make_conversion
+from recursify.convert.pipeline import convert_model
 write = writer.ShardedCheckpoint.write
 def slowly(self, name, tensor):
     import time
@@ -137,8 +137,7 @@ def slowly(self, name, tensor):
     write(self, name, tensor)
 writer.ShardedCheckpoint.write = slowly
 print("ready", flush=True)
-make_conversion(sys.argv[1], {"calibration_data": []}).write(
-    __import__("pathlib").Path(sys.argv[2]), overwrite=True, progress=lambda *_: None)
+convert_model(sys.argv[1], sys.argv[2], check=False, overwrite=True, calibration_data=[])
 """
 
 

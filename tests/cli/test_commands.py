@@ -259,7 +259,7 @@ def test_effective_parameters_are_the_unrolled_model_s(models, tmp_path, capsys)
 def test_inspect_what_is_not_recursive(models, capsys):
     """A dense folder, and nothing."""
     assert run("inspect", models / "dense") == 1
-    assert "is no recursive model" in capsys.readouterr().err
+    assert "is not a recursive model" in capsys.readouterr().err
     assert run("inspect", models / "nowhere") == 1
     assert "There is no model folder at" in capsys.readouterr().err
 

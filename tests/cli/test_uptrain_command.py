@@ -155,4 +155,4 @@ def test_wrong_input(model, tmp_path, capsys):
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out" / "config.json").exists()
     assert run("uptrain", model.parent / "dense", "-o", tmp_path / "out") == 1
-    assert "is no recursive model" in capsys.readouterr().err
+    assert "is not a recursive model" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from helpers.tiny_models import byte_tokenizer, convert_tiny, random_ids, save_t
 from recursify.checkpoint.dense_checkpoint import open_checkpoint
 from recursify.checkpoint.layerwise import Layerwise
 from recursify.convert.calibration import _spend
-from recursify.convert.pipeline import make_conversion
+from recursify.convert.pipeline import plan_conversion
 from recursify.errors import PlanError, TextError
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import LayerLayout, RecursiveConfig
@@ -176,7 +176,7 @@ def test_calibration_without_text_is_refused(tmp_path):
     """Asked for by name, and no text allowed."""
     save_tiny(tmp_path / "dense")
     with pytest.raises(PlanError, match=r"need text to calibrate on\. Give --calibration-data"):
-        make_conversion(str(tmp_path / "dense"), {"initialization": "calibrated", "calibration_data": []})
+        plan_conversion(tmp_path / "dense", initialization="calibrated", calibration_data=[])
 
 
 def test_auto_without_text_is_the_papers_best(tmp_path):
@@ -184,7 +184,7 @@ def test_auto_without_text_is_the_papers_best(tmp_path):
     save_tiny(tmp_path / "dense")
 
     def chosen(**settings):
-        plan = make_conversion(str(tmp_path / "dense"), {"calibration_data": [], **settings}).plan
+        plan = plan_conversion(tmp_path / "dense", calibration_data=[], **settings)
         return plan.settings.initialization, plan.settings.relaxation
 
     assert chosen(lora_rank=4) == ("average", "svd")
@@ -196,5 +196,5 @@ def test_a_model_without_tokenizer_is_converted_without_text(tmp_path):
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_config(tiny_config("llama")).save_pretrained(tmp_path / "dense")
-    plan = make_conversion(str(tmp_path / "dense"), {"lora_rank": 4}).plan
+    plan = plan_conversion(tmp_path / "dense", lora_rank=4)
     assert plan.settings.initialization == "average"

@@ -10,12 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.tiny_models import convert_tiny, random_ids, save_tiny
-from recursify.convert.export import PEFT_FAMILIES, check_export, export_dense, export_peft
+from recursify.convert.export import PEFT_FAMILIES, check_export, export_model
 from recursify.errors import ParityError, PlanError
-
-
-def quiet(*_):
-    pass
 
 
 @pytest.mark.parametrize("sharing", ["cycle", "sequence", "middle_cycle", "middle_sequence"])
@@ -24,15 +20,14 @@ def test_every_sharing_unrolls(tmp_path, sharing, tie_norms):
     """Qwen2, which has biases and norms."""
     save_tiny(tmp_path / "dense", "qwen2")
     convert_tiny(tmp_path / "dense", tmp_path / "recursive", sharing=sharing, lora_rank=4, tie_norms=tie_norms)
-    export_dense(tmp_path / "recursive", tmp_path / "out", overwrite=False, progress=quiet)
-    assert check_export(tmp_path / "recursive", tmp_path / "out", "dense") < 1e-4
+    assert export_model(tmp_path / "recursive", tmp_path / "out").max_logit_difference < 1e-4
 
 
 def test_unrolled_full_rank_is_the_dense_model(tmp_path):
     """There and back again: the weights come home."""
     dense = save_tiny(tmp_path / "dense")
     convert_tiny(tmp_path / "dense", tmp_path / "recursive", lora_rank="full")
-    export_dense(tmp_path / "recursive", tmp_path / "out", overwrite=False, progress=quiet)
+    export_model(tmp_path / "recursive", tmp_path / "out", check=False)
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for (name, one), two in zip(dense.named_parameters(), back.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=0, msg=name)
@@ -42,7 +37,7 @@ def test_unrolled_loads_where_recursify_is_absent(tmp_path):
     """No remote code, no package."""
     save_tiny(tmp_path / "dense")
     convert_tiny(tmp_path / "dense", tmp_path / "recursive", lora_rank=4)
-    export_dense(tmp_path / "recursive", tmp_path / "out", overwrite=False, progress=quiet)
+    export_model(tmp_path / "recursive", tmp_path / "out", check=False)
     script = (
         "import sys; sys.modules['recursify'] = None\n"
         "from transformers import AutoModelForCausalLM\n"
@@ -63,8 +58,7 @@ def test_peft_export(tmp_path, family, rank):
         tmp_path / "dense", tmp_path / "recursive", sharing="cycle", lora_rank=rank, num_recursions=3,
         lora_rank_pattern={"mlp.down_proj": 3} if rank else {},
     )  # fmt: skip
-    export_peft(tmp_path / "recursive", tmp_path / "out", overwrite=False, progress=quiet)
-    assert check_export(tmp_path / "recursive", tmp_path / "out", "peft") < 1e-5
+    assert export_model(tmp_path / "recursive", tmp_path / "out", format="peft").max_logit_difference < 1e-5
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert stock.config.num_hidden_layers == 2
     stock = PeftModel.from_pretrained(stock, str(tmp_path / "out" / "adapter")).eval()
@@ -80,21 +74,21 @@ def test_peft_refuses_what_it_cannot_repeat(tmp_path):
     for name, sharing, message in (
         ("llama", "middle_cycle", r"this one is 1 \+ \(2 layers × 2\) \+ 1 in cycle order.*Use --format dense"),
         ("llama", "sequence", "in sequence order"),
-        ("gemma3", "cycle", "does not repeat 'gemma3_text' rightly"),
+        ("gemma3", "cycle", "does not support 'gemma3_text'"),
     ):
         convert_tiny(tmp_path / name, tmp_path / "recursive", sharing=sharing, lora_rank=4)
         with pytest.raises(PlanError, match=message):
-            export_peft(tmp_path / "recursive", tmp_path / "out", overwrite=False, progress=quiet)
+            export_model(tmp_path / "recursive", tmp_path / "out", format="peft")
 
 
 def test_an_export_that_differs_is_caught(tmp_path):
     """The check is not a formality: a weight changed after the export fails it."""
     save_tiny(tmp_path / "dense")
     convert_tiny(tmp_path / "dense", tmp_path / "recursive", lora_rank=4)
-    export_dense(tmp_path / "recursive", tmp_path / "out", overwrite=False, progress=quiet)
+    export_model(tmp_path / "recursive", tmp_path / "out", check=False)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         stock.model.layers[3].mlp.up_proj.weight.mul_(1.05)
     stock.save_pretrained(tmp_path / "out")
-    with pytest.raises(ParityError, match="computes something else: logits differ by"):
+    with pytest.raises(ParityError, match="is wrong: its logits differ from those of"):
         check_export(tmp_path / "recursive", tmp_path / "out", "dense")

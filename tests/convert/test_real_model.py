@@ -9,7 +9,7 @@ from helpers.tiny_models import random_ids
 from helpers.tolerances import LOGITS
 from recursify.checkpoint.dense_checkpoint import load_tokenizer
 from recursify.convert.low_rank import truncated_svd
-from recursify.convert.pipeline import make_conversion
+from recursify.convert.pipeline import convert_model
 from recursify.evaluation.perplexity import compare
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
@@ -28,9 +28,7 @@ def windows(real_checkpoint):
 
 
 def convert(target, **settings) -> RecursiveForCausalLM:
-    make_conversion("smollm2-135m", {"calibration_data": [], **settings}).write(
-        target, overwrite=True, progress=lambda *_: None
-    )
+    convert_model("smollm2-135m", target, check=False, overwrite=True, **{"calibration_data": [], **settings})
     return RecursiveForCausalLM.from_pretrained(target).eval()
 
 

@@ -42,10 +42,10 @@ from helpers.pages import (
 )
 from helpers.running import running
 from helpers.tiny_models import convert_tiny, save_tiny
+from recursify.checkpoint.loading import load_model
 from recursify.cli.app import app
-from recursify.cli.models import load_model
 from recursify.convert.initialization import INITIALIZATIONS
-from recursify.convert.pipeline import make_conversion
+from recursify.convert.pipeline import convert_model
 from recursify.convert.relaxation import RELAXATIONS
 from recursify.engine import Engine, SamplingParams
 from recursify.modeling import EXIT_POLICIES, RecursiveForCausalLM, make_policy
@@ -308,7 +308,7 @@ def test_what_extend_registers_can_be_used(desk, registries):
         if "RELAXATIONS[" in block.text or "STAGES[" in block.text:
             execute(block, namespace)
     settings = {"initialization": "average", "relaxation": "low_rows", "lora_rank": 4, "calibration_data": []}
-    make_conversion(NAMES[DENSE], settings).write(Path("rows"), overwrite=False, progress=lambda *_: None)
+    convert_model(NAMES[DENSE], "rows", check=False, **settings)
     model = RecursiveForCausalLM.from_pretrained("rows")
     factors = model.model.block[0].self_attn.q_proj
     assert factors.lora_b[0].sum() == 4

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from recursify.convert.pipeline import make_conversion
+from recursify.convert.pipeline import convert_model
 from recursify.modeling import RecursiveForCausalLM
 
 SMALL = {
@@ -98,5 +98,5 @@ def save_tiny(folder: Path, family: str = "llama", *, max_shard_size: str = "5GB
 def convert_tiny(source: Path, target: Path, **settings) -> RecursiveForCausalLM:
     """Convert without text unless asked, and load the result."""
     chosen = {"initialization": "average", "relaxation": "svd", "calibration_data": [], **settings}
-    make_conversion(str(source), chosen).write(target, overwrite=True, progress=lambda *_: None)
+    convert_model(source, target, check=False, overwrite=True, **chosen)
     return RecursiveForCausalLM.from_pretrained(target).eval()

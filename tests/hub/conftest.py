@@ -10,7 +10,7 @@ import pytest
 from helpers.loopback_hub import LoopbackHub
 from helpers.tiny_models import save_tiny
 from recursify.checkpoint.record import update_record
-from recursify.convert.pipeline import check_conversion, make_conversion
+from recursify.convert.pipeline import convert_model
 
 SETTINGS = {
     "initialization": "average",
@@ -36,9 +36,7 @@ def converted(tmp_path_factory) -> Path:
     (home / "dense" / "README.md").write_text(
         "---\nlicense: apache-2.0\nlanguage: en\n---\n# Dense\n", encoding="utf-8"
     )
-    conversion = make_conversion(str(home / "dense"), SETTINGS)
-    conversion.write(home / "recursive", overwrite=False, progress=lambda *_: None)
-    check_conversion(conversion, home / "recursive", progress=lambda *_: None)
+    convert_model(home / "dense", home / "recursive", **SETTINGS)
     return home / "recursive"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from recursify.checkpoint.description import describe
+from recursify.checkpoint.description import inspect_model
 from recursify.checkpoint.origin import Origin, origin_of_folder
 from recursify.checkpoint.record import read_record, update_record
 from recursify.hub.card import licence_warnings, write_card
@@ -18,7 +18,7 @@ from recursify.modeling import MINIMUM_TRANSFORMERS, RecursiveForCausalLM
 
 def card_of(folder: Path, **options) -> tuple[ModelCard, list[str]]:
     record = without_local_paths(read_record(folder))
-    card = write_card(without_local_paths(describe(folder, record)), record, "me/tiny", **options)
+    card = write_card(inspect_model(folder), record, "me/tiny", **options)
     return ModelCard(card.text), card.warnings
 
 
@@ -39,8 +39,8 @@ def test_a_converted_model(converted):
     }
     text = card.text
     assert "depth 0: 1-2, depth 1: 3-4" in text
-    facts = describe(converted, {})
-    assert f"| {facts['parameters']['stored']:,} |" in text
+    facts = inspect_model(converted)
+    assert f"| {facts.parameters.stored:,} |" in text
     assert f"| {read_record(converted)['plan']['dense']['num_parameters']:,} |" in text
     assert "rank 4" in text
     assert 'name = "me/tiny"' in text

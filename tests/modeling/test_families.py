@@ -13,7 +13,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from helpers.tiny_models import convert_tiny, random_ids, save_tiny, tiny_dense
 from helpers.tolerances import LOGITS
-from recursify.convert.export import check_export, export_dense
+from recursify.convert.export import export_model
 from recursify.convert.parity import fold_exactly
 from recursify.modeling.modeling_recursive import CACHE_ARGUMENT
 
@@ -129,10 +129,10 @@ def test_generate_batch_equals_generate(converted):
 def test_unrolled_equals_recursive(converted):
     """The dense export is a stock checkpoint of the family and computes the same."""
     folder, dense, model = converted
-    export_dense(folder / "recursive", folder / "unrolled", overwrite=True, progress=lambda *_: None)
+    exported = export_model(folder / "recursive", folder / "unrolled", overwrite=True)
     stock = AutoModelForCausalLM.from_pretrained(folder / "unrolled").eval()
     assert type(stock) is type(dense)
-    assert check_export(folder / "recursive", folder / "unrolled", "dense") < TOLERANCE
+    assert exported.max_logit_difference < TOLERANCE
     ids = random_ids(2, 11)
     assert torch.equal(greedy(stock, ids), greedy(model, ids))
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.tiny_models import FAMILIES, random_ids, tiny_config
 from helpers.tolerances import LOGITS
-from recursify.convert.export import check_export, export_dense, export_peft
+from recursify.convert.export import FORMATS, export_model
 from recursify.errors import PlanError
 from recursify.modeling import LayerLayout, RecursiveConfig, RecursiveForCausalLM, make_policy
 from recursify.modeling.recursive_loops import LoopMixing, anderson_mix, spread_depths, spread_exits
@@ -286,8 +286,7 @@ def test_exits_and_speculation_go_on():
 def test_unscaled_recursions_export(tmp_path):
     """A dense model of as many layers as run."""
     tiny_recursive().with_recursions(4, residual_scale=1).save_pretrained(tmp_path / "four")
-    export_dense(tmp_path / "four", tmp_path / "dense", overwrite=False, progress=lambda *_: None)
-    assert check_export(tmp_path / "four", tmp_path / "dense", "dense") < TOLERANCE
+    assert export_model(tmp_path / "four", tmp_path / "dense").max_logit_difference < TOLERANCE
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "dense").config.num_hidden_layers == 10
 
 
@@ -468,17 +467,20 @@ def test_mixing_refuses_what_stops_between_loops():
             greedy(model, random_ids(1, 5), **shortcut)
 
 
-@pytest.mark.parametrize("export", [export_dense, export_peft])
+@pytest.mark.parametrize("export", FORMATS)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_recursions": 1}, r"scales its layers' steps by 2, which stock layers do not"),
-        ({"num_recursions": 4, "residual_scale": 1, "anderson": 2}, r"mixes 2 earlier loops into a loop, which stock"),
+        ({"num_recursions": 1}, r"scales its layers' updates by 2, which stock layers cannot"),
+        (
+            {"num_recursions": 4, "residual_scale": 1, "anderson": 2},
+            r"mixes 2 earlier recursions into each one, which",
+        ),
     ],
 )
 def test_stock_layers_neither_scale_nor_mix(tmp_path, export, arguments, message):
     """The export says so and writes nothing."""
     tiny_recursive(sharing="cycle").with_recursions(**arguments).save_pretrained(tmp_path / "model")
     with pytest.raises(PlanError, match=message):
-        export(tmp_path / "model", tmp_path / "out", overwrite=False, progress=lambda *_: None)
+        export_model(tmp_path / "model", tmp_path / "out", format=export)
     assert not (tmp_path / "out").exists()

@@ -143,12 +143,13 @@ class DenseCheckpoint(ABC):
         return model.eval()
 
 
-def locate(source: str, *, revision: str | None = None) -> Path:
+def locate(source: str | Path, *, revision: str | None = None) -> Path:
     """The folder or ``.gguf`` file that ``source`` names: a path, an embedded model, or a Hub id (downloaded).
 
     Raises:
         CheckpointError: There is no such thing.
     """
+    source = str(source)
     if source in EMBEDDED:
         module, pattern, distribution = EMBEDDED[source]
         spec = importlib.util.find_spec(module)
@@ -191,13 +192,16 @@ def _download(repo_id: str, revision: str | None) -> Path:
         ) from error
 
 
-def open_checkpoint(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> DenseCheckpoint:
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> DenseCheckpoint:
     """Open a dense checkpoint and check everything that headers can tell.
 
     Raises:
         CheckpointError: Missing or damaged files, missing tensors, wrong shapes, a pickle, a recursive model.
         UnsupportedModelError: Not a causal language model that transformers knows.
     """
+    source = str(source)
     path = locate(source, revision=revision)
     if path.is_file():
         if path.suffix != ".gguf":

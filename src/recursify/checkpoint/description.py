@@ -1,7 +1,8 @@
-"""What a recursive checkpoint is, read from its headers: layout, sizes, history."""
+"""Description of a recursive checkpoint from its headers: layout, sizes, exits, routers, history."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +10,118 @@ import torch
 from transformers import PreTrainedConfig
 
 from recursify.errors import CheckpointError
-from recursify.modeling import RecursiveConfig
+from recursify.modeling import LayerLayout, RecursiveConfig
 from recursify.modeling.recursive_routing import capacities_of
 
-from .dense_checkpoint import folder_tensors
+from .dense_checkpoint import TensorInfo, folder_tensors
+from .loading import require_recursive
+from .record import read_record
 
 
-def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """A recursive folder as JSON-ready data; no weight is read.
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Parameters of a recursive model.
 
-    Raises:
-        CheckpointError: The config or a shard is damaged.
+    Attributes:
+        stored: Parameters on disk; tied ones count once.
+        effective: Parameters of the dense model that computes the same.
+        shared: Parameters of the shared linear maps.
+        residuals: Parameters of the LoRA factors.
+        exits: Parameters of the exit heads.
+        routers: Parameters of the routers.
     """
-    try:
-        config = RecursiveConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"'{folder}' has a config that does not load: {error}") from error
-    tensors = folder_tensors(folder)
-    layout = config.layout
-    stored = sum(info.num_parameters for info in tensors.values())
-    block = {name: info for name, info in tensors.items() if name.startswith("model.block.")}
-    once = sum(info.num_parameters for name, info in block.items() if name.endswith(".linear.weight"))
-    residuals = sum(info.num_parameters for name, info in block.items() if ".lora_" in name)
-    exits = sum(info.num_parameters for name, info in tensors.items() if name.startswith("exit_heads."))
-    routers = sum(info.num_parameters for name, info in tensors.items() if "routers." in name)
-    dtype = max(tensors.values(), key=lambda info: info.num_bytes).dtype
-    return {
-        "family": config.dense_model_type,
-        "layout": {
+
+    stored: int
+    effective: int
+    shared: int
+    residuals: int
+    exits: int
+    routers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitDescription:
+    """Exits of a recursive model.
+
+    Attributes:
+        head: Kind of exit head.
+        depths: Recursions after which a token can exit.
+        through_coda: True if hidden states pass the coda before the exit head.
+    """
+
+    head: str
+    depths: list[int]
+    through_coda: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterDescription:
+    """Routers of a recursive model (Mixture-of-Recursions).
+
+    Attributes:
+        router: ``expert_choice`` or ``token_choice``.
+        capacities: Fraction of the tokens that each recursion processes; None for token choice.
+        thresholds: Score per recursion above which a token is routed at inference; None for the default.
+        kv: Keys and values of tokens that are not routed.
+        gate: Gate on a routed block's output.
+    """
+
+    router: str
+    capacities: list[float] | None
+    thresholds: list[float] | None
+    kv: str
+    gate: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """Facts about a recursive checkpoint.
+
+    Attributes:
+        family: ``model_type`` of the dense model.
+        layout: Mapping from effective positions to stored layers.
+        lora_rank: Rank of the residuals.
+        lora_rank_pattern: Ranks that differ, by module path.
+        tie_norms: True if one set of norms serves all depths.
+        parameters: Number of parameters.
+        exits: Exits, if any.
+        exit_depth: Recursion after which every token exits; None for full depth.
+        routing: Routers, if any.
+        num_bytes: Bytes of weights on disk.
+        dtype: Dtype of the largest tensor.
+        kv_bytes_per_token: Bytes of KV cache per token over all effective layers.
+        made_from: Dense model that was converted, if recorded.
+        initialization: Initialization of the shared weights, if recorded.
+        relaxation: Initialization of the residuals, if recorded.
+        calibration: Calibration text and settings, if recorded.
+        history: Uptraining runs.
+        recursify_version: Version that converted the model, if recorded.
+    """
+
+    family: str
+    layout: LayerLayout
+    lora_rank: int
+    lora_rank_pattern: dict[str, int]
+    tie_norms: bool
+    parameters: ParameterCounts
+    exits: ExitDescription | None
+    exit_depth: int | None
+    routing: RouterDescription | None
+    num_bytes: int
+    dtype: str
+    kv_bytes_per_token: int
+    made_from: str | None
+    initialization: str | None
+    relaxation: str | None
+    calibration: dict[str, Any] | None
+    history: list[dict[str, Any]]
+    recursify_version: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data, as ``recursify inspect --json`` prints it."""
+        facts, layout = asdict(self), self.layout
+        facts["bytes"] = facts.pop("num_bytes")
+        facts["layout"] = {
             "effective_layers": layout.num_layers,
             "unique_layers": layout.num_unique_layers,
             "prelude": layout.num_prelude_layers,
@@ -45,70 +130,99 @@ def describe(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
             "coda": layout.num_coda_layers,
             "order": layout.order,
             "layer_to_block": layout.layer_to_block(),
-        },
-        "lora_rank": config.lora_rank,
-        "lora_rank_pattern": config.lora_rank_pattern,
-        "tie_norms": config.tie_norms,
-        "parameters": {
-            "stored": stored,
-            "effective": stored + (layout.num_recursions - 1) * once - residuals - exits - routers,
-            "shared": once,
-            "residuals": residuals,
-            "exits": exits,
-            "routers": routers,
-        },
-        "exits": None
-        if config.exit_head is None
-        else {
-            "head": config.exit_head,
-            "depths": list(config.exit_depths),
-            "through_coda": config.exit_through_coda,
-        },
-        "exit_depth": config.exit_depth,
-        "routing": None
-        if config.router is None
-        else {
-            "router": config.router,
-            "capacities": capacities_of(config) if config.router == "expert_choice" else None,
-            "thresholds": config.router_thresholds,
-            "kv": config.router_kv,
-            "gate": config.router_gate,
-        },
-        "bytes": sum(info.num_bytes for info in tensors.values()),
-        "dtype": str(dtype).removeprefix("torch."),
-        "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
-        "made_from": record.get("plan", {}).get("source"),
-        "initialization": record.get("plan", {}).get("initialization"),
-        "relaxation": record.get("plan", {}).get("relaxation"),
-        "calibration": record.get("calibration") or None,
-        "history": record.get("history", []),
-        "recursify_version": record.get("recursify_version"),
-    }
+        }
+        return facts
 
 
-def draw_layout(description: dict[str, Any]) -> str:
-    """The layers as text, one line per part."""
-    layout = description["layout"]
-    first, last = layout["prelude"], layout["effective_layers"] - layout["coda"]
-    lines = []
-    if layout["prelude"]:
-        lines.append(f"prelude   layers 0-{first - 1}, once")
-    repeated = (
-        f"× {layout['num_recursions']}" if layout["order"] == "cycle" else f"each × {layout['num_recursions']} in place"
+def inspect_model(model: str | Path) -> ModelDescription:
+    """Describe the recursive model in a folder; only headers are read.
+
+    Raises:
+        CheckpointError: The folder is not a recursive model, or its config or a shard is damaged.
+    """
+    folder = require_recursive(model)
+    record = read_record(folder)
+    try:
+        config = RecursiveConfig.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"'{folder}' has a config that does not load: {error}") from error
+    tensors = folder_tensors(folder)
+    dtype = max(tensors.values(), key=lambda info: info.num_bytes).dtype
+    plan = record.get("plan", {})
+    return ModelDescription(
+        family=config.dense_model_type,
+        layout=config.layout,
+        lora_rank=config.lora_rank,
+        lora_rank_pattern=config.lora_rank_pattern,
+        tie_norms=config.tie_norms,
+        parameters=_count_parameters(tensors, config.layout.num_recursions),
+        exits=_describe_exits(config),
+        exit_depth=config.exit_depth,
+        routing=_describe_routing(config),
+        num_bytes=sum(info.num_bytes for info in tensors.values()),
+        dtype=str(dtype).removeprefix("torch."),
+        kv_bytes_per_token=kv_bytes_per_token(config, dtype),
+        made_from=plan.get("source"),
+        initialization=plan.get("initialization"),
+        relaxation=plan.get("relaxation"),
+        calibration=record.get("calibration") or None,
+        history=record.get("history", []),
+        recursify_version=record.get("recursify_version"),
     )
-    lines.append(f"block     {layout['block_size']} shared layers {repeated}: positions {first}-{last - 1}")
-    if layout["order"] == "cycle" and layout["num_recursions"] > 1:
-        size = layout["block_size"]
-        starts = [first + depth * size for depth in range(layout["num_recursions"])]
-        spans = [f"depth {depth}: {start}-{start + size - 1}" for depth, start in enumerate(starts)]
+
+
+def _count_parameters(tensors: dict[str, TensorInfo], num_recursions: int) -> ParameterCounts:
+    counts = {name: info.num_parameters for name, info in tensors.items()}
+    block = {name: count for name, count in counts.items() if name.startswith("model.block.")}
+    stored = sum(counts.values())
+    shared = sum(count for name, count in block.items() if name.endswith(".linear.weight"))
+    residuals = sum(count for name, count in block.items() if ".lora_" in name)
+    exits = sum(count for name, count in counts.items() if name.startswith("exit_heads."))
+    routers = sum(count for name, count in counts.items() if "routers." in name)
+    effective = stored + (num_recursions - 1) * shared - residuals - exits - routers
+    return ParameterCounts(
+        stored=stored, effective=effective, shared=shared, residuals=residuals, exits=exits, routers=routers
+    )
+
+
+def _describe_exits(config: RecursiveConfig) -> ExitDescription | None:
+    if config.exit_head is None:
+        return None
+    return ExitDescription(
+        head=config.exit_head, depths=list(config.exit_depths), through_coda=config.exit_through_coda
+    )
+
+
+def _describe_routing(config: RecursiveConfig) -> RouterDescription | None:
+    if config.router is None:
+        return None
+    return RouterDescription(
+        router=config.router,
+        capacities=capacities_of(config) if config.router == "expert_choice" else None,
+        thresholds=config.router_thresholds,
+        kv=config.router_kv,
+        gate=config.router_gate,
+    )
+
+
+def draw_layout(layout: LayerLayout) -> str:
+    """Draw the layers as text, one line per part."""
+    first, last = layout.num_prelude_layers, layout.num_layers - layout.num_coda_layers
+    cycles = layout.order == "cycle"
+    repeated = f"× {layout.num_recursions}" if cycles else f"each × {layout.num_recursions} in place"
+    lines = [f"prelude   layers 0-{first - 1}, once"] if first else []
+    lines.append(f"block     {layout.block_size} shared layers {repeated}: positions {first}-{last - 1}")
+    if cycles and layout.num_recursions > 1:
+        starts = [layout.position(0, depth) for depth in range(layout.num_recursions)]
+        spans = [f"depth {depth}: {start}-{start + layout.block_size - 1}" for depth, start in enumerate(starts)]
         lines.append(f"          {', '.join(spans)}")
-    if layout["coda"]:
-        lines.append(f"coda      layers {last}-{layout['effective_layers'] - 1}, once")
+    if layout.num_coda_layers:
+        lines.append(f"coda      layers {last}-{layout.num_layers - 1}, once")
     return "\n".join(lines)
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one token over all effective layers."""
+    """Bytes of keys and values of one token over all effective layers."""
     num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * num_heads * head_dim * dtype.itemsize

@@ -58,7 +58,7 @@ def draw_svg(description: dict[str, Any]) -> str:
     bottom = _draw_depths(canvas, block_left, flow.bottom + 16, layout, description)
     for i, line in enumerate(caption, 2):
         canvas.text(MARGIN, bottom + LINE * i, line, "muted")
-    summary = "\n".join([draw_layout(description), *exits, *caption])
+    summary = "\n".join([draw_layout(layout), *exits, *caption])
     return canvas.document(bottom + LINE * (len(caption) + 1) + MARGIN, f"Layout of {name}: {layout}", summary)
 
 

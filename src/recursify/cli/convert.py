@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .options import JsonOption, ModelArgument, OverwriteOption, TrustOption
 from .report import print_data, print_json, progress_report, talk
+
+if TYPE_CHECKING:
+    from recursify.convert.pipeline import ConversionResult
 
 EXAMPLES = """
 Make a pretrained model recursive.
@@ -139,39 +142,49 @@ def convert_command(
         "dtype": dtype,
         "seed": seed,
     }
-    from recursify.convert.pipeline import check_conversion, make_conversion
+    from recursify.convert.pipeline import ConversionPlan, convert_model, plan_conversion
+    from recursify.convert.settings import ConversionSettings
+    from recursify.settings import read_settings
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = ConversionSettings.from_mapping(
+        {**(read_settings(config) if config else {}), **given}, str(config or "the settings")
+    )
+    common: dict[str, Any] = {
+        "settings": settings, "revision": revision, "trust_remote_code": trust_remote_code
+    }  # fmt: skip
+    if dry_run:
+        plan = plan_conversion(model, **common)
+        if json:
+            print_json(plan.to_dict())
+        else:
+            print_data(str(plan))
+        return
+    assert output is not None
+
+    def show(plan: ConversionPlan) -> None:
+        if not json:
+            talk.print(str(plan))
 
     with progress_report() as progress:
-        conversion = make_conversion(
-            model,
-            {name: value for name, value in flags.items() if value is not None},
-            config_file=config,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
+        result = convert_model(
+            model, output, **common, check=check, overwrite=overwrite, on_plan=show, progress=progress
         )
-        if not json:
-            (print_data if dry_run else talk.print)(str(conversion.plan))
-        if dry_run:
-            if json:
-                print_json(conversion.plan.to_dict())
-            return
-        assert output is not None
-        record = conversion.write(output, overwrite=overwrite, progress=progress)
-        outcome = check_conversion(conversion, output, progress=progress) if check else {}
     if json:
-        print_json({"output": str(output), **record, "check": outcome})
-        return
-    print_data(_summary(output, outcome))
+        print_json(result.to_dict())
+    else:
+        print_data(_summary(result))
 
 
-def _summary(output: Path, outcome: dict[str, Any]) -> str:
-    lines = [f"wrote {output}"]
-    if outcome:
+def _summary(result: ConversionResult) -> str:
+    lines = [f"wrote {result.output}"]
+    if result.check is not None:
+        figures = result.check.comparison
         lines += [
-            f"perplexity  {outcome['model']['perplexity']:,.2f} (dense {outcome['control']['perplexity']:,.2f}) on "
-            f"{outcome['model']['num_tokens']:,} tokens of {outcome['text']}",
-            f"agreement   {outcome['top1_agreement']:.1%} of first choices, KL {outcome['kl']:.3f} nats",
-            f"sample      {outcome['sample']!r}",
+            f"perplexity  {figures.model.perplexity:,.2f} (dense {figures.control.perplexity:,.2f}) on "
+            f"{figures.model.num_tokens:,} tokens of {result.check.text}",
+            f"agreement   {figures.top1_agreement:.1%} of first choices, KL {figures.kl:.3f} nats",
+            f"sample      {result.check.sample!r}",
         ]
-    lines.append(f'next        recursify generate {output} "Once upon a time"')
+    lines.append(f'next        recursify generate {result.output} "Once upon a time"')
     return "\n".join(lines)

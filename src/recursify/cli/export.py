@@ -37,20 +37,16 @@ def export_command(
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
-    from recursify.convert.export import check_export, find_format
+    from recursify.convert.export import export_model
 
-    from .models import require_recursive
-
-    require_recursive(folder)
     with progress_report() as progress:
-        facts = find_format(form)(folder, output, overwrite=overwrite, progress=progress)
-    difference = check_export(folder, output, form) if check else None
+        result = export_model(folder, output, format=form, check=check, overwrite=overwrite, progress=progress)
     if json:
-        print_json({"output": str(output), **facts, "max_logit_difference": difference})
+        print_json(result.to_dict())
         return
-    lines = [f"wrote {output}: {facts['architecture']}, {facts['bytes'] / 1e6:,.1f} MB"]
-    if facts.get("left_out"):
-        lines.append(f"left out: {facts['left_out']}, which a stock model has no place for")
-    if difference is not None:
-        lines.append(f"logits differ from {folder} by at most {difference:.2g}")
+    lines = [f"wrote {output}: {result.architecture}, {result.num_bytes / 1e6:,.1f} MB"]
+    if result.left_out:
+        lines.append(f"left out: {result.left_out}, which a stock model does not have")
+    if result.max_logit_difference is not None:
+        lines.append(f"logits differ from {folder} by at most {result.max_logit_difference:.2g}")
     print_data("\n".join(lines))

@@ -36,16 +36,13 @@ def inspect_command(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    from recursify.checkpoint.description import describe, draw_layout
+    from recursify.checkpoint.description import draw_layout, inspect_model
     from recursify.checkpoint.layout_picture import draw_svg
-    from recursify.checkpoint.record import read_record
-
-    from .models import require_recursive
 
     if plot is not None:
         _require_svg(plot)
-    require_recursive(folder)
-    facts = describe(folder, read_record(folder))
+    description = inspect_model(folder)
+    facts = description.to_dict()
     if plot is not None:
         try:
             plot.write_text(draw_svg(facts), encoding="utf-8")
@@ -71,7 +68,7 @@ def inspect_command(
     print_data(
         "\n".join(
             [
-                draw_layout(facts),
+                draw_layout(description.layout),
                 f"family    {facts['family']}, made from {facts['made_from'] or 'unknown'} ({made or 'unknown'})",
                 f"stored    {parameters['stored'] / 1e6:,.1f}M parameters, {facts['bytes'] / 1e6:,.1f} MB of "
                 f"{facts['dtype']}; {parameters['shared'] / 1e6:,.1f}M shared, "

@@ -32,7 +32,7 @@ def require_recursive(path: Path) -> None:
         raise CheckpointError(f"There is no model folder at '{path}'.")
     if not is_recursive(path):
         raise CheckpointError(
-            f"'{path}' is no recursive model (its config.json does not say model_type 'recursive'). Make one with: "
+            f"'{path}' is not a recursive model (its config.json does not say model_type 'recursive'). Make one with: "
             f"recursify convert {path} -o OUTPUT"
         )
 

@@ -63,18 +63,15 @@ def push_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print files and card, upload nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
-    from recursify.checkpoint.description import describe
+    from recursify.checkpoint.description import inspect_model
     from recursify.checkpoint.layout_picture import draw_svg
     from recursify.checkpoint.record import read_record
     from recursify.hub.card import write_card
     from recursify.hub.publication import CARD_FILE, read_card, stage_publication, without_local_paths
 
-    from .models import require_recursive
-
-    require_recursive(folder)
     record = without_local_paths(read_record(folder))
-    description = without_local_paths(describe(folder, record))
-    pictures = {"layout.svg": draw_svg(description)}
+    description = inspect_model(folder)
+    pictures = {"layout.svg": draw_svg(without_local_paths(description.to_dict()))}
     written = write_card(
         description, record, repo_id, base_model=base_model, license=license, picture=next(iter(pictures))
     )

@@ -25,8 +25,9 @@ from recursify.checkpoint.dense_names import DenseNames, StoredModule
 from recursify.checkpoint.layerwise import Layerwise
 from recursify.checkpoint.writer import ShardedCheckpoint
 from recursify.evaluation.text import Text, token_windows
+from recursify.progress import Progress
 
-from .converter import Progress, write_factors
+from .converter import write_factors
 from .initialization import average
 from .low_rank import WeightedNorm, regress, share, share_for_residuals
 from .plan import ConversionPlan

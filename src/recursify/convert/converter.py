@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,27 +14,21 @@ from recursify.checkpoint.dense_names import DenseNames, StoredModule
 from recursify.checkpoint.record import write_model_files
 from recursify.checkpoint.writer import ShardedCheckpoint, atomic_folder, check_target
 from recursify.evaluation.text import Text
+from recursify.progress import Progress, silent
 
 from .initialization import average, find_initialization
 from .plan import ConversionPlan
 from .relaxation import find_relaxation
 
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, steps done and steps in all."""
 
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass
-
-
-def convert(
+def write_recursive_model(
     checkpoint: DenseCheckpoint,
     plan: ConversionPlan,
     target: Path,
     *,
     text: Text | None = None,
     overwrite: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the recursive model that ``plan`` describes into ``target``.
 

@@ -1,9 +1,10 @@
-"""Back to stock: a recursive model as a dense checkpoint, or as a stock model with a stock peft adapter."""
+"""Export of recursive models for stock libraries: a dense checkpoint, or a stock model with a peft adapter."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,18 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from recursify.checkpoint.dense_checkpoint import RENAMED, TensorInfo, copy_auxiliary_files
+from recursify.checkpoint.loading import require_recursive
 from recursify.checkpoint.recursive_checkpoint import RecursiveCheckpoint
 from recursify.checkpoint.writer import ShardedCheckpoint, atomic_folder, check_target
 from recursify.errors import ParityError, PlanError
 from recursify.modeling import RecursiveForCausalLM
-
-from .converter import Progress
+from recursify.progress import Progress, silent
 
 OLD_NAMES_ON_DISK = ("gpt_neox",)
-"""Families whose files keep names older than transformers' current ones, so that every version reads them."""
+"""Families written with the parameter names of older transformers versions, which all versions read."""
 
 PEFT_FAMILIES = ("llama", "mistral", "gemma", "phi3")
-"""Families that peft's layer_replication repeats rightly. The others read ``config.layer_types`` by position, which
+"""Families that peft's layer_replication repeats correctly. The others read ``config.layer_types`` by position, which
 peft does not repeat, or keep their layers where it does not look."""
 
 CHECK_TOKENS = 24
@@ -34,20 +35,74 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-1}
 additions differs (measured 2e-5); in half precision the merged weight is rounded once more than the factors were."""
 
 
-def export_dense(folder: Path, target: Path, *, overwrite: bool, progress: Progress) -> dict[str, Any]:
-    """Unroll the recursion and merge each depth's residual into a checkpoint of the dense family, of the dense size.
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """Result of :func:`export_model`.
 
-    Exit heads are left out: a stock model always runs to the end.
+    Attributes:
+        output: Folder of the exported model.
+        format: ``dense`` or ``peft``.
+        architecture: Class of the stock model in transformers.
+        num_bytes: Bytes of weights.
+        left_out: Parts of the recursive model that the export does not have.
+        adapter: Subfolder of the peft adapter.
+        max_logit_difference: Largest difference of logits; None if the check was switched off.
+    """
 
-    Returns:
-        What was written.
+    output: Path
+    format: str
+    architecture: str
+    num_bytes: int
+    left_out: str | None = None
+    adapter: str | None = None
+    max_logit_difference: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data, as ``recursify export --json`` prints it."""
+        facts = {name: value for name, value in vars(self).items() if name != "num_bytes"}
+        return {**facts, "output": str(self.output), "bytes": self.num_bytes}
+
+
+def export_model(
+    model: str | Path,
+    output: str | Path,
+    *,
+    format: str = "dense",
+    check: bool = True,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> ExportResult:
+    """Write a recursive model for stock libraries: no remote code, fixed depth.
+
+    ``dense`` unrolls the recursion and merges each depth's residual into a checkpoint of the dense family and size.
+    ``peft`` writes the ``K`` shared layers as a stock model, and in ``adapter`` a LoRA whose ``layer_replication``
+    runs them once per recursion. Exit heads are not exported.
+
+    Args:
+        model: Folder of the recursive model.
+        output: Folder to write; it appears when it is complete.
+        format: One of :data:`FORMATS`.
+        check: Compare the logits of both models. Both are loaded into memory.
+        overwrite: Replace an existing ``output``.
+        progress: Callback for progress.
 
     Raises:
-        CheckpointError, OutputError: The source is damaged, or the target cannot be written.
-        PlanError: It computes what no stock layers do.
+        PlanError: The format is unknown, or cannot express this model.
+        CheckpointError: The model is damaged.
+        OutputError: The output cannot be written.
+        ParityError: The logits differ by more than rounding.
     """
+    folder, target = require_recursive(model), Path(output)
+    if format not in FORMATS:
+        raise PlanError(f"Unknown format '{format}'. Use one of: {', '.join(FORMATS)}.")
     checkpoint = RecursiveCheckpoint(folder)
     _require_stock_steps(checkpoint)
+    facts = FORMATS[format](checkpoint, target, overwrite, progress)
+    difference = check_export(folder, target, format) if check else None
+    return ExportResult(output=target, format=format, max_logit_difference=difference, **facts)
+
+
+def _export_dense(checkpoint: RecursiveCheckpoint, target: Path, overwrite: bool, progress: Progress) -> dict[str, Any]:
     config = checkpoint.config.dense_config()
     config.dtype = checkpoint.dtype
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
@@ -57,39 +112,28 @@ def export_dense(folder: Path, target: Path, *, overwrite: bool, progress: Progr
         for name, shape in checkpoint.names.dense_parameters.items()
     }
     num_bytes = sum(info.num_bytes for info in tensors.values())
-    check_target(target, folder, overwrite=overwrite, num_bytes=num_bytes)
+    check_target(target, checkpoint.folder, overwrite=overwrite, num_bytes=num_bytes)
     with atomic_folder(target, overwrite=overwrite) as scratch:
         output = ShardedCheckpoint(scratch, tensors)
-        for done, (theirs, mine, module, depth) in enumerate(checkpoint.unrolled()):
-            tensor = checkpoint.read(mine) if module is None else checkpoint.read_depth(module, mine, depth)
-            output.write(renamed.get(theirs, theirs), tensor)
+        for done, (dense_name, name, module, depth) in enumerate(checkpoint.unrolled()):
+            tensor = checkpoint.read(name) if module is None else checkpoint.read_depth(module, name, depth)
+            output.write(renamed.get(dense_name, dense_name), tensor)
             progress("unroll", done + 1, len(tensors))
         output.finish()
         config.save_pretrained(scratch)
-        copy_auxiliary_files(folder, scratch)
-    left_out = [name for name in checkpoint.tensors if name.startswith("exit_heads.")]
+        copy_auxiliary_files(checkpoint.folder, scratch)
+    has_exit_heads = any(name.startswith("exit_heads.") for name in checkpoint.tensors)
     return {
-        "format": "dense",
         "architecture": config.architectures[0],
-        "bytes": num_bytes,
-        "left_out": "exit heads" if left_out else None,
+        "num_bytes": num_bytes,
+        "left_out": "exit heads" if has_exit_heads else None,
     }
 
 
-def export_peft(folder: Path, target: Path, *, overwrite: bool, progress: Progress) -> dict[str, Any]:
-    """A stock model of ``K`` layers in ``target``, and in ``target/adapter`` a peft LoRA that repeats them.
-
-    The adapter's ``layer_replication`` runs the K layers once per recursion on shared base weights, each with its own
-    LoRA and norms. No remote code; fixed depth.
-
-    Raises:
-        PlanError: The layout or family is one that peft cannot repeat.
-    """
-    checkpoint = RecursiveCheckpoint(folder)
-    _require_stock_steps(checkpoint)
+def _export_peft(checkpoint: RecursiveCheckpoint, target: Path, overwrite: bool, progress: Progress) -> dict[str, Any]:
     _require_replicable(checkpoint)
     num_bytes = sum(info.num_bytes for info in checkpoint.tensors.values())
-    check_target(target, folder, overwrite=overwrite, num_bytes=num_bytes)
+    check_target(target, checkpoint.folder, overwrite=overwrite, num_bytes=num_bytes)
     layout = checkpoint.layout
     config = checkpoint.config.dense_config()
     config.num_hidden_layers = layout.block_size
@@ -99,8 +143,8 @@ def export_peft(folder: Path, target: Path, *, overwrite: bool, progress: Progre
         shapes = {name: p.shape for name, p in MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).named_parameters()}
     with atomic_folder(target, overwrite=overwrite) as scratch:
         output = ShardedCheckpoint(scratch, {n: TensorInfo(tuple(s), checkpoint.dtype) for n, s in shapes.items()})
-        for mine, theirs in checkpoint.names.unshared.items():
-            output.write(theirs, checkpoint.read(mine))
+        for name, dense_name in checkpoint.names.unshared.items():
+            output.write(dense_name, checkpoint.read(name))
         for index in range(layout.block_size):
             for module in checkpoint.names.stored_modules(index):
                 for parameter in module.parameters:
@@ -113,25 +157,32 @@ def export_peft(folder: Path, target: Path, *, overwrite: bool, progress: Progre
             progress("share", index + 1, layout.block_size)
         output.finish()
         config.save_pretrained(scratch)
-        copy_auxiliary_files(folder, scratch)
+        copy_auxiliary_files(checkpoint.folder, scratch)
         _write_adapter(checkpoint, scratch / "adapter")
-    return {"format": "peft", "architecture": config.architectures[0], "bytes": num_bytes, "adapter": "adapter"}
+    return {"architecture": config.architectures[0], "num_bytes": num_bytes, "adapter": "adapter"}
+
+
+FORMATS: dict[str, Callable[[RecursiveCheckpoint, Path, bool, Progress], dict[str, Any]]] = {
+    "dense": _export_dense,
+    "peft": _export_peft,
+}
+"""Export formats by name; each writes a folder and returns fields of :class:`ExportResult`."""
 
 
 def _require_stock_steps(checkpoint: RecursiveCheckpoint) -> None:
     config = checkpoint.config
     if config.router is not None:
         raise PlanError(
-            f"'{checkpoint.folder}' has {config.router} routers, and stock layers take every token. Export the model "
-            f"that they were trained on instead."
+            f"'{checkpoint.folder}' has {config.router} routers, and stock layers process every token. Export the "
+            f"model that the routers were added to."
         )
     if config.residual_scale != 1 or config.anderson:
-        what = f"scales its layers' steps by {config.residual_scale:g}"
+        difference = f"scales its layers' updates by {config.residual_scale:g}"
         if config.residual_scale == 1:
-            what = f"mixes {config.anderson} earlier loops into a loop"
+            difference = f"mixes {config.anderson} earlier recursions into each one"
         raise PlanError(
-            f"'{checkpoint.folder}' {what}, which stock layers do not. Export the model that it was made from, or make "
-            f"it again with_recursions(..., residual_scale=1, anderson=0)."
+            f"'{checkpoint.folder}' {difference}, which stock layers cannot do. Export the model that it was made "
+            f"from, or make it with_recursions(..., residual_scale=1, anderson=0)."
         )
 
 
@@ -139,23 +190,23 @@ def _require_replicable(checkpoint: RecursiveCheckpoint) -> None:
     layout, family = checkpoint.layout, checkpoint.config.dense_model_type
     if checkpoint.config.exit_head is not None:
         raise PlanError(
-            "peft's layer_replication has no exits, and this model has exit heads. Use --format dense, which leaves "
-            "them out."
+            "peft's layer_replication does not support exits, and this model has exit heads. Use --format dense, "
+            "which drops them."
         )
-    dense = "Use --format dense, which has no such limit."
+    remedy = "Use --format dense, which has no such limit."
     if layout.order != "cycle" or layout.num_prelude_layers or layout.num_coda_layers:
         raise PlanError(
             f"peft's layer_replication repeats a whole model, and this one is {layout} in {layout.order} order. Only "
-            f"cycle sharing without prelude and coda can be written so. {dense}"
+            f"cycle sharing without prelude and coda can be exported. {remedy}"
         )
     if family not in PEFT_FAMILIES:
         raise PlanError(
-            f"peft's layer_replication does not repeat '{family}' rightly; it does {', '.join(PEFT_FAMILIES)}. {dense}"
+            f"peft's layer_replication does not support '{family}', only {', '.join(PEFT_FAMILIES)}. {remedy}"
         )
 
 
 def _write_adapter(checkpoint: RecursiveCheckpoint, folder: Path) -> None:
-    """Write the LoRA of all depths, their norms and differences of biases, in peft's format; scale 1."""
+    """Write the LoRA factors, norms and bias differences of all depths in peft's format, with scale 1."""
     layout = checkpoint.layout
     folder.mkdir()
     tensors: dict[str, Tensor] = {}
@@ -185,7 +236,7 @@ def _write_adapter(checkpoint: RecursiveCheckpoint, folder: Path) -> None:
                     biases = [checkpoint.read_depth(module, "bias", d) for d in (0, depth)]
                     tensors[f"{stem}.lora_B.bias"] = biases[1] - biases[0]
     rank = max(ranks.values())
-    unlike = {key: value for key, value in ranks.items() if value != rank}
+    other_ranks = {key: value for key, value in ranks.items() if value != rank}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -193,8 +244,8 @@ def _write_adapter(checkpoint: RecursiveCheckpoint, folder: Path) -> None:
         "r": rank,
         "lora_alpha": rank,
         "lora_bias": has_bias,
-        "rank_pattern": unlike,
-        "alpha_pattern": unlike,
+        "rank_pattern": other_ranks,
+        "alpha_pattern": other_ranks,
         "target_modules": sorted({key.rpartition(".")[2] for key in ranks}),
         "modules_to_save": sorted({path.rpartition(".")[2] for path in norms}),
         "layer_replication": [[0, layout.block_size]] * layout.num_recursions,
@@ -204,41 +255,26 @@ def _write_adapter(checkpoint: RecursiveCheckpoint, folder: Path) -> None:
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
-FORMATS: dict[str, Callable[..., dict[str, Any]]] = {"dense": export_dense, "peft": export_peft}
-
-
-def find_format(name: str) -> Callable[..., dict[str, Any]]:
-    """The exporter called ``name``.
-
-    Raises:
-        PlanError: There is none; the message lists those that exist.
-    """
-    if name not in FORMATS:
-        raise PlanError(f"Unknown format '{name}'. Use one of: {', '.join(FORMATS)}.")
-    return FORMATS[name]
-
-
 @torch.inference_mode()
-def check_export(folder: Path, exported: Path, form: str) -> float:
+def check_export(folder: Path, exported: Path, format: str) -> float:
     """Largest difference of logits between a recursive model and its export, over random tokens.
 
     Raises:
-        ParityError: It is larger than rounding explains.
+        ParityError: It exceeds :data:`TOLERANCE`.
     """
     model = RecursiveForCausalLM.from_pretrained(folder).eval()
     stock = AutoModelForCausalLM.from_pretrained(exported).eval()
-    if form == "peft":
+    if format == "peft":
         from peft import PeftModel
 
         stock = PeftModel.from_pretrained(stock, str(exported / "adapter")).eval()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (2, CHECK_TOKENS), generator=generator)
-    mine, theirs = model(ids).logits.float(), stock(ids).logits.float()
-    difference = float((mine - theirs).abs().max())
-    if difference > TOLERANCE[model.dtype] * float(mine.std()):
+    logits, stock_logits = model(ids).logits.float(), stock(ids).logits.float()
+    difference = float((logits - stock_logits).abs().max())
+    if difference > TOLERANCE[model.dtype] * float(logits.std()):
         raise ParityError(
-            f"The export in '{exported}' computes something else: logits differ by {difference:.3g} from '{folder}', "
-            f"whose logits have a standard deviation of {float(mine.std()):.3g}. Please report this with both folders' "
-            f"config.json."
+            f"The export in '{exported}' is wrong: its logits differ from those of '{folder}' by {difference:.3g}, at "
+            f"a standard deviation of {float(logits.std()):.3g}. Please report this with both folders' config.json."
         )
     return difference

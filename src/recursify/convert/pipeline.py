@@ -1,7 +1,8 @@
-"""A conversion from the settings to the figures at its end: what the command line calls, once."""
+"""Conversion of a dense model into a recursive one: plan, convert, check."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ import torch
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, load_tokenizer, open_checkpoint
 from recursify.checkpoint.record import update_record
+from recursify.errors import SettingsError
 from recursify.evaluation.fingerprint import take_fingerprint
-from recursify.evaluation.perplexity import compare
+from recursify.evaluation.perplexity import Comparison, compare
 from recursify.evaluation.text import Text, default_text, read_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
-from recursify.settings import read_settings, require_device
+from recursify.progress import Progress, silent
+from recursify.settings import require_device
 
-from .converter import Progress, convert
+from .converter import write_recursive_model
 from .parity import require_family_parity
 from .plan import SUPPORTED_FAMILIES, ConversionPlan, make_plan
 from .settings import ConversionSettings
@@ -28,86 +31,159 @@ SAMPLE_TOKENS = 24
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """A checkpoint, its plan and the text to calibrate on."""
+class ConversionCheck:
+    """Comparison of a converted model with the dense one on held-out text.
 
-    checkpoint: DenseCheckpoint
+    Attributes:
+        comparison: Perplexities, agreement and KL divergence.
+        text: Name of the text.
+        sample: Greedy continuation of :data:`SAMPLE_PROMPT`; empty without a tokenizer.
+    """
+
+    comparison: Comparison
+    text: str
+    sample: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        return {**self.comparison.to_dict(), "text": self.text, "sample": self.sample}
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """Result of :func:`convert_model`.
+
+    Attributes:
+        output: Folder of the recursive model.
+        plan: Plan that was carried out.
+        record: Contents of ``recursify.json``.
+        check: Comparison with the dense model; None if it was switched off.
+    """
+
+    output: Path
     plan: ConversionPlan
-    text: Text | None
+    record: dict[str, Any]
+    check: ConversionCheck | None
 
-    def write(self, target: Path, *, overwrite: bool, progress: Progress) -> dict[str, Any]:
-        """Run the plan; see :func:`recursify.convert.converter.convert`."""
-        return convert(self.checkpoint, self.plan, target, text=self.text, overwrite=overwrite, progress=progress)
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data, as ``recursify convert --json`` prints it."""
+        check = {} if self.check is None else self.check.to_dict()
+        return {"output": str(self.output), **self.record, "check": check}
 
 
-def make_conversion(
-    source: str,
-    settings: dict[str, Any],
+def plan_conversion(
+    model: str | Path,
     *,
-    config_file: Path | None = None,
+    settings: ConversionSettings | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-) -> Conversion:
-    """Open ``source`` and plan its conversion.
+    **options: Any,
+) -> ConversionPlan:
+    """Plan a conversion without writing anything.
 
     Args:
-        source: A folder, a ``.gguf``, a Hub id, or an embedded model.
-        settings: Fields of :class:`ConversionSettings`; they win over ``config_file``.
-        config_file: YAML with the same fields.
-        revision: Of a Hub id.
-        trust_remote_code: Run code that the folder brings along.
+        model: Folder, ``.gguf`` file, embedded model or Hub id of the dense model.
+        settings: Settings; alternatively, give their fields as keywords.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Permission to run code from the model's folder.
+        **options: Fields of :class:`~recursify.convert.settings.ConversionSettings`.
 
     Raises:
-        RecursifyError: Anything wrong with the model, the settings or the text.
+        RecursifyError: The model, the settings or the text cannot be used.
     """
-    from_file = read_settings(config_file) if config_file else {}
-    chosen = ConversionSettings.from_mapping({**from_file, **settings}, str(config_file or "the settings"))
-    require_device(chosen.device)
-    checkpoint = open_checkpoint(source, revision=revision, trust_remote_code=trust_remote_code)
+    _, plan, _ = _prepare(model, _choose_settings(settings, options), revision, trust_remote_code)
+    return plan
+
+
+def convert_model(
+    model: str | Path,
+    output: str | Path,
+    *,
+    settings: ConversionSettings | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    check: bool = True,
+    overwrite: bool = False,
+    on_plan: Callable[[ConversionPlan], None] | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> ConversionResult:
+    """Convert a dense model into a recursive one.
+
+    Args:
+        model: Folder, ``.gguf`` file, embedded model or Hub id of the dense model.
+        output: Folder to write; it appears when it is complete.
+        settings: Settings; alternatively, give their fields as keywords.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Permission to run code from the model's folder.
+        check: Compare the result with the dense model on held-out text. Both models are loaded into memory.
+        overwrite: Replace an existing ``output``.
+        on_plan: Callback that receives the plan before the conversion starts.
+        progress: Callback for progress.
+        **options: Fields of :class:`~recursify.convert.settings.ConversionSettings`.
+
+    Raises:
+        RecursifyError: The model, the settings, the text or the output cannot be used; nothing was written.
+    """
+    target = Path(output)
+    checkpoint, plan, text = _prepare(model, _choose_settings(settings, options), revision, trust_remote_code)
+    if on_plan is not None:
+        on_plan(plan)
+    record = write_recursive_model(checkpoint, plan, target, text=text, overwrite=overwrite, progress=progress)
+    checked = _check(checkpoint, target, progress) if check else None
+    return ConversionResult(target, plan, record, checked)
+
+
+def _choose_settings(settings: ConversionSettings | None, options: dict[str, Any]) -> ConversionSettings:
+    if settings is None:
+        return ConversionSettings.from_mapping(options, "the settings")
+    if options:
+        raise SettingsError(f"Got both settings and {', '.join(options)}. Give settings or keywords, not both.")
+    return settings
+
+
+def _prepare(
+    model: str | Path, settings: ConversionSettings, revision: str | None, trust_remote_code: bool
+) -> tuple[DenseCheckpoint, ConversionPlan, Text | None]:
+    """Open the dense model, plan its conversion and read the calibration text that the plan needs."""
+    require_device(settings.device)
+    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
     text = None
-    if chosen.calibration_data is None:
+    if settings.calibration_data is None:
+        # By default, a model without a tokenizer is converted without calibration.
         text = default_text("calibration") if _has_tokenizer(checkpoint) else None
-    elif chosen.calibration_data:
-        text = read_text(chosen.calibration_data)
-    plan = make_plan(checkpoint, chosen, text_at_hand=text is not None)
+    elif settings.calibration_data:
+        text = read_text(settings.calibration_data)
+    plan = make_plan(checkpoint, settings, has_text=text is not None)
     if checkpoint.config.model_type not in SUPPORTED_FAMILIES:
         require_family_parity(checkpoint.config)
-    return Conversion(checkpoint, plan, text if plan.needs_text else None)
+    return checkpoint, plan, text if plan.needs_text else None
 
 
 def _has_tokenizer(checkpoint: DenseCheckpoint) -> bool:
-    """Without a tokenizer there is no calibration by default; asked for, it is an error."""
     path = checkpoint.location
     return path is not None and (path.suffix == ".gguf" or any(path.glob("tokenizer*")))
 
 
-def check_conversion(conversion: Conversion, target: Path, *, progress: Progress) -> dict[str, Any]:
-    """Compare what was written with the dense model on held-out text, and let it write a line.
-
-    The figures, and a fingerprint of what the model says, go into ``recursify.json``. Both models are held in memory,
-    in the dtype on disk.
-    """
+def _check(checkpoint: DenseCheckpoint, target: Path, progress: Progress) -> ConversionCheck:
+    """Compare the written model with the dense one; record the figures and a fingerprint of its outputs."""
     model = RecursiveForCausalLM.from_pretrained(target).eval()
-    control = conversion.checkpoint.load_model()
-    if not _has_tokenizer(conversion.checkpoint):
+    dense = checkpoint.load_model()
+    if not _has_tokenizer(checkpoint):
         ids = torch.randint(0, model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-        comparison = compare(model, control, ids)
+        comparison = compare(model, dense, ids)
         update_record(target, fingerprint=take_fingerprint(model.float()).to_dict())
-        return {**comparison.to_dict(), "text": "random tokens (the model has no tokenizer)", "sample": ""}
-    tokenizer = load_tokenizer(conversion.checkpoint)
+        return ConversionCheck(comparison, "random tokens (the model has no tokenizer)", "")
+    tokenizer = load_tokenizer(checkpoint)
     text = default_text("held_out")
     length = min(CHECK_LENGTH, model.config.max_position_embeddings)
     windows = token_windows(tokenizer, text, length, max_tokens=CHECK_WINDOWS * length)
-    comparison = compare(model, control, windows, progress=progress)
+    comparison = compare(model, dense, windows, progress=progress)
     prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt")
-    written = model.generate(**prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
+    sample = model.generate(**prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
     update_record(
         target,
         evaluation=[comparison.as_evaluation(text.name)],
         fingerprint=take_fingerprint(model.float()).to_dict(),
     )
-    return {
-        **comparison.to_dict(),
-        "text": text.name,
-        "sample": tokenizer.decode(written[0], skip_special_tokens=True),
-    }
+    return ConversionCheck(comparison, text.name, tokenizer.decode(sample[0], skip_special_tokens=True))

@@ -170,13 +170,13 @@ def _span(positions) -> str:
     return ", ".join(map(str, positions))
 
 
-def make_plan(checkpoint: DenseCheckpoint, settings: ConversionSettings, *, text_at_hand: bool) -> ConversionPlan:
+def make_plan(checkpoint: DenseCheckpoint, settings: ConversionSettings, *, has_text: bool) -> ConversionPlan:
     """Decide a conversion.
 
     Args:
         checkpoint: The dense model.
         settings: What the user decided.
-        text_at_hand: Whether there is text to calibrate on, which is what ``auto`` turns on.
+        has_text: Whether there is text to calibrate on, which is what ``auto`` turns on.
 
     Raises:
         PlanError: The depth does not fold, a strategy is unknown or needs text that is not there.
@@ -195,7 +195,7 @@ def make_plan(checkpoint: DenseCheckpoint, settings: ConversionSettings, *, text
         num_prelude_layers=settings.num_prelude_layers,
         num_coda_layers=settings.num_coda_layers,
     )
-    settings = _resolve(settings, layout, text_at_hand=text_at_hand)
+    settings = _resolve(settings, layout, has_text=has_text)
     config = _recursive_config(checkpoint.config, layout, settings)
     dtype = checkpoint.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     config.dtype = dtype
@@ -216,7 +216,7 @@ def make_plan(checkpoint: DenseCheckpoint, settings: ConversionSettings, *, text
     )
 
 
-def _resolve(settings: ConversionSettings, layout: LayerLayout, *, text_at_hand: bool) -> ConversionSettings:
+def _resolve(settings: ConversionSettings, layout: LayerLayout, *, has_text: bool) -> ConversionSettings:
     """Replace ``auto`` by what it stands for here."""
     has_residuals = settings.lora_rank > 0 or any(settings.lora_rank_pattern.values())
     initialization, relaxation = settings.initialization, settings.relaxation
@@ -225,13 +225,13 @@ def _resolve(settings: ConversionSettings, layout: LayerLayout, *, text_at_hand:
         initialization = "average" if initialization == "auto" else initialization
         relaxation = "svd" if relaxation == "auto" else relaxation
     if initialization == "auto":
-        initialization = "calibrated" if text_at_hand else "average" if has_residuals else "stepwise"
+        initialization = "calibrated" if has_text else "average" if has_residuals else "stepwise"
     if relaxation == "auto":
-        relaxation = "calibrated" if text_at_hand and initialization == "calibrated" else "svd"
+        relaxation = "calibrated" if has_text and initialization == "calibrated" else "svd"
     needs_text = find_initialization(initialization).needs_text or (
         has_residuals and find_relaxation(relaxation).needs_text
     )
-    if (needs_text or settings.rank_allocation != "uniform") and not text_at_hand:
+    if (needs_text or settings.rank_allocation != "uniform") and not has_text:
         raise PlanError(
             f"initialization '{initialization}', relaxation '{relaxation}' and rank allocation "
             f"'{settings.rank_allocation}' need text to calibrate on. Give --calibration-data, or use "

@@ -12,10 +12,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from recursify.checkpoint.description import draw_layout
+from recursify.checkpoint.description import ModelDescription, draw_layout
 from recursify.checkpoint.origin import Origin
 from recursify.evaluation.tasks import format_score
 from recursify.modeling import MINIMUM_TRANSFORMERS
+
+from .publication import without_local_paths
 
 TAGS = ["recursify", "recursive", "parameter-sharing", "relaxed-recursive-transformer", "custom_code"]
 
@@ -55,7 +57,7 @@ class Card:
 
 
 def write_card(
-    description: dict[str, Any],
+    description: ModelDescription,
     record: dict[str, Any],
     repo_id: str,
     *,
@@ -66,7 +68,7 @@ def write_card(
     """Write the card of a recursive model.
 
     Args:
-        description: From :func:`recursify.checkpoint.description.describe`.
+        description: Facts from the headers of the weights.
         record: ``recursify.json``, without paths of this machine.
         repo_id: Where the model will lie.
         base_model: Hub id of the dense model, where the record does not have it.
@@ -91,7 +93,7 @@ def write_card(
         model_name=repo_id.rpartition("/")[2],
         eval_results=model_index(record) or None,
     )
-    name = origin.hub_id or description["made_from"] or "a dense model"
+    name = origin.hub_id or without_local_paths(description.made_from) or "a dense model"
     sections = [
         f"# {repo_id.rpartition('/')[2]}",
         _introduction(description, name),
@@ -155,39 +157,39 @@ def _hub_datasets(record: dict[str, Any]) -> list[str]:
     return sorted({name for run in record.get("history", []) for name in run.get("hub_datasets", [])})
 
 
-def _introduction(description: dict[str, Any], name: str) -> str:
-    layout, parameters = description["layout"], description["parameters"]
+def _introduction(description: ModelDescription, name: str) -> str:
+    layout, parameters = description.layout, description.parameters
     return (
         f"A *recursive* version of {name}, made with [recursify](https://github.com/recursify/recursify): "
-        f"{layout['unique_layers']} stored layers run as {layout['effective_layers']}, because a block of "
-        f"{layout['block_size']} is applied {layout['num_recursions']} times. It stores "
-        f"{parameters['stored'] / 1e6:,.1f}M parameters and computes with {parameters['effective'] / 1e6:,.1f}M."
+        f"{layout.num_unique_layers} stored layers run as {layout.num_layers}, because a block of "
+        f"{layout.block_size} is applied {layout.num_recursions} times. It stores "
+        f"{parameters.stored / 1e6:,.1f}M parameters and computes with {parameters.effective / 1e6:,.1f}M."
     )
 
 
-def _layout(description: dict[str, Any], picture: str | None) -> str:
+def _layout(description: ModelDescription, picture: str | None) -> str:
     image = f"![Layout]({picture})\n\n" if picture else ""
-    return f"## Layout\n\n{image}```text\n{draw_layout(description)}\n```\n\n{_residuals(description)}"
+    return f"## Layout\n\n{image}```text\n{draw_layout(description.layout)}\n```\n\n{_residuals(description)}"
 
 
-def _residuals(description: dict[str, Any]) -> str:
-    norms = "One set of norms serves all depths." if description["tie_norms"] else "Every depth keeps its own norms."
-    if not description["parameters"]["residuals"]:
+def _residuals(description: ModelDescription) -> str:
+    norms = "One set of norms serves all depths." if description.tie_norms else "Every depth keeps its own norms."
+    if not description.parameters.residuals:
         return f"Depths share their linear maps without residuals. {norms}"
-    own = len(description["lora_rank_pattern"])
+    own = len(description.lora_rank_pattern)
     further = f", {own} maps having ranks of their own" if own else ""
     return (
-        f"Every depth adds a low-rank residual (rank {description['lora_rank']}{further}) to each shared linear map. "
+        f"Every depth adds a low-rank residual (rank {description.lora_rank}{further}) to each shared linear map. "
         f"{norms}"
     )
 
 
-def _sizes(description: dict[str, Any], record: dict[str, Any]) -> str:
-    dense, parameters = record.get("plan", {}).get("dense") or {}, description["parameters"]
-    kv = description["kv_bytes_per_token"]
+def _sizes(description: ModelDescription, record: dict[str, Any]) -> str:
+    dense, parameters = record.get("plan", {}).get("dense") or {}, description.parameters
+    kv = description.kv_bytes_per_token
     rows = [
-        ("parameters", dense.get("num_parameters"), parameters["stored"]),
-        ("bytes of weights", dense.get("num_bytes"), description["bytes"]),
+        ("parameters", dense.get("num_parameters"), parameters.stored),
+        ("bytes of weights", dense.get("num_bytes"), description.num_bytes),
         ("KV cache, bytes per token", dense.get("kv_bytes_per_token"), kv),
     ]
     lines = [f"| {what} | {_count(before)} | {_count(after)} |" for what, before, after in rows]
@@ -198,7 +200,7 @@ def _count(value: int | None) -> str:
     return "not recorded" if value is None else f"{value:,}"
 
 
-def _evaluation(record: dict[str, Any], description: dict[str, Any]) -> str:
+def _evaluation(record: dict[str, Any], description: ModelDescription) -> str:
     entries = record.get("evaluation", [])
     rows = [row for entry in entries for row in _evaluation_rows(entry)]
     runs = [run for run in record.get("history", []) if "perplexity" in run.get("after", {})]
@@ -249,7 +251,7 @@ def _training_rows(run: dict[str, Any]) -> list[str]:
     return rows
 
 
-def _how_to_load(description: dict[str, Any], repo_id: str) -> str:
+def _how_to_load(description: ModelDescription, repo_id: str) -> str:
     lines = [
         "## How to load",
         "",
@@ -265,9 +267,9 @@ def _how_to_load(description: dict[str, Any], repo_id: str) -> str:
         "",
         "Where recursify is installed, `import recursify.modeling` does instead of `trust_remote_code=True`, and "
         f"`recursify export {repo_id.rpartition('/')[2]} -o DIR --format dense` writes a downloaded copy as a stock "
-        f"checkpoint of the {description['family']} family for other servers.",
+        f"checkpoint of the {description.family} family for other servers.",
     ]
-    depths = (description["exits"] or {}).get("depths")
+    depths = description.exits and description.exits.depths
     if depths:
         lines += [
             "",
@@ -305,7 +307,7 @@ def _how_it_was_made(record: dict[str, Any], name: str) -> str:
     return "\n".join(lines)
 
 
-def _limits(description: dict[str, Any]) -> str:
+def _limits(description: ModelDescription) -> str:
     lines = [
         "## Limits",
         "",
@@ -313,6 +315,6 @@ def _limits(description: dict[str, Any]) -> str:
         "- At full depth it computes as much as the dense model, so it is smaller and not faster.",
         "- Perplexity returns before abilities do: try your own task before you rely on it.",
     ]
-    if description["exits"]:
+    if description.exits:
         lines.append("- An early exit is lossy: what it says is not what the whole model says.")
     return "\n".join(lines)

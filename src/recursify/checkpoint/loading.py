@@ -1,0 +1,117 @@
+"""Load a model for inference from a recursive folder, a dense folder, a ``.gguf``, an embedded model or a Hub id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import recursify.modeling  # noqa: F401  (registers recursive models with transformers)
+from recursify.errors import CheckpointError, SettingsError
+from recursify.settings import require_device
+
+from .dense_checkpoint import load_tokenizer, locate, open_checkpoint
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Names of dtypes that a model can be loaded in; ``auto`` is the dtype on disk."""
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    recursions: int | None = None,
+    residual_scale: float | None = None,
+    anderson: int = 0,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model in eval mode and its tokenizer.
+
+    Args:
+        source: Folder, ``.gguf`` file, embedded model or Hub id.
+        dtype: One of :data:`DTYPES`.
+        device: Device for the weights.
+        trust_remote_code: Permission to run code from a dense model's folder.
+        recursions: Number of recursions to run instead of the model's own (recursive models only).
+        residual_scale: Scale of each layer's update under other ``recursions``; None derives it from their number.
+        anderson: Number of earlier recursions that each one is mixed with, under other ``recursions``.
+
+    Raises:
+        CheckpointError: The model cannot be loaded.
+        SettingsError: The dtype or device is unknown, or the model cannot run this number of recursions.
+    """
+    if dtype not in DTYPES:
+        raise SettingsError(f"Unknown dtype '{dtype}'. Use one of: {', '.join(DTYPES)}.")
+    target = require_device(device)
+    path = locate(source)
+    if is_recursive(path):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"'{path}' does not load: {str(error).splitlines()[0]}") from error
+        model = model.to(target).eval()
+    else:
+        checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+        model = checkpoint.load_model(None if dtype == "auto" else getattr(torch, dtype)).to(target)
+        tokenizer = load_tokenizer(checkpoint)
+    if recursions is not None:
+        require_recursive_model(model, source)
+        scale = "auto" if residual_scale is None else residual_scale
+        try:
+            model = model.with_recursions(recursions, residual_scale=scale, anderson=anderson)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+    return model, tokenizer
+
+
+def is_recursive(path: Path) -> bool:
+    """Tell whether ``path`` is the folder of a recursive model."""
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") == "recursive"
+    except (OSError, ValueError):
+        return False
+
+
+def require_recursive(model: str | Path) -> Path:
+    """Return the folder of a recursive model as a path.
+
+    Raises:
+        CheckpointError: ``model`` is not the folder of a recursive model.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no model folder at '{folder}'.")
+    if not is_recursive(folder):
+        raise CheckpointError(
+            f"'{folder}' is not a recursive model (model_type in config.json is not 'recursive'). Convert one with: "
+            f"recursify convert {folder} -o OUTPUT"
+        )
+    return folder
+
+
+def require_recursive_model(loaded: PreTrainedModel, source: str | Path) -> None:
+    """Check that the model loaded from ``source`` is recursive.
+
+    Raises:
+        SettingsError: It is a dense model.
+    """
+    if loaded.config.model_type != "recursive":
+        raise SettingsError(f"'{source}' is a dense model, and this needs a recursive one. Convert it first.")
+
+
+def require_exit(config: Any, source: str | Path, depth: int) -> None:
+    """Check that a model has an exit after ``depth``.
+
+    Raises:
+        SettingsError: There is none.
+    """
+    exits = getattr(config, "exit_depths", ())
+    if depth not in exits:
+        available = f"exits after depths {', '.join(map(str, exits))}" if exits else "no exits"
+        raise SettingsError(f"'{source}' has {available}, so none at --depth {depth}. Omit --depth for full depth.")
