@@ -21,7 +21,7 @@ from recursify.experiments.kernels.grouped_lora import add_depth_lora
 from recursify.experiments.kernels.route import gather_normed, scatter_gated
 from recursify.experiments.kernels.route.reference import gated
 from recursify.kernels.depth_norm import add_and_norm
-from recursify.kernels.exit_head import read_exit
+from recursify.kernels.exit_head import exit_statistics
 from recursify.kernels.paged_attention import attend_pages
 from recursify.kernels.rope_store import store_keys_and_values
 from recursify.kernels.rope_store.reference import rotated
@@ -77,7 +77,7 @@ def exit_head(model: str, rows: int, softcap: float | None = None) -> Specimen:
 
     def build(device: torch.device) -> Forms:
         states, weight = randn(device, rows, size), randn(device, entries, size) / size**0.5
-        return both(read_exit, states, weight, softcap=softcap)
+        return both(exit_statistics, states, weight, softcap=softcap)
 
     case = f"{model}, {rows} rows" + (f", softcap {softcap:g}" if softcap else "")
     return Specimen("exit_head", case, build, WIDTH * size * (entries + rows), 2 * rows * size * entries)
@@ -312,7 +312,7 @@ VARIANTS = [
     Specimen(
         "exit_head",
         "a bias",
-        lambda at: both(read_exit, randn(at, 64, 2304), randn(at, 50_000, 2304), randn(at, 50_000)),
+        lambda at: both(exit_statistics, randn(at, 64, 2304), randn(at, 50_000, 2304), randn(at, 50_000)),
         0,
     ),
     Specimen(

@@ -11,7 +11,7 @@ import torch
 from recursify.experiments.kernels.grouped_lora import add_depth_lora, reference
 from recursify.experiments.kernels.route import GATES, scatter_gated
 from recursify.kernels.dispatch import implementation_on, uses_triton, why_not_triton
-from recursify.kernels.exit_head import read_exit
+from recursify.kernels.exit_head import exit_statistics
 from recursify.kernels.slot_advance import OutputRing, Slots, advance_slots
 from recursify.modeling.recursive_policies import Confidence, Entropy
 from recursify.modeling.recursive_routing import ROUTER_GATES, gated
@@ -38,7 +38,7 @@ def test_exit_head_says_what_policies_compute():
     """The margin is the ``confidence`` policy's, and the entropy the ``entropy`` policy's, of the same logits."""
     states, weight = torch.randn(9, 32), torch.randn(300, 32) / 4
     boundary = type("Boundary", (), {"logits": states @ weight.T})()
-    found = read_exit(states, weight)
+    found = exit_statistics(states, weight)
     torch.testing.assert_close(found.probability_margin, Confidence(0.5).confidence(boundary), atol=1e-5, rtol=1e-4)
     normalized = 1 - found.entropy / torch.tensor(300.0).log()
     torch.testing.assert_close(normalized, Entropy(0.5).confidence(boundary), atol=1e-5, rtol=1e-4)
@@ -91,7 +91,7 @@ def test_a_cpu_takes_the_reference():
     """By itself; Triton asked for there is refused."""
     assert implementation_on(CPU) == "reference"
     with pytest.raises(RuntimeError, match="'triton' cannot run on 'cpu'"):
-        read_exit(torch.zeros(1, 2), torch.zeros(3, 2), implementation="triton")
+        exit_statistics(torch.zeros(1, 2), torch.zeros(3, 2), implementation="triton")
     with pytest.raises(ValueError, match=r"Unknown implementation 'cuda'\. Use one of: auto, reference, triton"):
         uses_triton("cuda", CPU)
 
@@ -120,8 +120,8 @@ for parent in ("recursify.kernels", "recursify.experiments.kernels"):
     for module in pkgutil.iter_modules(importlib.import_module(parent).__path__):
         if module.ispkg:
             importlib.import_module(f"{parent}.{module.name}")
-from recursify.kernels.exit_head import read_exit
-print(read_exit(torch.eye(2), torch.eye(2)).choice.tolist())
+from recursify.kernels.exit_head import exit_statistics
+print(exit_statistics(torch.eye(2), torch.eye(2)).choice.tolist())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "[0, 1]\n", done.stderr

@@ -442,11 +442,11 @@ class Engine:
 
     def _settle(self, residents: SlotManager, chunks: list[Chunk], new: list[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
         """Have tokens that can begin on the device do so; returns the other flights, and the new ones among them."""
-        residents.forget_gone()
+        residents.release_ended()
         settled = set()
         for chunk in new:
-            if chunk.is_new and residents.takes(chunk.request):
-                residents.take(self.scheduler.move_to_device(chunk))
+            if chunk.is_new and residents.can_admit(chunk.request):
+                residents.admit(self.scheduler.move_to_device(chunk))
                 settled.add(chunk)
         return [each for each in chunks if each not in settled], [each for each in new if each not in settled]
 
@@ -454,16 +454,16 @@ class Engine:
         """Iterations on the device, and what was said in them."""
         stats, started = self.stats, self.clock()
         calls, rows, waits = residents.tally
-        replays, looks = residents.calls.replays, residents.num_looks
+        replays, looks = residents.graphs.num_replays, residents.num_syncs
         try:
             times = residents.run(times, stats.mean_recursions if stats.new_tokens > 100 else 1.0)
             if not times:
                 return
-            said = residents.read()
+            said = residents.read_tokens()
         except BaseException:
-            residents.discard()
+            residents.discard_unread()
             raise
-        self.host_sync.count += residents.num_looks - looks
+        self.host_sync.count += residents.num_syncs - looks
         stats.iterations += times
         stats.loop_iterations += times
         stats.block_calls += times
@@ -471,7 +471,7 @@ class Engine:
         stats.slot_calls += residents.tally[0] - calls
         stats.block_rows += residents.tally[1] - rows
         stats.loop_waits += residents.tally[2] - waits
-        stats.graph_replays += residents.calls.replays - replays
+        stats.graph_replays += residents.graphs.num_replays - replays
         stats.kv_bytes = max(stats.kv_bytes, self.kv_cache.bytes_used())
         try:
             self._take_all(map(self._land, said))

@@ -16,7 +16,7 @@ from helpers import python_path
 from helpers.schedules import FAMILIES, expected, model_of, prompt, settings
 from helpers.tiny_models import byte_tokenizer, random_ids, tiny_dense
 from recursify.engine import Engine, SamplingParams, checks
-from recursify.engine.device_loop.cuda_graphs import GraphedCalls
+from recursify.engine.device_loop.cuda_graphs import CudaGraphs
 from recursify.engine.device_loop.loop import DeviceLoop, LoopShape
 from recursify.engine.layers.decoder import adapt_decoder
 from recursify.engine.layers.kv_cache import KVCache
@@ -218,7 +218,7 @@ def test_an_error_in_between_loses_nothing(monkeypatch):
     params = SamplingParams(max_tokens=16, exit=settings(3, "llama", "deferred"), ignore_eos=True)
     ids = [loop.add(prompt, params) for prompt in prompts(6)]
     outputs = [loop.requests[each].output for each in ids]
-    calls, read = [], loop.slot_manager.read
+    calls, read = [], loop.slot_manager.read_tokens
 
     def failing():
         calls.append(1)
@@ -226,7 +226,7 @@ def test_an_error_in_between_loses_nothing(monkeypatch):
             raise KeyboardInterrupt
         return read()
 
-    monkeypatch.setattr(loop.slot_manager, "read", failing)
+    monkeypatch.setattr(loop.slot_manager, "read_tokens", failing)
     while loop.has_work:
         try:
             loop.step()
@@ -343,7 +343,7 @@ def test_slots_are_given_out_again():
             loop.cancel(ids[7])
         if number % 9 == 0 and loop.scheduler.running:
             loop.scheduler.preempt(loop.scheduler.running[-1])
-        if loop.slot_manager.num_residents:
+        if loop.slot_manager.num_requests:
             slots.add(loop.slot_manager._bucket(loop.slot_manager._highest()))
     assert [found for found, each in zip(said(outputs), ids, strict=True) if each != ids[7]] == [
         found for number, found in enumerate(wanted) if number != 7
@@ -451,7 +451,7 @@ def test_the_loop_says_what_generate_says(device, family, kv):
         assert engine.stats.loop_iterations > 0
         assert engine.stats.implementation == ("triton" if device == "cuda" else "reference")
         assert (engine.stats.graph_replays > 0) == (device == "cuda")
-        assert engine.slot_manager.calls.problem is None
+        assert engine.slot_manager.graphs.problem is None
 
 
 class Graph:
@@ -494,21 +494,21 @@ def graphs(monkeypatch):
 
 def test_calls_are_captured_after_the_first_time(graphs):
     """One graph per key: the first calls are the function's own, which warms it up, and capturing computes nothing."""
-    calls = GraphedCalls(torch.device("cuda"))
+    calls = CudaGraphs(torch.device("cuda"))
     called = []
     for key in ("a", "b"):
-        calls.call(key, lambda key=key: called.append(key), 3)
+        calls.run(key, lambda key=key: called.append(key), 3)
         assert called == [key] * 4, "three, and one that was captured"
-        calls.call(key, lambda key=key: called.append(key), 5)
+        calls.run(key, lambda key=key: called.append(key), 5)
         assert called == [key] * 4
         assert graphs[-1].replayed == 5
         called.clear()
-    assert (calls.num_graphs, calls.replays, calls.problem) == (2, 10, None)
+    assert (calls.num_graphs, calls.num_replays, calls.problem) == (2, 10, None)
 
 
 def test_what_cannot_be_captured_runs_without(graphs, caplog):
     """One warning, and everything goes on."""
-    calls = GraphedCalls(torch.device("cuda"))
+    calls = CudaGraphs(torch.device("cuda"))
     called = []
 
     def function() -> None:
@@ -518,9 +518,9 @@ def test_what_cannot_be_captured_runs_without(graphs, caplog):
 
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            calls.call("a", function, 2)
+            calls.run("a", function, 2)
     assert len(called) == 7, "the third of them, which was captured, changed nothing"
-    assert (calls.num_graphs, calls.replays) == (0, 0)
+    assert (calls.num_graphs, calls.num_replays) == (0, 0)
     assert [record.message for record in caplog.records] == [
         "Iterations cannot be captured in CUDA graphs, and run without: "
         "operation not permitted when stream is capturing"

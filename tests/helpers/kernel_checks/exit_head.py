@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from helpers.kernel_bench import Bench
-from recursify.kernels.exit_head import read_exit
+from recursify.kernels.exit_head import exit_statistics
 
 PLANTS = {
     "one entry too many": ("m_v = o_v < V", "m_v = o_v < V + 1", "check_part_of_the_vocabulary"),
@@ -20,9 +20,9 @@ PLANTS = {
 def compare(bench: Bench, rows: int, size: int, entries: int, *, bias=False, softcap=None, vocabulary=None) -> None:
     states, weight = bench.randn(rows, size), bench.randn(entries, size)
     offset = bench.randn(entries) if bias else None
-    found = read_exit(states, weight, offset, softcap=softcap, vocabulary=vocabulary, implementation="triton")
+    found = exit_statistics(states, weight, offset, softcap=softcap, vocabulary=vocabulary, implementation="triton")
     as_float = (states.float(), weight.float(), None if offset is None else offset.float())
-    expected = read_exit(*as_float, softcap=softcap, vocabulary=vocabulary, implementation="reference")
+    expected = exit_statistics(*as_float, softcap=softcap, vocabulary=vocabulary, implementation="reference")
     for name in ("top1", "top2", "log_sum_exp", "entropy", "margin", "probability_margin"):
         bench.assert_close(getattr(found, name), getattr(expected, name), factor=10 if name == "entropy" else 1)
     # Two entries may be nearer to one another than rounding; either is right then.
@@ -48,14 +48,14 @@ def check_part_of_the_vocabulary(bench: Bench) -> None:
     for vocabulary in (2, 333):
         weight = torch.randn(400, 32, generator=bench.generator).to(bench.dtype)
         states = bench.guard(weight[vocabulary : vocabulary + 1] * 4)
-        found = read_exit(states, bench.guard(weight), vocabulary=vocabulary, implementation="triton")
-        expected = read_exit(states.float(), weight[:vocabulary].to(states).float(), implementation="reference")
+        found = exit_statistics(states, bench.guard(weight), vocabulary=vocabulary, implementation="triton")
+        expected = exit_statistics(states.float(), weight[:vocabulary].to(states).float(), implementation="reference")
         bench.assert_close(found.log_sum_exp, expected.log_sum_exp)
 
 
 def check_one_entry(bench: Bench) -> None:
     """It is certain, and there is no second."""
-    found = read_exit(bench.randn(3, 20), bench.randn(1, 20), implementation="triton")
+    found = exit_statistics(bench.randn(3, 20), bench.randn(1, 20), implementation="triton")
     assert found.choice.tolist() == [0, 0, 0]
     assert found.top2.isneginf().all()
     bench.assert_close(found.entropy, torch.zeros(3))
@@ -68,7 +68,7 @@ def check_ties_go_to_the_first(bench: Bench) -> None:
         weight = bench.randint(-2, 2, entries, 16).to(bench.dtype)
         for places in ([entries - 1], [5, 6, entries - 1], [5, entries // 5, entries - 1]):
             weight[places] = 3.0
-            found = read_exit(states, bench.guard(weight), implementation="triton")
+            found = exit_statistics(states, bench.guard(weight), implementation="triton")
             assert found.choice.tolist() == [places[0]] * 2, places
             assert (found.top1 == 48).all()
             assert ((found.top2 == 48) == (len(places) > 1)).all()
@@ -78,6 +78,6 @@ def check_ties_go_to_the_first(bench: Bench) -> None:
 def check_strides(bench: Bench) -> None:
     """Rows of a wider matrix, and a weight that lies the other way."""
     wide, turned = bench.randn(5, 96), bench.randn(48, 200).T
-    found = read_exit(wide[:, :48], turned, implementation="triton")
-    expected = read_exit(wide[:, :48].float(), turned.float(), implementation="reference")
+    found = exit_statistics(wide[:, :48], turned, implementation="triton")
+    expected = exit_statistics(wide[:, :48].float(), turned.float(), implementation="reference")
     bench.assert_close(found.log_sum_exp, expected.log_sum_exp)

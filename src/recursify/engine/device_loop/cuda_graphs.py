@@ -10,7 +10,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 
-class GraphedCalls:
+class CudaGraphs:
     """Calls functions whose shapes and addresses do not change; on a GPU through graphs of them.
 
     Args:
@@ -19,7 +19,7 @@ class GraphedCalls:
 
     Attributes:
         num_graphs: That were made.
-        replays: How often one was replayed.
+        num_replays: How often one was replayed.
         problem: Why graphs are not used, if they should be.
     """
 
@@ -29,10 +29,10 @@ class GraphedCalls:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle() if self._uses_graphs else None
         self._stream = torch.cuda.Stream(device) if self._uses_graphs else None
-        self.num_graphs = self.replays = 0
+        self.num_graphs = self.num_replays = 0
         self.problem: str | None = None
 
-    def call(self, key: Hashable, function: Callable[[], None], times: int) -> None:
+    def run(self, key: Hashable, function: Callable[[], None], times: int) -> None:
         """Call ``function`` so many ``times``.
 
         Args:
@@ -45,7 +45,7 @@ class GraphedCalls:
         if graph is not None:
             for _ in range(times):
                 graph.replay()
-            self.replays += times
+            self.num_replays += times
             return
         for _ in range(times):
             function()

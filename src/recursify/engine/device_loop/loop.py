@@ -27,7 +27,7 @@ from recursify.engine.layers.static_batch import StaticAttentionBatch
 from recursify.engine.page_pool import pages_for
 from recursify.engine.sampler import choose
 from recursify.kernels.dispatch import Implementation
-from recursify.kernels.exit_head import ExitReading, read_exit
+from recursify.kernels.exit_head import ExitStatistics, exit_statistics
 from recursify.kernels.rope_store import store_keys_and_values
 from recursify.kernels.slot_advance import OutputRing, Slots, advance_slots
 from recursify.modeling.recursive_policies import Confidence, Entropy, ExitContext, ExitPolicy
@@ -384,7 +384,7 @@ class DeviceLoop:
                 leaves = leaves | (sure if barred is None else sure & ~barred)
         return leaves & ran
 
-    def _is_sure(self, every: slice, reading: ExitReading | None) -> Tensor:
+    def _is_sure(self, every: slice, reading: ExitStatistics | None) -> Tensor:
         """Whose confidence is above the threshold, ``[S]``."""
         assert self.policy is not None
         depth = self.slots.depth[every].long()
@@ -461,7 +461,7 @@ class DeviceLoop:
         self.choice[owner] = self._choose(shape, states, owner, self._read(states) if shape.reads else None)
         return layout.taken
 
-    def _choose(self, shape: LoopShape, states: Tensor, owner: Tensor, reading: ExitReading | None) -> Tensor:
+    def _choose(self, shape: LoopShape, states: Tensor, owner: Tensor, reading: ExitStatistics | None) -> Tensor:
         """The next tokens of slots ``owner [n]``, as their requests want them: ``[n]``.
 
         A first choice is the reading's, whoever is beside it: in bfloat16 logits that are written are rounded, and
@@ -483,10 +483,10 @@ class DeviceLoop:
         states = self.held[layout.owner, layout.positions % self.width]
         return self.runner.run_static(self.decoder.coda, self._rows(layout, None), states), layout
 
-    def _read(self, states: Tensor) -> ExitReading:
+    def _read(self, states: Tensor) -> ExitStatistics:
         decoder = self.decoder
         assert decoder.head is not None
-        return read_exit(
+        return exit_statistics(
             decoder.norm(states),
             decoder.head.weight,
             decoder.head.bias,

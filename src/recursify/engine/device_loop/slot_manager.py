@@ -21,7 +21,7 @@ from recursify.kernels.dispatch import Implementation
 from recursify.modeling.recursive_decoding import on_device
 from recursify.modeling.recursive_policies import Confidence, Entropy, ExitPolicy
 
-from .cuda_graphs import GraphedCalls
+from .cuda_graphs import CudaGraphs
 from .loop import MOST_ENDS, MOST_FORCED, MOST_PENDING, DeviceLoop, LoopShape, SlotSettings
 
 ROOM = 1.25
@@ -44,7 +44,7 @@ class SlotManager:
 
     Attributes:
         requests: By slot.
-        num_looks: How often the host has waited for the device.
+        num_syncs: How often the host has waited for the device.
         tally: As :class:`~.device_loop.DeviceLoop` counts, when the host looked last.
     """
 
@@ -59,11 +59,11 @@ class SlotManager:
     ) -> None:
         count = scheduler.max_num_seqs
         self.runner, self.scheduler, self.num_device_steps = runner, scheduler, num_device_steps
-        self.num_looks = 0
+        self.num_syncs = 0
         self.loop = DeviceLoop(runner, kv, count, num_device_steps, implementation)
         # PyTorch's forms of some kernels ask the device how much there is to do, and some RoPE how long a text is.
         waits = implementation != "triton" or runner.decoder.rotates_by_length
-        self.calls = GraphedCalls(runner.device, captures=not waits)
+        self.graphs = CudaGraphs(runner.device, captures=not waits)
         self.requests: list[Request | None] = [None] * count
         self._no_ends = torch.full_like(self.loop.ends, -1)
         self._ends = self._no_ends.clone()
@@ -81,7 +81,7 @@ class SlotManager:
     # --- Coming and going ----------------------------------------------------------------------------------------
 
     @property
-    def num_residents(self) -> int:
+    def num_requests(self) -> int:
         return sum(request is not None for request in self.requests)
 
     @property
@@ -92,7 +92,7 @@ class SlotManager:
             depth for depth, request in slots if request is not None and request.id in self.scheduler.device_requests
         ]
 
-    def takes(self, request: Request) -> bool:
+    def can_admit(self, request: Request) -> bool:
         """Whether the next token of ``request`` can run here, and all after it."""
         params, settings, decoder = request.params, request.settings, self.runner.decoder
         if params.logprobs is not None or None not in self.requests:
@@ -132,8 +132,8 @@ class SlotManager:
         settings = (request.settings for request in self.requests if request is not None)
         return next((_kind_of(each.policy) for each in settings if each is not None), None)
 
-    def take(self, request: Request) -> None:
-        """Have the next token of ``request``, which :meth:`takes` says yes to, begin here."""
+    def admit(self, request: Request) -> None:
+        """Have the next token of ``request``, which :meth:`can_admit` says yes to, begin here."""
         slot = self.requests.index(None)
         self.requests[slot] = request
         self._pages_sent[slot] = 0
@@ -170,7 +170,7 @@ class SlotManager:
         held.temperature[slot], held.top_p[slot] = params.temperature, params.top_p
         held.top_k[slot] = params.top_k or 0
 
-    def forget_gone(self) -> None:
+    def release_ended(self) -> None:
         """Slots of requests that have ended, or have lost their pages, are free."""
         for slot, request in enumerate(self.requests):
             if request is not None and request.id not in self.scheduler.device_requests:
@@ -179,7 +179,7 @@ class SlotManager:
     # --- Running -------------------------------------------------------------------------------------------------
 
     def run(self, times: int, recursions: float) -> int:
-        """So many iterations, or a few more; returns how many. :meth:`read` has what comes of them.
+        """So many iterations, or a few more; returns how many. :meth:`read_tokens` has what comes of them.
 
         Where tokens leave early each iteration is enter, block, exit. Where none does, all slots go through the
         recursions together, enter before the first and exit after the last: prelude, coda and readout cost as much for
@@ -189,12 +189,12 @@ class SlotManager:
             times: From 1 to ``num_device_steps``.
             recursions: That tokens run in the mean, as far as is known.
         """
-        self.forget_gone()
+        self.release_ended()
         for request in list(self.requests):
             if request is not None and request.id in self.scheduler.device_requests:
                 self._provide(request, times)
-        self.forget_gone()
-        if not self.num_residents:
+        self.release_ended()
+        if not self.num_requests:
             return 0
         self._close_gaps()
         self._send_settings()
@@ -231,12 +231,12 @@ class SlotManager:
 
     def _is_any_leaving(self, shape: LoopShape) -> bool:
         """Ask the device, where few slots make it likely that none is."""
-        self.num_looks += 1
+        self.num_syncs += 1
         return bool(self.loop.leaving[: shape.slots].any())
 
     def _call(self, part: str, shape: LoopShape, times: int = 1) -> None:
         """A part of an iteration, so many times."""
-        self.calls.call((part, shape, self.loop.policy), partial(getattr(self.loop, part), shape), times)
+        self.graphs.run((part, shape, self.loop.policy), partial(getattr(self.loop, part), shape), times)
 
     def _provide(self, request: Request, times: int) -> None:
         """Pages for the token under way and those that may follow it, or at least for itself."""
@@ -246,7 +246,7 @@ class SlotManager:
 
     def _close_gaps(self) -> None:
         """Move requests to the first slots, where that makes fewer slots do."""
-        count = self.num_residents
+        count = self.num_requests
         if self._bucket(self._highest()) == self._bucket(count):
             return
         sources = [slot for slot, request in enumerate(self.requests) if request is not None and slot >= count]
@@ -309,20 +309,20 @@ class SlotManager:
         exits = max(once, along)
         return LoopShape(slots, once, rows, exits, leaves, samples=any(drawn), reads=not all(drawn))
 
-    def discard(self) -> None:
+    def discard_unread(self) -> None:
         """After an error: what has been said since the last look is lost, and all begin again."""
         for request in self.requests:
             if request is not None and request.id in self.scheduler.device_requests:
                 self.scheduler.preempt(request)
-        self.forget_gone()
+        self.release_ended()
         self._num_read = int(self.loop.ring.counts[0])
 
-    def read(self) -> list[tuple[Request, int, int]]:
+    def read_tokens(self) -> list[tuple[Request, int, int]]:
         """What has been said: requests, tokens, and the depths that those were read after.
 
         A token after the one that ended a text may be among it. The host waits for the device here.
         """
-        self.num_looks += 1
+        self.num_syncs += 1
         loop = self.loop
         ring = loop.ring.entries.flatten().long()
         numbers = torch.cat([ring, loop.ring.counts, loop.tally, loop.slots.depth]).tolist()

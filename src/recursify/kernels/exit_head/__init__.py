@@ -15,12 +15,12 @@ from torch import Tensor
 from recursify.kernels.dispatch import Implementation, uses_triton
 
 from . import reference
-from .reference import ExitReading
+from .reference import ExitStatistics
 
-__all__ = ["ExitReading", "read_exit"]
+__all__ = ["ExitStatistics", "exit_statistics"]
 
 
-def read_exit(
+def exit_statistics(
     states: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -28,7 +28,7 @@ def read_exit(
     softcap: float | None = None,
     vocabulary: int | None = None,
     implementation: Implementation = "auto",
-) -> ExitReading:
+) -> ExitStatistics:
     """First choice, its logit and the next one's, log-sum-exp and entropy of ``softcap · tanh((W h + b) / softcap)``.
 
     Args:
@@ -45,8 +45,8 @@ def read_exit(
     """
     if states.ndim != 2 or weight.ndim != 2 or states.shape[1] != weight.shape[1] or states.dtype != weight.dtype:
         raise ValueError(
-            f"read_exit takes states [N, H] and weight [V, H] of one dtype, got {list(states.shape)} {states.dtype} "
-            f"and {list(weight.shape)} {weight.dtype}."
+            f"exit_statistics takes states [N, H] and weight [V, H] of one dtype, got {list(states.shape)} "
+            f"{states.dtype} and {list(weight.shape)} {weight.dtype}."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have an entry for each of {len(weight)}, got {list(bias.shape)}.")
@@ -57,5 +57,5 @@ def read_exit(
     if uses_triton(implementation, states.device):
         from . import triton
 
-        return triton.read_exit(states, weight, bias, softcap)
-    return reference.read_exit(states, weight, bias, softcap)
+        return triton.exit_statistics(states, weight, bias, softcap)
+    return reference.exit_statistics(states, weight, bias, softcap)

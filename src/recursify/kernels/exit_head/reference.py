@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class ExitReading(NamedTuple):
+class ExitStatistics(NamedTuple):
     """Of ``N`` rows, each ``[N]``.
 
     Attributes:
@@ -40,7 +40,7 @@ class ExitReading(NamedTuple):
         return (self.top1 - self.log_sum_exp).exp() - (self.top2 - self.log_sum_exp).exp()
 
 
-def read_exit(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> ExitReading:
+def exit_statistics(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> ExitStatistics:
     """Of ``states [N, H]``, ``weight [V, H]`` and ``bias [V]``; logits are made in their dtype, the rest in float32."""
     logits = F.linear(states, weight, bias).float()
     if softcap is not None:
@@ -52,4 +52,4 @@ def read_exit(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: floa
     log_p = logits - log_sum_exp[:, None]
     # Where a logit is -inf its probability is 0, and has no part in the entropy.
     entropy = -torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p).sum(-1)
-    return ExitReading(choice, top1, others.amax(-1), log_sum_exp, entropy)
+    return ExitStatistics(choice, top1, others.amax(-1), log_sum_exp, entropy)

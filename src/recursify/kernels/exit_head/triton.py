@@ -17,7 +17,7 @@ from torch import Tensor
 from recursify.kernels.dispatch import programs_to_fill
 from recursify.kernels.triton_math import soft_capped, tile_of
 
-from .reference import ExitReading
+from .reference import ExitStatistics
 
 WAVES = 4
 """Times the programs that a GPU runs at once, so that it ends evenly; the merger holds a row's parts in registers."""
@@ -118,8 +118,8 @@ def merge_parts(tops, choices, sums, choice, readings, N, P, BP: tl.constexpr):
     tl.store(readings + 3 * N + i_n, tl.log(s) - t / s)
 
 
-def read_exit(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> ExitReading:
-    """:func:`recursify.kernels.exit_head.read_exit`, checked there."""
+def exit_statistics(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> ExitStatistics:
+    """:func:`recursify.kernels.exit_head.exit_statistics`, checked there."""
     (rows, size), entries = states.shape, len(weight)
     states, weight = _with_unit_stride(states), _with_unit_stride(weight)
     row_tile, entry_tile = tile_of(rows, 16, 64), tile_of(entries, 16, 128)
@@ -132,7 +132,7 @@ def read_exit(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: floa
     choice = torch.empty(rows, dtype=torch.int64, device=states.device)
     readings = torch.empty(4, rows, dtype=torch.float32, device=states.device)
     if not rows:
-        return ExitReading(choice, *readings)
+        return ExitStatistics(choice, *readings)
     read_parts[(triton.cdiv(rows, row_tile), parts)](
         states,
         weight,
@@ -154,7 +154,7 @@ def read_exit(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: floa
         num_stages=4,
     )
     merge_parts[(rows,)](tops, choices, sums, choice, readings, rows, parts, BP=tile_of(parts), num_warps=4)
-    return ExitReading(choice, *readings)
+    return ExitStatistics(choice, *readings)
 
 
 def _with_unit_stride(matrix: Tensor) -> Tensor:
