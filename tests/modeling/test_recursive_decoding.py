@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import TextStreamer
@@ -14,8 +16,10 @@ from recursify.modeling import (
     KV_MODES,
     AdaptiveThresholds,
     DepthDecoder,
+    ExitLimits,
     ExitSettings,
     RecursiveForCausalLM,
+    exits,
     make_policy,
 )
 
@@ -557,3 +561,46 @@ def test_settings_are_made_from_options():
 def test_options_that_make_no_settings(policy, options, message):
     with pytest.raises(ValueError, match=message):
         ExitSettings.from_options(policy, **options)
+
+
+def test_the_exit_rule_is_one_for_numbers_and_tensors():
+    torch.manual_seed(0)
+    count = 500
+    confidence = torch.rand(count)
+    confidence[:50] = 0.5
+    limits = ExitLimits(
+        depth=torch.randint(0, 4, (count,)),
+        last_depth=torch.full((count,), 3),
+        threshold=torch.where(torch.rand(count) < 0.2, math.inf, 0.5),
+        min_depth=torch.randint(0, 2, (count,)),
+        pending=torch.randint(1, 5, (count,)),
+        max_pending=torch.randint(1, 5, (count,)),
+        forced_depth=torch.randint(-4, 4, (count,)),
+    )
+    found = exits(confidence, limits)
+
+    def rule(sure, depth, last_depth, threshold, min_depth, pending, max_pending, forced_depth):
+        if depth >= last_depth:
+            return True
+        if forced_depth >= 0:
+            return depth >= forced_depth
+        return depth >= min_depth and pending <= max_pending and sure > threshold
+
+    by_token = list(zip(*(values.tolist() for values in limits), strict=True))
+    assert found.tolist() == [rule(sure, *numbers) for sure, numbers in zip(confidence.tolist(), by_token, strict=True)]
+    numbers = [exits(sure, ExitLimits(*token)) for sure, token in zip(confidence.tolist(), by_token, strict=True)]
+    assert found.tolist() == numbers
+    assert {True, False} == set(numbers)
+    on_meta = exits(confidence.to("meta"), ExitLimits(*(values.to("meta") for values in limits)))
+    assert (on_meta.dtype, on_meta.shape) == (torch.bool, (count,))
+
+
+def test_generate_exits_by_the_one_rule(monkeypatch):
+    """The engine's two paths: tests/engine/test_exit_rule.py."""
+    model, inputs = tiny_recursive(), torch.tensor([[5, 6, 7]])
+    settings = ExitSettings(make_policy("confidence", 1.0))
+    found = model.generate(inputs, exit_policy=settings, max_new_tokens=5, return_dict_in_generate=True)
+    assert set(found.exit_depths[0, 1:].tolist()) == {3}
+    monkeypatch.setattr("recursify.modeling.recursive_decoding.exits", lambda _, limits: limits.depth >= 1)
+    found = model.generate(inputs, exit_policy=settings, max_new_tokens=5, return_dict_in_generate=True)
+    assert set(found.exit_depths[0, 1:].tolist()) == {1}

@@ -19,7 +19,7 @@ from .modeling_recursive import (
 from .recursive_decoding import DepthDecoder, ExitGenerateOutput
 from .recursive_exits import EXIT_HEADS, ExitHead, ExitKind
 from .recursive_layout import SHARINGS, LayerLayout, LayerRef, LayoutError
-from .recursive_policies import EXIT_POLICIES, KV_MODES, ExitPolicy, ExitSettings, make_policy
+from .recursive_policies import EXIT_POLICIES, KV_MODES, ExitLimits, ExitPolicy, ExitSettings, exits, make_policy
 from .recursive_routed_cache import RoutedCache
 from .recursive_routing import (
     ROUTED_KV,
@@ -76,6 +76,7 @@ __all__ = [
     "ExitGenerateOutput",
     "ExitHead",
     "ExitKind",
+    "ExitLimits",
     "ExitPolicy",
     "ExitSettings",
     "LayerLayout",
@@ -95,5 +96,6 @@ __all__ = [
     "SpeculationSettings",
     "TokenRouter",
     "UnsupportedFamily",
+    "exits",
     "make_policy",
 ]

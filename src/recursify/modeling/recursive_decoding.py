@@ -14,6 +14,7 @@ This file travels inside every checkpoint: it imports torch and transformers onl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,7 +25,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .recursive_policies import ExitContext, ExitSettings
+from .recursive_policies import ExitContext, ExitLimits, ExitSettings, exits
 
 ATTENTION = ("eager", "sdpa")
 """Attention implementations that take a mask of any shape."""
@@ -288,12 +289,12 @@ class DepthDecoder:
             states = self.advance(depth, rows)[:, -1]
             boundary = self._boundary(depth, states, rows, before)
             here = unfinished if len(rows) == len(unfinished) else unfinished[self._places(rows)[0]]
-            goes_on, exits = torch.stack([here, self._leaves(boundary, rows)]).tolist()
+            goes_on, is_exiting = torch.stack([here, self._decide(boundary, rows)]).tolist()
             for row in [row for row, on in zip(rows, goes_on, strict=True) if not on]:
                 self.rewind(row, 1)
                 self.layers_run[row] = cost[row]
-            leaving = [place for place in range(len(rows)) if goes_on[place] and exits[place]]
-            staying = [place for place in range(len(rows)) if goes_on[place] and not exits[place]]
+            leaving = [place for place in range(len(rows)) if goes_on[place] and is_exiting[place]]
+            staying = [place for place in range(len(rows)) if goes_on[place] and not is_exiting[place]]
             if leaving:
                 left = [rows[place] for place in leaving]
                 outcome.add(left, self._exit_logits(boundary, leaving, left), depth)
@@ -328,29 +329,33 @@ class DepthDecoder:
             self.learning.learn(depth, confidence, choice == logits.argmax(-1), choice >= 0)
         return logits[:, -1]
 
-    def _leaves(self, boundary: ExitContext, rows: list[int]) -> Tensor:
-        """Which of ``rows`` exit, bool ``[s]``."""
+    def _decide(self, boundary: ExitContext, rows: list[int]) -> Tensor:
+        """Decide which of ``rows`` exit, bool ``[s]``."""
         depth = boundary.depth
-        barred = [
-            self.settings[row].policy.simulated
-            or depth < self.settings[row].min_depth
-            or (self.settings[row].kv == "deferred" and self._pending(row) > self.settings[row].max_pending)
-            for row in rows
-        ]
-        if all(barred) and self.learning is None:
+        limits = [self._limits(row, depth) for row in rows]
+        if self.learning is None and not any(exits(math.inf, row) for row in limits):
             return torch.zeros(len(rows), dtype=torch.bool, device=boundary.states.device)
-        steps = max(self.max_length - self.prompt_length, 1)
-        thresholds = [
-            float("inf")
-            if is_barred
-            else self.settings[row].threshold_at(depth, self.num_exits, self.columns[row] - self.prompt_length, steps)
-            for row, is_barred in zip(rows, barred, strict=True)
-        ]
         confidence = self.settings[0].policy.confidence(boundary)
         if self.learning is not None:
             columns = max(self.columns) + 1
             self.readings.note(depth, self._places(rows), columns, confidence, boundary.all_logits.argmax(-1))
-        return confidence > on_device(thresholds, confidence.device, confidence.dtype)
+        by_name = on_device(list(zip(*limits, strict=True)), confidence.device, torch.float32)
+        return exits(confidence, ExitLimits(*by_name))
+
+    def _limits(self, row: int, depth: int) -> ExitLimits:
+        """The limits of the last token of ``row`` after ``depth``."""
+        settings, steps = self.settings[row], max(self.max_length - self.prompt_length, 1)
+        threshold = math.inf  # a simulated policy decides when all depths have run
+        if not settings.policy.simulated:
+            threshold = settings.threshold_at(depth, self.num_exits, self.columns[row] - self.prompt_length, steps)
+        return ExitLimits(
+            depth,
+            self.num_exits,
+            threshold,
+            settings.min_depth,
+            self._pending(row) if settings.kv == "deferred" else 0,
+            settings.max_pending,
+        )
 
     def _pending(self, row: int) -> int:
         """Tokens of ``row``, its last included, that have not run the last segment."""

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, cast, overload
+from typing import Any, ClassVar, NamedTuple, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,40 @@ class ExitContext:
         """``[s]``, of the trained test."""
         assert self._test is not None, "policies that need heads are refused without them"
         return self._test()
+
+
+class ExitLimits(NamedTuple):
+    """The numbers that :func:`exits` compares, each one number or a tensor ``[s]``.
+
+    Attributes:
+        depth: Depth that the token has run.
+        last_depth: Depth after which every token exits.
+        threshold: Confidence above which the token exits; infinite without a policy.
+        min_depth: First depth after which the policy may let it exit.
+        pending: Number of tokens of its sequence, itself included, whose deeper keys and values are deferred.
+        max_pending: Number of them above which the policy does not let it exit.
+        forced_depth: Depth at which the token exits whatever its confidence; negative for none.
+    """
+
+    depth: Any
+    last_depth: Any
+    threshold: Any = math.inf
+    min_depth: Any = 0
+    pending: Any = 0
+    max_pending: Any = 0
+    forced_depth: Any = -1
+
+
+def exits(confidence: Any, limits: ExitLimits) -> Any:
+    """Decide which tokens exit: the one rule for ``generate``, the engine and its device loop.
+
+    Elementwise, for numbers and tensors ``[s]``. It neither branches on data nor synchronizes with the device, so it
+    runs under CUDA graphs. With a confidence of ±infinity it tells whether the confidence matters at all.
+    """
+    free = limits.forced_depth < 0
+    sure = (confidence > limits.threshold) & (limits.depth >= limits.min_depth) & (limits.pending <= limits.max_pending)
+    forced = (limits.forced_depth >= 0) & (limits.forced_depth <= limits.depth)
+    return (free & sure) | forced | (limits.depth >= limits.last_depth)
 
 
 @dataclass(frozen=True)
