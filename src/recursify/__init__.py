@@ -128,8 +128,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Public names, those not imported yet included."""
-    return sorted({*globals(), *__all__})
+    """Public names, including those not imported yet."""
+    return sorted(__all__)
 
 
 register_on_import()

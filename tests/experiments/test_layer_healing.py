@@ -193,9 +193,9 @@ def test_refusals(source, settings, tmp_path):
     """What this stage cannot do, it says before it begins."""
     with pytest.raises(TrainingError, match=r"keeps no checkpoints\. Run it again, with --overwrite"):
         uptrain_model(source, tmp_path / "a", settings=settings, resume=True)
-    with pytest.raises(SettingsError, match="random_recursions: without meaning in stage 'layers'"):
+    with pytest.raises(SettingsError, match="random_recursions: not supported by stage 'layers'"):
         replace(settings, random_recursions=True)
-    with pytest.raises(SettingsError, match="layer_tokens must be above 0, got 0"):
+    with pytest.raises(SettingsError, match="layer_tokens must be a whole number of at least 1, got 0"):
         replace(settings, layer_tokens=0)
     with pytest.raises(SettingsError, match="length 512 is longer than the model's context of 256"):
         uptrain_model(source, tmp_path / "b", settings=replace(settings, length=512))

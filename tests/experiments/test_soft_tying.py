@@ -225,7 +225,7 @@ def test_needs_the_dense_layers(source, tmp_path):
 
 def test_settings_have_ranges():
     """The share of the run that trains the mean is never empty."""
-    with pytest.raises(SettingsError, match=r"tie_fraction must be at least 0 and below 1, got 1\.0"):
+    with pytest.raises(SettingsError, match=r"tie_fraction must be a number of at least 0 and below 1, got 1\.0"):
         UptrainSettings(tie_fraction=1.0)
-    with pytest.raises(SettingsError, match=r"tie_noise must be between 0 and 1, got -1"):
+    with pytest.raises(SettingsError, match=r"tie_noise must be a number of at least 0 and at most 1, got -1"):
         UptrainSettings(tie_noise=-1)

@@ -207,5 +207,5 @@ def test_what_cannot_be_trained_is_refused(source, tmp_path):
         replace(EXITS, exit_loss="kind")
     with pytest.raises(SettingsError, match="Stage 'heal' has no heads to train"):
         replace(BASE, trainable="heads")
-    with pytest.raises(SettingsError, match="exit_weight cannot be negative, got -1"):
+    with pytest.raises(SettingsError, match="exit_weight must be a number of at least 0, got -1"):
         replace(EXITS, exit_weight=-1)

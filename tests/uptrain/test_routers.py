@@ -331,7 +331,7 @@ def test_what_cannot_be_trained_is_refused(source, trained, tmp_path):
         replace(BASE, trainable="routers")
     with pytest.raises(SettingsError, match="Unknown router_balance 'luck'"):
         replace(ROUTED, router_balance="luck")
-    with pytest.raises(SettingsError, match="router_weight cannot be negative, got -1"):
+    with pytest.raises(SettingsError, match="router_weight must be a number of at least 0, got -1"):
         replace(ROUTED, router_weight=-1)
     for stage in ("exits", "tie", "layers"):
         with pytest.raises(SettingsError, match=f"Stage '{stage}' trains a model all of whose tokens run"):

@@ -254,13 +254,13 @@ def test_settings_are_strict():
     assert UptrainSettings.from_mapping({"precision": "bfloat16"}, "here").precision == "bfloat16"
     with pytest.raises(SettingsError, match=r"Unknown key 'learnin_rate' in here\. Did you mean 'learning_rate'"):
         UptrainSettings.from_mapping({"learnin_rate": 1}, "here")
-    with pytest.raises(SettingsError, match="must be a number, got 'fast'"):
+    with pytest.raises(SettingsError, match="learning_rate in here must be a number above 0, got 'fast'"):
         UptrainSettings.from_mapping({"learning_rate": "fast"}, "here")
-    with pytest.raises(SettingsError, match="batch_size must be above 0, got 0"):
+    with pytest.raises(SettingsError, match="batch_size must be a whole number of at least 1, got 0"):
         UptrainSettings(batch_size=0)
     with pytest.raises(SettingsError, match="both 0, so there is nothing to learn"):
         UptrainSettings(ce_weight=0, kl_weight=0)
-    with pytest.raises(SettingsError, match="warmup_fraction must be between 0 and 1, got 3"):
+    with pytest.raises(SettingsError, match="warmup_fraction must be a number of at least 0 and at most 1, got 3"):
         UptrainSettings(warmup_fraction=3)
     with pytest.raises(SettingsError, match=r"Unknown teacher_dtype 'bf16'\. Use one of: auto, float32, bfloat16"):
         UptrainSettings(teacher_dtype="bf16")
@@ -268,7 +268,7 @@ def test_settings_are_strict():
         UptrainSettings(optimizer="hfac", sharding="zero2")
     with pytest.raises(SettingsError, match="Stage 'tie' does not work with sharding 'fsdp2'"):
         UptrainSettings(stage="tie", sharding="fsdp2")
-    with pytest.raises(SettingsError, match="precision, report_to: without meaning in stage 'layers'"):
+    with pytest.raises(SettingsError, match="precision, report_to: not supported by stage 'layers'"):
         UptrainSettings(stage="layers", precision="bfloat16", report_to=("tensorboard",))
 
 
