@@ -31,7 +31,9 @@ IGNORED = re.compile(
     r"`[^`\n]*`|\]\([^)\s]*\)|arXiv\s[\d.]+|(?:transformers|torch|Python|Triton|NumPy|CUDA|capability)\s[<>≥=]*\s*[\d.]+"
     r"|[<>≥]=?\s\d+(?:\.\d+)?|\b\w+[-_]?\d[\w.]*[-_]\w+|\b[A-Za-z]+-?\d[\w.-]*"
 )
-NUMBER = re.compile(r"(?<![\w.,])(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?)(?P<unit>\s?(?:%|×|M\b|B\b))?(?![\w,]*\d)")
+NUMBER = re.compile(
+    r"(?<![\w.,])(?P<digits>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?)(?P<unit>\s?(?:%|×|M\b|B\b))?(?![\w,]*\d)"
+)
 SCALES = {"%": 100.0, "M": 1e-6, "B": 1e-9}
 
 

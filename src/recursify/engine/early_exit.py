@@ -12,12 +12,13 @@ Shape legend: n tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from recursify.modeling import ExitSettings
+from recursify.modeling import ExitLimits, exits
 from recursify.modeling.recursive_decoding import on_device
 from recursify.modeling.recursive_policies import ExitContext
 
@@ -64,47 +65,42 @@ class EarlyExitStage:
     # --- Deciding ------------------------------------------------------------------------------------------------
 
     def _decide(self, chunks: Sequence[Chunk]) -> dict[Chunk, bool]:
-        """Which of the new tokens leave here. One fetch for all that have to be asked."""
-        decided = {chunk: self._is_sure(chunk) for chunk in chunks}
-        asked = [chunk for chunk, sure in decided.items() if sure is None]
+        """Decide which new tokens exit here, with one device-to-host copy for those whose confidence matters."""
+        limits = {chunk: self._limits(chunk) for chunk in chunks}
+        decided = {chunk: bool(exits(-math.inf, limits[chunk])) for chunk in chunks}
         groups: dict[object, list[Chunk]] = {}
-        for chunk in asked:
-            policy = self._settings(chunk).policy
-            groups.setdefault((chunk.depth, type(policy), policy.vocabulary), []).append(chunk)
-        answers = [self._ask(group) for group in groups.values()]
+        for chunk, is_exiting in decided.items():
+            settings = chunk.request.settings
+            if is_exiting or settings is None:
+                continue
+            policy = settings.policy
+            if policy.needs_previous_logits or exits(math.inf, limits[chunk]):
+                groups.setdefault((chunk.depth, type(policy), policy.vocabulary), []).append(chunk)
+        answers = [self._ask(group, [limits[chunk] for chunk in group]) for group in groups.values()]
         if answers:
-            said = self.host_sync.fetch(torch.cat(answers))
             order = [chunk for group in groups.values() for chunk in group]
-            decided.update(zip(order, said, strict=True))
-        return {chunk: bool(leaves) for chunk, leaves in decided.items()}
+            decided.update(zip(order, map(bool, self.host_sync.fetch(torch.cat(answers))), strict=True))
+        return decided
 
-    def _is_sure(self, chunk: Chunk) -> bool | None:
-        """Whether the token leaves, where that does not depend on its states; None where it does."""
+    def _limits(self, chunk: Chunk) -> ExitLimits:
+        """The limits of the chunk's new token at its depth."""
         request, depth = chunk.request, chunk.depth
         params, settings = request.params, request.settings
         if params.forced_depths is not None:
-            number = len(request.exit_depths)
-            return params.forced_depths[number % len(params.forced_depths)] <= depth
-        if params.max_depth is not None and depth >= params.max_depth:
-            return True
+            number = len(request.exit_depths) % len(params.forced_depths)
+            return ExitLimits(depth, self.last_depth, forced_depth=params.forced_depths[number])
+        last_depth = self.last_depth if params.max_depth is None else min(params.max_depth, self.last_depth)
         if settings is None:
-            return False
-        if settings.policy.needs_previous_logits:
-            return None
-        return False if self._is_barred(chunk) else None
-
-    @staticmethod
-    def _settings(chunk: Chunk) -> ExitSettings:
-        """Of a flight that is asked."""
-        settings = chunk.request.settings
-        assert settings is not None
-        return settings
-
-    def _is_barred(self, chunk: Chunk) -> bool:
-        settings = self._settings(chunk)
-        if chunk.depth < settings.min_depth:
-            return True
-        return self.kv == "deferred" and self._pending(chunk) > settings.max_pending
+            return ExitLimits(depth, last_depth)
+        step = chunk.start - request.prompt_length
+        return ExitLimits(
+            depth,
+            last_depth,
+            settings.threshold_at(depth, self.last_depth, step, max(params.max_tokens, 1)),
+            settings.min_depth,
+            self._pending(chunk) if self.kv == "deferred" else 0,
+            settings.max_pending,
+        )
 
     def _pending(self, chunk: Chunk) -> int:
         """Tokens of the request, this one included, that have not run the last recursion and may have to.
@@ -113,9 +109,11 @@ class EarlyExitStage:
         """
         return len(chunk.positions) + sum(len(positions) for positions, _ in chunk.request.deferred.values())
 
-    def _ask(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Which of ``flights``, which have the same kind of policy at the same depth, leave: bool ``[n]``."""
-        runner, depth, policy = self.runner, chunks[0].depth, self._settings(chunks[0]).policy
+    def _ask(self, chunks: Sequence[Chunk], limits: Sequence[ExitLimits]) -> Tensor:
+        """Decide for new tokens at one depth with one kind of policy: bool ``[n]``."""
+        settings = chunks[0].request.settings
+        assert settings is not None
+        runner, depth, policy = self.runner, chunks[0].depth, settings.policy
         states = torch.stack([chunk.states[-1] for chunk in chunks])
         heads = getattr(runner.decoder.model, "exit_heads", None)
         before = None
@@ -138,21 +136,14 @@ class EarlyExitStage:
             vocabulary=policy.vocabulary,
         )
         confidence = policy.confidence(boundary)
-        thresholds = [self._threshold(chunk) for chunk in chunks]
         for number, chunk in enumerate(chunks):
             for name in ("exit_states", "all_logits"):
                 rows = boundary.known(name)
                 setattr(chunk, name.replace("all", "exit"), None if rows is None else rows[number])
             if policy.needs_previous_logits:
                 chunk.previous_logits = boundary.logits[number]
-        return confidence > on_device(thresholds, confidence.device, confidence.dtype)
-
-    def _threshold(self, chunk: Chunk) -> float:
-        if self._is_barred(chunk):
-            return float("inf")
-        request = chunk.request
-        step = chunk.start - request.prompt_length
-        return self._settings(chunk).threshold_at(chunk.depth, self.last_depth, step, max(request.params.max_tokens, 1))
+        by_name = on_device(list(zip(*limits, strict=True)), confidence.device, torch.float32)
+        return exits(confidence, ExitLimits(*by_name))
 
     # --- Moving --------------------------------------------------------------------------------------------------
 

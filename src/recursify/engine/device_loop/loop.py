@@ -30,7 +30,7 @@ from recursify.kernels.dispatch import Implementation
 from recursify.kernels.exit_head import ExitStatistics, exit_statistics
 from recursify.kernels.rope_store import store_keys_and_values
 from recursify.kernels.slot_advance import OutputRing, Slots, advance_slots
-from recursify.modeling.recursive_policies import Confidence, Entropy, ExitContext, ExitPolicy
+from recursify.modeling.recursive_policies import Confidence, Entropy, ExitContext, ExitLimits, ExitPolicy, exits
 
 MOST_PENDING = 64
 """Tokens of a slot that may wait for deeper recursions: as many as exit settings allow by default."""
@@ -302,9 +302,9 @@ class DeviceLoop:
 
     def block(self, shape: LoopShape) -> None:
         """One call of the block, for tokens that have entered and not left; who stays is a recursion deeper then."""
-        barred = self._are_barred(slice(0, shape.slots))
+        pending = self._pending(slice(0, shape.slots))
         ran = self._run_block(shape)
-        leaves = self._test(shape, ran, barred)
+        leaves = self._test(shape, ran, pending)
         self.leaving[: shape.slots] |= leaves
         if shape.leaves:
             self._fill_skipped(shape, leaves)
@@ -360,11 +360,12 @@ class DeviceLoop:
         self.tally += torch.stack([layout.taken.sum(), layout.there.sum(), (goes & ~layout.taken).sum()])
         return layout.taken
 
-    def _test(self, shape: LoopShape, ran: Tensor, barred: Tensor | None) -> Tensor:
-        """Which slots' tokens leave, of those that ``ran [S]``; ``barred [S]`` from leaving by the policy."""
+    def _test(self, shape: LoopShape, ran: Tensor, pending: Tensor | int) -> Tensor:
+        """Decide which tokens exit, bool ``[S]``, of those that ``ran [S]``; ``pending [S]`` tokens are deferred."""
         every = slice(0, shape.slots)
         depth = self.slots.depth[every].long()
-        leaves = depth == self.last
+        confidence: Tensor | float = -math.inf
+        limits = ExitLimits(depth, self.last)
         reading = None
         if self.reads_to_decide:
             states, layout = self._run_coda(shape, ran, shape.rows)
@@ -374,29 +375,33 @@ class DeviceLoop:
             self.choice[every] = torch.where(ran, choice, self.choice[every])
         if shape.leaves:
             settings = self.settings
-            leaves = leaves | (depth >= settings.max_depth[every])
             num_forced = settings.num_forced[every]
             turn = self.number[every] % num_forced.clamp(min=1)
             forced = settings.forced[every].gather(1, turn[:, None])[:, 0]
-            leaves = leaves | ((num_forced > 0) & (forced <= depth))
+            limits = ExitLimits(
+                depth,
+                settings.max_depth[every],
+                settings.thresholds[every].gather(1, depth[:, None])[:, 0],
+                pending=pending,
+                max_pending=settings.max_pending[every],
+                forced_depth=torch.where(num_forced > 0, forced, -1),
+            )
             if self.policy is not None:
-                sure = self._is_sure(every, reading)
-                leaves = leaves | (sure if barred is None else sure & ~barred)
-        return leaves & ran
+                confidence = self._confidence(every, reading)
+        return exits(confidence, limits) & ran
 
-    def _is_sure(self, every: slice, reading: ExitStatistics | None) -> Tensor:
-        """Whose confidence is above the threshold, ``[S]``."""
+    def _confidence(self, every: slice, reading: ExitStatistics | None) -> Tensor:
+        """Confidence of the policy at each token's depth, float32 ``[S]``."""
         assert self.policy is not None
         depth = self.slots.depth[every].long()
-        thresholds = self.settings.thresholds[every].gather(1, depth[:, None])[:, 0]
         if isinstance(self.policy, Confidence):
             assert reading is not None
-            return reading.probability_margin > thresholds
+            return reading.probability_margin
         if isinstance(self.policy, Entropy):
             assert reading is not None
-            return 1 - reading.entropy / math.log(self.decoder.config.vocab_size) > thresholds
+            return 1 - reading.entropy / math.log(self.decoder.config.vocab_size)
         states, heads = self._states(every), getattr(self.decoder.model, "exit_heads", None)
-        sure = torch.zeros_like(depth, dtype=torch.bool)
+        confidence = torch.zeros_like(depth, dtype=torch.float32)
         for at in range(self.last):
             boundary = ExitContext(
                 at,
@@ -407,18 +412,18 @@ class DeviceLoop:
                 previous_logits=None,
                 test=None if heads is None else _agreement(heads[at], states),
             )
-            sure = torch.where(depth == at, self.policy.confidence(boundary) > thresholds, sure)
-        return sure
+            confidence = torch.where(depth == at, self.policy.confidence(boundary).float(), confidence)
+        return confidence
 
-    def _are_barred(self, every: slice) -> Tensor | None:
-        """Whose tokens may not leave because too many wait for deeper recursions, ``[S]``; None where none does.
+    def _pending(self, every: slice) -> Tensor | int:
+        """Number of tokens per slot whose deeper keys and values are deferred, ``[S]``, its current one included.
 
-        Asked before the block runs, which lets some of those go on.
+        It is counted before the block runs, which computes some of them.
         """
         if self.policy is None or not self.catches_up:
-            return None
+            return 0
         run = self.done[every].gather(1, self.settings.max_depth[every][:, None])[:, 0]
-        return self.slots.position[every].long() + 1 - run > self.settings.max_pending[every]
+        return self.slots.position[every].long() + 1 - run
 
     def _fill_skipped(self, shape: LoopShape, leaves: Tensor) -> None:
         """Keys and values of the recursions that tokens skip, where those do not wait for later ones."""
