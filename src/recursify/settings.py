@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
@@ -88,7 +88,7 @@ class Settings:
             try:
                 construct(self, **values)
             except ValidationError as invalid:
-                raise error(_message(cls, invalid)) from None
+                raise _error(cls, invalid) from None
 
         cls.__init__ = __init__  # type: ignore[assignment]
 
@@ -109,7 +109,7 @@ class Settings:
         try:
             return cls.__pydantic_validator__.validate_python({str(key): value for key, value in mapping.items()})
         except ValidationError as invalid:
-            raise cls.error(_message(cls, invalid, where, labels)) from None
+            raise _error(cls, invalid, where, labels) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Values by field name, as JSON has them: tuples become lists."""
@@ -134,6 +134,23 @@ def resolve_settings(kind: type[S], settings: S | None, options: Mapping[str, An
     if options:
         raise SettingsError(f"Got settings and also {', '.join(options)}. Pass all of them in the settings.")
     return settings
+
+
+def check_keys(
+    mapping: Iterable[Any], known: Iterable[str], where: str | None, error: type[RecursifyError] = SettingsError
+) -> None:
+    """Refuse a key that is not ``known``.
+
+    Raises:
+        RecursifyError: The message contains the key, its source, and the nearest known key.
+    """
+    known = list(known)
+    for key in mapping:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
+            hint = f"Did you mean '{nearest[0]}'?" if nearest else f"Known keys: {', '.join(known)}."
+            subject = f"key '{key}' in {where}" if where else f"setting '{key}'"
+            raise error(f"Unknown {subject}. {hint}")
 
 
 def read_settings(file: Path) -> dict[str, Any]:
@@ -219,28 +236,23 @@ def _range(kind: Any, metadata: list[Any]) -> Iterator[str]:
         yield f"of {' and '.join(words)}" if words[0].startswith("at") else " and ".join(words)
 
 
-def _message(
-    cls: type[Settings],
-    invalid: ValidationError,
-    where: str | None = None,
-    labels: Mapping[str, str] | None = None,
-) -> str:
-    """One line on the first error: name, source, value, and the values allowed."""
-    error = invalid.errors(include_url=False)[0]
-    name, value = str(error["loc"][0]), error["input"]
+def _error(
+    cls: type[Settings], invalid: ValidationError, where: str | None = None, labels: Mapping[str, str] | None = None
+) -> RecursifyError:
+    """One line on the first invalid value: name, source, value, and the values allowed."""
+    found = invalid.errors(include_url=False)[0]
+    name, value = str(found["loc"][0]), found["input"]
+    field = cls.__pydantic_fields__.get(name)
+    if field is None:
+        check_keys([name], cls.__pydantic_fields__, where, cls.error)
     source = f" in {where}" if where else ""
     label = (labels or {}).get(name, f"{name}{source}")
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = list(cls.__pydantic_fields__)
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"Did you mean '{nearest[0]}'?" if nearest else f"Known keys: {', '.join(known)}."
-        return f"Unknown {'key' if where else 'setting'} '{name}'{source}. {hint}"
-    if error["type"] == "missing":
-        return f"{label} is missing."
-    if error["type"] == "value_error":
-        return f"{label}: {error['ctx']['error']}"
-    field = cls.__pydantic_fields__[name]
+    if found["type"] == "missing":
+        return cls.error(f"{label} is missing.")
+    if found["type"] == "value_error":
+        return cls.error(f"{label}: {found['ctx']['error']}")
+    assert field is not None
     kind, _ = constraints(field.annotation, field.metadata)
     if typing.get_origin(kind) is Literal:
-        return f"Unknown {(labels or {}).get(name, name)} '{value}'{source}. Use {describe(kind)}."
-    return f"{label} must be {describe(field.annotation, field.metadata)}, got {value!r}."
+        return cls.error(f"Unknown {(labels or {}).get(name, name)} '{value}'{source}. Use {describe(kind)}.")
+    return cls.error(f"{label} must be {describe(field.annotation, field.metadata)}, got {value!r}.")
