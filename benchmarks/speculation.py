@@ -279,7 +279,7 @@ def write_report(setup: dict[str, Any], output: Path, rows: dict[Any, dict[str, 
         )
     head = ["", "batch", "prompts", "tokens equal", "drafts kept", "tokens per round", *SPEED_HEAD]
     return (
-        f"# Draft and check\n\nMade by `python benchmarks/speculation.py`; figures in `{output.name}`, settings and "
+        f"# Draft and verify\n\nMade by `python benchmarks/speculation.py`; figures in `{output.name}`, settings and "
         f"versions in `{output.with_suffix('.json').name}`.\n\n{setup['model_is']}. Greedy, {setup['new_tokens']} new "
         f"tokens after prompts of {PROMPT_LENGTHS[0]} to {PROMPT_LENGTHS[-1]} tokens from {setup['prompts']}; "
         f"{setup['dtype']}, {setup['threads']} thread(s). *Tokens equal*: to the plain output of the same model, up to "
