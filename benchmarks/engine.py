@@ -103,7 +103,7 @@ def report(facts: dict[str, Any], title: str, what: str, file: Path) -> str:
     notes = (
         f"{what} {facts['device']}, {facts['dtype']}, {facts['threads']} thread(s), {facts['clock']}; median of "
         f"{facts['rounds']} rounds in turns; {asked}. *× generate* is beside transformers' `generate` on batches of as "
-        f"many as run at once. *rows wait*: new tokens enter when the deepest has left. Forced exits leave after each "
+        f"many as run at once. *rows wait*: lock-step batching; new tokens enter after the deepest row has exited. Forced exits leave after each "
         f"recursion in parts {parts}, with kv `{facts['kv']}`. *G* is the gain over the engine at full depth, prompts "
         f"and first tokens left out; *G\\** what the costs of the parts allow at most, if they follow the rows, and "
         f"*per call*, if they do not (`src/recursify/engine/ideal.py`); *η* = G / G\\*."
