@@ -103,10 +103,10 @@ def report(facts: dict[str, Any], title: str, what: str, file: Path) -> str:
     notes = (
         f"{what} {facts['device']}, {facts['dtype']}, {facts['threads']} thread(s), {facts['clock']}; median of "
         f"{facts['rounds']} rounds in turns; {asked}. *× generate* is beside transformers' `generate` on batches of as "
-        f"many as run at once. *rows wait*: lock-step batching; new tokens enter after the deepest row has exited. Forced exits leave after each "
-        f"recursion in parts {parts}, with kv `{facts['kv']}`. *G* is the gain over the engine at full depth, prompts "
-        f"and first tokens left out; *G\\** what the costs of the parts allow at most, if they follow the rows, and "
-        f"*per call*, if they do not (`src/recursify/engine/ideal.py`); *η* = G / G\\*."
+        f"many as run at once. *rows wait*: lock-step batching; new tokens enter after the deepest row has exited. "
+        f"Forced exits after each recursion have shares {parts}, with kv `{facts['kv']}`. *G* is the gain over the engine "
+        f"at full depth, prompts and first tokens left out; *G\\** the theoretical speed-up by the costs of the parts, if "
+        f"they follow the number of rows, and *per call*, if they do not (`src/recursify/bench/ideal.py`); *η* = G / G\\*."
     )
     return f"# {title}\n\n{made}\n\n{notes}\n\n{markdown_table(head, lines)}\n"
 
