@@ -293,7 +293,8 @@ def write_report(setup: dict[str, Any], output: Path, rows: dict[Any, dict[str, 
         f"{setup['num_exits']}. {_hits(setup, rows)} "
         f"The other columns: {setup['prompts']} prompts of {PROMPT_LENGTHS[0]} to {PROMPT_LENGTHS[-1]} tokens "
         f"continued by {setup['new_tokens']} each, greedily, one at a time; {setup['dtype']}, {setup['threads']} "
-        f"thread(s). *Left early*: share of new tokens that exited early. *Layers*: that ran per token, those of the coda at exits included, "
+        f"thread(s). *Left early*: share of new tokens that exited early. "
+        f"*Layers*: that ran per token, those of the coda at exits included, "
         f"but no readout. {SPEED_NOTE} The control is plain decoding at full depth.\n\n"
         f"{markdown_table([*head, *SPEED_HEAD], lines)}\n"
     )

@@ -104,9 +104,10 @@ def report(facts: dict[str, Any], title: str, what: str, file: Path) -> str:
         f"{what} {facts['device']}, {facts['dtype']}, {facts['threads']} thread(s), {facts['clock']}; median of "
         f"{facts['rounds']} rounds in turns; {asked}. *× generate* is beside transformers' `generate` on batches of as "
         f"many as run at once. *rows wait*: lock-step batching; new tokens enter after the deepest row has exited. "
-        f"Forced exits after each recursion have shares {parts}, with kv `{facts['kv']}`. *G* is the gain over the engine "
-        f"at full depth, prompts and first tokens left out; *G\\** the theoretical speed-up by the costs of the parts, if "
-        f"they follow the number of rows, and *per call*, if they do not (`src/recursify/bench/ideal.py`); *η* = G / G\\*."
+        f"Forced exits after each recursion have shares {parts}, with kv `{facts['kv']}`. *G* is the gain over the "
+        f"engine at full depth, prompts and first tokens left out; *G\\** the theoretical speed-up by the costs of the "
+        f"parts, if they follow the number of rows, and *per call*, if they do not (`src/recursify/bench/ideal.py`); "
+        f"*η* = G / G\\*."
     )
     return f"# {title}\n\n{made}\n\n{notes}\n\n{markdown_table(head, lines)}\n"
 
