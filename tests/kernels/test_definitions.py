@@ -1,4 +1,4 @@
-"""The references against what models compute: they are what the Triton kernels are compared with."""
+"""The reference implementations against attention, norms and routers of models."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from recursify.experiments.kernels.route import gather_normed
 from recursify.kernels.depth_norm import add_and_norm
+from recursify.kernels.kv_write import store_keys_and_values
 from recursify.kernels.paged_attention import attend_pages
-from recursify.kernels.rope_store import store_keys_and_values
 
 LENGTH, PAGE, DEPTHS, POOL = 11, 4, 3, 9
 
@@ -21,7 +21,7 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 class Prompt:
-    """One text, whose every token went through all depths, in pages and side by side."""
+    """A sequence whose tokens have keys at every depth, in pages and contiguously."""
 
     def __init__(self, offsets: list[int]):
         self.query = torch.randn(LENGTH, 4, 8)
@@ -41,13 +41,13 @@ class Prompt:
         return attend_pages(self.query, *self.pages, tables, depth, self.offsets, lengths, **settings)
 
     def expected(self, depth_of_keys: torch.Tensor, mask: torch.Tensor, **settings) -> torch.Tensor:
-        """Row by row, over the keys that ``depth_of_keys [rows, keys]`` names."""
+        """PyTorch's attention of each row over the keys of depths ``depth_of_keys [rows, keys]``."""
         rows = []
         for row, depths in enumerate(depth_of_keys):
-            keys, values = (held[depths, torch.arange(LENGTH)] for held in (self.keys, self.values))
+            keys, values = (tensor[depths, torch.arange(LENGTH)] for tensor in (self.keys, self.values))
             query = self.query[row : row + 1].transpose(0, 1)[None]
-            given = (query, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], mask[row : row + 1])
-            rows.append(F.scaled_dot_product_attention(*given, enable_gqa=True, **settings)[0, :, 0])
+            inputs = (query, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], mask[row : row + 1])
+            rows.append(F.scaled_dot_product_attention(*inputs, enable_gqa=True, **settings)[0, :, 0])
         return torch.stack(rows)
 
 
@@ -56,7 +56,7 @@ CAUSAL = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
 
 @pytest.mark.parametrize("window", [None, 1, 4, 50])
 def test_a_prompt_at_mixed_depths_is_causal_attention(window):
-    """With pages per depth, each row over the keys of its own."""
+    """With pages per depth, each row attends to the keys of its own depth."""
     prompt = Prompt([0, POOL, 2 * POOL])
     depth = torch.randint(0, DEPTHS, (LENGTH,))
     mask = CAUSAL if window is None else CAUSAL.triu(1 - window)
@@ -71,61 +71,34 @@ def test_shared_keys_are_those_that_were_written_last():
     assert_equal(prompt.attend(torch.randint(0, DEPTHS, (LENGTH,))), prompt.expected(last, CAUSAL))
 
 
-def test_latest_keys_are_of_the_deepest_depth_that_a_token_has():
-    """But of no deeper one than the row's."""
-    prompt = Prompt([0, POOL, 2 * POOL])
-    depth, exited = torch.randint(0, DEPTHS, (LENGTH,)), torch.randint(0, DEPTHS, (LENGTH,))
-    held = torch.full((POOL * PAGE,), 99)
-    held[prompt.slots] = exited
-    found = prompt.attend(depth, exit_depths=held.view(POOL, PAGE))
-    assert_equal(found, prompt.expected(torch.minimum(depth[:, None], exited), CAUSAL))
-
-
-def test_copied_keys_and_looked_up_ones_are_alike():
-    """Writing the keys of an early token at all deeper depths, and looking them up."""
-    prompt = Prompt([0, POOL, 2 * POOL])
-    depth, exited = torch.randint(0, DEPTHS, (LENGTH,)), torch.randint(0, DEPTHS, (LENGTH,))
-    held = torch.zeros(POOL * PAGE, dtype=torch.int8)
-    held[prompt.slots] = exited.to(torch.int8)
-    looked_up = prompt.attend(depth, exit_depths=held.view(POOL, PAGE))
-    keys, values = (made[exited, torch.arange(LENGTH)] for made in (prompt.keys, prompt.values))
-    store_keys_and_values(
-        keys, values, *prompt.pages, prompt.slots, exited, prompt.offsets, count=torch.full((LENGTH,), DEPTHS)
-    )
-    assert_equal(prompt.attend(depth), looked_up)
-
-
 def test_packed_windows_go_by_position():
-    """Every third token is there: a window of 7 positions holds three of them."""
+    """Every third token has keys: a window of 7 positions holds three of them."""
     prompt = Prompt([0, POOL, 2 * POOL])
     positions = 3 * torch.arange(LENGTH)
-    held = torch.zeros(3 * POOL * PAGE, dtype=torch.long)
+    key_positions = torch.zeros(3 * POOL * PAGE, dtype=torch.long)
     depth = torch.ones(LENGTH, dtype=torch.long)
-    held[prompt.slots + POOL * PAGE] = positions
-    found = prompt.attend(depth, window=7, key_positions=held.view(-1, PAGE), positions=positions)
+    key_positions[prompt.slots + POOL * PAGE] = positions
+    found = prompt.attend(depth, window=7, key_positions=key_positions.view(-1, PAGE), positions=positions)
     assert_equal(found, prompt.expected(depth[:, None].expand(-1, LENGTH), CAUSAL.triu(-2)))
 
 
-@pytest.mark.parametrize("rotary", [8, 4])
-def test_stored_keys_are_rotated_as_transformers_does(rotary):
-    """Whole, or in their first part only."""
+def test_keys_are_written_at_the_depth_of_their_row():
+    """A row with a negative slot writes nothing, and slots that no row has stay as they are."""
     key, value = (torch.randn(5, 2, 8) for _ in range(2))
-    angles = torch.randn(5, rotary // 2).repeat(1, 2)
     pages = [torch.zeros(4, PAGE, 2, 8) for _ in range(2)]
     slots, depth, offsets = torch.randperm(8)[:5], torch.tensor([0, 1, 0, 1, 1]), torch.tensor([0, 2])
-    store_keys_and_values(key, value, *pages, slots, depth, offsets, cos=angles.cos(), sin=angles.sin())
-    turned = key.clone()
-    turned[..., :rotary] = apply_rotary_pos_emb(
-        *(2 * [key[None, ..., :rotary]]), angles.cos()[None], angles.sin()[None], unsqueeze_dim=2
-    )[1][0]
-    at = slots + offsets[depth] * PAGE
-    assert_equal(pages[0].flatten(0, 1)[at], turned)
-    assert torch.equal(pages[1].flatten(0, 1)[at], value)
+    slots[3] = -1
+    store_keys_and_values(key, value, *pages, slots, depth, offsets)
+    written = (slots + offsets[depth] * PAGE)[slots >= 0]
+    for new, found in zip((key, value), pages, strict=True):
+        expected = torch.zeros(4 * PAGE, 2, 8)
+        expected[written] = new[slots >= 0]
+        assert torch.equal(found.flatten(0, 1), expected)
 
 
 @pytest.mark.parametrize(("kind", "adds_one"), [(LlamaRMSNorm, False), (GemmaRMSNorm, True)])
 def test_norms_are_those_of_the_families(kind, adds_one):
-    """With one weight per depth."""
+    """One weight per depth."""
     norms = [kind(16, eps=1e-5) for _ in range(DEPTHS)]
     for norm in norms:
         torch.nn.init.normal_(norm.weight)
@@ -138,7 +111,7 @@ def test_norms_are_those_of_the_families(kind, adds_one):
 
 
 def test_gathered_rows_are_normed_as_routers_do():
-    """Without a weight; a negative row is 0."""
+    """No weight is applied, and a negative row gives 0."""
     states = torch.randn(6, 16)
     taken, normed = gather_normed(states, torch.tensor([4, -1, 0]))
     assert torch.equal(taken, torch.stack([states[4], torch.zeros(16), states[0]]))
@@ -147,18 +120,18 @@ def test_gathered_rows_are_normed_as_routers_do():
 
 
 def test_arguments_that_do_not_fit_are_refused():
-    """With what was given."""
+    """Errors name the values that were passed."""
     prompt = Prompt([0, POOL, 2 * POOL])
     depth = torch.zeros(LENGTH, dtype=torch.long)
-    with pytest.raises(ValueError, match="key_positions and positions go together"):
+    with pytest.raises(ValueError, match="key_positions and positions depend on each other"):
         prompt.attend(depth, positions=depth)
-    with pytest.raises(ValueError, match="Rows come in groups of 4, and 11 are no multiple of that"):
-        prompt.attend(depth, group=4)
-    with pytest.raises(ValueError, match="A window has 1 position at least, its own; got 0"):
+    with pytest.raises(ValueError, match="A window must be at least 1, the row's own position; got 0"):
         prompt.attend(depth, window=0)
     with pytest.raises(ValueError, match="depth must have an entry for each of 11 rows, got 10"):
         prompt.attend(depth[1:])
-    key, angles = torch.zeros(5, 2, 8), torch.zeros(5, 10)
-    given = (key, key, *prompt.pages, depth[:5], depth[:5], prompt.offsets)
-    with pytest.raises(ValueError, match=r"an even E of 8 at most, got \[5, 10\]"):
-        store_keys_and_values(*given, cos=angles, sin=angles)
+    key, strided = torch.zeros(5, 2, 8), torch.zeros(8, 2, PAGE, 9).transpose(1, 2)[..., :8]
+    targets = (depth[:5], depth[:5], prompt.offsets)
+    with pytest.raises(ValueError, match=r"got \[5, 2, 8\], \[4, 2, 8\]"):
+        store_keys_and_values(key, key[1:], *prompt.pages, *targets)
+    with pytest.raises(ValueError, match=r"Pages are not contiguous.* Call contiguous\(\) on them"):
+        store_keys_and_values(key, key, strided, strided, *targets)

@@ -1,5 +1,6 @@
-"""Operations of the engine's hot paths that no library has, on tensors alone; nothing here knows of models.
+"""Operations of the engine's hot paths that no library offers. They work on tensors and know nothing of models.
 
-A folder per operation: ``reference.py`` defines it in plain PyTorch, ``triton.py`` is the same in one launch or two,
-and ``__init__.py`` has the function to call, which checks its arguments and picks between them (:mod:`.dispatch`).
+One folder per operation: ``reference.py`` defines it in plain PyTorch, ``triton.py`` does the same in one or two
+launches, and ``__init__.py`` holds the function to call, which checks its arguments and selects one of the two
+(:mod:`.dispatch`).
 """

@@ -416,7 +416,7 @@ def test_an_iteration_does_not_wait_and_has_one_shape(family, kv):
                 for part in (loop.enter, loop.block, loop.exit):
                     part(shape)
         names = {launch.name for launch in launches}
-        assert {"rotate_and_store", "attend_parts", "read_parts", "advance_all"} <= names
+        assert {"store_rows", "attend_parts", "read_parts", "advance_all"} <= names
         assert loop.reads_to_decide == (how == 1)
         assert ("add_norm_rows" in names) == (family != "gpt_neox"), "which has another norm"
 

@@ -28,7 +28,7 @@ from recursify.engine.page_pool import pages_for
 from recursify.engine.sampler import choose
 from recursify.kernels.dispatch import Implementation
 from recursify.kernels.exit_head import ExitStatistics, exit_statistics
-from recursify.kernels.rope_store import store_keys_and_values
+from recursify.kernels.kv_write import store_keys_and_values
 from recursify.kernels.slot_advance import OutputRing, Slots, advance_slots
 from recursify.modeling.recursive_policies import Confidence, Entropy, ExitContext, ExitLimits, ExitPolicy, exits
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from recursify.engine.request import Request
+from recursify.kernels.kv_write import store_keys_and_values
 from recursify.kernels.paged_attention import attend_pages
-from recursify.kernels.rope_store import store_keys_and_values
 from recursify.modeling.recursive_decoding import on_device
 
 from .decoder import PagedLayer

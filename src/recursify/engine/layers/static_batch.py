@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from recursify.kernels.dispatch import Implementation
+from recursify.kernels.kv_write import store_keys_and_values
 from recursify.kernels.paged_attention import attend_pages
-from recursify.kernels.rope_store import store_keys_and_values
 
 from .decoder import PagedLayer
 

@@ -1,15 +1,13 @@
-"""Depth-paged attention in one launch, or two where a row's keys are shared out.
+"""Depth-paged attention in one launch, or two where the keys of a row are split.
 
-A program takes one row, or several that share their keys, one key head and a part of the keys. The rows' query heads
-that share the key head are the rows of its matrix products, so keys are read once. Parts are merged by maxima and sums.
+One program handles one row, one key head and one part of the keys. The query heads that share the key head are the rows
+of its matrix products, so keys are read once. A second launch merges the parts by their maxima and sums.
 
-Shape legend: N rows, L rows that share keys, K key heads, G query heads per key head, D head size, S page size, C
-parts. Locals: ``i_`` program, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` values; ``B*`` tile sizes.
+Shape legend: N rows, K key heads, G query heads per key head, D head size, S page size, C parts. Locals: ``i_``
+program, ``o_`` offsets, ``m_`` mask, ``p_`` pointers, ``b_`` values; ``B*`` tile sizes.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -21,19 +19,7 @@ from recursify.kernels.triton_math import soft_capped, tile_of
 
 MOST_PARTS = 32
 TILES_PER_PART = 4
-"""At least so many tiles of keys are worth a part of their own and its place in the merger."""
-
-
-class Places(NamedTuple):
-    """Which keys each row sees, as :func:`recursify.kernels.paged_attention.attend_pages` has it."""
-
-    block_table: Tensor
-    depth: Tensor
-    page_offsets: Tensor
-    lengths: Tensor
-    exit_depths: Tensor | None
-    key_positions: Tensor | None
-    positions: Tensor | None
+"""Minimum number of key tiles per part; below it, merging costs more than the split saves."""
 
 
 @triton.jit
@@ -45,7 +31,6 @@ def attend_parts(
     depth,
     page_offsets,
     lengths,
-    exit_depths,
     key_positions,
     positions,
     windows,
@@ -58,7 +43,6 @@ def attend_parts(
     stride_table,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
-    L: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -68,36 +52,30 @@ def attend_parts(
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Program ``(i_l, i_k, i_c)``: ``L`` rows from ``i_l · L`` on.
+    """Program ``(i_n, i_k, i_c)``.
 
     Writes ``out [N, K·G, D]`` where ``C`` is 1, else ``parts [N, K·G, C, D]`` and ``sums [N, K·G, C, 2]``.
     """
-    i_l, i_k, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    i_n, i_k, i_c = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     o_g, o_d = tl.arange(0, BG), tl.arange(0, BD)
-    m_g, m_d = o_g < L * G, o_d < D
+    m_g, m_d = o_g < G, o_d < D
     m_q = m_g[:, None] & m_d[None, :]
-    i_n = i_l * L
-    o_n = i_n + o_g // G
-    o_heads = i_k * G + o_g % G
-    p_query = query + o_n[:, None] * stride_query_row + o_heads[:, None] * stride_query_head + o_d[None, :]
+    o_heads = i_k * G + o_g
+    p_query = query + i_n * stride_query_row + o_heads[:, None] * stride_query_head + o_d[None, :]
     b_query = tl.load(p_query, mask=m_q, other=0.0)
-    b_length = tl.load(lengths + o_n, mask=m_g, other=0).to(tl.int32)
-    length = tl.max(b_length, axis=0)
+    length = tl.load(lengths + i_n).to(tl.int32)
     own_depth = tl.load(depth + i_n).to(tl.int32)
     offset = tl.load(page_offsets + own_depth).to(tl.int64)
     first = 0
-    b_first = tl.zeros((BG,), tl.int32)
-    b_oldest = tl.full((BG,), -1, tl.int32)
+    oldest = -1
     if WINDOW is not None or windows is not None:
-        b_width = b_first + WINDOW if windows is None else tl.load(windows + o_n, mask=m_g, other=0).to(tl.int32)
-        # A window of 0 is one that nothing falls out of.
+        width = length * 0 + WINDOW if windows is None else tl.load(windows + i_n).to(tl.int32)
+        # Nothing falls out of a window of 0.
         if key_positions is None:
-            b_first = tl.where(b_width > 0, tl.maximum(b_length - b_width, 0), 0)
-            # A row that sees nothing is no reason to begin early.
-            first = tl.min(tl.where(b_length > 0, b_first, length), axis=0)
+            first = tl.where(width > 0, tl.maximum(length - width, 0), 0)
         else:
-            own = tl.load(positions + o_n, mask=m_g, other=0).to(tl.int32)
-            b_oldest = tl.where(b_width > 0, own - b_width, -1)
+            own = tl.load(positions + i_n).to(tl.int32)
+            oldest = tl.where(width > 0, own - width, -1)
     span = tl.cdiv(tl.cdiv(length - first, BT), C) * BT
     begin = first + i_c * span
     end = tl.minimum(begin + span, length)
@@ -109,25 +87,19 @@ def attend_parts(
         o_t = start + tl.arange(0, BT)
         m_t = o_t < end
         block = tl.load(block_table + i_n * stride_table + o_t // S, mask=m_t, other=0).to(tl.int64)
-        if exit_depths is None:
-            page = block + offset
-        else:
-            exited = tl.load(exit_depths + block * S + o_t % S, mask=m_t, other=0).to(tl.int32)
-            page = block + tl.load(page_offsets + tl.minimum(exited, own_depth), mask=m_t, other=0).to(tl.int64)
-        slot = page * S + o_t % S
-        m_seen = m_t[None, :] & (o_t[None, :] < b_length[:, None]) & (o_t[None, :] >= b_first[:, None])
+        slot = (block + offset) * S + o_t % S
+        m_seen = m_t
         if key_positions is not None:
-            place = tl.load(key_positions + slot, mask=m_t, other=0).to(tl.int32)
-            m_seen = m_seen & (place[None, :] > b_oldest[:, None])
+            m_seen = m_t & (tl.load(key_positions + slot, mask=m_t, other=0).to(tl.int32) > oldest)
         o_slot = (slot * K + i_k)[:, None] * D + o_d[None, :]
         m_slot = m_t[:, None] & m_d[None, :]
         b_keys = tl.load(key_pages + o_slot, mask=m_slot, other=0.0)
         scores = tl.dot(b_query, tl.trans(b_keys), input_precision="ieee") * scale
         if CAP is not None:
             scores = soft_capped(scores, CAP)
-        scores = tl.where(m_seen, scores, -float("inf"))
+        scores = tl.where(m_seen[None, :], scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
-        # Where no key has been seen yet the maximum is -inf, and -inf less -inf is no number.
+        # The maximum is -inf until a key has been seen, and -inf less -inf is NaN.
         safe = tl.where(new_top == -float("inf"), 0.0, new_top)
         weights = tl.exp(scores - safe[:, None])
         shrink = tl.exp(top - safe)
@@ -137,9 +109,9 @@ def attend_parts(
         total = total * shrink + tl.sum(weights, axis=1)
         top = new_top
 
-    # Divided here, also in parts: what is merged is then of the size of the values.
+    # Parts are divided too, so that merged numbers are as large as the values.
     b_out = b_out / tl.where(total > 0, total, 1.0)[:, None]
-    o_rows = o_n * K * G + o_heads
+    o_rows = i_n * K * G + o_heads
     if C == 1:
         tl.store(out + o_rows[:, None] * D + o_d[None, :], b_out.to(out.dtype.element_ty), mask=m_q)
     else:
@@ -151,7 +123,7 @@ def attend_parts(
 
 @triton.jit
 def merge_parts(parts, sums, out, D: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr):
-    """Program ``i``: one row and query head, ``out [i]`` of ``parts [i, C, D]``."""
+    """Program ``i``, one row and query head: ``out [i]`` from ``parts [i, C, D]``."""
     i = tl.program_id(0).to(tl.int64)
     o_c, o_d = tl.arange(0, BC), tl.arange(0, BD)
     m_c, m_d = o_c < C, o_d < D
@@ -165,28 +137,35 @@ def merge_parts(parts, sums, out, D: tl.constexpr, C: tl.constexpr, BC: tl.const
     tl.store(out + i * D + o_d, b_out.to(out.dtype.element_ty), mask=m_d)
 
 
+def num_parts(rows: int, heads: int, keys: int, tile: int, device: torch.device) -> int:
+    """Number of programs that share the ``keys`` of a row, so that few rows still fill ``device``."""
+    most = min(MOST_PARTS, triton.cdiv(keys, tile * TILES_PER_PART))
+    return max(1, min(most, triton.cdiv(programs_to_fill(device), max(1, rows * heads))))
+
+
 def attend_pages(
     query: Tensor,
     key_pages: Tensor,
     value_pages: Tensor,
-    places: Places,
+    block_table: Tensor,
+    depth: Tensor,
+    page_offsets: Tensor,
+    lengths: Tensor,
     scale: float,
     window: int | Tensor | None,
     softcap: float | None,
-    num_splits: int | None,
-    group: int,
+    key_positions: Tensor | None,
+    positions: Tensor | None,
 ) -> Tensor:
-    """:func:`recursify.kernels.paged_attention.attend_pages`, checked there."""
+    """Launch; :func:`recursify.kernels.paged_attention.attend_pages` has checked the arguments."""
     rows, query_heads, size = query.shape
     _, page_size, heads, _ = key_pages.shape
     query = query if query.stride(2) == 1 else query.contiguous()
-    table = places.block_table if places.block_table.stride(1) == 1 else places.block_table.contiguous()
+    table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     width = tile_of(size, 16)
-    # 64 keys of 256 take 200 registers on compute capability 9.0, which leaves room for 2 programs at a time.
+    # 64 keys of size 256 take 200 registers on compute capability 9.0: two programs run at a time.
     tile = 64 if width <= 128 and query.dtype != torch.float32 else 32
-    most = triton.cdiv(table.shape[1] * page_size, tile * TILES_PER_PART)
-    programs = max(1, rows // group * heads)
-    splits = num_splits or min(MOST_PARTS, most, triton.cdiv(programs_to_fill(query.device), programs))
+    splits = num_parts(rows, heads, table.shape[1] * page_size, tile, query.device)
     out = torch.empty(rows, query_heads, size, dtype=query.dtype, device=query.device)
     if not rows:
         return out
@@ -194,41 +173,26 @@ def attend_pages(
     if splits > 1:
         parts = torch.empty(rows, query_heads, splits, size, dtype=torch.float32, device=query.device)
         sums = torch.empty(rows, query_heads, splits, 2, dtype=torch.float32, device=query.device)
-    attend_parts[(rows // group, heads, splits)](
-        query,
-        key_pages,
-        value_pages,
-        table,
-        places.depth,
-        places.page_offsets,
-        places.lengths,
-        places.exit_depths,
-        places.key_positions,
-        places.positions,
-        window if isinstance(window, Tensor) else None,
-        out,
-        parts,
-        sums,
-        scale,
-        query.stride(0),
-        query.stride(1),
-        table.stride(0),
+    attend_parts[(rows, heads, splits)](
+        *(query, key_pages, value_pages, table, depth, page_offsets, lengths, key_positions, positions),
+        *(window if isinstance(window, Tensor) else None, out, parts, sums, scale),
+        *(query.stride(0), query.stride(1), table.stride(0)),
         WINDOW=None if isinstance(window, Tensor) else window,
         CAP=softcap,
-        L=group,
         K=heads,
         G=query_heads // heads,
         D=size,
         S=page_size,
         C=splits,
-        BG=tile_of(group * (query_heads // heads), 16),
+        BG=tile_of(query_heads // heads, 16),
         BT=tile,
         BD=width,
         num_warps=4,
-        num_stages=3,  # one for the page ids, which the other loads wait for
+        num_stages=3,  # one for the page ids, which the other loads depend on
     )
     if splits > 1:
+        tiles = {"BC": tile_of(splits), "BD": width}
         merge_parts[(rows * query_heads,)](
-            parts, sums, out, D=size, C=splits, BC=tile_of(splits), BD=width, num_warps=4 if width > 64 else 2
+            parts, sums, out, D=size, C=splits, **tiles, num_warps=4 if width > 64 else 2
         )
     return out
