@@ -49,8 +49,8 @@ from recursify.convert.pipeline import convert_model
 from recursify.convert.relaxation import RELAXATIONS
 from recursify.engine import Engine, SamplingParams
 from recursify.modeling import EXIT_POLICIES, RecursiveForCausalLM, make_policy
-from recursify.server import ServerSettings
-from recursify.server.sampling import Sampling
+from recursify.server.sampling import SamplingParamsBuilder
+from recursify.server.settings import ServerSettings
 from recursify.uptrain.run import STAGES, uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
@@ -256,7 +256,7 @@ def test_commands_run(page, desk, monkeypatch, capsys):
             # The fresh process takes seconds; once is enough.
             monkeypatch.setattr("recursify.hub.publication.check_loading", lambda folder, record: None)
         if name == "serve":
-            monkeypatch.setattr("recursify.server.serve", serve_once)
+            monkeypatch.setattr("recursify.server.uvicorn_server.run_server", serve_once)
         monkeypatch.setattr("sys.stdin", io.StringIO(command.piped or ("Why?" if name == "chat" else "")))
         code = run(*arguments)
         printed = capsys.readouterr()
@@ -266,10 +266,11 @@ def test_commands_run(page, desk, monkeypatch, capsys):
             assert (desk / output / "config.json").exists(), command
 
 
-def serve_once(build: Callable[[], Engine], settings: ServerSettings, *, address: str, port: int) -> None:
-    """What ``serve`` does, up to the point where it would wait for requests."""
-    leaves = Sampling(settings, (engine := build()).decoder.config, engine.kv, 64).leaving(settings.default_exit)
-    print(engine.generate(["Why?"], SamplingParams(max_tokens=2, **leaves))[0].text, address, port)
+def serve_once(build: Callable[[], Engine], settings: ServerSettings, *, host: str, port: int) -> None:
+    """Do what ``run_server`` does, up to the point where it would wait for requests."""
+    builder = SamplingParamsBuilder(settings, (engine := build()).decoder.config, engine.kv, 64)
+    params = SamplingParams(max_tokens=2, **builder.exit_parameters(builder.default_exit))
+    print(engine.generate(["Why?"], params)[0].text, host, port)
 
 
 def output_of(arguments: list[str]) -> str | None:

@@ -18,9 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from helpers.schedules import model_of
 from helpers.tiny_models import byte_tokenizer
 from recursify.engine import Engine
-from recursify.server import ServerSettings, create_app
+from recursify.server.app import create_app
 from recursify.server.engine_supervisor import EngineSupervisor
-from recursify.server.run import Server, config_of, listen
+from recursify.server.settings import ServerSettings
+from recursify.server.uvicorn_server import Server, listen, uvicorn_config
 
 NAME = "tiny"
 TEMPLATE = (
@@ -72,7 +73,7 @@ class Running:
     """
 
     url: str
-    host: EngineSupervisor
+    supervisor: EngineSupervisor
     server: Server
     thread: threading.Thread
     engines: list[Engine]
@@ -80,7 +81,7 @@ class Running:
     @property
     def client(self) -> openai.OpenAI:
         """OpenAI's client of it."""
-        key = self.host.settings.api_key or "none"
+        key = self.supervisor.settings.api_key or "none"
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
     @property
@@ -90,7 +91,7 @@ class Running:
 
     def metrics(self) -> dict[tuple[str, tuple[str, ...]], float]:
         """All samples, by name and labels."""
-        headers = {"authorization": f"Bearer {self.host.settings.api_key}"}
+        headers = {"authorization": f"Bearer {self.supervisor.settings.api_key}"}
         answer = self.http.get("/metrics", headers=headers)
         assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
         return {
@@ -144,13 +145,13 @@ def running(
     chosen = ServerSettings(**{"model_name": NAME, **settings})
     listener = listen("127.0.0.1", 0)
     app = create_app(builder if own_process else made_here, chosen, own_process=own_process)
-    server = Server(config_of(app, chosen), app.state.host)
+    server = Server(uvicorn_config(app, chosen), app.state.supervisor)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    made = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.host, server, thread, engines)
+    made = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.supervisor, server, thread, engines)
     try:
         if wait:
-            assert eventually(lambda: made.host.state == "ready", 60), made.host.load_error
+            assert eventually(lambda: made.supervisor.state == "ready", 60), made.supervisor.load_error
         yield made
     finally:
         made.stop()

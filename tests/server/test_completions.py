@@ -10,7 +10,6 @@ from helpers.running import NAME, build, running, tokenizer
 from helpers.schedules import model_of
 from recursify.engine import SamplingParams
 from recursify.modeling import ExitSettings, make_policy
-from recursify.server import ExitChoice
 from recursify.server.engine_process.scoring import score_prompt
 
 EXITS = {"policy": "confidence", "threshold": 0.1}
@@ -157,19 +156,19 @@ def test_an_echo_repeats_the_prompt(server, engine):
 
 def test_other_models_and_routed_models(server):
     """A name that is not there is refused; a routed model answers, with the depths that its routers chose."""
-    with pytest.raises(openai.NotFoundError, match="has no such model; it has 'tiny'"):
+    with pytest.raises(openai.NotFoundError, match=r"Model not found\. This server serves 'tiny'"):
         server.client.completions.create(model="gpt-7", prompt="x")
     with running(build("qwen3", "shared")) as routed:
         choice = routed.client.completions.create(model=NAME, prompt="hello", max_tokens=12).choices[0]
         assert len(set(choice.recursify["depths"])) > 1
-        with pytest.raises(openai.BadRequestError, match="has routers, which say how far a token goes"):
+        with pytest.raises(openai.BadRequestError, match="has routers, which decide how far a token goes"):
             routed.client.completions.create(model=NAME, prompt="x", extra_body={"exit": EXITS})
         assert routed.is_idle()
 
 
 def test_a_default_exit_can_be_turned_off():
     """It is for requests that do not say; null says that tokens go all the way."""
-    with running(default_exit=ExitChoice(max_depth=0)) as made:
+    with running(max_depth=0) as made:
         arguments = {"model": NAME, "prompt": "x", "max_tokens": 5, "temperature": 0}
         first = made.client.completions.create(**arguments)
         whole = made.client.completions.create(**arguments, extra_body={"exit": None})

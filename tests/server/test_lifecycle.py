@@ -35,7 +35,7 @@ def test_who_leaves_a_stream_is_cancelled(slow):
     started = time.monotonic()
     assert slow.is_idle()
     assert time.monotonic() - started < 1.0
-    assert slow.host.admission.taken == 0
+    assert slow.supervisor.admission.admitted == 0
 
 
 def test_who_leaves_a_whole_answer_is_cancelled(slow):
@@ -43,7 +43,7 @@ def test_who_leaves_a_whole_answer_is_cancelled(slow):
     with pytest.raises(httpx.ReadTimeout):
         slow.http.post("/v1/completions", json={**LONG, "n": 3}, timeout=0.4)
     assert slow.is_idle()
-    assert slow.host.admission.taken == 0
+    assert slow.supervisor.admission.admitted == 0
 
 
 def test_who_leaves_while_waiting_is_cancelled():
@@ -69,16 +69,16 @@ def test_a_full_queue_says_when_to_come_back():
             assert 1 <= int(answer.headers["retry-after"]) <= 60
             error = answer.json()["error"]
             assert (error["code"], error["type"]) == ("queue_full", "rate_limit_error")
-            assert error["message"].startswith("2 answers are under way")
+            assert error["message"].startswith("2 completions are in progress")
         assert made.is_idle()
         assert made.client.completions.create(**LONG | {"max_tokens": 2}).usage.completion_tokens == 2
-        with pytest.raises(openai.BadRequestError, match="asks for 3 answers, and the server takes 2 at once"):
+        with pytest.raises(openai.BadRequestError, match="asks for 3 completions; this server allows 2 at once"):
             made.client.completions.create(**LONG, n=3)
 
 
 def test_an_answer_that_takes_too_long_is_ended():
     """504, or an event of a stream; no page stays in use."""
-    with running(build(seconds=SLOW), request_seconds=0.5) as made:
+    with running(build(seconds=SLOW), request_timeout=0.5) as made:
         with pytest.raises(openai.APIStatusError, match=r"not ready within 0\.5 seconds") as caught:
             made.client.completions.create(**LONG)
         assert caught.value.status_code == 504
@@ -89,12 +89,12 @@ def test_an_answer_that_takes_too_long_is_ended():
 
 def test_a_reader_who_does_not_read_is_left():
     """His answer is dropped when he has not taken what was sent in time."""
-    with running(build(max_num_seqs=64, num_pages=2048), write_seconds=0.3) as made:
+    with running(build(max_num_seqs=64, num_pages=2048), write_timeout=0.3) as made:
         # Log-probabilities make the events large, so that the buffers between the two fill up.
         body = {**LONG, "logprobs": 20, "n": 16, "stream": True, "prompt": ["x"] * 4, "max_tokens": 200}
         with made.http.stream("POST", "/v1/completions", json=body) as stream:
             assert stream.status_code == 200
-            assert eventually(lambda: made.host.admission.taken == 0, 30)
+            assert eventually(lambda: made.supervisor.admission.admitted == 0, 30)
         assert made.is_idle()
 
 
@@ -114,7 +114,7 @@ def test_it_is_ready_only_when_it_is_loaded():
         assert eventually(lambda: made.server.started)
         for answer in (made.http.get("/health"), made.http.post("/v1/completions", json=LONG)):
             assert answer.status_code == 503
-            assert "The model is being loaded" in answer.text
+            assert "The model is loading" in answer.text
         assert "recursify_up 0.0" in made.http.get("/metrics").text
         assert made.http.post("/restart").status_code == 409
         may_load.set()
@@ -142,7 +142,7 @@ def test_shutting_down_finishes_answers():
 
 def test_shutting_down_tells_those_who_cannot_be_finished():
     """When the time for that is over, every request still gets an answer: that the server ends."""
-    with running(build(seconds=0.1), shutdown_seconds=0.3) as made, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with running(build(seconds=0.1), shutdown_timeout=0.3) as made, concurrent.futures.ThreadPoolExecutor(1) as pool:
         whole = pool.submit(lambda: made.http.post("/v1/completions", json=LONG))
         stream = made.client.completions.create(**LONG, stream=True)
         next(iter(stream))

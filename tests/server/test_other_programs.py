@@ -95,7 +95,7 @@ EXAMPLES = 100
 @pytest.fixture(scope="module")
 def fuzzed():
     """A server for requests that nobody would send; answers are short, and end soon."""
-    with running(build(max_model_len=48), max_tokens=8, max_choices=3, request_seconds=20) as made:
+    with running(build(max_model_len=48), max_tokens=8, max_choices=3, request_timeout=20) as made:
         yield made
 
 

@@ -39,30 +39,34 @@ def refused(answer: httpx.Response, status: int, message: str) -> dict:
         ("completions", {"prompt": "x", "temperature": float("nan")}, "temperature: Input should be a finite number"),
         ("completions", {"prompt": "x", "top_p": 0}, "top_p: Input should be greater than 0"),
         ("completions", {"prompt": "x", "n": 0}, "n: Input should be greater than or equal to 1"),
-        ("completions", {"prompt": "x", "n": 17}, "n: At most 16 choices can be asked for"),
+        ("completions", {"prompt": "x", "n": 17}, "n: At most 16 choices are allowed, got 17"),
         ("completions", {"prompt": "x", "seed": 2**64}, "seed: Input should be less than"),
         ("completions", {"prompt": "x", "seed": "1"}, "seed: Input should be a valid integer"),
         ("completions", {"prompt": "x", "stop": ["a"] * 10_000}, "At most 16 stop strings are allowed, got 10000"),
-        ("completions", {"prompt": "x", "stop": "a" * 129}, "A stop string may have 128 characters"),
+        ("completions", {"prompt": "x", "stop": "a" * 129}, "stop: At most 128 characters per string are allowed"),
         ("completions", {"prompt": "x", "stop": ""}, "stop: String should have at least 1 character"),
         ("completions", {"prompt": "x", "logprobs": 21}, "logprobs: Input should be less than or equal to 20"),
         ("completions", {"prompt": "x", "logprobs": -1}, "logprobs: Input should be greater than or equal to 0"),
-        ("completions", {"prompt": "x", "echo": True, "stream": True}, "echo is not offered with stream=true"),
-        ("completions", {"prompt": "x", "stream_options": {}}, "stream_options is for stream=true"),
-        ("completions", {"prompt": "x", "suffix": "y"}, "suffix is not offered by this server"),
-        ("completions", {"prompt": "x", "tempurature": 1}, "tempurature: This field is not known here"),
-        ("completions", {"prompt": "\ud800"}, "prompt: the text has a lone surrogate"),
+        ("completions", {"prompt": "x", "echo": True, "stream": True}, "echo is not supported with stream=true"),
+        ("completions", {"prompt": "x", "stream_options": {}}, "stream_options requires stream=true"),
+        ("completions", {"prompt": "x", "suffix": "y"}, "suffix is not supported by this server"),
+        ("completions", {"prompt": "x", "tempurature": 1}, "tempurature: Unknown field"),
+        ("completions", {"prompt": "\ud800"}, "prompt: The text has a lone surrogate"),
         ("completions", {"prompt": ""}, "prompt: It has no tokens"),
-        ("completions", {"prompt": []}, "prompt: There is none in the list"),
+        ("completions", {"prompt": []}, "prompt: The list is empty"),
         ("completions", {"prompt": [[1], []]}, "prompt: It has no tokens"),
         ("completions", {"prompt": {"a": 1}}, "prompt: The value has none of the types"),
         ("completions", {"prompt": [999]}, "Token 999 of the prompt is not in the vocabulary of 260"),
         ("completions", {"prompt": [-1]}, "prompt"),
-        ("completions", {"prompt": "x" * 300}, "prompt: It has 300 tokens, and 255 are allowed"),
-        ("completions", {"prompt": ["x"] * 129}, "prompt: At most 128 prompts can be sent at once, got 129"),
+        ("completions", {"prompt": "x" * 300}, "prompt: It has 300 tokens; at most 255 are allowed"),
+        ("completions", {"prompt": ["x"] * 129}, "prompt: At most 128 prompts are allowed, got 129"),
         ("completions", {"prompt": "x", "exit": {"policy": "oracle"}}, "'oracle' is a simulation.*is not served"),
         ("completions", {"prompt": "x", "exit": {"policy": "often"}}, "Unknown exit policy. Use one of: head, conf"),
-        ("completions", {"prompt": "x", "exit": {"threshold": 0.5}}, "are for an exit policy, and none is named"),
+        (
+            "completions",
+            {"prompt": "x", "exit": {"threshold": 0.5}},
+            "exit policies without a policy: threshold",
+        ),
         ("completions", {"prompt": "x", "exit": {"policy": "confidence", "min_depth": 7}}, "no exit after depth 7"),
         ("completions", {"prompt": "x", "exit": {"policy": "confidence", "threshold": 7}}, "threshold"),
         ("completions", {"prompt": "x", "exit": {"policy": "head", "threshold": [0.1] * 3}}, "has 3 thresholds"),
@@ -70,9 +74,9 @@ def refused(answer: httpx.Response, status: int, message: str) -> dict:
         ("completions", {"prompt": "x", "exit": "head"}, "exit: Input should be"),
         ("chat/completions", {**CHAT, "max_completion_tokens": -5}, "max_completion_tokens: Input should be greater"),
         ("chat/completions", {**CHAT, "max_completion_tokens": 9999}, "max_completion_tokens: At most 4096 new"),
-        ("chat/completions", {**CHAT, "top_logprobs": 2}, "top_logprobs is for logprobs=true"),
-        ("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, "tools is not offered by this server"),
-        ("chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, "response_format is not offered"),
+        ("chat/completions", {**CHAT, "top_logprobs": 2}, "top_logprobs requires logprobs=true"),
+        ("chat/completions", {**CHAT, "tools": [{"type": "function"}]}, "tools is not supported by this server"),
+        ("chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, "response_format is not supported"),
     ],
 )
 def test_what_cannot_be_answered_is_a_400(server, path, body, message):
@@ -127,9 +131,9 @@ def test_an_endless_body_is_cut_off(server):
 
 def test_other_addresses_and_methods(server):
     """404 and 405 are errors of the same form."""
-    refused(server.http.get("/v1/nothing"), 404, "There is nothing at this address")
-    refused(server.http.get("/v1/completions"), 405, "does not take that method")
-    refused(server.http.get("/v1/models/other"), 404, "it has 'tiny'")
+    refused(server.http.get("/v1/nothing"), 404, "Not found. See /openapi.json")
+    refused(server.http.get("/v1/completions"), 405, "Method not allowed for this path")
+    refused(server.http.get("/v1/models/other"), 404, "serves 'tiny'")
 
 
 def test_ids_are_kept_if_they_are_fit(server):
@@ -154,7 +158,7 @@ KEY = "correct-horse-battery"
 @pytest.fixture(scope="module")
 def locked():
     """A server with a key, which gives a body half a second."""
-    with running(build(), api_key=KEY, body_seconds=0.5) as made:
+    with running(build(), api_key=KEY, body_timeout=0.5) as made:
         yield made
 
 
@@ -164,9 +168,9 @@ def locked():
         (None, "No API key was sent. Send it as: Authorization: Bearer KEY"),
         ("Bearer", "No API key was sent"),
         (f"Basic {KEY}", "No API key was sent"),
-        ("Bearer wrong", "The API key is not this server's"),
-        (f"Bearer {KEY}x", "The API key is not this server's"),
-        (b"Bearer \xff\xfe", "The API key is not this server's"),
+        ("Bearer wrong", "The API key is not valid for this server"),
+        (f"Bearer {KEY}x", "The API key is not valid for this server"),
+        (b"Bearer \xff\xfe", "The API key is not valid for this server"),
     ],
 )
 def test_without_the_key_there_is_no_answer(locked, sent, message):
@@ -200,7 +204,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(locked):
     head = f"POST /v1/completions HTTP/1.1\nHost: x\nAuthorization: Bearer {KEY}\nContent-Length: 50\n\n"
     found = raw(locked, head, b'{"prompt"')
     assert found.startswith(b"HTTP/1.1 408")
-    assert b"did not come within 0.5 seconds" in found
+    assert b"did not arrive within 0.5 seconds" in found
 
 
 def test_a_body_that_says_it_is_huge_is_not_read(locked):
@@ -220,7 +224,7 @@ def test_headers_without_end_are_cut_off(locked):
 
 def test_logs_have_sizes_and_no_contents(locked, capsys):
     """JSON lines with the request's id; neither prompt, nor answer, nor key, nor address of a mistyped path."""
-    from recursify.server.run import log_to_stderr
+    from recursify.server.uvicorn_server import log_to_stderr
 
     log_to_stderr()
     answer = locked.http.post(

@@ -96,7 +96,7 @@ def test_a_process_serves_until_it_is_told_to_end(served):
     messages = [{"role": "user", "content": "hi"}]
     answer = served.client.chat.completions.create(model="mine", messages=messages, max_tokens=5)
     assert answer.usage.completion_tokens == 5
-    with pytest.raises(openai.AuthenticationError, match="is not this server's"):
+    with pytest.raises(openai.AuthenticationError, match="is not valid for this server"):
         served.client.with_options(api_key="another").models.list()
     long = {"model": "mine", "prompt": "hello", "max_tokens": 200, "temperature": 0}
     expected = served.client.completions.create(**long).choices[0].text
@@ -126,8 +126,8 @@ def test_the_engine_ends_with_its_server(served):
     [
         (["--exit", "oracle"], "'oracle' is a simulation"),
         (["--exit", "head"], "needs exit heads, and the model has none"),
-        (["--threshold", "0.5"], "for an exit policy, and none is named"),
-        (["--api-key", "short"], "at least 8 characters"),
+        (["--threshold", "0.5"], "Options of exit policies without a policy: threshold"),
+        (["--api-key", "short"], "at least 8 ASCII characters"),
     ],
 )
 def test_what_cannot_be_served_is_said(folder, capsys, arguments, message):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from helpers.running import build
 from recursify.errors import EngineError, SettingsError
-from recursify.server import ExitChoice, ServerSettings
-from recursify.server.run import listen
+from recursify.server.app import create_app
+from recursify.server.settings import ServerSettings
+from recursify.server.uvicorn_server import listen
 
 
 @pytest.mark.parametrize(
@@ -14,9 +16,9 @@ from recursify.server.run import listen
     [
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"max_queue": -1}, "max_queue must be at least 0, got -1"),
-        ({"request_seconds": 0}, "request_seconds must be more than 0, got 0"),
-        ({"api_key": "short"}, "must have at least 8 characters"),
-        ({"api_key": "with a space"}, "without spaces"),
+        ({"request_timeout": 0}, "request_timeout must be more than 0, got 0"),
+        ({"api_key": "short"}, "must have at least 8 ASCII characters"),
+        ({"api_key": "with a space"}, "no spaces"),
         ({"api_key": "schlüssel-lang"}, "ASCII"),
     ],
 )
@@ -32,11 +34,11 @@ def test_the_key_is_not_shown():
 
 
 def test_simulations_are_not_served():
-    """A policy that runs everything to know where it could have stopped."""
+    """They run every recursion; the server refuses them before it loads a model."""
     with pytest.raises(SettingsError, match="'oracle' is a simulation"):
-        ExitChoice(policy="oracle")
-    with pytest.raises(SettingsError, match="none is named"):
-        ExitChoice(min_depth=1)
+        create_app(build(), ServerSettings(exit_policy="oracle"))
+    with pytest.raises(SettingsError, match=r"Unknown exit policy\. Use one of: head"):
+        create_app(build(), ServerSettings(exit_policy="often"))
 
 
 def test_a_port_in_use():

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-
-from recursify.errors import SettingsError
 
 from .options import DeviceOption, DtypeOption, ModelArgument, TrustOption
 from .serving_options import (
@@ -78,57 +74,26 @@ def serve_command(
     device: DeviceOption = "cpu",
     trust_remote_code: TrustOption = False,
 ) -> None:
-    server = _server()
-    settings = server.ServerSettings(
-        model_name=name or Path(model).name,
+    from recursify.server.run import serve_model
+
+    serve_model(
+        model,
+        host=host,
+        port=port,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        model_name=name,
         api_key=api_key or None,
-        default_exit=server.ExitChoice(
-            policy=exit_policy, threshold=threshold, min_depth=min_depth, max_depth=max_depth
-        ),
+        exit_policy=exit_policy,
+        threshold=threshold,
+        min_depth=min_depth,
+        max_depth=max_depth,
         max_tokens=max_tokens,
         max_queue=max_queue,
-        request_seconds=request_timeout,
-        shutdown_seconds=shutdown_timeout,
+        request_timeout=request_timeout,
+        shutdown_timeout=shutdown_timeout,
+        max_num_seqs=max_num_seqs,
+        kv_cache_memory_bytes=kv_cache_memory_bytes,
+        max_model_len=max_model_len,
     )
-    build = partial(
-        make_engine,
-        model,
-        {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code},
-        {"max_num_seqs": max_num_seqs, "kv_cache_memory_bytes": kv_cache_memory_bytes, "max_model_len": max_model_len},
-    )
-    server.serve(build, settings, address=host, port=port)
-
-
-def make_engine(source: str, loading: dict[str, Any], limits: dict[str, Any]) -> Any:
-    """An engine over what is at ``source``; called in the process that it runs in.
-
-    Args:
-        source: See :func:`~recursify.cli.models.load_model`.
-        loading: Its other arguments.
-        limits: The engine's.
-
-    Raises:
-        CheckpointError: The model cannot be loaded.
-        SettingsError: Unknown dtype or device.
-        EngineError: It has no room.
-    """
-    from recursify.engine import Engine
-
-    from .models import load_model
-
-    return Engine(*load_model(source, **loading), **limits)
-
-
-def _server() -> Any:
-    """The package, if what it needs is there.
-
-    Raises:
-        SettingsError: It is not installed.
-    """
-    try:
-        import recursify.server
-    except ModuleNotFoundError as error:
-        raise SettingsError(
-            f"recursify serve needs {error.name}, which is not installed. Type: pip install 'recursify[serve]'"
-        ) from error
-    return recursify.server

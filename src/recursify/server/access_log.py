@@ -1,6 +1,6 @@
-"""Logs of one JSON object per line, and the id by which a request is found in them.
+"""Access log: one JSON object per line, and the id that identifies a request in it.
 
-What callers write and what they are told is never logged, nor are headers: only sizes, times and outcomes.
+The log contains sizes, times and outcomes, and never a prompt, a completion, a header or an unknown path.
 """
 
 from __future__ import annotations
@@ -19,45 +19,45 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("recursify.server")
 
-FIT = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-"""Ids that are taken over from a caller's ``X-Request-Id``."""
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+"""Pattern of values of ``X-Request-Id`` that are accepted from clients."""
 
-_current: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("facts of the request")
+_fields: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("fields of the current request's log entry")
 
 
-class JsonLines(logging.Formatter):
-    """A record as a line of JSON."""
+class JsonFormatter(logging.Formatter):
+    """Formats a record as a line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
             "level": record.levelname.lower(),
             "event": record.getMessage(),
-            **getattr(record, "facts", {}),
+            **getattr(record, "fields", {}),
         }
         if record.exc_info and record.exc_info[1] is not None:
             line["traceback"] = "".join(traceback.format_exception(record.exc_info[1]))
         return json.dumps(line)
 
 
-def log_event(level: str, event: str, *, exception: BaseException | None = None, **facts: Any) -> None:
-    """Log ``event`` with its facts."""
+def log_event(level: str, event: str, *, exception: BaseException | None = None, **fields: Any) -> None:
+    """Log ``event`` with ``fields``."""
     number = logging.getLevelNamesMapping()[level.upper()]
-    logger.log(number, event, extra={"facts": facts}, exc_info=exception)
+    logger.log(number, event, extra={"fields": fields}, exc_info=exception)
 
 
-def note(**facts: Any) -> None:
-    """Add to what will be logged of the request that is being answered."""
-    _current.get({}).update(facts)
+def add_log_fields(**fields: Any) -> None:
+    """Add fields to the log entry of the current request."""
+    _fields.get({}).update(fields)
 
 
 def request_id_of(scope: MutableMapping[str, Any]) -> str:
-    """The request's id."""
+    """Return the id of a request."""
     return scope.get("recursify_request_id", "unknown")
 
 
-class RequestLog:
-    """Gives every request an id, and logs it when it has been answered."""
+class AccessLogMiddleware:
+    """Gives every request an id, and logs the request when it ends."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -66,11 +66,11 @@ class RequestLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
-        request_id = given.decode() if FIT.fullmatch(given) else uuid.uuid4().hex
+        sent_id = dict(scope["headers"]).get(b"x-request-id", b"")
+        request_id = sent_id.decode() if REQUEST_ID.fullmatch(sent_id) else uuid.uuid4().hex
         scope["recursify_request_id"] = request_id
-        facts: dict[str, Any] = {}
-        _current.set(facts)
+        fields: dict[str, Any] = {}
+        _fields.set(fields)
         started, status = time.perf_counter(), 0
 
         async def send_with_id(message: Message) -> None:
@@ -93,5 +93,5 @@ class RequestLog:
                 status=status,
                 seconds=round(time.perf_counter() - started, 4),
                 client=(scope.get("client") or ("unknown",))[0],
-                **facts,
+                **fields,
             )

@@ -1,4 +1,4 @@
-"""How many answers are under way at once: what is more is sent away, and told when to come back."""
+"""Admission control: bounds the number of concurrent completions; the rest get 429 with Retry-After."""
 
 from __future__ import annotations
 
@@ -9,59 +9,64 @@ from .errors import ApiError
 
 
 class Admission:
-    """Counts answers, from when they are asked for to when they have ended.
+    """Counts completions from their admission to their end.
 
     Args:
-        running: That the engine works on at once.
-        waiting: That may wait for it.
+        running: Number of completions that the engine runs at once.
+        waiting: Number of completions that may wait for the engine.
+
+    Attributes:
+        admitted: Number of completions that run or wait.
+        refused: Number of requests that were refused.
     """
 
     def __init__(self, running: int, waiting: int) -> None:
         self.running, self.capacity = running, running + waiting
-        self.taken = 0
+        self.admitted = 0
         self.refused = 0
-        self._seconds = 1.0
+        self._mean_seconds = 1.0
 
-    def take(self, count: int) -> Ticket:
-        """Places for ``count`` answers.
+    def admit(self, count: int) -> Ticket:
+        """Admit ``count`` completions.
 
         Raises:
-            ApiError: There are not so many.
+            ApiError: The capacity is exhausted.
         """
         if count > self.capacity:
             message = (
-                f"The request asks for {count} answers, and the server takes {self.capacity} at once. Ask for less."
+                f"The request asks for {count} completions; this server allows {self.capacity} at once. Ask for fewer."
             )
             raise ApiError(400, message, code="limit_exceeded")
-        if self.taken + count > self.capacity:
+        if self.admitted + count > self.capacity:
             self.refused += 1
             raise ApiError(
                 429,
-                f"{self.taken} answers are under way, and the server takes {self.capacity} at once. Try again later.",
+                f"{self.admitted} completions are in progress; this server allows {self.capacity} at once. Try again "
+                f"later.",
                 code="queue_full",
                 headers={"retry-after": str(self._retry_after())},
             )
-        self.taken += count
+        self.admitted += count
         return Ticket(self, count)
 
     def _retry_after(self) -> int:
-        """Seconds in which a place is likely to be free."""
-        return min(60, max(1, math.ceil(self._seconds / self.running)))
+        """Estimate the seconds until a completion ends."""
+        return min(60, max(1, math.ceil(self._mean_seconds / self.running)))
 
-    def give_back(self, count: int, seconds: float) -> None:
-        """``count`` answers have ended, after so many seconds."""
-        self.taken -= count
-        self._seconds += 0.1 * (seconds - self._seconds)
+    def release(self, count: int, seconds: float) -> None:
+        """Remove ``count`` completions, which ended ``seconds`` after their admission."""
+        self.admitted -= count
+        self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
 
 
 class Ticket:
-    """Places of one request; they can be given back more than once, and count once."""
+    """Admission of one request's completions; releasing it twice has no further effect."""
 
     def __init__(self, admission: Admission, count: int) -> None:
         self._admission, self._count, self._since = admission, count, time.monotonic()
 
-    def give_back(self) -> None:
-        """The request has ended."""
+    def release(self) -> None:
+        """Release the request's completions."""
         count, self._count = self._count, 0
         if count:
-            self._admission.give_back(count, time.monotonic() - self._since)
+            self._admission.release(count, time.monotonic() - self._since)

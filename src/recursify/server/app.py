@@ -1,4 +1,4 @@
-"""The server as an ASGI application."""
+"""The ASGI application: routes, middleware and the life of the engine."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ from fastapi import FastAPI
 import recursify
 from recursify.engine import Engine
 
-from .access_log import RequestLog
+from .access_log import AccessLogMiddleware
 from .engine_supervisor import EngineSupervisor
-from .errors import Failsafe, add_handlers
+from .errors import UncaughtErrorMiddleware, add_error_handlers
 from .http_routes import router
-from .middleware import Guard
+from .middleware import RequestGuardMiddleware
 from .settings import ServerSettings
 
 
 def create_app(build: Callable[[], Engine], settings: ServerSettings, *, own_process: bool = False) -> FastAPI:
-    """A server that begins to load its engine when it starts, and answers when that is done.
+    """Make an application that loads its engine at start-up, and takes requests once it is loaded.
 
     Args:
-        build: Makes the engine, with its tokenizer; called where the engine runs, and again for a restart.
-        settings: Names, key and limits.
-        own_process: Run the engine in a process of its own, where it shares no interpreter with the server and a
-            crash is its own; ``build`` is pickled for that. Else in a thread, with any ``build``.
+        build: Callable that makes the engine, with its tokenizer; called again for a restart.
+        settings: Settings of the server.
+        own_process: Run the engine in a process of its own, which has its own interpreter lock and whose crash leaves
+            the server alive; ``build`` is pickled for it. Otherwise run it in a thread, with any ``build``.
     """
 
     @contextlib.asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(host.load())
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(supervisor.load())
         yield
         loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)
-        await host.close()
+        await supervisor.close()
 
-    host = EngineSupervisor(build, settings, own_process=own_process)
-    # FastAPI's own pages of documentation would load scripts from elsewhere.
-    app = FastAPI(title="Recursify", version=recursify.__version__, lifespan=life, docs_url=None, redoc_url=None)
-    app.state.host = host
+    supervisor = EngineSupervisor(build, settings, own_process=own_process)
+    # FastAPI's own documentation pages load scripts from other sites.
+    app = FastAPI(title="Recursify", version=recursify.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.supervisor = supervisor
     app.include_router(router)
-    add_handlers(app)
-    for layer, arguments in ((Guard, {"settings": settings}), (Failsafe, {}), (RequestLog, {})):
-        app.add_middleware(layer, **arguments)
+    add_error_handlers(app)
+    app.add_middleware(RequestGuardMiddleware, settings=settings)
+    app.add_middleware(UncaughtErrorMiddleware)
+    app.add_middleware(AccessLogMiddleware)
     return app

@@ -1,4 +1,4 @@
-"""``/v1/chat/completions``: how its answers are written."""
+"""Response format of ``/v1/chat/completions``."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from .responses import CompletionDelta, new_id, now
 
 
 class ChatFormat:
-    """One answer of the server.
+    """Format of one response.
 
     Args:
-        model: The name under which the model is offered.
-        tokenizer: Of the model.
-        top_logprobs: First choices per token, where log-probabilities are asked for.
-        stream: Whether it is sent as it comes.
+        model: Name of the model for clients.
+        tokenizer: Tokenizer of the model.
+        top_logprobs: Number of likeliest tokens per position, if log-probabilities are requested.
+        stream: True for a streamed response.
     """
 
     def __init__(self, model: str, tokenizer: Any, top_logprobs: int, *, stream: bool) -> None:
         self.model, self.tokenizer, self.top_logprobs = model, tokenizer, top_logprobs
-        self._kind = "chat.completion.chunk" if stream else "chat.completion"
+        self._object = "chat.completion.chunk" if stream else "chat.completion"
         self._id, self._created = new_id("chatcmpl"), now()
 
-    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """All choices, to be completed with the usage."""
+    def response(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """Format finished completions as one response, without the usage."""
         return self.with_choices(
             [
                 {
@@ -42,31 +42,31 @@ class ChatFormat:
         )
 
     def opening(self, count: int) -> list[dict[str, Any]]:
-        """A stream begins with the role of who speaks."""
+        """Return one choice per completion, with the role of the speaker."""
         delta = {"role": "assistant", "content": ""}
-        return [self._delta(index, delta, None, None, {"depths": []}) for index in range(count)]
+        return [self._event_choice(index, delta, None, None, {"depths": []}) for index in range(count)]
 
-    def event(self, said: CompletionDelta) -> dict[str, Any]:
-        """The choice of one event."""
-        delta = {"content": said.text} if said.token_ids or said.text else {}
-        logprobs = self._logprobs(said.token_ids, said.logprobs)
-        return self._delta(said.index, delta, logprobs, said.finish_reason, said.extension)
+    def choice(self, delta: CompletionDelta) -> dict[str, Any]:
+        """Format new output as the choice of an event."""
+        content = {"content": delta.text} if delta.token_ids or delta.text else {}
+        logprobs = self._logprobs(delta.token_ids, delta.logprobs)
+        return self._event_choice(delta.index, content, logprobs, delta.finish_reason, delta.extension)
 
     def with_choices(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        """An object around ``choices``."""
+        """Wrap ``choices`` in a response object."""
         return {
             "id": self._id,
-            "object": self._kind,
+            "object": self._object,
             "created": self._created,
             "model": self.model,
             "choices": choices,
             "usage": usage,
         }
 
-    def _logprobs(self, tokens: Sequence[int], logged: Sequence[dict[int, float]] | None) -> dict[str, Any] | None:
-        return None if logged is None else chat_logprobs(self.tokenizer, tokens, logged, self.top_logprobs)
+    def _logprobs(self, tokens: Sequence[int], logprobs: Sequence[dict[int, float]] | None) -> dict[str, Any] | None:
+        return None if logprobs is None else chat_logprobs(self.tokenizer, tokens, logprobs, self.top_logprobs)
 
-    def _delta(
+    def _event_choice(
         self, index: int, delta: dict[str, Any], logprobs: Any, finish_reason: str | None, extension: dict[str, Any]
     ) -> dict[str, Any]:
         return {

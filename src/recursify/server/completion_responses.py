@@ -1,4 +1,4 @@
-"""``/v1/completions``: how its answers are written."""
+"""Response format of ``/v1/completions``."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 from recursify.engine import RequestOutput
 
 from .logprobs import completion_logprobs
-from .responses import CompletionDelta, Logged, new_id, now
+from .responses import CompletionDelta, Logprobs, new_id, now
 
 
 @dataclass(frozen=True)
 class Echo:
-    """A prompt to be repeated before its answers.
+    """A prompt to repeat before its completion.
 
     Attributes:
-        text: Of the prompt.
-        token_ids: Of the prompt.
-        logged: Per token, if asked for; None for the first, which nothing predicts.
+        text: Text of the prompt.
+        token_ids: Tokens of the prompt.
+        logprobs: Log-probabilities per token, if requested; None for the first token, which nothing predicts.
     """
 
     text: str
     token_ids: list[int]
-    logged: list[Logged | None] | None
+    logprobs: list[Logprobs | None] | None
 
 
 class CompletionFormat:
-    """One answer of the server, for one or several prompts.
+    """Format of one response, to one prompt or several.
 
     Args:
-        model: The name under which the model is offered.
-        tokenizer: Of the model.
-        echoes: Per choice, what is repeated; empty for nothing.
+        model: Name of the model for clients.
+        tokenizer: Tokenizer of the model.
+        echoes: Prompt to repeat for each completion; empty to repeat none.
     """
 
     def __init__(self, model: str, tokenizer: Any, echoes: Sequence[Echo] = ()) -> None:
@@ -41,29 +41,29 @@ class CompletionFormat:
         self._id, self._created = new_id("cmpl"), now()
         self._offsets: dict[int, int] = {}
 
-    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """All choices, to be completed with the usage."""
-        return self.with_choices([self._choice(index, output) for index, output in enumerate(outputs)])
+    def response(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """Format finished completions as one response, without the usage."""
+        return self.with_choices([self._finished_choice(index, output) for index, output in enumerate(outputs)])
 
     def opening(self, count: int) -> list[dict[str, Any]]:
-        """A stream begins with its first token."""
+        """Return nothing: a stream opens with its first token."""
         return []
 
-    def event(self, said: CompletionDelta) -> dict[str, Any]:
-        """The choice of one event."""
-        offset = self._offsets.get(said.index, 0)
-        logged = said.logprobs
-        self._offsets[said.index] = offset + len(said.text)
+    def choice(self, delta: CompletionDelta) -> dict[str, Any]:
+        """Format new output as the choice of an event."""
+        offset = self._offsets.get(delta.index, 0)
+        logprobs = delta.logprobs
+        self._offsets[delta.index] = offset + len(delta.text)
         return {
-            "index": said.index,
-            "text": said.text,
-            "logprobs": logged and completion_logprobs(self.tokenizer, said.token_ids, logged, offset),
-            "finish_reason": said.finish_reason,
-            "recursify": said.extension,
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": logprobs and completion_logprobs(self.tokenizer, delta.token_ids, logprobs, offset),
+            "finish_reason": delta.finish_reason,
+            "recursify": delta.extension,
         }
 
     def with_choices(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        """An object around ``choices``."""
+        """Wrap ``choices`` in a response object."""
         return {
             "id": self._id,
             "object": "text_completion",
@@ -73,17 +73,17 @@ class CompletionFormat:
             "usage": usage,
         }
 
-    def _choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
+    def _finished_choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
         text, tokens = output.text, output.token_ids
-        logged: list[Logged | None] | None = None if output.logprobs is None else [*output.logprobs]
+        logprobs: list[Logprobs | None] | None = None if output.logprobs is None else [*output.logprobs]
         if self.echoes:
             echo = self.echoes[index]
             text, tokens = echo.text + text, [*echo.token_ids, *tokens]
-            logged = None if logged is None or echo.logged is None else [*echo.logged, *logged]
+            logprobs = None if logprobs is None or echo.logprobs is None else [*echo.logprobs, *logprobs]
         return {
             "index": index,
             "text": text,
-            "logprobs": None if logged is None else completion_logprobs(self.tokenizer, tokens, logged),
+            "logprobs": None if logprobs is None else completion_logprobs(self.tokenizer, tokens, logprobs),
             "finish_reason": output.finish_reason,
             "recursify": {"depths": output.depths},
         }

@@ -1,4 +1,4 @@
-"""The engine behind a server: loaded once it serves, replaced when it has failed."""
+"""Life of the engine behind a server: loads it at start-up, watches it, and replaces it after a failure."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any, Literal, TypeVar
 
 from recursify.engine import Engine, SamplingParams
 from recursify.errors import EngineError, RecursifyError
-from recursify.server.engine_process import Accepted, EngineClient, EngineSnapshot, OutputChunk
+from recursify.server.engine_process import EngineClient, EngineSnapshot
 
 from .access_log import log_event
 from .admission import Admission
 from .errors import ApiError
 from .metrics import Metrics
-from .prompts import Prompts
+from .prompts import PromptEncoder
 from .response_stream import ResponseStream
-from .sampling import Sampling
+from .sampling import SamplingParamsBuilder, check_exit_policy
 from .settings import ServerSettings
 
 State = Literal["loading", "ready", "stopped", "closing"]
@@ -27,206 +27,209 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ReadyEngine:
-    """What there is while an engine runs."""
+    """An engine that takes requests, with the parts that requests need.
 
-    link: EngineClient
-    prompts: Prompts
-    sampling: Sampling
+    Attributes:
+        client: Client of the engine.
+        prompts: Encoder of prompts.
+        sampling: Builder of sampling parameters.
+        num_recursions: Number of recursions of the model.
+    """
+
+    client: EngineClient
+    prompts: PromptEncoder
+    sampling: SamplingParamsBuilder
     num_recursions: int
 
 
 class EngineSupervisor:
-    """Makes an engine, hands requests to it, and knows how it is.
+    """Loads an engine, submits requests to it, and reports its state.
 
     Args:
-        build: Makes the engine, with its tokenizer; called where the engine runs, and again for a restart.
-        settings: Of the server.
-        own_process: See :meth:`~recursify.server.engine_process.client.EngineClient.open`.
+        build: Callable that makes the engine, with its tokenizer; called again for a restart.
+        settings: Settings of the server.
+        own_process: Place of the engine, see :meth:`~recursify.server.engine_process.client.EngineClient.open`.
+
+    Raises:
+        SettingsError: The default exit policy is not served.
     """
 
     def __init__(self, build: Callable[[], Engine], settings: ServerSettings, *, own_process: bool) -> None:
+        check_exit_policy(settings.exit_policy)
         self.settings = settings
+        self.model_name = settings.model_name or "model"
         self.metrics = Metrics()
         self.admission = Admission(1, settings.max_queue)
         self.load_error: BaseException | None = None
         self.has_loaded = False
         self._build, self._own_process = build, own_process
-        self._serving: ReadyEngine | None = None
+        self._engine: ReadyEngine | None = None
         self._loading = asyncio.Lock()
         self._closing = False
-        self._answers: set[ResponseStream] = set()
+        self._streams: set[ResponseStream] = set()
 
-    # --- How it is -----------------------------------------------------------------------------------------------
+    # --- State ---------------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> State:
-        """Whether requests can be taken, and why not."""
+        """State of the engine; requests are taken in state ``ready``."""
         if self._closing:
             return "closing"
-        if self._serving is None:
+        if self._engine is None:
             return "stopped" if self.load_error is not None else "loading"
-        return "ready" if self._serving.link.is_running else "stopped"
+        return "ready" if self._engine.client.is_running else "stopped"
 
     @property
     def reason(self) -> str:
-        """Why the state is what it is; of an error only its kind, since its text may name what is inside."""
-        error = self.load_error if self._serving is None else self._serving.link.error
+        """Reason for the state, with only the kind of an error, since its text may contain internal details."""
+        error = self.load_error if self._engine is None else self._engine.client.error
         kind = getattr(error, "kind", type(error).__name__)
         return {
-            "loading": "The model is being loaded.",
-            "ready": "Requests are answered.",
-            "stopped": f"The engine has stopped ({kind}). The server's log says why; POST /restart makes a new one.",
+            "loading": "The model is loading.",
+            "ready": "The server is ready.",
+            "stopped": f"The engine has stopped ({kind}). See the server's log, and POST /restart to start a new one.",
             "closing": "The server is shutting down.",
         }[self.state]
 
     @property
     def num_recursions(self) -> int:
-        """Of the model; 0 while there is none."""
-        return 0 if self._serving is None else self._serving.num_recursions
+        """Number of recursions of the model; 0 while none is loaded."""
+        return 0 if self._engine is None else self._engine.num_recursions
 
     def ready(self) -> ReadyEngine:
-        """What a request needs.
+        """Return the engine.
 
         Raises:
             ApiError: No engine runs.
         """
-        if self.state != "ready" or self._serving is None:
+        if self.state != "ready" or self._engine is None:
             raise self.unavailable()
-        return self._serving
+        return self._engine
 
     def unavailable(self) -> ApiError:
-        """What a caller is told while no engine runs."""
+        """Make the error for requests while no engine runs."""
         return ApiError(503, self.reason, code=f"engine_{self.state}", headers={"retry-after": "5"})
 
-    async def snapshot(self, seconds: float) -> EngineSnapshot:
-        """The engine's counts.
+    async def snapshot(self, timeout: float) -> EngineSnapshot:
+        """Read the engine's counts.
 
         Raises:
-            ApiError: No engine runs, or it did not come to it in time.
+            ApiError: No engine runs, or it did not respond in time.
         """
-        return await self._in_time(self.ready().link.snapshot(), seconds)
+        return await self._call(self.ready().client.snapshot(), timeout)
 
     async def score(self, ids: list[int], count: int) -> list[dict[int, float] | None]:
-        """Log-probabilities of a prompt, as :func:`~recursify.server.engine_process.scoring.score_prompt` has them.
+        """Call :func:`~recursify.server.engine_process.scoring.score_prompt` in the engine.
 
         Raises:
-            ApiError: No engine runs, or it did not come to it in time.
+            ApiError: No engine runs, or it did not respond in time.
         """
-        return await self._in_time(self.ready().link.score(ids, count), self.settings.request_seconds)
+        return await self._call(self.ready().client.score(ids, count), self.settings.request_timeout)
 
-    async def _in_time(self, asking: Coroutine[Any, Any, T], seconds: float) -> T:
+    async def _call(self, call: Coroutine[Any, Any, T], timeout: float) -> T:
         try:
-            return await asyncio.wait_for(asking, seconds)
+            return await asyncio.wait_for(call, timeout)
         except TimeoutError:
-            raise ApiError(504, f"The engine did not come to it within {seconds:g} seconds. Try again.") from None
+            raise ApiError(504, f"The engine did not respond within {timeout:g} seconds. Try again.") from None
         except EngineError:
             raise self.unavailable() from None
 
     # --- Requests ------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def answers(
+    async def submit(
         self, prompts: list[list[int]], params: list[list[SamplingParams]]
     ) -> AsyncIterator[ResponseStream]:
-        """The answers to ``prompts``, each once per set of its ``params``; whatever happens, they end with the block.
+        """Generate completions of ``prompts``, one per entry of their ``params``; they are cancelled with the block.
 
         Raises:
-            ApiError: There is no room, or no engine.
-            EngineError: One of them was refused; none is answered, then.
+            ApiError: The queue is full, or no engine runs.
+            EngineError: The engine has refused one request; all are cancelled.
         """
-        serving = self.ready()
-        asked = [(prompt, each) for prompt, its in zip(prompts, params, strict=True) for each in its]
-        ticket = self.admission.take(len(asked))
-        answers = ResponseStream(self, serving.link, asked)
-        self._answers.add(answers)
+        engine = self.ready()
+        requests = [(prompt, entry) for prompt, entries in zip(prompts, params, strict=True) for entry in entries]
+        ticket = self.admission.admit(len(requests))
+        stream = ResponseStream(
+            engine.client, requests, timeout=self.settings.request_timeout, unavailable=self.unavailable
+        )
+        self._streams.add(stream)
         try:
-            await answers.accept()
-            yield answers
+            await stream.submit()
+            yield stream
         finally:
-            answers.close()
-            self._answers.discard(answers)
-            ticket.give_back()
+            stream.close()
+            self._streams.discard(stream)
+            ticket.release()
 
-    # --- Beginning and end ---------------------------------------------------------------------------------------
+    # --- Loading and closing -------------------------------------------------------------------------------------
 
     async def load(self) -> bool:
-        """Make the engine, unless one runs; whether it was made."""
+        """Start the engine unless one runs, and return whether it was started."""
         async with self._loading:
-            if self._closing or (self._serving is not None and self._serving.link.is_running):
+            if self._closing or (self._engine is not None and self._engine.client.is_running):
                 return False
-            await self._let_go()
+            await self._close_engine()
             self.load_error = None
             try:
-                link = await EngineClient.open(self._build, own_process=self._own_process, on_stop=self._note_stop)
+                client = await EngineClient.open(self._build, own_process=self._own_process, on_stop=self._log_stop)
                 try:
-                    self._serving = await self._try_out(link)
+                    self._engine = await self._warm_up(client)
                 except BaseException:
-                    await link.close()
+                    await client.close()
                     raise
             except Exception as error:
                 self.load_error = error
                 expected = isinstance(error, RecursifyError)
                 log_event("error", "the model did not load", message=str(error), exception=None if expected else error)
                 return False
-            facts = link.facts
-            self.admission.running = facts.max_num_seqs
-            self.admission.capacity = facts.max_num_seqs + self.settings.max_queue
+            info = client.info
+            self.admission.running = info.max_num_seqs
+            self.admission.capacity = info.max_num_seqs + self.settings.max_queue
             self.has_loaded = True
-            log_event("info", "ready", model=self.settings.model_name, pages=facts.num_pages, engine_pid=link.pid)
+            log_event("info", "ready", model=self.model_name, pages=info.num_pages, engine_pid=client.pid)
             return True
 
-    async def _try_out(self, link: EngineClient) -> ReadyEngine:
-        """Have the engine answer once, so that what it cannot do shows now.
+    async def _warm_up(self, client: EngineClient) -> ReadyEngine:
+        """Generate one token with the default settings, so that an engine that cannot do so fails now.
 
         Raises:
-            EngineError, SettingsError: It cannot do what is asked of every request.
-            EngineFailure: It fails at it.
+            EngineError, SettingsError: The engine refuses the default settings.
+            EngineFailure: The engine fails.
         """
-        facts, limit = link.facts, self.settings.max_prompt_tokens
-        sampling = Sampling(self.settings, facts.config, facts.kv, facts.max_model_len)
-        leaves = sampling.leaving(self.settings.default_exit)
-        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        info, limit = client.info, self.settings.max_prompt_tokens
+        sampling = SamplingParamsBuilder(self.settings, info.config, info.kv, info.max_model_len)
+        params = SamplingParams(max_tokens=1, **sampling.exit_parameters(sampling.default_exit))
+        async for _ in client.stream([0], params):
+            pass
+        await client.reset_stats()
+        longest = info.max_model_len - 1 if limit is None else min(limit, info.max_model_len - 1)
+        return ReadyEngine(client, PromptEncoder(info.tokenizer, longest), sampling, info.num_recursions)
 
-        def listen(what: Accepted | OutputChunk | Exception) -> None:
-            if isinstance(what, Exception):
-                answered.set_exception(what)
-            elif isinstance(what, OutputChunk) and what.finish_reason is not None:
-                answered.set_result(None)
-
-        number = link.submit([0], SamplingParams(max_tokens=1, **leaves), listen)
-        try:
-            await answered
-        finally:
-            link.cancel(number)
-        await link.reset_stats()
-        longest = facts.max_model_len - 1 if limit is None else min(limit, facts.max_model_len - 1)
-        return ReadyEngine(link, Prompts(facts.tokenizer, longest), sampling, facts.num_recursions)
-
-    def _note_stop(self, error: Exception) -> None:
-        """The engine has stopped: say why in the log, where alone the inside is shown, and keep its counts."""
-        if self._serving is not None:
+    def _log_stop(self, error: Exception) -> None:
+        """Log the reason for the engine's stop, which clients do not get, and keep the engine's counts."""
+        if self._engine is not None:
             log_event("error", "the engine has stopped", message=str(error), exception=error)
-            self.metrics.keep(self._serving.link.last_snapshot)
+            self.metrics.keep(self._engine.client.last_snapshot)
 
-    async def _let_go(self) -> None:
-        """Forget the engine, with its weights and pages, so that there is room for the next."""
-        serving, self._serving = self._serving, None
-        if serving is not None:
-            serving.prompts.close()
-            await serving.link.close()
+    async def _close_engine(self) -> None:
+        """Close the engine and free its weights and pages, so that there is memory for the next."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.prompts.close()
+            await engine.client.close()
 
     async def finish(self) -> None:
-        """Take no more requests; finish those there are in the time that there is, and tell the others."""
+        """Refuse new requests, wait for the running ones, and fail those that have not ended in time."""
         self._closing = True
-        deadline = asyncio.get_running_loop().time() + self.settings.shutdown_seconds
-        while self._answers and asyncio.get_running_loop().time() < deadline:
+        deadline = asyncio.get_running_loop().time() + self.settings.shutdown_timeout
+        while self._streams and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
-        if self._answers:
-            log_event("warning", "answers were cut off by the end of the server", requests=len(self._answers))
-        for answers in list(self._answers):
-            answers.fail(ApiError(503, self.reason, code="engine_closing"))
+        if self._streams:
+            log_event("warning", "requests were ended by the shutdown", requests=len(self._streams))
+        for stream in list(self._streams):
+            stream.fail(ApiError(503, self.reason, code="engine_closing"))
 
     async def close(self) -> None:
         """End the engine."""
         self._closing = True
-        await self._let_go()
+        await self._close_engine()

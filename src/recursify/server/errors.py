@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them: a status, and a body that says what went wrong and nothing of the inside."""
+"""Errors in OpenAI's format: a status, and a body that tells what went wrong without internal details."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from recursify.errors import EngineError, SettingsError
 from .access_log import log_event, request_id_of
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-"""Status -> OpenAI's name of the kind; others are ``invalid_request_error`` below 500, ``server_error`` from there."""
+"""Mapping from statuses to OpenAI's error types; others are ``invalid_request_error`` below 500, else
+``server_error``."""
 
 TYPES = ("str", "int", "float", "bool")
 
 
 class ApiError(Exception):
-    """What a caller is told.
+    """Error that is sent to the client.
 
     Args:
-        status: Of HTTP.
-        message: What happened, and what to do.
-        param: The field of the request that is to blame.
-        code: For programs.
-        headers: Of the answer.
+        status: HTTP status.
+        message: Description of the error, and what to do.
+        param: Field of the request that caused it.
+        code: Name of the error for programs.
+        headers: Headers of the response.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """What is sent."""
+        """Body of the response."""
         kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -56,95 +57,98 @@ _encoder = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
 
 
 def json_bytes(data: Any) -> bytes:
-    """``data`` as JSON; in ASCII, so that half a surrogate pair in it is no error of ours."""
+    """Encode ``data`` as JSON, in ASCII, so that a lone surrogate in it does not fail."""
     return _encoder.encode(data).encode()
 
 
 def json_response(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """``data`` as an answer."""
+    """Make a response with ``data`` as JSON."""
     return Response(json_bytes(data), status, headers, "application/json")
 
 
 def error_response(error: ApiError) -> Response:
-    """``error`` as an answer."""
+    """Make the response for ``error``."""
     return json_response(error.body, error.status, error.headers)
 
 
-def unexpected(request_id: str) -> ApiError:
-    """What a caller is told of a bug of ours: where to look, no more."""
-    return ApiError(500, f"Something went wrong inside the server; its log says what, at request {request_id}.")
+def internal_error(request_id: str) -> ApiError:
+    """Make the error for a bug, which names only the request's id in the log."""
+    return ApiError(500, f"Internal server error. See the server's log for request {request_id}.")
 
 
-def refused(error: EngineError | SettingsError) -> ApiError:
-    """What the engine would not take."""
+def engine_refusal(error: EngineError | SettingsError) -> ApiError:
+    """Convert an error of the engine about a request."""
     too_long = "together more than" in str(error)
     return ApiError(400, str(error), code="context_length_exceeded" if too_long else "invalid_value")
 
 
-def invalid(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a request; what was sent is not repeated."""
+def validation_error(error: RequestValidationError) -> ApiError:
+    """Convert the first validation error of a request; the request's content is not repeated."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    location = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
-        return ApiError(400, f"The body is not JSON (at character {place[0] if place else 0}).", code="invalid_json")
+        position = location[0] if location else 0
+        return ApiError(400, f"The body is not JSON (at character {position}). Correct it.", code="invalid_json")
     message = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
-    if not place and first["type"] == "value_error":
+    if not location and first["type"] == "value_error":
         return ApiError(400, f"{message}.", code="invalid_value")
-    if not place:
+    if not location:
         return ApiError(400, "The body must be a JSON object, sent as application/json.", code="invalid_json")
-    # Behind a field that takes several types, pydantic names the type that it tried.
-    known = list(itertools.takewhile(lambda part: (part.isidentifier() and part not in TYPES) or part.isdigit(), place))
+    # For a field of several types, pydantic adds the name of the type it tried to the location.
+    fields = list(
+        itertools.takewhile(lambda part: (part.isidentifier() and part not in TYPES) or part.isdigit(), location)
+    )
     if first["type"] == "extra_forbidden":
-        message = "This field is not known here. Leave it out, or see /openapi.json for those that are"
-    elif len(known) < len(place) and first["type"].endswith("_type"):
-        message = "The value has none of the types that this field takes; see /openapi.json"
-    name, param = ".".join(known or place[:1])[:100], place[0][:100]
+        message = "Unknown field. Remove it, or see /openapi.json for the known ones"
+    elif len(fields) < len(location) and first["type"].endswith("_type"):
+        message = "The value has none of the types that this field accepts; see /openapi.json"
+    name, param = ".".join(fields or location[:1])[:100], location[0][:100]
     return ApiError(400, f"{name}: {message}.", param=param, code="invalid_value")
 
 
-def add_handlers(app: FastAPI) -> None:
-    """Have ``app`` answer with these."""
+def add_error_handlers(app: FastAPI) -> None:
+    """Register the handlers that convert exceptions to error responses."""
 
     @app.exception_handler(ApiError)
-    async def of_ours(request: Request, error: ApiError) -> Response:
+    async def handle_api_error(request: Request, error: ApiError) -> Response:
         return error_response(error)
 
     @app.exception_handler(RequestValidationError)
-    async def of_validation(request: Request, error: RequestValidationError) -> Response:
-        return error_response(invalid(error))
+    async def handle_validation_error(request: Request, error: RequestValidationError) -> Response:
+        return error_response(validation_error(error))
 
     @app.exception_handler(EngineError)
     @app.exception_handler(SettingsError)
-    async def of_refusal(request: Request, error: EngineError | SettingsError) -> Response:
-        return error_response(refused(error))
+    async def handle_refusal(request: Request, error: EngineError | SettingsError) -> Response:
+        return error_response(engine_refusal(error))
 
     @app.exception_handler(HTTPException)
-    async def of_http(request: Request, error: HTTPException) -> Response:
-        said = {404: "There is nothing at this address.", 405: "This address does not take that method."}
-        message = said.get(error.status_code, "The body cannot be read: it must be JSON in UTF-8.")
+    async def handle_http_exception(request: Request, error: HTTPException) -> Response:
+        messages = {404: "Not found. See /openapi.json for the paths.", 405: "Method not allowed for this path."}
+        message = messages.get(error.status_code, "The body cannot be read: it must be JSON in UTF-8.")
         return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
 
-class Failsafe:
-    """Answers for what nobody has caught, and logs it: a bug of ours, of which a caller learns the request's id."""
+class UncaughtErrorMiddleware:
+    """Logs uncaught exceptions, and responds with an internal error that names the request's id."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
+        has_started = False
 
-        async def send_noting(message: Message) -> None:
-            nonlocal begun
-            begun = True
+        async def send_and_mark(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
             await send(message)
 
         try:
-            await self.app(scope, receive, send_noting)
+            await self.app(scope, receive, send_and_mark)
         except Exception as error:
             if scope["type"] != "http":
                 raise
             request_id = request_id_of(scope)
             log_event("error", "a request failed", id=request_id, exception=error)
-            if not begun:
-                await error_response(unexpected(request_id))(scope, receive, send)
+            if not has_started:
+                await error_response(internal_error(request_id))(scope, receive, send)

@@ -1,4 +1,4 @@
-"""One request from its prompts to its answer, whole or as a stream."""
+"""Handling of one generation request: submit its prompts, and send the response whole or as a stream."""
 
 from __future__ import annotations
 
@@ -14,95 +14,96 @@ from starlette.responses import Response
 from recursify.engine import SamplingParams
 from recursify.errors import EngineError, SettingsError
 
-from .access_log import log_event, note, request_id_of
+from .access_log import add_log_fields, log_event, request_id_of
 from .engine_supervisor import EngineSupervisor
-from .errors import ApiError, json_response, refused, unexpected
+from .errors import ApiError, engine_refusal, internal_error, json_response
 from .response_stream import ResponseStream
-from .responses import Format, joined, usage_of
-from .schema import AnswerRequest
-from .sse import DONE, ClientDisconnected, EventStreamResponse, event, until_gone
+from .responses import ResponseFormat, merge_chunks, usage_of
+from .schema import GenerationRequest
+from .sse import DONE, ClientDisconnected, EventStreamResponse, encode_event, run_until_disconnect
 
 
 @dataclass(frozen=True)
 class CompletionJob:
-    """What a request comes to.
+    """The work for one request.
 
     Attributes:
-        endpoint: For the counts.
-        request: What was asked.
-        prompts: As token ids.
-        params: Per prompt, one set per choice.
-        form: How the answer is written.
+        endpoint: Name of the endpoint in metrics.
+        request: Body of the request.
+        prompts: Token ids of each prompt.
+        params: Sampling parameters of each completion of each prompt.
+        format: Format of the response.
     """
 
     endpoint: str
-    request: AnswerRequest
+    request: GenerationRequest
     prompts: list[list[int]]
     params: list[list[SamplingParams]]
-    form: Format
+    format: ResponseFormat
 
 
-async def answer(host: EngineSupervisor, http: Request, work: CompletionJob) -> Response:
-    """The response to ``work``, once the engine has taken it."""
-    tally = RequestMetrics(host, work.endpoint)
-    if not work.request.stream:
+async def respond(supervisor: EngineSupervisor, http: Request, job: CompletionJob) -> Response:
+    """Run ``job``, and return its response, or the beginning of it once the engine has taken all prompts."""
+    metrics = RequestMetrics(supervisor, job.endpoint)
+    if not job.request.stream:
         try:
-            with tally.counted():
-                return json_response(await until_gone(http.receive, _whole(host, work, tally)))
+            with metrics.measured():
+                return json_response(await run_until_disconnect(http.receive, _response(supervisor, job, metrics)))
         except ClientDisconnected:
             return Response(status_code=499)
-    # Up to the first event a refusal can still have a status of its own.
-    events = _events(host, work, tally, request_id_of(http.scope))
+    # Until the first event, an error can still have a status of its own.
+    events = _events(supervisor, job, metrics, request_id_of(http.scope))
     try:
-        first = await until_gone(http.receive, anext(events))
+        first = await run_until_disconnect(http.receive, anext(events))
     except ClientDisconnected:
         return Response(status_code=499)
-    return EventStreamResponse(first, events, host.settings.write_seconds)
+    return EventStreamResponse(first, events, supervisor.settings.write_timeout)
 
 
-async def _whole(host: EngineSupervisor, work: CompletionJob, tally: RequestMetrics) -> dict[str, Any]:
-    async with host.answers(work.prompts, work.params) as answers:
-        async for chunks in answers.chunks():
-            tally.saw(bool(chunks))
-        usage = _usage(host, work, answers)
-        return work.form.whole(await answers.whole()) | {"usage": usage}
+async def _response(supervisor: EngineSupervisor, job: CompletionJob, metrics: RequestMetrics) -> dict[str, Any]:
+    async with supervisor.submit(job.prompts, job.params) as stream:
+        async for chunks in stream.chunks():
+            metrics.mark_tokens(bool(chunks))
+        outputs = [stream.outputs[index] for index in sorted(stream.outputs)]
+        return job.format.response(outputs) | {"usage": _usage(supervisor, job, stream)}
 
 
 async def _events(
-    host: EngineSupervisor, work: CompletionJob, tally: RequestMetrics, request_id: str
+    supervisor: EngineSupervisor, job: CompletionJob, metrics: RequestMetrics, request_id: str
 ) -> AsyncGenerator[bytes, None]:
-    """The events of a stream, the first of them when the engine has taken the request.
+    """Yield the events of a stream, the first one once the engine has taken all prompts.
 
     Raises:
-        ApiError, EngineError: It was refused. What goes wrong later is an event.
+        ApiError, EngineError: The request was refused. Later errors are sent as events.
     """
-    wants_usage = work.request.stream_options is not None and work.request.stream_options.include_usage
-    with tally.counted():
-        async with host.answers(work.prompts, work.params) as answers:
+    wants_usage = job.request.stream_options is not None and job.request.stream_options.include_usage
+    with metrics.measured():
+        async with supervisor.submit(job.prompts, job.params) as stream:
             yield b": accepted\n\n"
             try:
-                for choice in work.form.opening(sum(map(len, work.params))):
-                    yield event(work.form.with_choices([choice]))
-                async for chunks in answers.chunks():
-                    tally.saw(any(chunk.token_ids for _, chunk in chunks))
-                    yield b"".join(event(work.form.with_choices([work.form.event(said)])) for said in joined(chunks))
-                usage = _usage(host, work, answers)
+                for choice in job.format.opening(sum(map(len, job.params))):
+                    yield encode_event(job.format.with_choices([choice]))
+                async for chunks in stream.chunks():
+                    metrics.mark_tokens(any(chunk.token_ids for _, chunk in chunks))
+                    choices = map(job.format.choice, merge_chunks(chunks))
+                    yield b"".join(encode_event(job.format.with_choices([choice])) for choice in choices)
+                usage = _usage(supervisor, job, stream)
                 if wants_usage:
-                    yield event(work.form.with_choices([], usage))
+                    yield encode_event(job.format.with_choices([], usage))
             except ApiError as error:
-                tally.outcome = error.code or "error"
-                yield event(error.body)
+                metrics.outcome = error.code or "error"
+                yield encode_event(error.body)
             except Exception as error:
-                tally.outcome = "error"
+                metrics.outcome = "error"
                 log_event("error", "a stream failed", id=request_id, exception=error)
-                yield event(unexpected(request_id).body)
+                yield encode_event(internal_error(request_id).body)
             yield DONE
 
 
-def _usage(host: EngineSupervisor, work: CompletionJob, answers: ResponseStream) -> dict[str, Any]:
-    outputs = [answers.outputs[index] for index in sorted(answers.outputs)]
-    usage = usage_of(outputs, len(work.params[0]), host.num_recursions)
-    note(
+def _usage(supervisor: EngineSupervisor, job: CompletionJob, stream: ResponseStream) -> dict[str, Any]:
+    outputs = [stream.outputs[index] for index in sorted(stream.outputs)]
+    usage = usage_of(outputs, len(job.params[0]), supervisor.num_recursions)
+    add_log_fields(
         prompt_tokens=usage["prompt_tokens"],
         completion_tokens=usage["completion_tokens"],
         mean_depth=usage["mean_depth"],
@@ -112,33 +113,33 @@ def _usage(host: EngineSupervisor, work: CompletionJob, answers: ResponseStream)
 
 
 class RequestMetrics:
-    """Counts one request: its outcome, and its times.
+    """Outcome and times of one request.
 
     Args:
-        host: Whose counts they are.
-        endpoint: That was asked.
+        supervisor: Supervisor whose metrics are updated.
+        endpoint: Name of the endpoint.
     """
 
-    def __init__(self, host: EngineSupervisor, endpoint: str) -> None:
-        self._metrics, self._endpoint = host.metrics, endpoint
-        self._started, self._saw = time.perf_counter(), False
+    def __init__(self, supervisor: EngineSupervisor, endpoint: str) -> None:
+        self._metrics, self._endpoint = supervisor.metrics, endpoint
+        self._started, self._has_tokens = time.perf_counter(), False
         self.outcome = "answered"
 
-    def saw(self, has_tokens: bool) -> None:
-        """Tokens have come."""
-        if has_tokens and not self._saw:
-            self._saw = True
+    def mark_tokens(self, has_tokens: bool) -> None:
+        """Record the time to the first token, if ``has_tokens`` for the first time."""
+        if has_tokens and not self._has_tokens:
+            self._has_tokens = True
             seconds = time.perf_counter() - self._started
             self._metrics.first_token.observe(seconds)
-            note(first_token_seconds=round(seconds, 4))
+            add_log_fields(first_token_seconds=round(seconds, 4))
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Around the request."""
+    def measured(self) -> Iterator[None]:
+        """Record the outcome and the duration of the block."""
         try:
             yield
         except (EngineError, SettingsError) as error:
-            self.outcome = refused(error).code or "refused"
+            self.outcome = engine_refusal(error).code or "refused"
             raise
         except ApiError as error:
             self.outcome = error.code or "refused"
@@ -148,4 +149,4 @@ class RequestMetrics:
             raise
         finally:
             self._metrics.requests.labels(self._endpoint, self.outcome).inc()
-            self._metrics.whole.observe(time.perf_counter() - self._started)
+            self._metrics.duration.observe(time.perf_counter() - self._started)

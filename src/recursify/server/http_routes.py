@@ -1,4 +1,4 @@
-"""The addresses of the server."""
+"""HTTP routes of the server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .chat_responses import ChatFormat
 from .completion_responses import CompletionFormat, Echo
 from .engine_supervisor import EngineSupervisor, ReadyEngine
 from .errors import ApiError, json_response
-from .handlers import CompletionJob, answer
+from .handlers import CompletionJob, respond
 from .metrics import CONTENT_TYPE
 from .page import CONTENT_SECURITY_POLICY, PAGE
 from .schema import ChatRequest, CompletionRequest
@@ -24,116 +24,124 @@ router = APIRouter()
 CREATED = int(time.time())
 
 
-def host_of(http: Request) -> EngineSupervisor:
-    """The engine behind the server."""
-    return http.app.state.host
+def supervisor_of(http: Request) -> EngineSupervisor:
+    """Return the supervisor of the engine."""
+    return http.app.state.supervisor
 
 
-def ready(http: Request, model: str | None) -> tuple[EngineSupervisor, ReadyEngine]:
-    """The engine, for requests to ``model``.
+def ready_engine(http: Request, model: str | None) -> tuple[EngineSupervisor, ReadyEngine]:
+    """Return the supervisor and the engine, for a request to ``model``.
 
     Raises:
-        ApiError: No engine runs, or its model is another one.
+        ApiError: No engine runs, or its model has another name.
     """
-    host = host_of(http)
-    name = host.settings.model_name
-    if model is not None and model != name:
-        message = f"This server has no such model; it has '{name}'. Name that one."
-        raise ApiError(404, message, param="model", code="model_not_found")
-    return host, host.ready()
+    supervisor = supervisor_of(http)
+    if model is not None:
+        _check_model(supervisor, model)
+    return supervisor, supervisor.ready()
 
 
-@router.post("/v1/completions", summary="Continue texts")
+@router.post("/v1/completions", summary="Create a completion")
 async def completions(body: CompletionRequest, http: Request) -> Response:
-    """As OpenAI's; with `exit`, new tokens may leave early."""
-    host, serving = ready(http, body.model)
-    prompts = await serving.prompts.completions(body.prompt)
-    if len(prompts) > host.settings.max_prompts:
-        message = f"prompt: At most {host.settings.max_prompts} prompts can be sent at once, got {len(prompts)}."
+    """OpenAI's completions; `exit` selects early exit."""
+    supervisor, engine = ready_engine(http, body.model)
+    prompts = await engine.prompts.encode_completion(body.prompt)
+    if len(prompts) > supervisor.settings.max_prompts:
+        message = f"prompt: At most {supervisor.settings.max_prompts} prompts are allowed, got {len(prompts)}."
         raise ApiError(400, message, param="prompt", code="limit_exceeded")
-    params = [serving.sampling.for_each_choice(body, len(prompt), body.logprobs) for prompt in prompts]
-    echoes = await _echoes(host, serving, body, prompts) if body.echo else []
-    form = CompletionFormat(host.settings.model_name, serving.prompts.tokenizer, echoes)
-    return await answer(host, http, CompletionJob("completions", body, prompts, params, form))
+    params = [engine.sampling.build(body, len(prompt), body.logprobs) for prompt in prompts]
+    echoes = await _echoes(supervisor, engine, body, prompts) if body.echo else []
+    form = CompletionFormat(supervisor.model_name, engine.prompts.tokenizer, echoes)
+    return await respond(supervisor, http, CompletionJob("completions", body, prompts, params, form))
 
 
-@router.post("/v1/chat/completions", summary="Go on with a conversation")
+@router.post("/v1/chat/completions", summary="Create a chat completion")
 async def chat_completions(body: ChatRequest, http: Request) -> Response:
-    """As OpenAI's, in the model's own chat template; with `exit`, new tokens may leave early."""
-    host, serving = ready(http, body.model)
-    prompt = await serving.prompts.chat(body.messages)
+    """OpenAI's chat completions, with the model's own chat template; `exit` selects early exit."""
+    supervisor, engine = ready_engine(http, body.model)
+    prompt = await engine.prompts.encode_chat(body.messages)
     count = body.top_logprobs or 0
-    params = serving.sampling.for_each_choice(body, len(prompt), count if body.logprobs else None)
-    form = ChatFormat(host.settings.model_name, serving.prompts.tokenizer, count, stream=bool(body.stream))
-    return await answer(host, http, CompletionJob("chat", body, [prompt], [params], form))
+    params = engine.sampling.build(body, len(prompt), count if body.logprobs else None)
+    form = ChatFormat(supervisor.model_name, engine.prompts.tokenizer, count, stream=bool(body.stream))
+    return await respond(supervisor, http, CompletionJob("chat", body, [prompt], [params], form))
 
 
-@router.get("/v1/models", summary="Which model there is")
+@router.get("/v1/models", summary="List the models")
 async def models(http: Request) -> Response:
-    """One."""
-    return json_response({"object": "list", "data": [_model(host_of(http))]})
+    """The one model of this server."""
+    return json_response({"object": "list", "data": [_model(supervisor_of(http))]})
 
 
-@router.get("/v1/models/{name:path}", summary="A model")
+@router.get("/v1/models/{name:path}", summary="Get a model")
 async def model(name: str, http: Request) -> Response:
-    """By its name."""
-    host = host_of(http)
-    if name != host.settings.model_name:
-        raise ApiError(
-            404, f"This server has no such model; it has '{host.settings.model_name}'.", code="model_not_found"
-        )
-    return json_response(_model(host))
+    """The model of that name."""
+    supervisor = supervisor_of(http)
+    _check_model(supervisor, name)
+    return json_response(_model(supervisor))
 
 
-@router.get("/health", summary="Whether requests are answered")
+@router.get("/health", summary="Check whether the server is ready")
 async def health(http: Request) -> Response:
-    """200 when they are, 503 with the reason when they are not."""
-    host = host_of(http)
-    state = host.state
-    facts = {"status": state, "reason": host.reason, "model": host.settings.model_name}
-    return json_response(facts | {"num_recursions": host.num_recursions}, 200 if state == "ready" else 503)
+    """200 if the server takes requests, else 503 with the reason."""
+    supervisor = supervisor_of(http)
+    state = supervisor.state
+    report = {
+        "status": state,
+        "reason": supervisor.reason,
+        "model": supervisor.model_name,
+        "num_recursions": supervisor.num_recursions,
+    }
+    return json_response(report, 200 if state == "ready" else 503)
 
 
-@router.get("/metrics", summary="Counts, as Prometheus reads them")
+@router.get("/metrics", summary="Get metrics in Prometheus' format")
 async def metrics(http: Request) -> Response:
-    """Of the server and its engine."""
-    host = host_of(http)
+    """Metrics of the server and its engine."""
+    supervisor = supervisor_of(http)
     try:
-        snapshot: EngineSnapshot | None = await host.snapshot(5.0)
-    except ApiError:  # the engine has stopped, or is in a long iteration: the rest is as true as ever
+        snapshot: EngineSnapshot | None = await supervisor.snapshot(5.0)
+    except ApiError:  # no engine, or one in a long iteration: the other metrics are still valid
         snapshot = None
-    return Response(host.metrics.text(snapshot, ready=host.state == "ready"), media_type=CONTENT_TYPE)
+    return Response(supervisor.metrics.text(snapshot, ready=supervisor.state == "ready"), media_type=CONTENT_TYPE)
 
 
-@router.post("/restart", summary="Make a new engine after one has stopped")
+@router.post("/restart", summary="Start a new engine after one has stopped")
 async def restart(http: Request) -> Response:
-    """409 while one runs."""
-    host = host_of(http)
-    if host.state in ("ready", "loading", "closing"):
-        raise ApiError(409, f"There is no engine to be replaced. {host.reason}", code=f"engine_{host.state}")
-    if not await host.load():
-        raise ApiError(503, host.reason, code=f"engine_{host.state}")
-    return json_response({"status": host.state})
+    """409 while an engine runs."""
+    supervisor = supervisor_of(http)
+    if supervisor.state in ("ready", "loading", "closing"):
+        message = f"No engine has stopped. {supervisor.reason}"
+        raise ApiError(409, message, code=f"engine_{supervisor.state}")
+    if not await supervisor.load():
+        raise ApiError(503, supervisor.reason, code=f"engine_{supervisor.state}")
+    return json_response({"status": supervisor.state})
 
 
 @router.get("/", include_in_schema=False)
 async def page() -> Response:
-    """A chat box."""
+    """The chat page."""
     return HTMLResponse(PAGE, headers={"content-security-policy": CONTENT_SECURITY_POLICY})
 
 
-def _model(host: EngineSupervisor) -> dict[str, Any]:
-    return {"id": host.settings.model_name, "object": "model", "created": CREATED, "owned_by": "recursify"}
+def _check_model(supervisor: EngineSupervisor, name: str) -> None:
+    """Raise an ApiError unless ``name`` is the model's."""
+    if name != supervisor.model_name:
+        message = f"Model not found. This server serves '{supervisor.model_name}'. Use that name."
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def _model(supervisor: EngineSupervisor) -> dict[str, Any]:
+    return {"id": supervisor.model_name, "object": "model", "created": CREATED, "owned_by": "recursify"}
 
 
 async def _echoes(
-    host: EngineSupervisor, serving: ReadyEngine, body: CompletionRequest, prompts: list[list[int]]
+    supervisor: EngineSupervisor, engine: ReadyEngine, body: CompletionRequest, prompts: list[list[int]]
 ) -> list[Echo]:
-    """What is repeated before each choice."""
+    """Return the prompt to repeat for each completion, with log-probabilities if requested."""
     echoes: list[Echo] = []
     for ids in prompts:
-        logged = None
+        logprobs = None
         if body.logprobs is not None:
-            logged = await host.score(ids, body.logprobs)
-        echoes += [Echo(serving.prompts.text_of(ids), ids, logged)] * (body.n or 1)
+            logprobs = await supervisor.score(ids, body.logprobs)
+        echoes += [Echo(engine.prompts.decode(ids), ids, logprobs)] * (body.n or 1)
     return echoes

@@ -1,30 +1,30 @@
-"""Log-probabilities as OpenAI's two endpoints write them."""
+"""Log-probabilities in the formats of OpenAI's two endpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from .responses import Logged
+from .responses import Logprobs
 
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """The text of one token by itself."""
+    """Decode a single token."""
     return tokenizer.decode([token])
 
 
 def completion_logprobs(
-    tokenizer: Any, tokens: Sequence[int], logged: Sequence[Logged | None], offset: int = 0
+    tokenizer: Any, tokens: Sequence[int], logprobs: Sequence[Logprobs | None], offset: int = 0
 ) -> dict[str, Any]:
-    """Lists by token. A token without an entry, the first one of a prompt, has None.
+    """Format log-probabilities as lists with an entry per token.
 
     Args:
-        tokenizer: Of the model.
-        tokens: Those that were said.
-        logged: Per token, best first.
-        offset: Where the first of them begins in the text.
+        tokenizer: Tokenizer of the model.
+        tokens: Tokens of the prompt or the completion.
+        logprobs: Log-probabilities per token; None for the first token of a prompt.
+        offset: Position of the first token in the text.
     """
     texts = [token_text(tokenizer, token) for token in tokens]
     offsets = []
@@ -33,27 +33,27 @@ def completion_logprobs(
         offset += len(text)
     return {
         "tokens": texts,
-        "token_logprobs": [row and row[token] for token, row in zip(tokens, logged, strict=True)],
-        "top_logprobs": [row and _by_text(tokenizer, row) for row in logged],
+        "token_logprobs": [row and row[token] for token, row in zip(tokens, logprobs, strict=True)],
+        "top_logprobs": [row and _by_text(tokenizer, row) for row in logprobs],
         "text_offset": offsets,
     }
 
 
-def _by_text(tokenizer: Any, row: Logged) -> dict[str, float]:
-    """Tokens that read alike by themselves, parts of characters, share a name; the likeliest has it."""
-    found: dict[str, float] = {}
+def _by_text(tokenizer: Any, row: Logprobs) -> dict[str, float]:
+    """Key log-probabilities by text; of tokens with the same text (parts of characters) the likeliest is kept."""
+    by_text: dict[str, float] = {}
     for token, value in row.items():
         text = token_text(tokenizer, token)
-        found[text] = max(value, found.get(text, value))
-    return found
+        by_text[text] = max(value, by_text.get(text, value))
+    return by_text
 
 
-def chat_logprobs(tokenizer: Any, tokens: Sequence[int], logged: Sequence[Logged], count: int) -> dict[str, Any]:
-    """An object per token, with ``count`` first choices."""
+def chat_logprobs(tokenizer: Any, tokens: Sequence[int], logprobs: Sequence[Logprobs], count: int) -> dict[str, Any]:
+    """Format log-probabilities as an object per token, with the ``count`` likeliest tokens."""
     content = []
-    for token, row in zip(tokens, logged, strict=True):
-        best = [_entry(tokenizer, each, row[each]) for each in list(row)[:count]]
-        content.append(_entry(tokenizer, token, row[token]) | {"top_logprobs": best})
+    for token, row in zip(tokens, logprobs, strict=True):
+        top = [_entry(tokenizer, candidate, row[candidate]) for candidate in list(row)[:count]]
+        content.append(_entry(tokenizer, token, row[token]) | {"top_logprobs": top})
     return {"content": content, "refusal": None}
 
 

@@ -1,4 +1,4 @@
-"""What stands before every route: the key, and the size and time of a body."""
+"""Request middleware: API key, body size limit, read timeout."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import ApiError, error_response
 from .settings import ServerSettings
 
-OPEN = ("/", "/health", "/openapi.json")
-"""What is shown without a key: whether the server is well, how to ask it, and the page, which asks for the key."""
+OPEN_PATHS = ("/", "/health", "/openapi.json")
+"""Paths that need no API key: the health check, the schema, and the page, which asks for the key."""
+
+DISCARDED_BYTES = 32 * 2**20
+"""Number of bytes of an oversized body that are read and discarded: a client that is still writing when the connection
+closes does not see the error."""
+
+CLOSE = {"connection": "close"}
+"""Headers of errors before the body is read: its rest could not be told from the next request."""
 
 
-class Guard:
-    """Lets requests through that have the key and a body of bearable size, which it reads whole.
+class RequestGuardMiddleware:
+    """Checks the API key, and reads the entire body within a size limit and a timeout.
 
     Args:
-        app: What it guards.
-        settings: Key and limits.
+        app: Application behind the middleware.
+        settings: Settings of the server.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
@@ -33,40 +40,38 @@ class Guard:
             return
         try:
             self._check_key(scope)
-            body = await self._read(scope, receive)
+            body = await self._read_body(scope, receive)
         except ApiError as error:
             await error_response(error)(scope, receive, send)
             return
-        given = False
+        is_delivered = False
 
-        async def receive_read() -> Message:
-            nonlocal given
-            if given or body is None:
+        async def receive_body() -> Message:
+            nonlocal is_delivered
+            if is_delivered or body is None:
                 return await receive()
-            given = True
+            is_delivered = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, receive_read, send)
+        await self.app(scope, receive_body, send)
 
     def _check_key(self, scope: Scope) -> None:
-        """Raises:
-        ApiError: No key, or another one.
-        """
-        if self._digest is None or scope["path"] in OPEN:
+        """Raise an ApiError without the right API key."""
+        if self._digest is None or scope["path"] in OPEN_PATHS:
             return
         sent = dict(scope["headers"]).get(b"authorization", b"")
         kind, _, key = sent.partition(b" ")
         if kind.lower() != b"bearer" or not key:
             raise _unauthorized("No API key was sent. Send it as: Authorization: Bearer KEY")
-        # Digests have one length, so that the time of the comparison says nothing of the key's.
+        # Digests have the same length, so that the time of the comparison does not depend on the key's.
         if not hmac.compare_digest(_digest(key.strip()), self._digest):
-            raise _unauthorized("The API key is not this server's. Check it.")
+            raise _unauthorized("The API key is not valid for this server. Check it.")
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body; None if the caller has gone.
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """Read the body; None if the client has disconnected.
 
         Raises:
-            ApiError: It is too large, or comes too slowly.
+            ApiError: The body is too large, or arrives too slowly.
         """
         limit = self.settings.max_body_bytes
         too_large = ApiError(413, f"The body is larger than {limit} bytes. Send a smaller one.", headers=CLOSE)
@@ -75,7 +80,7 @@ class Guard:
             raise too_large
         body, size = bytearray(), 0
         try:
-            async with asyncio.timeout(self.settings.body_seconds):
+            async with asyncio.timeout(self.settings.body_timeout):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -89,16 +94,8 @@ class Guard:
                     if has_ended:
                         return bytes(body)
         except TimeoutError:
-            seconds = self.settings.body_seconds
-            raise ApiError(408, f"The body did not come within {seconds:g} seconds.", headers=CLOSE) from None
-
-
-DISCARDED_BYTES = 32 * 2**20
-"""What is too large is read this far and thrown away: who is still writing when the connection closes does not get to
-see why."""
-
-CLOSE = {"connection": "close"}
-"""What is left of a body that was not read cannot be told from the next request."""
+            message = f"The body did not arrive within {self.settings.body_timeout:g} seconds. Send it faster."
+            raise ApiError(408, message, headers=CLOSE) from None
 
 
 def _digest(key: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""The page at ``/``: one file, and the rule that it may load nothing else."""
+"""The chat page at ``/``: a single file, and a content security policy that allows it to load nothing else."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ PAGE = files("recursify.server").joinpath("page.html").read_text(encoding="utf-8
 
 
 def _hashes(tag: str) -> str:
-    """The digests by which the page's own scripts or styles are let in."""
-    found = re.findall(rf"<{tag}>(.*?)</{tag}>", PAGE, re.S)
-    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in found]
+    """Return the digests of the page's inline ``<tag>`` elements, as sources of a content security policy."""
+    texts = re.findall(rf"<{tag}>(.*?)</{tag}>", PAGE, re.S)
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
     return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 

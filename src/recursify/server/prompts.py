@@ -1,4 +1,4 @@
-"""From what a request says to token ids: the tokenizer and the chat template of the model."""
+"""Encoding of prompts and conversations with the model's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -15,67 +15,71 @@ from .schema import Message
 T = TypeVar("T")
 
 
-class Prompts:
-    """Encodes prompts, in one thread of its own: a long one does not hold up the answers that are being sent.
+class PromptEncoder:
+    """Encodes prompts in a thread of its own, so that a long one does not delay the event loop.
 
     Args:
-        tokenizer: Of the model.
-        max_tokens: Of a prompt.
+        tokenizer: Tokenizer of the model.
+        max_tokens: Maximum number of tokens in a prompt.
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
-        # Fast tokenizers complain of being borrowed when two threads encode at once.
+        # A single thread: fast tokenizers raise "Already borrowed" when two threads encode at once.
         self._pool = ThreadPoolExecutor(1, "recursify-tokenizer")
 
-    async def completions(self, prompt: str | Sequence[Any]) -> list[list[int]]:
-        """The prompts of a completion: one or several, as text or as ids."""
-        several: list[Any] = (
-            [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else [*prompt]
-        )
-        if not several:
-            raise ApiError(400, "prompt: There is none in the list. Give at least one.", param="prompt")
-        texts = [each for each in several if isinstance(each, str)]
-        if not texts:
-            return [self._fitting(list(each), "prompt") for each in several]
-        encoded = await self._run(lambda: [self.tokenizer(text)["input_ids"] for text in texts])
-        return [self._fitting(ids, "prompt") for ids in encoded]
-
-    async def chat(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation, in the model's template, up to where the model goes on.
+    async def encode_completion(self, prompt: str | Sequence[Any]) -> list[list[int]]:
+        """Encode the prompts of a completion: one or several, as text or token ids.
 
         Raises:
-            ApiError: The model has no template, or its template does not take this.
+            ApiError: A prompt is empty or too long.
+        """
+        is_single = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+        prompts: list[Any] = [prompt] if is_single else [*prompt]
+        if not prompts:
+            raise ApiError(400, "prompt: The list is empty. Give at least one prompt.", param="prompt")
+        texts = [entry for entry in prompts if isinstance(entry, str)]
+        if not texts:
+            return [self._checked(list(ids), "prompt") for ids in prompts]
+        encoded = await self._run(lambda: [self.tokenizer(text)["input_ids"] for text in texts])
+        return [self._checked(ids, "prompt") for ids in encoded]
+
+    async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Encode a conversation with the model's chat template, up to the start of the assistant's reply.
+
+        Raises:
+            ApiError: The model has no template, its template rejects the messages, or they are too long.
         """
         if not getattr(self.tokenizer, "chat_template", None):
             raise ApiError(400, "The model has no chat template. Use /v1/completions.", code="no_chat_template")
-        given = [
+        conversation = [
             {"role": message.role, "content": message.text} | ({"name": message.name} if message.name else {})
             for message in messages
         ]
         try:
-            found = await self._run(
-                lambda: self.tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=True)
+            encoding = await self._run(
+                lambda: self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
             )
         except TemplateError as error:
-            raise ApiError(400, f"messages: The model's chat template says: {error}", param="messages") from error
-        return self._fitting(found["input_ids"], "messages")
+            message = f"messages: The model's chat template rejects them: {error}"
+            raise ApiError(400, message, param="messages") from error
+        return self._checked(encoding["input_ids"], "messages")
 
-    def text_of(self, ids: Sequence[int]) -> str:
-        """What ``ids`` say."""
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode ``ids`` without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def close(self) -> None:
-        """Let the thread go."""
+        """End the thread."""
         self._pool.shutdown(wait=False)
 
-    def _fitting(self, ids: list[int], param: str) -> list[int]:
+    def _checked(self, ids: list[int], param: str) -> list[int]:
         if not ids:
             raise ApiError(400, f"{param}: It has no tokens. Give at least one.", param=param)
         if len(ids) > self.max_tokens:
-            message = f"{param}: It has {len(ids)} tokens, and {self.max_tokens} are allowed. Shorten it."
+            message = f"{param}: It has {len(ids)} tokens; at most {self.max_tokens} are allowed. Shorten it."
             raise ApiError(400, message, param=param, code="context_length_exceeded")
         return ids

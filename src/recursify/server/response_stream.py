@@ -1,11 +1,10 @@
-"""Answers on their way from the engine to a request."""
+"""Output of the engine on its way to one HTTP request."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from recursify.engine import RequestOutput, SamplingParams
 from recursify.errors import EngineError
@@ -13,63 +12,62 @@ from recursify.server.engine_process import Accepted, EngineClient, OutputChunk
 
 from .errors import ApiError
 
-if TYPE_CHECKING:
-    from .engine_supervisor import EngineSupervisor
-
 
 class ResponseStream:
-    """The answers to one call of the server, which may ask the engine several things.
+    """Completions for one HTTP request, which may submit several requests to the engine.
 
     Args:
-        host: Of the engine; knows why it has stopped.
-        link: To the engine.
-        asked: Prompts and parameters.
+        client: Client of the engine.
+        requests: Prompts and sampling parameters.
+        timeout: Seconds in which all completions must end.
+        unavailable: Callable that makes the error for an engine that has stopped.
 
     Attributes:
-        outputs: By index, all that has come of an answer.
+        outputs: Mapping from the index of a completion to its output so far.
     """
 
     def __init__(
         self,
-        host: EngineSupervisor,
-        link: EngineClient,
-        asked: Sequence[tuple[list[int], SamplingParams]],
+        client: EngineClient,
+        requests: Sequence[tuple[list[int], SamplingParams]],
+        *,
+        timeout: float,
+        unavailable: Callable[[], ApiError],
     ) -> None:
-        self._host, self._link, self._asked = host, link, asked
+        self._client, self._requests, self._unavailable = client, requests, unavailable
         self._numbers: dict[int, int] = {}
-        self._unaccepted = len(asked)
-        self._open = set(range(len(asked)))
+        self._num_unaccepted = len(requests)
+        self._open = set(range(len(requests)))
         self._chunks: list[tuple[int, OutputChunk]] = []
         self._error: Exception | None = None
-        self._news = asyncio.Event()
-        seconds = host.settings.request_seconds
-        late = ApiError(504, f"The answer was not ready within {seconds:g} seconds.", code="timeout")
-        # One timer per request: a limit to every wait would be a task per token.
-        self._timer = asyncio.get_running_loop().call_later(seconds, self.fail, late)
+        self._arrival = asyncio.Event()
+        late = ApiError(504, f"The completion was not ready within {timeout:g} seconds.", code="timeout")
+        # One timer per request: a timeout of every wait would need a task per token.
+        self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, late)
         self.outputs: dict[int, RequestOutput] = {}
 
-    # --- For the request -----------------------------------------------------------------------------------------
+    # --- For the handler -----------------------------------------------------------------------------------------
 
-    async def accept(self) -> None:
-        """Ask, and wait until the engine has taken all.
+    async def submit(self) -> None:
+        """Submit all requests, and wait until the engine has taken them.
 
         Raises:
-            EngineError: It refused one.
-            ApiError: It has stopped.
+            EngineError: The engine has refused one.
+            ApiError: The engine has stopped.
         """
-        for index, (prompt, params) in enumerate(self._asked):
+        for index, (prompt, params) in enumerate(self._requests):
             try:
-                self._numbers[index] = self._link.submit(prompt, params, partial(self._receive, index))
+                self._numbers[index] = self._client.submit(prompt, params, partial(self._receive, index))
             except EngineError as error:
-                raise self._host.unavailable() from error
-        while self._unaccepted:
+                raise self._unavailable() from error
+        while self._num_unaccepted:
             await self._wait()
 
     async def chunks(self) -> AsyncIterator[list[tuple[int, OutputChunk]]]:
-        """What has come since the last time, with the answers' indices, until all have ended.
+        """Yield the chunks since the last time, each with the index of its completion, until all have ended.
 
         Raises:
-            ApiError: The engine has stopped, the server ends, or it took too long.
+            ApiError: The engine has stopped, the server shuts down, or the time is over.
         """
         while self._open or self._chunks:
             if self._chunks:
@@ -78,31 +76,25 @@ class ResponseStream:
             else:
                 await self._wait()
 
-    async def whole(self) -> list[RequestOutput]:
-        """All answers, when all have ended."""
-        async for _ in self.chunks():
-            pass
-        return [self.outputs[index] for index in range(len(self._asked))]
-
     def fail(self, error: Exception) -> None:
-        """End with ``error``."""
+        """End the stream with ``error``."""
         self._error = self._error or error
-        self._news.set()
+        self._arrival.set()
 
     def close(self) -> None:
-        """Nobody listens any more: cancel what has not ended."""
+        """Cancel all completions that have not ended."""
         self._timer.cancel()
         for index in self._open & set(self._numbers):
-            self._link.cancel(self._numbers[index])
+            self._client.cancel(self._numbers[index])
         self._open.clear()
 
     # --- From the engine -----------------------------------------------------------------------------------------
 
     def _receive(self, index: int, item: Accepted | OutputChunk | Exception) -> None:
-        """What is said of the answer ``index``: that it is taken or refused, a chunk, or the engine's own end."""
+        """Listen to the request with this index."""
         if isinstance(item, Exception):
             self._open.discard(index)
-            self.fail(item if self._link.is_running else self._host.unavailable())
+            self.fail(item if self._client.is_running else self._unavailable())
             return
         if isinstance(item, OutputChunk):
             self.outputs[index] = item.output
@@ -110,13 +102,13 @@ class ResponseStream:
                 self._open.discard(index)
             self._chunks.append((index, item))
         else:
-            self._unaccepted -= 1
-        self._news.set()
+            self._num_unaccepted -= 1
+        self._arrival.set()
 
     async def _wait(self) -> None:
-        """Until something has come."""
+        """Wait for the next item from the engine."""
         if self._error is None:
-            self._news.clear()
-            await self._news.wait()
+            self._arrival.clear()
+            await self._arrival.wait()
         if self._error is not None:
             raise self._error

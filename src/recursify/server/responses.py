@@ -1,4 +1,4 @@
-"""What completions and chats have in common on their way out: ids, usage, and the tokens of one event."""
+"""Parts that responses of both endpoints share: ids, usage, and the content of an event."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any, Protocol
 from recursify.engine import RequestOutput
 from recursify.server.engine_process import OutputChunk
 
-Logged = dict[int, float]
-"""``{token id: log-probability}``."""
+Logprobs = dict[int, float]
+"""Mapping from token ids to log-probabilities, the likeliest first."""
 
 
 @dataclass(frozen=True)
 class CompletionDelta:
-    """What one event says of one answer.
+    """New output of one completion, sent as one event.
 
     Attributes:
-        index: The answer's.
+        index: Index of the completion.
         text: New text.
         token_ids: New tokens.
-        depths: Per token, the recursion after which it was read.
-        pieces: Per token, the text that came with it.
-        logprobs: Per token, if asked for.
-        finish_reason: In the answer's last event.
+        depths: Exit depth of each new token.
+        pieces: Text of each new token.
+        logprobs: Log-probabilities per new token, if requested.
+        finish_reason: Reason for the end of the completion, in its last event.
     """
 
     index: int
@@ -34,64 +34,68 @@ class CompletionDelta:
     token_ids: list[int]
     depths: list[int]
     pieces: list[str]
-    logprobs: list[Logged] | None
+    logprobs: list[Logprobs] | None
     finish_reason: str | None
 
     @property
     def extension(self) -> dict[str, Any]:
-        """What OpenAI's format has no place for; the texts only where they are not the event's own."""
+        """Fields outside OpenAI's format; pieces only if there are several."""
         return {"depths": self.depths} | ({"pieces": self.pieces} if len(self.pieces) > 1 else {})
 
 
-class Format(Protocol):
-    """How an endpoint writes its answers."""
+class ResponseFormat(Protocol):
+    """Response format of an endpoint."""
 
-    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]: ...
+    def response(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """Format finished completions as one response, without the usage."""
 
-    def opening(self, count: int) -> list[dict[str, Any]]: ...
+    def opening(self, count: int) -> list[dict[str, Any]]:
+        """Return the choices of the events that open a stream of ``count`` completions."""
 
-    def event(self, said: CompletionDelta) -> dict[str, Any]: ...
+    def choice(self, delta: CompletionDelta) -> dict[str, Any]:
+        """Format new output as the choice of an event."""
 
-    def with_choices(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]: ...
+    def with_choices(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Wrap ``choices`` in a response object."""
 
 
-def joined(chunks: Sequence[tuple[int, OutputChunk]]) -> list[CompletionDelta]:
-    """Chunks that came together, as one event per answer."""
+def merge_chunks(chunks: Sequence[tuple[int, OutputChunk]]) -> list[CompletionDelta]:
+    """Merge chunks, each with the index of its completion, into one delta per completion."""
     by_index: dict[int, list[OutputChunk]] = {}
     for index, chunk in chunks:
         by_index.setdefault(index, []).append(chunk)
-    return [_join(index, its) for index, its in by_index.items()]
+    return [_merge(index, chunks) for index, chunks in by_index.items()]
 
 
-def _join(index: int, chunks: Sequence[OutputChunk]) -> CompletionDelta:
+def _merge(index: int, chunks: Sequence[OutputChunk]) -> CompletionDelta:
     pieces: list[str] = []
     for chunk in chunks:
-        # One token comes with a chunk; where there were more, the last one completed the text.
+        # A chunk usually has one token; if it has more, the last one completed the text.
         pieces += [*[""] * (len(chunk.token_ids) - 1), chunk.text][: len(chunk.token_ids)]
-    logged = [row for chunk in chunks for row in chunk.logprobs or ()]
+    logprobs = [row for chunk in chunks for row in chunk.logprobs or ()]
     return CompletionDelta(
         index,
         "".join(chunk.text for chunk in chunks),
         [token for chunk in chunks for token in chunk.token_ids],
         [depth for chunk in chunks for depth in chunk.depths],
         pieces,
-        None if chunks[0].logprobs is None else logged,
+        None if chunks[0].logprobs is None else logprobs,
         chunks[-1].finish_reason,
     )
 
 
 def new_id(prefix: str) -> str:
-    """An answer's name."""
+    """Make an id for a response."""
     return f"{prefix}-{uuid.uuid4().hex[:24]}"
 
 
 def now() -> int:
-    """Seconds since 1970."""
+    """Return the Unix time in seconds."""
     return int(time.time())
 
 
 def usage_of(outputs: Sequence[RequestOutput], num_choices: int, num_recursions: int) -> dict[str, Any]:
-    """Counts of tokens, and how deep the new ones went; a prompt counts once, however many answers it has."""
+    """Count tokens and their mean exit depth; the ``num_choices`` completions of a prompt count it once."""
     prompt = sum(len(output.prompt_ids) for output in outputs[::num_choices])
     depths = [depth for output in outputs for depth in output.depths]
     return {

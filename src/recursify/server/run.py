@@ -1,116 +1,78 @@
-"""The server on a port, from the first log line to the last answer."""
+"""Serve a model over HTTP, with the engine in a process of its own."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import socket
-from collections.abc import Callable
+import inspect
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import uvicorn
-from fastapi import FastAPI
-
+from recursify.checkpoint.loading import load_model
 from recursify.engine import Engine
-from recursify.errors import EngineError, RecursifyError
+from recursify.errors import SettingsError
+from recursify.settings import check_keys
 
-from .access_log import JsonLines, log_event
-from .app import create_app
-from .engine_supervisor import EngineSupervisor
 from .settings import ServerSettings
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-MAX_CONNECTIONS = 2048
-"""More are told 503 at once."""
 
-
-class Server(uvicorn.Server):
-    """uvicorn, which lets answers come to their end before it ends, and ends if the model does not load."""
-
-    def __init__(self, config: uvicorn.Config, host: EngineSupervisor) -> None:
-        super().__init__(config)
-        self.host = host
-
-    async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second."""
-        if self.host.load_error is not None and not self.host.has_loaded:
-            self.should_exit = True
-        return await super().on_tick(counter)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse new requests, finish those there are, tell the rest, and close."""
-        log_event("info", "shutting down")
-        finishing = asyncio.create_task(self.host.finish())
-        await super().shutdown(sockets)
-        await finishing
-
-
-def serve(build: Callable[[], Engine], settings: ServerSettings, *, address: str, port: int) -> None:
-    """Answer requests at ``address`` and ``port`` until a signal ends it, with the engine in a process of its own.
+def serve_model(
+    model: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    settings: ServerSettings | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> None:
+    """Serve OpenAI's API and a chat page until a signal ends the process.
 
     Args:
-        build: Makes the engine, with its tokenizer. It is pickled: a function of a module, or a ``partial`` of one.
-        settings: Names, key and limits.
-        address: To listen at.
-        port: To listen at; 0 takes a free one.
+        model: Folder, ``.gguf`` file or Hub id of a recursive or dense model.
+        host: Address to listen on; the default accepts connections from this machine only.
+        port: Port to listen on; 0 chooses a free one.
+        settings: Settings of the server; exclusive with its fields in ``options``.
+        dtype: Data type of the weights: float32, bfloat16, float16, or auto for the checkpoint's.
+        device: Device of the engine: cpu, cuda, cuda:1 or mps.
+        trust_remote_code: Permission to run Python code from the model's folder.
+        options: Fields of :class:`~recursify.server.settings.ServerSettings`, and options of
+            :meth:`Engine.from_pretrained <recursify.engine.Engine.from_pretrained>` such as ``max_num_seqs``.
 
     Raises:
+        SettingsError: An invalid setting, or the extra ``serve`` is not installed.
         RecursifyError: The model does not load, or the port is taken.
     """
-    log_to_stderr()
-    listener = listen(address, port)
-    number = listener.getsockname()[1]
-    app = create_app(build, settings, own_process=True)
-    server = Server(config_of(app, settings), app.state.host)
-    name = f"[{address}]" if ":" in address else address
-    log_event("info", "listening", url=f"http://{name}:{number}", key="required" if settings.api_key else "none")
-    if address not in LOOPBACK and settings.api_key is None:
-        log_event("warning", "anyone who reaches this address can use it: there is no API key", host=address)
-    server.run(sockets=[listener])
-    error = server.host.load_error
-    if error is not None and not server.host.has_loaded:
-        raise error if isinstance(error, RecursifyError) else EngineError(f"The model did not load: {error}")
+    names = [field.name for field in fields(ServerSettings)]
+    check_keys(options, [*names, *inspect.signature(Engine).parameters], "the options")
+    server_options = {name: options.pop(name) for name in names if name in options}
+    if settings is not None and server_options:
+        raise SettingsError(f"Got settings and also {', '.join(server_options)}. Pass all of them in the settings.")
+    settings = settings or ServerSettings(**server_options)
+    if settings.model_name is None:
+        settings = replace(settings, model_name=Path(model).name)
+    try:
+        from .uvicorn_server import run_server
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"The server needs {error.name}, which is not installed. Install it with: pip install 'recursify[serve]'"
+        ) from error
+    loading = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    run_server(partial(make_engine, model, loading, options), settings, host=host, port=port)
 
 
-def listen(address: str, port: int) -> socket.socket:
-    """A socket at ``address`` and ``port``; port 0 takes a free one.
+def make_engine(model: str | Path, loading: dict[str, Any], options: dict[str, Any]) -> Engine:
+    """Load a model and make its engine; called in the engine's process.
+
+    Args:
+        model: Model to load.
+        loading: Keyword arguments of :func:`~recursify.checkpoint.loading.load_model`.
+        options: Keyword arguments of the engine.
 
     Raises:
-        EngineError: It cannot be had.
+        CheckpointError: The model cannot be loaded.
+        SettingsError: The dtype or the device is unknown.
+        EngineError: The engine has no room, or does not support the model.
     """
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((address, port))
-    except OSError as error:
-        listener.close()
-        raise EngineError(
-            f"Cannot listen on {address} port {port}: {error.strerror}. Choose another --port."
-        ) from error
-    return listener
-
-
-def config_of(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
-    """How uvicorn runs ``app``."""
-    return uvicorn.Config(
-        app,
-        # Its parser in C costs a token 6 microseconds less, and takes headers of any size.
-        http="h11",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=30,
-        # Answers are ended by then, and their readers get some seconds to take the last of them.
-        timeout_graceful_shutdown=round(settings.shutdown_seconds) + 5,
-    )
-
-
-def log_to_stderr() -> None:
-    """Have this server's logs, and uvicorn's warnings, written as lines of JSON."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
-    for name, level in (("recursify.server", logging.INFO), ("uvicorn", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
+    return Engine(*load_model(model, **loading), **options)

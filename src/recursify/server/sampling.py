@@ -1,92 +1,133 @@
-"""From a request to what the engine takes, within the limits of the server."""
+"""Sampling parameters of the engine from a request's fields, within the limits of the server."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from recursify.engine import SamplingParams
+from recursify.errors import SettingsError
+from recursify.modeling import EXIT_POLICIES, KV_MODES, ExitSettings
 
 from .errors import ApiError
-from .schema import AnswerRequest, ChatRequest
-from .settings import ExitChoice, ServerSettings
+from .schema import ChatRequest, ExitRequest, GenerationRequest
+from .settings import ServerSettings
 
 COMPLETION_TOKENS = 16
-"""New tokens of a completion that does not say how many: OpenAI's default. A chat goes on to the end."""
+"""Maximum number of new tokens of a completion that does not set it, OpenAI's default. A chat has no such default."""
+
+POLICIES = tuple(name for name, policy in EXIT_POLICIES.items() if not policy.simulated)
+"""Exit policies that are served; a simulated one runs all recursions and saves no time."""
 
 
-class Sampling:
-    """Makes parameters for one engine.
+def check_exit_policy(name: str | None) -> None:
+    """Check that exit policy ``name`` is served.
+
+    Raises:
+        SettingsError: An unknown policy, or a simulated one.
+    """
+    if name is None or name in POLICIES:
+        return
+    if name in EXIT_POLICIES:
+        raise SettingsError(
+            f"Exit policy '{name}' is a simulation, which runs all recursions to find the earliest correct depth, and "
+            f"is not served. Use one of: {', '.join(POLICIES)}."
+        )
+    raise SettingsError(f"Unknown exit policy. Use one of: {', '.join(POLICIES)}.")
+
+
+class SamplingParamsBuilder:
+    """Builds sampling parameters for one engine.
 
     Args:
-        settings: Limits, and how tokens leave by default.
-        config: Of the model.
-        kv: The engine's.
-        max_model_len: Tokens of a request, prompt and answer.
+        settings: Settings of the server.
+        config: Configuration of the model.
+        kv: Source of the keys and values of skipped depths in the engine.
+        max_model_len: Maximum number of tokens in a request, prompt and completion together.
     """
 
     def __init__(self, settings: ServerSettings, config: Any, kv: str, max_model_len: int) -> None:
         self.settings, self.config, self.kv, self.max_model_len = settings, config, kv, max_model_len
+        self.default_exit = ExitRequest(
+            policy=settings.exit_policy,
+            threshold=settings.threshold,
+            min_depth=settings.min_depth,
+            max_depth=settings.max_depth,
+        )
 
-    def for_each_choice(self, request: AnswerRequest, prompt_length: int, logprobs: int | None) -> list[SamplingParams]:
-        """One set per choice: they differ in their seeds.
+    def build(self, request: GenerationRequest, prompt_length: int, logprobs: int | None) -> list[SamplingParams]:
+        """Build the parameters of each completion of a prompt; they differ in their seeds.
 
         Raises:
-            ApiError: More than the server allows.
+            ApiError: A value is above the server's limit.
+            SettingsError: Invalid exit settings.
         """
         self._check_limits(request)
-        count = request.n or 1
-        choice = self.settings.default_exit
-        if request.exit_is_given:
-            choice = None if request.exit is None else request.exit.choice
-        leaves = self.leaving(choice)
+        exit_parameters = self.exit_parameters(request.exit if request.has_exit else self.default_exit)
         return [
             SamplingParams(
                 max_tokens=self._max_tokens(request, prompt_length),
                 temperature=1.0 if request.temperature is None else request.temperature,
                 top_p=1.0 if request.top_p is None else request.top_p,
                 top_k=request.top_k or 0,
-                seed=None if request.seed is None else _seed(request.seed, number),
+                seed=None if request.seed is None else _seed(request.seed, index),
                 stop=request.stops,
                 stop_token_ids=tuple(request.stop_token_ids or ()),
                 ignore_eos=bool(request.ignore_eos),
                 logprobs=logprobs,
-                **leaves,
+                **exit_parameters,
             )
-            for number in range(count)
+            for index in range(request.n or 1)
         ]
 
-    def leaving(self, choice: ExitChoice | None) -> dict[str, Any]:
-        """The part of the parameters that says how tokens leave."""
-        if choice is None:
-            return {}
-        return {"exit": choice.settings(self.config, self.kv), "max_depth": choice.max_depth}
+    def exit_parameters(self, request: ExitRequest | None) -> dict[str, Any]:
+        """Build the parameters that control early exit.
 
-    def _check_limits(self, request: AnswerRequest) -> None:
+        Raises:
+            SettingsError: An unknown policy, or a value out of range.
+        """
+        if request is None:
+            return {}
+        check_exit_policy(request.policy)
+        try:
+            settings = ExitSettings.from_options(
+                request.policy,
+                threshold=request.threshold,
+                min_depth=request.min_depth,
+                # A routed model's kv is not an exit's; from_options refuses exits of such a model.
+                kv=self.kv if self.kv in KV_MODES else None,
+                config=self.config,
+            )
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+        return {"exit": settings, "max_depth": request.max_depth}
+
+    def _check_limits(self, request: GenerationRequest) -> None:
         limits = self.settings
         if (request.n or 1) > limits.max_choices:
-            raise _over("n", f"At most {limits.max_choices} choices can be asked for.")
+            raise _limit_exceeded("n", f"At most {limits.max_choices} choices are allowed, got {request.n}.")
         if len(request.stops) > limits.max_stops:
-            raise _over("stop", f"At most {limits.max_stops} stop strings are allowed, got {len(request.stops)}.")
+            message = f"At most {limits.max_stops} stop strings are allowed, got {len(request.stops)}."
+            raise _limit_exceeded("stop", message)
         if any(len(stop) > limits.max_stop_characters for stop in request.stops):
-            raise _over("stop", f"A stop string may have {limits.max_stop_characters} characters.")
+            raise _limit_exceeded("stop", f"At most {limits.max_stop_characters} characters per string are allowed.")
 
-    def _max_tokens(self, request: AnswerRequest, prompt_length: int) -> int:
+    def _max_tokens(self, request: GenerationRequest, prompt_length: int) -> int:
         limit = self.settings.max_tokens
-        param, asked = "max_tokens", getattr(request, "max_tokens", None)
+        param, value = "max_tokens", getattr(request, "max_tokens", None)
         if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
-            param, asked = "max_completion_tokens", request.max_completion_tokens
-        if asked is None:
+            param, value = "max_completion_tokens", request.max_completion_tokens
+        if value is None:
             room = max(self.max_model_len - prompt_length, 1)
             return min(limit, room, room if isinstance(request, ChatRequest) else COMPLETION_TOKENS)
-        if asked > limit:
-            raise _over(param, f"At most {limit} new tokens are allowed.")
-        return asked
+        if value > limit:
+            raise _limit_exceeded(param, f"At most {limit} new tokens are allowed, got {value}.")
+        return value
 
 
-def _over(param: str, message: str) -> ApiError:
+def _limit_exceeded(param: str, message: str) -> ApiError:
     return ApiError(400, f"{param}: {message}", param=param, code="limit_exceeded")
 
 
-def _seed(seed: int, number: int) -> int:
-    """Of the choice of that number; the first one's is the request's own."""
-    return seed if number == 0 else (seed + number) % 2**63
+def _seed(seed: int, index: int) -> int:
+    """Return the seed of a completion; the first one has the request's own."""
+    return seed if index == 0 else (seed + index) % 2**63

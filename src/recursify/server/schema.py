@@ -1,7 +1,7 @@
-"""What requests may contain: OpenAI's fields that this server has a meaning for, and three kinds of its own.
+"""Request bodies: OpenAI's fields that this server supports, and three kinds of its own.
 
-A field that is not known is refused by name, and so is a known one with a value that would be ignored: an answer is
-what was asked for, or an error.
+An unknown field is refused by name, and so is a known one with a value that would be ignored: a request is executed as
+written, or refused.
 """
 
 from __future__ import annotations
@@ -10,27 +10,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from .settings import ExitChoice
 
-
-def _whole(text: str) -> str:
-    """Raises:
-    ValueError: Half a surrogate pair, which is no character and which no tokenizer takes.
-    """
+def _without_surrogates(text: str) -> str:
+    """Raise a ValueError for text with a lone surrogate, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("the text has a lone surrogate, which is no character") from None
+        raise ValueError("The text has a lone surrogate, which is not a character. Remove it") from None
     return text
 
 
-Text = Annotated[str, AfterValidator(_whole)]
-StopText = Annotated[str, Field(min_length=1), AfterValidator(_whole)]
+Text = Annotated[str, AfterValidator(_without_surrogates)]
+StopText = Annotated[str, Field(min_length=1), AfterValidator(_without_surrogates)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Threshold = Annotated[float, Field(allow_inf_nan=False)]
 
 IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
-"""What clients send along for OpenAI's own bookkeeping."""
+"""Fields for OpenAI's own bookkeeping, which are accepted and ignored."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0, None),
@@ -44,39 +40,33 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"], None),
     "best_of": (1, None),
 }
-"""What is not offered, and the values that ask for nothing."""
+"""Mapping from unsupported fields to their values without an effect, which are accepted."""
 
 
 class Strict(BaseModel):
-    """Knows its fields, and no others."""
+    """Model that refuses unknown fields and does not convert types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class ExitRequest(Strict):
-    """How new tokens leave early. Lossy: the answer is another one than without."""
+    """Early exit of new tokens. It changes the output: a token that exits early may differ from the full model's."""
 
     policy: str | None = None
     threshold: Threshold | Annotated[list[Threshold], Field(min_length=1, max_length=64)] | None = None
     min_depth: int = Field(default=0, ge=0, le=1000)
     max_depth: int | None = Field(default=None, ge=0, le=1000)
 
-    @property
-    def choice(self) -> ExitChoice:
-        """As the settings have it."""
-        threshold = tuple(self.threshold) if isinstance(self.threshold, list) else self.threshold
-        return ExitChoice(policy=self.policy, threshold=threshold, min_depth=self.min_depth, max_depth=self.max_depth)
-
 
 class StreamOptions(Strict):
-    """How an answer is streamed."""
+    """Options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class AnswerRequest(Strict):
-    """What completions and chats have in common."""
+class GenerationRequest(Strict):
+    """Fields of both completions and chats."""
 
     model: Text | None = Field(default=None, max_length=500)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
@@ -93,42 +83,42 @@ class AnswerRequest(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def drop_what_asks_for_nothing(cls, given: Any) -> Any:
-        """Raises:
-        ValueError: Something that is not offered.
+    def drop_neutral_fields(cls, body: Any) -> Any:
+        """Drop fields without an effect.
+
+        Raises:
+            ValueError: An unsupported field has another value.
         """
-        if not isinstance(given, dict):
-            return given
-        kept = {name: value for name, value in given.items() if name not in IGNORED}
+        if not isinstance(body, dict):
+            return body
+        supported = {name: value for name, value in body.items() if name not in IGNORED}
         for name, neutral in NEUTRAL.items():
-            if name in kept and kept.pop(name) not in neutral:
-                raise ValueError(f"{name} is not offered by this server, leave it out")
-        return kept
+            if name in supported and supported.pop(name) not in neutral:
+                raise ValueError(f"{name} is not supported by this server. Remove it")
+        return supported
 
     @model_validator(mode="after")
-    def check_stream_options(self) -> AnswerRequest:
-        """Raises:
-        ValueError: Options of a stream that was not asked for.
-        """
+    def check_stream_options(self) -> GenerationRequest:
+        """Raise a ValueError for stream options without a stream."""
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for stream=true, which is not given")
+            raise ValueError("stream_options requires stream=true. Set it")
         return self
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings."""
+        """Stop strings."""
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
-    def exit_is_given(self) -> bool:
-        """Whether the request says how tokens leave; null says that they do not."""
+    def has_exit(self) -> bool:
+        """True if the request sets ``exit``; null turns early exit off."""
         return "exit" in self.model_fields_set
 
 
-class CompletionRequest(AnswerRequest):
-    """``POST /v1/completions``."""
+class CompletionRequest(GenerationRequest):
+    """Body of ``POST /v1/completions``."""
 
     prompt: Text | list[Text] | list[Token] | list[list[Token]] = Field(union_mode="left_to_right")
     max_tokens: int | None = Field(default=None, ge=1)
@@ -137,23 +127,21 @@ class CompletionRequest(AnswerRequest):
 
     @model_validator(mode="after")
     def check_echo(self) -> CompletionRequest:
-        """Raises:
-        ValueError: A prompt to be repeated in a stream.
-        """
+        """Raise a ValueError for an echo in a stream."""
         if self.echo and self.stream:
-            raise ValueError("echo is not offered with stream=true")
+            raise ValueError("echo is not supported with stream=true. Remove one of them")
         return self
 
 
 class TextPart(Strict):
-    """A part of a message."""
+    """Part of a message."""
 
     type: Literal["text"]
     text: Text
 
 
 class Message(Strict):
-    """A message of a chat."""
+    """Message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
@@ -161,12 +149,12 @@ class Message(Strict):
 
     @property
     def text(self) -> str:
-        """What it says."""
+        """Text of all parts."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(AnswerRequest):
-    """``POST /v1/chat/completions``."""
+class ChatRequest(GenerationRequest):
+    """Body of ``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -176,9 +164,7 @@ class ChatRequest(AnswerRequest):
 
     @model_validator(mode="after")
     def check_logprobs(self) -> ChatRequest:
-        """Raises:
-        ValueError: First choices without log-probabilities.
-        """
+        """Raise a ValueError for ``top_logprobs`` without ``logprobs``."""
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is for logprobs=true, which is not given")
+            raise ValueError("top_logprobs requires logprobs=true. Set it")
         return self

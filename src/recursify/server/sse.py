@@ -1,4 +1,4 @@
-"""Server-sent events to a reader who may be slow, or gone."""
+"""Server-sent events to clients that may be slow or disconnect."""
 
 from __future__ import annotations
 
@@ -11,46 +11,48 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .access_log import note
+from .access_log import add_log_fields
 from .errors import json_bytes
 
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
-"""How OpenAI's streams end."""
+"""Last event of OpenAI's streams."""
 
-LOOK_SECONDS = 0.25
-"""How often a reader is looked after: a limit to every single event would cost more than the event."""
+CHECK_SECONDS = 0.25
+"""Interval of checks for a stalled client; a timeout of every send would cost more than the send."""
 
 
 class ClientDisconnected(Exception):
-    """Nobody is there to be answered."""
+    """The client has closed the connection."""
 
 
-def event(data: Any) -> bytes:
-    """``data`` as an event."""
+def encode_event(data: Any) -> bytes:
+    """Encode ``data`` as an event."""
     return b"data: " + json_bytes(data) + b"\n\n"
 
 
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, T], stalled: Callable[[], bool] | None = None) -> T:
-    """What comes of ``work``, which is cancelled when the caller goes.
+async def run_until_disconnect(
+    receive: Receive, work: Coroutine[Any, Any, T], has_stalled: Callable[[], bool] | None = None
+) -> T:
+    """Run ``work``, and cancel it when the client disconnects.
 
     Args:
-        receive: The request's.
-        work: What is done for the caller.
-        stalled: Asked once in a while, whether the caller is to be left.
+        receive: ASGI channel of the request.
+        work: Coroutine to run.
+        has_stalled: Callable that tells whether the client has stalled, called at intervals.
 
     Raises:
-        ClientDisconnected: The caller has gone.
-        TimeoutError: ``work`` has stalled.
+        ClientDisconnected: The client has disconnected.
+        TimeoutError: The client has stalled.
     """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
     try:
         done: set[asyncio.Future[Any]] = set()
         while not done:
-            limit = None if stalled is None else LOOK_SECONDS
-            done, _ = await asyncio.wait({working, leaving}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if not done and stalled is not None and stalled():
+            timeout = None if has_stalled is None else CHECK_SECONDS
+            done, _ = await asyncio.wait({working, leaving}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not done and has_stalled is not None and has_stalled():
                 raise TimeoutError
         if working.done():
             return working.result()
@@ -62,38 +64,39 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T], stalled: Ca
 
 
 async def _disconnect(receive: Receive) -> None:
+    """Wait until the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class EventStreamResponse(Response):
-    """Sends what ``events`` yields, and closes it whatever happens.
+    """Response that sends the events of a generator, and closes the generator in any case.
 
     Args:
-        first: The first event.
-        events: The others.
-        write_seconds: In which a reader must take what is sent.
+        first: First event.
+        events: Generator of the other events.
+        write_timeout: Seconds in which the client must read an event.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None], write_seconds: float) -> None:
-        self.first, self.events, self.write_seconds = first, events, write_seconds
+    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None], write_timeout: float) -> None:
+        self.first, self.events, self.write_timeout = first, events, write_timeout
         self.status_code, self.background = 200, None
         self._sending_since: float | None = None
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await until_gone(receive, self._send(send), self._has_stalled)
+            await run_until_disconnect(receive, self._send(send), self._has_stalled)
         except TimeoutError:
-            note(reader="too slow")
+            add_log_fields(reader="too slow")
         except (ClientDisconnected, OSError):
-            note(reader="gone")
+            add_log_fields(reader="gone")
 
     def _has_stalled(self) -> bool:
         since = self._sending_since
-        return since is not None and time.monotonic() - since > self.write_seconds
+        return since is not None and time.monotonic() - since > self.write_timeout
 
     async def _send(self, send: Send) -> None:
         async with contextlib.aclosing(self.events) as events:

@@ -17,7 +17,7 @@ from helpers.tiny_models import byte_tokenizer
 from recursify.engine import Engine, RequestOutput, SamplingParams
 from recursify.errors import CheckpointError, EngineError
 from recursify.server.engine_process import Accepted, EngineClient, EngineFailure, EngineSnapshot
-from recursify.server.engine_process.protocol import Connection, ConnectionClosed, Frames, pack
+from recursify.server.engine_process.protocol import Connection, ConnectionClosed, pack, unpack
 from recursify.server.engine_process.scoring import score_prompt
 
 
@@ -265,7 +265,7 @@ def test_a_listeners_error_is_its_own(caplog):
         return (await Heard(link, [5], SamplingParams(max_tokens=5)).ended).finish_reason
 
     assert linked(use) == "length"
-    assert "The listener of answer 1 failed" in caplog.text
+    assert "The listener of request 1 failed" in caplog.text
 
 
 def fail_as_ours() -> Engine:
@@ -285,7 +285,7 @@ def leave() -> Engine:
     [
         (fail_as_ours, False, CheckpointError, "There is no model in /models"),
         (fail_as_another, False, EngineFailure, "MemoryError: no room"),
-        (leave, True, EngineFailure, "The engine's process has ended with exit code 7"),
+        (leave, True, EngineFailure, "The engine's process ended with exit code 7"),
     ],
 )
 def test_an_engine_that_cannot_be_made(build, own_process, error, message):
@@ -302,9 +302,11 @@ def test_frames_come_in_any_pieces():
     messages = [("submit", 1, list(range(500))), "", [(3, EngineSnapshot())]]
     data = b"".join(map(pack, messages))
     for size in (1, 7, 100, len(data)):
-        frames = Frames()
-        found = [each for start in range(0, len(data), size) for each in frames.feed(data[start : start + size])]
-        assert found == messages
+        buffer, found = bytearray(), []
+        for start in range(0, len(data), size):
+            buffer += data[start : start + size]
+            found += unpack(buffer)
+        assert (found, buffer) == (messages, b"")
 
 
 def test_a_channel_without_a_partner():

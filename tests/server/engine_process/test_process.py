@@ -83,12 +83,12 @@ def test_who_leaves_is_cancelled_there(apart):
     with pytest.raises(httpx.ReadTimeout):
         apart.http.post("/v1/completions", json={**LONG, "n": 3}, timeout=0.3)
     assert apart.is_idle()
-    assert apart.host.admission.taken == 0
+    assert apart.supervisor.admission.admitted == 0
 
 
 def test_a_killed_engine_is_noticed_at_once(apart, caplog):
     """Every request gets a clear error, /health says how it ended, and /restart makes another that answers the same."""
-    link = apart.host.ready().link
+    link = apart.supervisor.ready().client
     expected = apart.client.completions.create(**LONG | {"max_tokens": 20}).choices[0].text
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         whole = pool.submit(lambda: apart.http.post("/v1/completions", json=LONG))
@@ -107,12 +107,12 @@ def test_a_killed_engine_is_noticed_at_once(apart, caplog):
         assert "The engine has stopped (killed by SIGKILL)" in answer.text
     assert answers[1].headers["retry-after"]
     assert answers[2].json()["status"] == "stopped"
-    assert "for want of memory: see the kernel's log" in caplog.text
+    assert "the system is out of memory: see the kernel's log" in caplog.text
     assert (apart.says("up"), apart.num_requests, apart.says("pages_used")) == (0, 0, 0)
     assert apart.says("generated_tokens_total") == seen
-    assert apart.host.admission.taken == 0
+    assert apart.supervisor.admission.admitted == 0
     assert apart.http.post("/restart").json() == {"status": "ready"}
-    assert apart.host.ready().link.pid != link.pid
+    assert apart.supervisor.ready().client.pid != link.pid
     assert apart.http.get("/health").status_code == 200
     assert apart.client.completions.create(**LONG | {"max_tokens": 20}).choices[0].text == expected
     assert apart.says("generated_tokens_total") == seen + 20

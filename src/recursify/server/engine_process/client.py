@@ -1,8 +1,8 @@
-"""An engine elsewhere, for an event loop: in a process of its own, or in a thread.
+"""Client of an engine that runs in another process or in a thread, for use in an event loop.
 
-In a process of its own an engine shares no interpreter lock with those who ask, and its end, whatever it is, is not
-theirs. The two are connected by a pair of sockets: small commands go one way, and what has come of all answers comes
-back as one message per iteration. Either end notices when the other has gone.
+An engine in a process of its own has its own interpreter lock, and its crash does not end the client's process. A
+socket pair connects the two: commands go one way, and the new output of all requests comes back as one message per
+iteration. Each end notices when the other closes.
 """
 
 from __future__ import annotations
@@ -17,62 +17,91 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
 from typing import Any, cast
 
+from recursify.engine.checks import encode
 from recursify.engine.engine import Engine
 from recursify.engine.request import RequestOutput, SamplingParams
 from recursify.errors import EngineError
 
-from .process import work
-from .protocol import Accepted, EngineFailure, EngineInfo, Failure, Frames, OutputChunk, OutputDelta, Stopped, pack
+from .process import serve_engine
+from .protocol import Accepted, EngineFailure, EngineInfo, Failure, OutputChunk, OutputDelta, Stopped, pack, unpack
 from .snapshot import EngineSnapshot
 
 logger = logging.getLogger(__name__)
 
 END_SECONDS = 10.0
-"""In which an engine that is let go ends by itself: an iteration, at most. Then its process is killed."""
+"""Seconds in which an engine must end after the client closes, at most one iteration; then its process is killed."""
 
 Listener = Callable[[Accepted | OutputChunk | Exception], None]
-"""Is called in the event loop: when the engine has taken a request, with every chunk of the answer, and with the error
-that refused or ended it."""
+"""Callback in the event loop: called when the engine has taken a request, with every chunk of its output, and with the
+error that refused or ended it."""
 
 
 @dataclass
-class _Answer:
+class PendingRequest:
+    """A request that has not ended.
+
+    Attributes:
+        listener: Callback for everything that happens to the request.
+        output: Output so far.
+    """
+
     listener: Listener
     output: RequestOutput
 
-    def tell(self, what: Accepted | OutputChunk | Exception) -> None:
+    def notify(self, item: Accepted | OutputChunk | Exception) -> None:
+        """Call the listener; its errors are logged, so that other requests go on."""
         try:
-            self.listener(what)
-        except Exception:  # one listener's error is not to lose the others' news
-            logger.exception("The listener of answer %d failed.", self.output.request_id)
+            self.listener(item)
+        except Exception:
+            logger.exception("The listener of request %d failed.", self.output.request_id)
+
+    def append(self, delta: OutputDelta) -> OutputChunk:
+        """Add ``delta`` to the output, and return it as a chunk."""
+        output = self.output
+        num_characters = len(output.text)
+        output.token_ids += delta.token_ids
+        output.depths += delta.depths
+        output.text = output.text[: delta.start] + delta.text
+        if output.logprobs is not None:
+            output.logprobs += delta.logprobs or []
+        output.finish_reason = delta.finish_reason
+        output.cached_tokens, output.preemptions = delta.cached_tokens, delta.preemptions
+        return OutputChunk(
+            output.request_id,
+            delta.token_ids,
+            output.text[num_characters:],
+            delta.depths,
+            delta.logprobs,
+            delta.finish_reason,
+            output,
+        )
 
 
 class EngineClient(asyncio.Protocol):
-    """Asks an engine that runs elsewhere. To be made by :meth:`open`, and used in one event loop.
+    """Client of an engine, made by :meth:`open` and used in one event loop.
 
     Attributes:
-        facts: What the engine says of itself.
-        error: Why it has stopped, if it has: one of our errors, or an
+        info: Properties of the engine.
+        error: Reason why the engine has stopped, or None: a RecursifyError or an
             :class:`~recursify.server.engine_process.protocol.EngineFailure`.
-        last_snapshot: The last that was seen of its counts.
-        pid: Of its process; None in a thread.
+        last_snapshot: Most recent counts of the engine.
     """
 
-    facts: EngineInfo
+    info: EngineInfo
 
     def __init__(self, on_stop: Callable[[Exception], None] | None = None) -> None:
         self.error: Exception | None = None
         self.last_snapshot = EngineSnapshot()
         self._on_stop = on_stop
-        self._frames, self._numbers = Frames(), itertools.count(1)
-        self._answers: dict[int, _Answer] = {}
-        self._questions: dict[int, asyncio.Future[Any]] = {}
+        self._buffer, self._numbers = bytearray(), itertools.count(1)
+        self._requests: dict[int, PendingRequest] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._transport: asyncio.Transport | None = None
@@ -88,113 +117,150 @@ class EngineClient(asyncio.Protocol):
         own_process: bool = True,
         on_stop: Callable[[Exception], None] | None = None,
     ) -> EngineClient:
-        """Start an engine, and wait until it can be asked. Whoever stops waiting ends it.
+        """Start an engine, and wait until it takes requests. Cancelling the wait ends the engine.
 
         Args:
-            build: Makes the engine; for a process of its own it is pickled, so it is a function of a module, or a
+            build: Callable that makes the engine. For a process of its own it is pickled: a function of a module, or a
                 ``functools.partial`` of one.
-            own_process: Run it in a new process, which has nothing of this one but its environment; else in a thread.
-            on_stop: Called when the engine stops unasked, with the reason, after all who waited have been told.
+            own_process: Run the engine in a new process, which shares only the environment; otherwise in a thread.
+            on_stop: Callback for when the engine stops unasked, called with the reason after all listeners.
 
         Raises:
-            RecursifyError: The engine cannot be made, by our own error.
-            EngineFailure: It cannot be made, by another one, or its process has ended.
+            RecursifyError: ``build`` raised one.
+            EngineFailure: ``build`` raised another error, or the process ended.
         """
-        link = cls(on_stop)
+        client = cls(on_stop)
         ours, theirs = socket.socketpair()
         try:
-            link._start(theirs, build, own_process)
-            await link._loop.create_connection(lambda: link, sock=ours)
-            link.facts = await link._ready
+            client._start(theirs, build, own_process)
+            await client._loop.create_connection(lambda: client, sock=ours)
+            client.info = await client._ready
         except BaseException:
-            if link._transport is None:
+            if client._transport is None:
                 ours.close()
-            await link.close(0.0)
+            await client.close(0.0)
             raise
-        return link
+        return client
 
     def _start(self, theirs: socket.socket, build: Callable[[], Engine], own_process: bool) -> None:
         if not own_process:
-            self._runner = threading.Thread(target=work, args=(theirs, build), name="recursify-engine", daemon=True)
+            self._runner = threading.Thread(
+                target=serve_engine, args=(theirs, build), name="recursify-engine", daemon=True
+            )
             self._runner.start()
             return
         context = multiprocessing.get_context("spawn")
-        process = context.Process(target=work, args=(theirs, build), name="recursify-engine", daemon=True)
+        process = context.Process(target=serve_engine, args=(theirs, build), name="recursify-engine", daemon=True)
         try:
             with _signals_blocked():
                 process.start()
         finally:
             theirs.close()
         self._runner = process
-        # However this process ends; later than what multiprocessing has registered, so before it waits for its own.
+        # Exit handlers run in reverse order: this one kills the engine before multiprocessing's handler joins it.
         atexit.register(process.kill)
 
-    # --- Asking --------------------------------------------------------------------------------------------------
+    # --- Requests and calls --------------------------------------------------------------------------------------
 
     @property
     def is_running(self) -> bool:
-        """Whether requests are taken."""
+        """True while the engine takes requests."""
         return self._ready.done() and self.error is None and not self._is_closed
 
     @property
     def pid(self) -> int | None:
+        """Id of the engine's process; None in a thread."""
         return getattr(self._runner, "pid", None)
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, listener: Listener) -> int:
-        """Ask for an answer to ``prompt``, token ids; returns its number.
+    def submit(self, prompt: str | Sequence[int], params: SamplingParams, listener: Listener) -> int:
+        """Submit a request, and return its number.
+
+        Args:
+            prompt: Text or token ids.
+            params: Sampling parameters.
+            listener: Callback for everything that happens to the request.
 
         Raises:
             EngineError: The engine has stopped.
         """
+        if isinstance(prompt, str):
+            prompt = encode(prompt, self.info.tokenizer, self.info.config.vocab_size)
         number = self._send("submit", list(prompt), params)
         logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
-        self._answers[number] = _Answer(listener, RequestOutput(number, list(prompt), logprobs=logprobs))
+        self._requests[number] = PendingRequest(listener, RequestOutput(number, list(prompt), logprobs=logprobs))
         return number
 
+    async def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> AsyncIterator[OutputChunk]:
+        """Submit a request, and yield its output as it is generated; closing the iterator cancels the request.
+
+        Args:
+            prompt: Text or token ids.
+            params: Sampling parameters.
+
+        Raises:
+            RecursifyError: The engine has refused the request, or stopped.
+            EngineFailure: The engine has failed.
+        """
+        items: asyncio.Queue[Accepted | OutputChunk | Exception] = asyncio.Queue()
+        number = self.submit(prompt, params or SamplingParams(), items.put_nowait)
+        try:
+            finished = False
+            while not finished:
+                item = await items.get()
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, OutputChunk):
+                    finished = item.finish_reason is not None
+                    yield item
+        finally:
+            self.cancel(number)
+
     def cancel(self, number: int) -> None:
-        """Nobody wants the answer of that number any more; its listener is not called again."""
-        if self._answers.pop(number, None) is not None and self.is_running:
+        """Cancel a request; its listener is not called again."""
+        if self._requests.pop(number, None) is not None and self.is_running:
             self._write(("cancel", number))
 
     async def snapshot(self) -> EngineSnapshot:
-        """Its counts, between two iterations.
+        """Read the counts of the engine between two iterations.
 
         Raises:
             EngineError: The engine has stopped.
         """
-        self.last_snapshot = await self._ask("snapshot")
+        self.last_snapshot = await self._call("snapshot")
         return self.last_snapshot
 
     async def score(self, ids: Sequence[int], count: int) -> list[dict[int, float] | None]:
-        """What :func:`~recursify.server.engine_process.scoring.score_prompt` says of ``ids``, in between iterations.
+        """Call :func:`~recursify.server.engine_process.scoring.score_prompt` between two iterations.
 
         Raises:
             EngineError: The engine has stopped.
         """
-        return await self._ask("score", list(ids), count)
+        return await self._call("score", list(ids), count)
 
     async def reset_stats(self) -> None:
-        """Have the engine count anew."""
-        await self._ask("reset_stats")
+        """Reset the counts of the engine."""
+        await self._call("reset_stats")
 
-    async def close(self, seconds: float = END_SECONDS) -> None:
-        """End the engine, whatever it is at, and wait for it; a process that does not end in time is killed."""
+    async def close(self, timeout: float = END_SECONDS) -> None:
+        """End the engine and wait for it; a process that has not ended after ``timeout`` seconds is killed."""
         self._is_closed = True
-        self._tell_all(EngineError("The engine was closed."))
+        self._fail_all(EngineError("The engine was closed."))
         if self._transport is not None:
             self._transport.close()
         if self._ending is not None:
             await self._ending
         elif self._runner is not None:
-            await asyncio.to_thread(self._join, seconds)
+            await asyncio.to_thread(self._join, timeout)
 
-    async def _ask(self, name: str, *arguments: Any) -> Any:
+    async def _call(self, name: str, *arguments: Any) -> Any:
         number = self._send(name, *arguments)
-        answer = self._questions[number] = self._loop.create_future()
+        reply = self._calls[number] = self._loop.create_future()
         try:
-            return await answer
+            return await reply
         finally:
-            if self._questions.pop(number, None) is not None and name == "score" and self.is_running:
+            if self._calls.pop(number, None) is not None and name == "score" and self.is_running:
                 self._write(("forget", number))
 
     def _send(self, name: str, *arguments: Any) -> int:
@@ -205,80 +271,67 @@ class EngineClient(asyncio.Protocol):
         return number
 
     def _write(self, command: tuple[Any, ...]) -> None:
-        """Never waits: what the socket does not take is kept by the transport."""
+        """Write without waiting: the transport buffers data that the socket does not take."""
         assert self._transport is not None
-        if not self._transport.is_closing():  # else its end is about to be known, and all are told
+        if not self._transport.is_closing():  # otherwise connection_lost follows, and fails all requests
             self._transport.write(pack(command))
 
-    # --- Hearing, as the event loop calls it ---------------------------------------------------------------------
+    # --- Callbacks of the event loop -----------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        for message in self._frames.feed(data):
-            for number, what in message:
-                self._hear(number, what)
+        self._buffer += data
+        for message in unpack(self._buffer):
+            for number, item in message:
+                self._receive(number, item)
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self._is_closed:
-            self._ending = self._loop.create_task(self._find_out(error))
+            self._ending = self._loop.create_task(self._find_reason(error))
 
-    def _hear(self, number: int, what: Any) -> None:
-        if isinstance(what, Stopped):
-            self.last_snapshot = what.snapshot or self.last_snapshot
-            self._stop(what.failure.exception)
-        elif isinstance(what, EngineInfo):
+    def _receive(self, number: int, item: Any) -> None:
+        if isinstance(item, Stopped):
+            self.last_snapshot = item.snapshot or self.last_snapshot
+            self._stop(item.failure.exception)
+        elif isinstance(item, EngineInfo):
             if not self._ready.done():
-                self._ready.set_result(what)
-        elif number in self._answers:
-            self._hear_of_answer(number, what)
-        elif number in self._questions:
-            question = self._questions.pop(number)
-            if not question.done():
-                if isinstance(what, Failure):
-                    question.set_exception(what.exception)
+                self._ready.set_result(item)
+        elif number in self._requests:
+            self._receive_output(number, item)
+        elif number in self._calls:
+            reply = self._calls.pop(number)
+            if not reply.done():
+                if isinstance(item, Failure):
+                    reply.set_exception(item.exception)
                 else:
-                    question.set_result(what.value)
+                    reply.set_result(item.value)
 
-    def _hear_of_answer(self, number: int, what: Accepted | OutputDelta | Failure) -> None:
-        answer = self._answers[number]
-        if isinstance(what, OutputDelta):
-            chunk = self._chunk(number, answer.output, what)
-            if answer.output.finished:
-                del self._answers[number]
-            answer.tell(chunk)
-        elif isinstance(what, Failure):
-            del self._answers[number]
-            answer.tell(what.exception)
+    def _receive_output(self, number: int, item: Accepted | OutputDelta | Failure) -> None:
+        request = self._requests[number]
+        if isinstance(item, OutputDelta):
+            chunk = request.append(item)
+            if request.output.finished:
+                del self._requests[number]
+            request.notify(chunk)
+        elif isinstance(item, Failure):
+            del self._requests[number]
+            request.notify(item.exception)
         else:
-            answer.tell(what)
+            request.notify(item)
 
-    @staticmethod
-    def _chunk(number: int, output: RequestOutput, news: OutputDelta) -> OutputChunk:
-        """``news``, which ``output`` gets to have."""
-        told = len(output.text)
-        output.token_ids += news.token_ids
-        output.depths += news.depths
-        output.text = output.text[: news.start] + news.text
-        if output.logprobs is not None:
-            output.logprobs += news.logprobs or []
-        output.finish_reason = news.finish_reason
-        output.cached_tokens, output.preemptions = news.cached_tokens, news.preemptions
-        text = output.text[told:]
-        return OutputChunk(number, news.token_ids, text, news.depths, news.logprobs, news.finish_reason, output)
+    # --- End of the engine ---------------------------------------------------------------------------------------
 
-    # --- Its end -------------------------------------------------------------------------------------------------
-
-    async def _find_out(self, broken: Exception | None) -> None:
-        """The other end has gone: why?"""
+    async def _find_reason(self, error: Exception | None) -> None:
+        """Wait for the end of the engine, which has closed the connection, and report the reason."""
         await asyncio.to_thread(self._join, END_SECONDS)
-        self._stop(_reason(self._runner, broken))
+        self._stop(_failure(self._runner, error))
 
-    def _join(self, seconds: float) -> None:
+    def _join(self, timeout: float) -> None:
         runner = self._runner
         assert runner is not None
-        runner.join(seconds)
+        runner.join(timeout)
         if isinstance(runner, SpawnProcess):
             if runner.is_alive():
                 runner.kill()
@@ -286,36 +339,36 @@ class EngineClient(asyncio.Protocol):
             atexit.unregister(runner.kill)
 
     def _stop(self, error: Exception) -> None:
-        """The engine has stopped unasked; the first reason is the one that counts."""
+        """Handle an engine that has stopped unasked; only the first reason counts."""
         if self.error is not None or self._is_closed:
             return
         self.error = error
-        self._tell_all(error)
+        self._fail_all(error)
         if not self._ready.done():
             self._ready.set_exception(error)
         elif self._on_stop is not None:
             self._on_stop(error)
 
-    def _tell_all(self, error: Exception) -> None:
-        answers, self._answers = self._answers, {}
-        questions, self._questions = self._questions, {}
-        for answer in answers.values():
-            answer.tell(error)
-        for question in questions.values():
-            if not question.done():
-                question.set_exception(EngineError(f"The engine has stopped: {error}"))
+    def _fail_all(self, error: Exception) -> None:
+        requests, self._requests = self._requests, {}
+        calls, self._calls = self._calls, {}
+        for request in requests.values():
+            request.notify(error)
+        for reply in calls.values():
+            if not reply.done():
+                reply.set_exception(EngineError(f"The engine has stopped: {error}"))
 
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """What is blocked here is blocked in a process that starts meanwhile, from its first moment on.
+    """Block SIGINT and SIGTERM; a process started meanwhile has them blocked from its first instruction on.
 
-    A terminal sends Ctrl-C to both processes, a service manager SIGTERM: the end is for this one to say.
+    A terminal sends Ctrl-C to both processes, a service manager SIGTERM, but only the client decides when to end.
     """
     if os.name != "posix":
         yield
         return
-    resource_tracker.ensure_running()  # where it starts together with a process, it unblocks both signals
+    resource_tracker.ensure_running()  # it unblocks both signals where it is started together with a process
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -323,17 +376,17 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _reason(runner: SpawnProcess | threading.Thread | None, broken: Exception | None) -> EngineFailure:
-    """Why an engine has ended that did not say so; ``broken`` is what the link has to say."""
+def _failure(runner: SpawnProcess | threading.Thread | None, error: Exception | None) -> EngineFailure:
+    """Describe the end of an engine that sent no reason; ``error`` is that of the connection."""
     code = getattr(runner, "exitcode", None)
     if not code:
-        failure = EngineFailure("the link to it broke", "The link to the engine broke, and it said nothing of why.")
-        failure.__cause__ = broken
+        failure = EngineFailure("connection lost", "The connection to the engine broke, and the engine gave no reason.")
+        failure.__cause__ = error
         return failure
     if code > 0:
-        return EngineFailure(f"exit code {code}", f"The engine's process has ended with exit code {code}.")
+        return EngineFailure(f"exit code {code}", f"The engine's process ended with exit code {code}.")
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     message = f"The engine's process was killed by {name}."
     if name == "SIGKILL":
-        message += " If nobody did that, the system did, for want of memory: see the kernel's log."
+        message += " If nobody sent it, the system is out of memory: see the kernel's log."
     return EngineFailure(f"killed by {name}", message)

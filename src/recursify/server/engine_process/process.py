@@ -1,4 +1,4 @@
-"""An engine's own loop, for those who use it from another process: see ``link.py``."""
+"""Loop of an engine process: take commands between iterations, send the new output of all requests after each."""
 
 from __future__ import annotations
 
@@ -18,72 +18,96 @@ from .scoring import score_prompt
 from .snapshot import EngineSnapshot
 
 GAP_SECONDS, GATHER_SECONDS = 0.008, 0.1
-"""An engine that had nothing to do begins when no request has come for the first time, after the second at the latest.
-Rows that begin together stay at one depth, and share their calls of prelude, coda and head; one that has begun an
-iteration before the others has those calls to itself for as long as it lives."""
+"""An idle engine starts when no request has arrived for the first time, or after the second. Requests that start
+together stay at the same depth and share calls of prelude, coda and head; one that starts an iteration earlier needs
+those calls for itself until it ends."""
 
 
-def work(end: socket.socket, build: Callable[[], Engine]) -> None:
-    """Make an engine and run it for whoever is at the other end of ``end``, until they have gone or it fails."""
-    channel, worker = Connection(end), None
+def serve_engine(end: socket.socket, build: Callable[[], Engine]) -> None:
+    """Make an engine and run it for the client at the other end of ``end``, until the client closes or it fails."""
+    connection, process = Connection(end), None
     try:
-        worker = EngineProcess(build(), channel)
-        worker.run()
+        process = EngineProcess(build(), connection)
+        process.run()
     except ConnectionClosed:
         pass
     except BaseException as error:
-        snapshot = None if worker is None else EngineSnapshot.of(worker.engine)
+        snapshot = None if process is None else EngineSnapshot.of(process.engine)
         try:
-            channel.send([(0, Stopped(Failure.of(error), snapshot))])
+            connection.send([(0, Stopped(Failure.of(error), snapshot))])
         except ConnectionClosed:
             raise error from None
     finally:
-        channel.close()
+        connection.close()
 
 
 @dataclass
-class _Told:
-    """What has been sent of an answer."""
+class SentOutput:
+    """The part of a request's output that has been sent.
+
+    Attributes:
+        number: Number of the request at the client.
+        tokens: Number of tokens.
+        text: Text.
+    """
 
     number: int
     tokens: int = 0
     text: str = ""
 
+    def advance(self, output: RequestOutput) -> OutputDelta:
+        """Mark all of ``output`` as sent, and return what is new."""
+        start = 0 if output.finished and not output.text.startswith(self.text) else len(self.text)
+        delta = OutputDelta(
+            output.token_ids[self.tokens :],
+            start,
+            output.text[start:],
+            output.depths[self.tokens :],
+            None if output.logprobs is None else output.logprobs[self.tokens :],
+            output.finish_reason,
+            output.cached_tokens,
+            output.preemptions,
+        )
+        self.tokens, self.text = len(output.token_ids), output.text
+        return delta
+
 
 class EngineProcess:
-    """Takes commands between iterations, and sends what has come of all answers as one message per iteration.
+    """Runs an engine for a client.
 
     Args:
-        engine: To run.
-        channel: To whom it is run for.
+        engine: Engine to run.
+        connection: Connection to the client.
     """
 
-    def __init__(self, engine: Engine, channel: Connection) -> None:
-        self.engine, self._channel = engine, channel
+    def __init__(self, engine: Engine, connection: Connection) -> None:
+        self.engine, self._connection = engine, connection
         self._ids: dict[int, int] = {}
-        self._told: dict[int, _Told] = {}
+        self._sent: dict[int, SentOutput] = {}
         self._changed: dict[int, RequestOutput] = {}
         self._unscored: deque[tuple[int, Sequence[int], int]] = deque()
-        self._unsent: list[tuple[int, Any]] = []
-        engine.on_token = self._note
+        self._outbox: list[tuple[int, Any]] = []
+        engine.on_token = self._mark_changed
 
     def run(self) -> None:
-        """Raises:
-        ConnectionClosed: Nobody is there any more.
+        """Run until the client closes.
+
+        Raises:
+            ConnectionClosed: The client has closed the connection.
         """
-        self._say(0, self._facts())
+        self._post(0, self._info())
         while True:
-            self._send()
-            self._obey(wait=not self.engine.has_work and not self._unscored)
-            if self._unscored:  # one between two iterations, so that answers go on
+            self._flush()
+            self._receive_commands(wait=not self.engine.has_work and not self._unscored)
+            if self._unscored:  # one per iteration, so that running requests go on
                 number, ids, count = self._unscored.popleft()
-                self._answer(number, partial(score_prompt, self.engine, ids, count))
-                self._send()
+                self._reply(number, partial(score_prompt, self.engine, ids, count))
+                self._flush()
             if self.engine.has_work:
                 self.engine.step()
-                self._collect()
+                self._post_deltas()
 
-    def _facts(self) -> EngineInfo:
+    def _info(self) -> EngineInfo:
         engine = self.engine
         return EngineInfo(
             config=engine.decoder.config,
@@ -97,90 +121,77 @@ class EngineProcess:
 
     # --- Commands ------------------------------------------------------------------------------------------------
 
-    def _obey(self, *, wait: bool) -> None:
-        self._carry_out(self._channel.receive(None if wait else 0.0))
+    def _receive_commands(self, *, wait: bool) -> None:
+        self._run_commands(self._connection.receive(None if wait else 0.0))
         if wait and self.engine.has_work:
             latest = time.monotonic() + GATHER_SECONDS
-            while time.monotonic() < latest and (more := self._channel.receive(GAP_SECONDS)):
-                self._carry_out(more)
+            while time.monotonic() < latest and (commands := self._connection.receive(GAP_SECONDS)):
+                self._run_commands(commands)
 
-    def _carry_out(self, commands: Sequence[Any]) -> None:
+    def _run_commands(self, commands: Sequence[Any]) -> None:
         for name, number, *arguments in commands:
             getattr(self, f"do_{name}")(number, *arguments)
-        self._send()
+        self._flush()
 
     def do_submit(self, number: int, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Take a request, which the other end calls ``number``."""
+        """Add a request, which the client calls ``number``."""
         try:
             request_id = self.engine.add(prompt, params)
-        except Exception as error:  # a request that cannot be added is its caller's, and not the engine's end
-            self._say(number, Failure.of(error))
+        except Exception as error:  # an error of this request alone; the engine goes on
+            self._post(number, Failure.of(error))
             return
         self._ids[number] = request_id
-        self._told[request_id] = _Told(number)
-        self._say(number, Accepted())
+        self._sent[request_id] = SentOutput(number)
+        self._post(number, Accepted())
 
     def do_cancel(self, number: int) -> None:
-        """Nobody wants this answer any more; nothing is said of it either."""
+        """Cancel a request, without a message about it."""
         request_id = self._ids.pop(number, None)
         if request_id is not None:
-            del self._told[request_id]
+            del self._sent[request_id]
             self.engine.cancel(request_id)
 
     def do_snapshot(self, number: int) -> None:
-        """Say how things are."""
-        self._answer(number, partial(EngineSnapshot.of, self.engine))
+        """Send the counts."""
+        self._reply(number, partial(EngineSnapshot.of, self.engine))
 
     def do_reset_stats(self, number: int) -> None:
-        """Count anew."""
-        self._answer(number, self.engine.reset_stats)
+        """Reset the counts."""
+        self._reply(number, self.engine.reset_stats)
 
     def do_score(self, number: int, ids: Sequence[int], count: int) -> None:
-        """Score a prompt, in its turn."""
+        """Queue a prompt for scoring."""
         self._unscored.append((number, ids, count))
 
     def do_forget(self, number: int) -> None:
-        """Nobody waits for this score any more."""
-        self._unscored = deque(each for each in self._unscored if each[0] != number)
+        """Drop a prompt from the queue for scoring."""
+        self._unscored = deque(entry for entry in self._unscored if entry[0] != number)
 
-    def _answer(self, number: int, find: Callable[[], Any]) -> None:
+    def _reply(self, number: int, compute: Callable[[], Any]) -> None:
         try:
-            self._say(number, Reply(find()))
+            self._post(number, Reply(compute()))
         except Exception as error:
-            self._say(number, Failure.of(error))
+            self._post(number, Failure.of(error))
 
-    # --- Answers -------------------------------------------------------------------------------------------------
+    # --- Output --------------------------------------------------------------------------------------------------
 
-    def _note(self, output: RequestOutput) -> None:
-        if output.request_id in self._told:
+    def _mark_changed(self, output: RequestOutput) -> None:
+        if output.request_id in self._sent:
             self._changed[output.request_id] = output
 
-    def _collect(self) -> None:
-        """What has come in this iteration, to be sent."""
+    def _post_deltas(self) -> None:
+        """Queue the new output of this iteration."""
         changed, self._changed = self._changed, {}
         for request_id, output in changed.items():
-            told = self._told[request_id]
-            # Decoded whole at its end, a text may be written otherwise than piece by piece.
-            start = 0 if output.finished and not output.text.startswith(told.text) else len(told.text)
-            news = OutputDelta(
-                output.token_ids[told.tokens :],
-                start,
-                output.text[start:],
-                output.depths[told.tokens :],
-                None if output.logprobs is None else output.logprobs[told.tokens :],
-                output.finish_reason,
-                output.cached_tokens,
-                output.preemptions,
-            )
-            self._say(told.number, news)
-            told.tokens, told.text = len(output.token_ids), output.text
+            sent = self._sent[request_id]
+            self._post(sent.number, sent.advance(output))
             if output.finished:
-                del self._told[request_id], self._ids[told.number]
+                del self._sent[request_id], self._ids[sent.number]
 
-    def _say(self, number: int, what: Any) -> None:
-        self._unsent.append((number, what))
+    def _post(self, number: int, item: Any) -> None:
+        self._outbox.append((number, item))
 
-    def _send(self) -> None:
-        if self._unsent:
-            unsent, self._unsent = self._unsent, []
-            self._channel.send(unsent)
+    def _flush(self) -> None:
+        if self._outbox:
+            messages, self._outbox = self._outbox, []
+            self._connection.send(messages)

@@ -1,6 +1,6 @@
-"""What an engine and those who use it from elsewhere say to one another: frames of pickled Python over a socket.
+"""Wire protocol between an engine process and its client: length-prefixed pickles over a socket pair.
 
-Both ends are this program's own, started by one another, so that nothing foreign is ever unpickled.
+Both ends belong to this program, and one starts the other, so that no foreign data is unpickled.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from recursify.errors import RecursifyError
 from .snapshot import EngineSnapshot
 
 LENGTH_BYTES = 8
-"""Before each message."""
+"""Size of the length that precedes each message."""
 READ_BYTES = 2**16
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine says of itself when it can be asked.
+    """Properties of an engine, sent once it takes requests.
 
     Attributes:
-        config: Of the model.
-        tokenizer: Of the model, or None.
-        kv: Of :data:`~recursify.engine.KV_MODES`.
-        max_model_len: Tokens of a request, prompt and answer.
-        max_num_seqs: That run at once.
-        num_pages: Of keys and values, in the first pool.
-        num_recursions: Of the model.
+        config: Configuration of the model.
+        tokenizer: Tokenizer of the model, or None.
+        kv: Source of the keys and values of skipped depths, one of :data:`~recursify.engine.KV_MODES`.
+        max_model_len: Maximum number of tokens in a request, prompt and completion together.
+        max_num_seqs: Maximum number of requests that run at once.
+        num_pages: Number of KV pages in the first pool.
+        num_recursions: Number of recursions of the model.
     """
 
     config: Any
@@ -47,21 +47,22 @@ class EngineInfo:
 
 
 class Accepted(NamedTuple):
-    """The engine has taken a request."""
+    """Confirmation that the engine has taken a request."""
 
 
 class OutputDelta(NamedTuple):
-    """What has come of an answer.
+    """New output of a request, as it is sent.
 
     Attributes:
         token_ids: New tokens.
-        start: How many characters of the text so far stay; all, unless the end of the text shows how it is written.
-        text: What follows them.
-        depths: Per new token.
-        logprobs: Per new token, if asked for.
-        finish_reason: If the answer has ended.
-        cached_tokens: Of the prompt.
-        preemptions: Of the request.
+        start: Number of characters of the text so far that remain; fewer than all only if decoding the finished text
+            at once differs from decoding it piece by piece.
+        text: Text after those characters.
+        depths: Exit depth of each new token.
+        logprobs: Log-probabilities per new token, if requested.
+        finish_reason: Reason for the end of the request, in its last delta.
+        cached_tokens: Number of prompt tokens whose keys and values were cached.
+        preemptions: Number of times the request was preempted.
     """
 
     token_ids: list[int]
@@ -76,16 +77,16 @@ class OutputDelta(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputChunk:
-    """What has come of an answer since the last chunk.
+    """New output of a request since the last chunk, as a listener gets it.
 
     Attributes:
-        request_id: Of the request.
-        token_ids: New tokens; none where a chunk only ends the answer.
+        request_id: Number of the request.
+        token_ids: New tokens; empty if the chunk only ends the request.
         text: New text.
-        depths: Per token, the last recursion of the forward that it was read from.
-        logprobs: Per token ``{token id: log-probability}``, if asked for.
-        finish_reason: In the last chunk.
-        output: All of the answer so far; not to be changed.
+        depths: Exit depth of each new token.
+        logprobs: Mapping from token ids to log-probabilities per new token, if requested.
+        finish_reason: Reason for the end of the request, in its last chunk.
+        output: Entire output so far; read-only.
     """
 
     request_id: int
@@ -98,16 +99,16 @@ class OutputChunk:
 
 
 class Reply(NamedTuple):
-    """To a question."""
+    """Result of a call."""
 
     value: Any
 
 
 class EngineFailure(Exception):
-    """An engine has ended, or failed at something, and no caller is to blame.
+    """The engine has failed, through no fault of the caller.
 
     Attributes:
-        kind: How, in words that say nothing of the inside. The message and its notes do.
+        kind: Description of the failure without internal details; the message and its notes contain those.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -117,13 +118,13 @@ class EngineFailure(Exception):
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception at the other end, as it can be sent.
+    """An exception in the engine process, as it is sent.
 
     Attributes:
         kind: Name of its class.
-        message: Its text.
-        traceback: As Python prints it.
-        expected: Its class, if it is one of ours.
+        message: Text of the exception.
+        traceback: Traceback as Python prints it.
+        expected: Class of the exception, if it is a RecursifyError.
     """
 
     kind: str
@@ -133,13 +134,13 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """``error``, to be sent."""
+        """Describe ``error``."""
         expected = type(error) if isinstance(error, RecursifyError) else None
         return cls(type(error).__name__, str(error), "".join(traceback.format_exception(error)), expected)
 
     @property
     def exception(self) -> Exception:
-        """The error again, with a note of where it was: of its own class if it is one of ours, else another."""
+        """A RecursifyError of the same class, or else an EngineFailure, with the traceback as a note."""
         if self.expected is None:
             error: Exception = EngineFailure(self.kind, f"{self.kind}: {self.message}")
         else:
@@ -149,11 +150,11 @@ class Failure:
 
 
 class Stopped(NamedTuple):
-    """The engine has failed, or was never made: the last that is heard of it.
+    """The last message of an engine that failed or could not be made.
 
     Attributes:
-        failure: Why.
-        snapshot: Its last counts, if there was one.
+        failure: Reason.
+        snapshot: Last counts of the engine, if it was made.
     """
 
     failure: Failure
@@ -161,75 +162,74 @@ class Stopped(NamedTuple):
 
 
 def pack(message: Any) -> bytes:
-    """``message`` as a frame."""
+    """Serialize ``message``, preceded by its length."""
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return len(body).to_bytes(LENGTH_BYTES, "big") + body
 
 
-class Frames:
-    """Puts frames together from what comes of them."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[Any]:
-        """The messages that are whole with ``data``."""
-        self._buffer += data
-        while len(self._buffer) >= LENGTH_BYTES:
-            end = LENGTH_BYTES + int.from_bytes(self._buffer[:LENGTH_BYTES], "big")
-            if len(self._buffer) < end:
-                return
-            body = bytes(self._buffer[LENGTH_BYTES:end])
-            del self._buffer[:end]
-            yield pickle.loads(body)
+def unpack(buffer: bytearray) -> Iterator[Any]:
+    """Take every complete message out of ``buffer``; an incomplete one stays there."""
+    while len(buffer) >= LENGTH_BYTES:
+        end = LENGTH_BYTES + int.from_bytes(buffer[:LENGTH_BYTES], "big")
+        if len(buffer) < end:
+            return
+        body = bytes(buffer[LENGTH_BYTES:end])
+        del buffer[:end]
+        yield pickle.loads(body)
 
 
 class ConnectionClosed(Exception):
-    """Nobody is at the other end."""
+    """The other end of the connection is closed."""
 
 
 class Connection:
-    """The engine's end of a link. It waits to write, since the other end always reads.
+    """The engine's end of the socket pair. Writes block, since the client always reads.
 
     Args:
-        end: A connected socket, which is the channel's from now on.
+        end: Connected socket, which the connection owns from now on.
     """
 
     def __init__(self, end: socket.socket) -> None:
-        self._socket, self._frames = end, Frames()
+        self._socket, self._buffer = end, bytearray()
         end.setblocking(True)
         self._selector = selectors.DefaultSelector()
         self._selector.register(end, selectors.EVENT_READ)
 
-    def receive(self, seconds: float | None) -> list[Any]:
-        """The messages that have come; so long, or with None for ever, at least a part of one is waited for.
+    def receive(self, timeout: float | None) -> list[Any]:
+        """Read the messages that have arrived.
+
+        Args:
+            timeout: Seconds to wait for data, which may be a part of a message; None waits without a limit.
 
         Raises:
-            ConnectionClosed: There will be no more.
+            ConnectionClosed: The client has closed the connection.
         """
         messages: list[Any] = []
-        while self._selector.select(seconds):
+        while self._selector.select(timeout):
             try:
                 data = self._socket.recv(READ_BYTES)
             except OSError as error:
                 raise ConnectionClosed from error
             if not data:
                 raise ConnectionClosed
-            messages += self._frames.feed(data)
-            seconds = 0.0
+            self._buffer += data
+            messages += unpack(self._buffer)
+            timeout = 0.0
         return messages
 
     def send(self, message: Any) -> None:
-        """Raises:
-        ConnectionClosed: Nobody takes it.
+        """Write a message.
+
+        Raises:
+            ConnectionClosed: The client has closed the connection.
         """
-        frame = pack(message)
+        data = pack(message)
         try:
-            self._socket.sendall(frame)
+            self._socket.sendall(data)
         except OSError as error:
             raise ConnectionClosed from error
 
     def close(self) -> None:
-        """The other end will see it."""
+        """Close the socket, which the client notices."""
         self._selector.close()
         self._socket.close()

@@ -1,4 +1,4 @@
-"""Log-probabilities of a prompt's own tokens, which evaluations of other people's texts ask for."""
+"""Log-probabilities of a prompt's own tokens, which evaluations of given texts ask for."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from recursify.engine.engine import Engine
 from recursify.engine.sampler import log_probabilities
 
 ROWS = 256
-"""Positions that are read out at once: logits of a whole prompt would be gigabytes."""
+"""Number of positions whose logits are computed at once; those of an entire prompt would take gigabytes."""
 
 
 @torch.inference_mode()
 def score_prompt(engine: Engine, ids: Sequence[int], count: int) -> list[dict[int, float] | None]:
-    """Per token of ``ids``, its log-probability and those of the ``count`` first choices in its place, best first.
+    """Compute the log-probability of each token of ``ids``, and of the ``count`` likeliest tokens in its place.
 
-    The model runs whole and by itself, beside the engine's batch. None for the first token.
+    The model runs all recursions on the prompt alone, outside the engine's batch. Each mapping begins with the
+    likeliest token; the first entry is None, because nothing predicts the first token.
     """
     tokens = torch.tensor([[*ids]], device=engine.decoder.device)
     states = engine.model.base_model(tokens, use_cache=False).last_hidden_state[0]

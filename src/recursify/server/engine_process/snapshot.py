@@ -1,27 +1,25 @@
-"""An engine's counts, as they can be sent elsewhere."""
+"""Counts of an engine, in a form that can be sent to another process."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from recursify.engine.engine import Engine
+from recursify.engine.engine import Engine
 
 
 @dataclass(frozen=True)
 class EngineSnapshot:
-    """An engine between two iterations; counts since it was made, or :meth:`Engine.reset_stats`.
+    """State of an engine between two iterations, and its counts since the last :meth:`Engine.reset_stats`.
 
     Attributes:
-        waiting: Answers that have not begun.
-        running: Answers under way.
-        rows: By depth, tokens and prompts that are there now.
-        pages: Of keys and values, in all.
-        pages_used: Of them.
-        exits: By depth, new tokens that were read after it.
-        totals: Other counts, by name.
+        waiting: Number of requests that have not started.
+        running: Number of requests that run.
+        rows: Number of scheduled chunks per depth.
+        pages: Total number of KV pages.
+        pages_used: Number of KV pages in use.
+        exits: Number of new tokens per exit depth.
+        totals: Mapping from names to other counts.
     """
 
     waiting: int = 0
@@ -34,7 +32,7 @@ class EngineSnapshot:
 
     @classmethod
     def of(cls, engine: Engine) -> EngineSnapshot:
-        """To be called where the engine runs."""
+        """Read the counts of ``engine``, in its own thread."""
         stats, scheduler = engine.stats, engine.scheduler
         return cls(
             len(scheduler.waiting),
