@@ -182,7 +182,7 @@ def factorize(dense: PreTrainedModel, budget: int, calibration: Tensor | None = 
     rank, num_parameters = rank_within(dense, budget)
     moments = input_moments(dense, calibration) if calibration is not None else {}
     model = copy.deepcopy(dense)
-    num_factored, metrics = 0, {}
+    num_factored, norms = 0, {}
     linears = list(_linears(model))
     for name, linear in linears:
         weight = linear.weight
@@ -192,9 +192,9 @@ def factorize(dense: PreTrainedModel, budget: int, calibration: Tensor | None = 
             left, right = truncated_svd(weight.float(), rank)
         else:
             moment = moments[name]
-            if id(moment) not in metrics:
-                metrics = {id(moment): WeightedNorm(moment)}
-            left, right = metrics[id(moment)].low_rank(weight, rank)
+            if id(moment) not in norms:
+                norms = {id(moment): WeightedNorm(moment)}
+            left, right = norms[id(moment)].low_rank(weight, rank)
         weight.copy_(left @ right)
         num_factored += 1
     how = "plain SVD" if calibration is None else f"SVD whitened by {calibration.numel()} tokens"

@@ -25,7 +25,7 @@ from datasets import disable_progress_bars
 from transformers.utils import logging
 
 from convert import commit, versions
-from recursify.checkpoint.dense_checkpoint import folder_tensors
+from recursify.checkpoint.shards import folder_tensors
 from recursify.evaluation.text import default_text
 from recursify.uptrain import checkpoints
 from recursify.uptrain.run import CHECKPOINT_FOLDER, uptrain_model

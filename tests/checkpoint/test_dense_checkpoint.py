@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from helpers.tiny_models import byte_tokenizer, save_tiny, tiny_config
-from recursify.checkpoint.dense_checkpoint import INDEX_FILE, open_checkpoint
+from recursify.checkpoint.dense_checkpoint import open_checkpoint
+from recursify.checkpoint.shards import INDEX_FILE
 from recursify.convert.pipeline import convert_model, plan_conversion
 from recursify.errors import CheckpointError, RecursifyError, UnsupportedModelError
 
@@ -75,13 +76,13 @@ def test_truncated_shard(folder, tmp_path):
     """A file shorter than its header says."""
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    refuse(folder, tmp_path / "out", CheckpointError, r"model.safetensors' is truncated or no safetensors file")
+    refuse(folder, tmp_path / "out", CheckpointError, r"model.safetensors' is truncated or not a safetensors file")
 
 
 def test_header_that_is_garbage(folder, tmp_path):
     """A file that is no safetensors at all."""
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", 10**12) + b"not json")
-    refuse(folder, tmp_path / "out", CheckpointError, "is truncated or no safetensors file")
+    refuse(folder, tmp_path / "out", CheckpointError, "is truncated or not a safetensors file")
 
 
 def test_index_that_names_an_absent_tensor(sharded, tmp_path):
@@ -93,7 +94,7 @@ def test_index_that_names_an_absent_tensor(sharded, tmp_path):
         sharded,
         tmp_path / "out",
         CheckpointError,
-        r"names 1 tensors that the shards do not hold, first 'model.layers.9",
+        r"lists 1 tensors that the shards do not have, first 'model.layers.9",
     )
 
 
@@ -106,7 +107,7 @@ def test_missing_tensor(folder, tmp_path):
 def test_wrong_shape(folder, tmp_path):
     """Weights and config of different models."""
     edit_config(folder, intermediate_size=64)
-    refuse(folder, tmp_path / "out", CheckpointError, r"has shape \[48, 32\], but config.json calls for \[64, 32\]")
+    refuse(folder, tmp_path / "out", CheckpointError, r"has shape \[48, 32\], but config.json requires \[64, 32\]")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -120,7 +121,7 @@ def test_non_finite_weights(folder, tmp_path, value, name):
         tensors[name].view(-1)[7] = value
 
     edit_weights(folder, spoil)
-    refuse(folder, tmp_path / "out", CheckpointError, rf"'{name}' in .* holds 1 NaN or Inf values")
+    refuse(folder, tmp_path / "out", CheckpointError, rf"'{name}' in .* has 1 NaN or Inf values")
 
 
 def test_large_finite_weights_are_fine(folder, tmp_path):
@@ -132,13 +133,15 @@ def test_large_finite_weights_are_fine(folder, tmp_path):
 def test_pickle_is_refused_with_the_way_out(folder, tmp_path):
     """``pytorch_model.bin`` can run any code."""
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refuse(folder, tmp_path / "out", CheckpointError, r"pickled weights only \(pytorch_model.bin\).*save_pretrained")
+    refuse(
+        folder, tmp_path / "out", CheckpointError, r"has only pickled weights \(pytorch_model.bin\).*save_pretrained"
+    )
 
 
 def test_folder_without_weights(folder, tmp_path):
     """Nor anything like them."""
     (folder / "model.safetensors").unlink()
-    refuse(folder, tmp_path / "out", CheckpointError, "holds no weights")
+    refuse(folder, tmp_path / "out", CheckpointError, "has no weights")
 
 
 def test_folder_without_config(folder, tmp_path):
@@ -150,19 +153,21 @@ def test_folder_without_config(folder, tmp_path):
 def test_unknown_family(folder, tmp_path):
     """A ``model_type`` that transformers has never heard of."""
     edit_config(folder, model_type="lama")
-    refuse(folder, tmp_path / "out", UnsupportedModelError, r"transformers does not know the model .*model_type 'lama'")
+    refuse(
+        folder, tmp_path / "out", UnsupportedModelError, r"transformers does not support the model .*model_type 'lama'"
+    )
 
 
 def test_model_that_is_no_language_model(folder, tmp_path):
     """A vision transformer."""
     edit_config(folder, model_type="vit")
-    refuse(folder, tmp_path / "out", UnsupportedModelError, "'vit' is no causal language model")
+    refuse(folder, tmp_path / "out", UnsupportedModelError, "'vit' is not a causal language model")
 
 
 def test_remote_code_is_refused(folder, tmp_path):
     """Unless trusted."""
     edit_config(folder, auto_map={"AutoConfig": "configuration_x.XConfig"})
-    refuse(folder, tmp_path / "out", UnsupportedModelError, r"needs Python code of its own.*--trust-remote-code")
+    refuse(folder, tmp_path / "out", UnsupportedModelError, r"needs its own Python code.*--trust-remote-code")
 
 
 def test_recursive_model_is_refused(folder, tmp_path):
@@ -173,13 +178,16 @@ def test_recursive_model_is_refused(folder, tmp_path):
 
 def test_no_such_model(tmp_path):
     """Neither a folder nor a Hub id."""
-    refuse("./nowhere", tmp_path / "out", CheckpointError, r"No model at './nowhere'.*Embedded models: smollm2-135m")
+    refuse("./nowhere", tmp_path / "out", CheckpointError, r"No model at './nowhere'.*an embedded model: smollm2-135m")
 
 
 def test_hub_that_does_not_answer(tmp_path):
     """Offline, with the reason."""
     refuse(
-        "nobody/nothing", tmp_path / "out", CheckpointError, r"'nobody/nothing' is no local folder, and the Hub did not"
+        "nobody/nothing",
+        tmp_path / "out",
+        CheckpointError,
+        r"'nobody/nothing' is not a local folder, and cannot be downloaded",
     )
 
 
@@ -201,7 +209,7 @@ def test_integer_weights(folder, tmp_path):
         tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(48, 32, dtype=torch.int8)
 
     edit_weights(folder, quantize)
-    refuse(folder, tmp_path / "out", CheckpointError, r"is stored as I8, not as floating-point")
+    refuse(folder, tmp_path / "out", CheckpointError, r"is stored as I8, which is not floating-point")
 
 
 def test_checkpoint_of_the_bare_model(folder):
@@ -227,7 +235,7 @@ def test_tied_embeddings_stay_tied(tmp_path, tied):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is tied
 
 
-def test_passengers_travel(folder, tmp_path):
+def test_auxiliary_files_are_copied(folder, tmp_path):
     """Tokenizer, chat template, generation config and licence; no stray file."""
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "LICENSE").write_text("mine")
@@ -285,7 +293,7 @@ def test_family_outside_the_list_that_passes_is_converted(tmp_path):
     dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("stablelm", **{**config, "layer_norm_eps": 1e-5}))
     dense.save_pretrained(tmp_path / "dense")
     plan = plan_conversion(tmp_path / "dense", calibration_data=[])
-    assert "is not among those tested" in plan.warnings[0]
+    assert "is not a tested one" in plan.warnings[0]
 
 
 def test_refused_families_say_why(tmp_path):

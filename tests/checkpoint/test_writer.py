@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from helpers.tiny_models import save_tiny
 from recursify.checkpoint import writer
-from recursify.checkpoint.dense_checkpoint import INDEX_FILE, TensorInfo, folder_tensors
+from recursify.checkpoint.shards import INDEX_FILE, TensorInfo, folder_tensors
 from recursify.checkpoint.writer import ShardedCheckpoint, atomic_folder, check_target
 from recursify.errors import OutputError
 
@@ -107,7 +107,7 @@ def test_existing_target(tmp_path):
 def test_target_inside_or_around_the_source(tmp_path, target):
     """Would destroy the input, or be listed in it."""
     (tmp_path / "source").mkdir()
-    with pytest.raises(OutputError, match="contain one another"):
+    with pytest.raises(OutputError, match="overlap. Choose another -o"):
         check_target(tmp_path / target, tmp_path / "source", overwrite=True, num_bytes=0)
 
 
@@ -115,14 +115,14 @@ def test_no_room(tmp_path, monkeypatch):
     """Known before the work, with both figures."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage(10**9, 9 * 10**8, 10**8))
-    with pytest.raises(OutputError, match=r"has 0.10 GB free, and the model needs 2.00 GB"):
+    with pytest.raises(OutputError, match=r"has 0.10 GB free, but the model needs 2.00 GB"):
         check_target(tmp_path / "model", None, overwrite=False, num_bytes=2 * 10**9)
 
 
 def test_target_that_is_a_file(tmp_path):
     """Not replaced by a folder."""
     (tmp_path / "model").write_text("mine")
-    with pytest.raises(OutputError, match="is a file, and a model is a folder"):
+    with pytest.raises(OutputError, match="is a file, but a model is a folder"):
         check_target(tmp_path / "model", None, overwrite=True, num_bytes=0)
 
 

@@ -118,7 +118,7 @@ def test_settings_file_and_flags(models, tmp_path, capsys):
         (["--sharing", "spiral"], "Unknown sharing 'spiral'. Use one of: cycle, sequence"),
         (
             ["--sharing", "middle_cycle", "--prelude", 2],
-            "--sharing middle_cycle already means one prelude and one coda",
+            "--sharing middle_cycle already implies one prelude and one coda",
         ),
         (["--init", "mean"], "Unknown initialization 'mean'"),
         (["--relaxation", "pca"], "Unknown relaxation 'pca'"),
@@ -196,7 +196,7 @@ def test_output_exists(models, capsys):
 def test_output_inside_the_input(models, capsys):
     """Refused before anything is read."""
     assert run("convert", models / "dense", "-o", models / "dense" / "out", *TINY) == 1
-    assert "contain one another" in capsys.readouterr().err
+    assert "overlap. Choose another -o" in capsys.readouterr().err
 
 
 def test_usage_exits_2(models, capsys):

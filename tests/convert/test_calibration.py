@@ -10,7 +10,6 @@ import torch
 from helpers.tiny_models import byte_tokenizer, convert_tiny, random_ids, save_tiny, tiny_config
 from recursify.checkpoint.dense_checkpoint import open_checkpoint
 from recursify.checkpoint.layerwise import Layerwise
-from recursify.convert.calibration import _spend
 from recursify.convert.pipeline import plan_conversion
 from recursify.errors import PlanError, TextError
 from recursify.evaluation.text import default_text, token_windows
@@ -116,29 +115,6 @@ def test_fisher(tmp_path):
     low, high = torch.minimum(*ends), torch.maximum(*ends)
     assert ((weight >= low - 1e-6) & (weight <= high + 1e-6)).all()
     assert (weight - (ends[0] + ends[1]) / 2).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("allocation", ["tail", "fisher"])
-def test_allocation_keeps_the_budget(tmp_path, allocation):
-    """Ranks differ, and no more parameters are stored than uniform ranks would."""
-    save_tiny(tmp_path / "dense")
-    uniform = convert_tiny(tmp_path / "dense", tmp_path / "u", sharing="cycle", lora_rank=6)
-    settings = {**SMALL, "sharing": "cycle", "lora_rank": 6, "rank_allocation": allocation}
-    model = convert_tiny(tmp_path / "dense", tmp_path / "t", **settings)
-    ranks = {
-        module.rank for layer in model.model.block for _, module in layer.stored_modules() if hasattr(module, "rank")
-    }
-    assert len(ranks) > 1
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, uniform)]
-    assert 0.97 * sizes[1] <= sizes[0] <= sizes[1]
-
-
-def test_ranks_are_bought_in_order_of_gain():
-    """By hand: two modules of equal cost, one with a flat tail, one with a steep one."""
-    gains = {"flat": torch.tensor([5.0, 4.0, 4.0, 4.0]), "steep": torch.tensor([9.0, 1.0, 0.5, 0.1])}
-    assert _spend(gains, {"flat": 10, "steep": 10}, budget=50) == {"flat": 4, "steep": 1}
-    assert _spend(gains, {"flat": 10, "steep": 10}, budget=60) == {"flat": 4, "steep": 2}
-    assert _spend(gains, {"flat": 100, "steep": 1}, budget=104) == {"flat": 1, "steep": 4}
 
 
 def test_the_same_text_gives_the_same_model(tmp_path):

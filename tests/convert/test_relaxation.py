@@ -35,22 +35,24 @@ def test_truncated_svd_error_is_the_tail(rank):
 
 @pytest.mark.parametrize("shape", [(20, 31), (31, 20), (17, 17)])
 def test_weighted_low_rank_is_optimal(shape):
-    """In the metric's norm, the error equals the tail that the metric reports, and plain SVD is no better."""
-    matrix, metric = draw(*shape), WeightedNorm(moment(shape[1], seed=1))
+    """In the weighted norm, the error equals the tail of the spectrum, and plain SVD is no better."""
+    matrix, norm = draw(*shape), WeightedNorm(moment(shape[1], seed=1))
     for rank in (1, 7, min(shape)):
-        left, right = metric.low_rank(matrix, rank)
-        error = metric.error(matrix - left @ right)
-        torch.testing.assert_close(error, float(metric.tail(matrix)[rank:].sum()), atol=1e-8, rtol=1e-6)
+        left, right = norm.low_rank(matrix, rank)
+        error = norm.error(matrix - left @ right)
+        torch.testing.assert_close(
+            error, float(norm.squared_singular_values(matrix)[rank:].sum()), atol=1e-8, rtol=1e-6
+        )
         plain_left, plain_right = truncated_svd(matrix, rank)
-        assert error <= metric.error(matrix - plain_left @ plain_right) + 1e-9
+        assert error <= norm.error(matrix - plain_left @ plain_right) + 1e-9
 
 
-def test_white_inputs_make_the_metric_plain():
+def test_white_inputs_make_the_norm_plain():
     """With uncorrelated inputs, calibrated equals published: the mean, and the truncated SVD."""
-    metric = WeightedNorm(torch.eye(12, dtype=torch.float64))
+    norm = WeightedNorm(torch.eye(12, dtype=torch.float64))
     weights = [draw(9, 12, seed=s) for s in range(3)]
-    torch.testing.assert_close(share(weights, [metric] * 3), sum(weights) / 3)
-    left, right = metric.low_rank(weights[0], 4)
+    torch.testing.assert_close(share(weights, [norm] * 3), sum(weights) / 3)
+    left, right = norm.low_rank(weights[0], 4)
     plain_left, plain_right = truncated_svd(weights[0], 4)
     torch.testing.assert_close(left @ right, plain_left @ plain_right)
 
@@ -58,19 +60,19 @@ def test_white_inputs_make_the_metric_plain():
 def test_shared_weight_minimizes_the_weighted_error():
     """No perturbation of the shared weight lowers the sum of errors."""
     weights = [draw(9, 12, seed=s) for s in range(2)]
-    metrics = [WeightedNorm(moment(12, seed=s)) for s in range(2)]
-    shared = share(weights, metrics)
-    best = sum(m.error(w - shared) for w, m in zip(weights, metrics, strict=True))
+    norms = [WeightedNorm(moment(12, seed=s)) for s in range(2)]
+    shared = share(weights, norms)
+    best = sum(norm.error(w - shared) for w, norm in zip(weights, norms, strict=True))
     for seed in range(5):
         moved = shared + 1e-3 * draw(9, 12, seed=10 + seed)
-        assert best < sum(m.error(w - moved) for w, m in zip(weights, metrics, strict=True))
+        assert best < sum(norm.error(w - moved) for w, norm in zip(weights, norms, strict=True))
 
 
-def joint_error(weights, metrics, shared, rank) -> float:
+def joint_error(weights, norms, shared, rank) -> float:
     total = 0.0
-    for weight, metric in zip(weights, metrics, strict=True):
-        left, right = metric.low_rank(weight - shared, rank)
-        total += metric.error(weight - shared - left @ right)
+    for weight, norm in zip(weights, norms, strict=True):
+        left, right = norm.low_rank(weight - shared, rank)
+        total += norm.error(weight - shared - left @ right)
     return total
 
 
@@ -78,10 +80,10 @@ def joint_error(weights, metrics, shared, rank) -> float:
 def test_sharing_with_residuals_in_mind_beats_averaging_first(num_depths):
     """And more sweeps never raise the error."""
     weights = [draw(24, 30, seed=s) for s in range(num_depths)]
-    metrics = [WeightedNorm(moment(30, seed=s)) for s in range(num_depths)]
-    averaged = joint_error(weights, metrics, share(weights, metrics), 4)
+    norms = [WeightedNorm(moment(30, seed=s)) for s in range(num_depths)]
+    averaged = joint_error(weights, norms, share(weights, norms), 4)
     errors = [
-        joint_error(weights, metrics, share_for_residuals(weights, metrics, 4, num_sweeps=sweeps), 4)
+        joint_error(weights, norms, share_for_residuals(weights, norms, 4, num_sweeps=sweeps), 4)
         for sweeps in (1, 2, 4, 8)
     ]
     assert errors[0] < averaged
@@ -90,12 +92,12 @@ def test_sharing_with_residuals_in_mind_beats_averaging_first(num_depths):
 
 def test_two_residuals_cover_twice_the_rank():
     """Two layers that differ by rank 2r are recovered exactly by two residuals of rank r."""
-    base, metric = draw(24, 30), WeightedNorm(moment(30, seed=1))
+    base, norm = draw(24, 30), WeightedNorm(moment(30, seed=1))
     difference = draw(24, 8, seed=2) @ draw(8, 30, seed=3)
     weights = [base, base + difference]
-    shared = share_for_residuals(weights, [metric, metric], 4)
-    assert joint_error(weights, [metric, metric], shared, 4) < 1e-9 * metric.error(difference)
-    assert joint_error(weights, [metric, metric], share(weights, [metric, metric]), 4) > 1e-3 * metric.error(difference)
+    shared = share_for_residuals(weights, [norm, norm], 4)
+    assert joint_error(weights, [norm, norm], shared, 4) < 1e-9 * norm.error(difference)
+    assert joint_error(weights, [norm, norm], share(weights, [norm, norm]), 4) > 1e-3 * norm.error(difference)
 
 
 def test_rank_sweep_is_monotone_and_ends_at_zero(tmp_path):

@@ -1,1 +1,1 @@
-"""Models on disk, dense and recursive: reading by name, writing atomically, walking one layer at a time."""
+"""Dense and recursive models on disk: lazy reading, atomic writing, layer-by-layer execution."""

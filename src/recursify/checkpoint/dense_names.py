@@ -1,4 +1,4 @@
-"""Which dense parameter is which recursive one."""
+"""Parameter names of recursive models and of their dense families."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ OUTSIDE = {
     "model.norm": ("norm", "final_layer_norm", "final_layernorm"),
     "lm_head": ("lm_head", "embed_out"),
 }
-"""Modules outside the layers: recursive name -> last part of their dense names in the families."""
+"""Modules outside the layers: recursive name to the last part of their dense names."""
 
 
 @dataclass(frozen=True)
 class StoredModule:
-    """A module of the shared block, and where its dense originals are.
+    """Module of the shared block.
 
     Attributes:
-        name: Its name in the recursive model (``model.block.3.self_attn.q_proj``).
+        name: Name in the recursive model (``model.block.3.self_attn.q_proj``).
         index: Block layer.
-        path: Its path inside the family's layer.
+        path: Path inside the family's layer.
         rank: LoRA rank; 0 for norms.
-        is_linear: A relaxed linear, or a per-depth norm.
-        parameters: Names of its dense parameters (``weight``, ``bias``).
+        is_linear: True for a relaxed linear map, False for a per-depth norm.
+        parameters: Names of the dense module's parameters (``weight``, ``bias``).
     """
 
     name: str
@@ -40,13 +40,13 @@ class StoredModule:
 
 
 class DenseNames:
-    """Maps between parameter names of a recursive model and of its dense family.
+    """Mapping between parameter names of a recursive model and of its dense family.
 
     Attributes:
-        parameters: Recursive parameter names with their shapes; a tied head is not among them.
-        dense_parameters: Dense parameter names with their shapes, likewise.
-        unshared: Recursive name -> dense name of everything outside the shared block.
-        skeleton: The recursive model on the meta device.
+        parameters: Shapes of the recursive parameters by name, without a tied head.
+        dense_parameters: Shapes of the dense parameters by name, without a tied head.
+        unshared: Dense names by recursive name, of all parameters outside the shared block.
+        skeleton: Recursive model on the meta device.
     """
 
     def __init__(self, config: RecursiveConfig):
@@ -61,7 +61,7 @@ class DenseNames:
         self.unshared = self._unshared()
 
     def stored_modules(self, index: int) -> Iterator[StoredModule]:
-        """The stored modules of block layer ``index``."""
+        """Iterate over the stored modules of block layer ``index``."""
         layer = self.skeleton.model.block[index]
         assert isinstance(layer, SharedLayer)
         for path, module in layer.stored_modules():
@@ -82,12 +82,12 @@ class DenseNames:
         for name in self.dense_parameters:
             if name.startswith(self.stem + "."):
                 position, _, rest = name.removeprefix(self.stem + ".").partition(".")
-                slot = self.layout.layer_ref(int(position))
-                if slot.part != "block":
-                    names[f"model.{slot.part}.{slot.index}.{rest}"] = name
+                ref = self.layout.layer_ref(int(position))
+                if ref.part != "block":
+                    names[f"model.{ref.part}.{ref.index}.{rest}"] = name
                 continue
             module, _, parameter = name.rpartition(".")
-            for mine, theirs in OUTSIDE.items():
-                if module.rpartition(".")[2] in theirs:
-                    names[f"{mine}.{parameter}"] = name
+            for recursive_module, dense_names in OUTSIDE.items():
+                if module.rpartition(".")[2] in dense_names:
+                    names[f"{recursive_module}.{parameter}"] = name
         return names

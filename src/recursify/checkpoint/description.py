@@ -13,9 +13,9 @@ from recursify.errors import CheckpointError
 from recursify.modeling import LayerLayout, RecursiveConfig
 from recursify.modeling.recursive_routing import capacities_of
 
-from .dense_checkpoint import TensorInfo, folder_tensors
 from .loading import require_recursive
 from .record import read_record
+from .shards import TensorInfo, folder_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Running a dense model one layer at a time, and looking at what its linear maps are fed."""
+"""Execution of a dense model one layer at a time, with access to the inputs of its linear maps."""
 
 from __future__ import annotations
 
@@ -18,49 +18,48 @@ from .dense_checkpoint import DenseCheckpoint
 TOKENS_PER_BATCH = 4096
 
 
-class _Reached(Exception):
-    """Ends a layer's forward once the input looked for has been seen."""
+class _StopForward(Exception):
+    """Signal that ends a layer's forward once the input has been recorded."""
 
 
-class _Silent(nn.Module):
-    """Stands for a linear map, remembers what it was fed, and returns zeros or stops the layer."""
+class _ZeroLinear(nn.Module):
+    """Replacement of a linear map that records its input, and returns zeros or stops the layer."""
 
     def __init__(self, replaced: nn.Module, *, stops: bool = False):
         super().__init__()
         assert isinstance(replaced, nn.Linear)
         self.out_features = replaced.out_features
         self.stops = stops
-        self.fed: Tensor | None = None
+        self.input: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.fed = x.flatten(0, -2)
+        self.input = x.flatten(0, -2)
         if self.stops:
-            raise _Reached
+            raise _StopForward
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
 class Layerwise:
-    """A dense model whose layers are loaded, run in float32 over all of a text, and dropped, one by one.
+    """Dense model whose layers are loaded, run in float32 on a whole text, and released one by one.
 
-    Held throughout: the token ids, RoPE and nothing else. Hidden states are the caller's, as a list of batches
-    ``[b, T, D]``.
+    Only the token ids and RoPE stay in memory. The caller keeps the hidden states, as a list of batches ``[b, T, D]``.
 
     Attributes:
-        stages: Paths of a layer's linear maps, in groups that are fed the same tensor, in the order in which they run.
-        writes: Per stage, whether its output is added to the residual stream as it is.
+        stages: Paths of a layer's linear maps in order of execution, grouped by their input tensor.
+        writes: True for each stage whose output is added to the residual stream without a norm.
 
     Args:
-        checkpoint: The dense model.
-        config: The recursive config made from it (layers are built as the recursive model builds them).
-        windows: Token ids ``[N, T]``; None where the caller embeds text of its own.
-        device: Where layers run.
+        checkpoint: Dense model.
+        config: Recursive config made from it (layers are built as the recursive model builds them).
+        windows: Token ids ``[N, T]``; None if the caller embeds its own text.
+        device: Device for the layers.
     """
 
     def __init__(
         self, checkpoint: DenseCheckpoint, config: RecursiveConfig, windows: Tensor | None, device: str = "cpu"
     ):
         self.checkpoint = checkpoint
-        # Eager and sdpa differ in rounding only; a private copy keeps the caller's config as it is.
+        # A private copy, since building layers modifies the config.
         self.config = copy.deepcopy(config)
         self.device = device
         family = DenseFamily(self.config)
@@ -77,13 +76,13 @@ class Layerwise:
         self.stages, self.writes = self._find_stages()
 
     def _computed(self, module: nn.Module) -> nn.Module:
-        """A module without stored weights (RoPE), its buffers computed."""
+        """Materialize a module without stored weights (RoPE)."""
         module = module.to_empty(device=self.device)
         self._initialize(module)
         return module
 
     def embed(self) -> list[Tensor]:
-        """Hidden states before the first layer."""
+        """Compute the hidden states before the first layer."""
         module = copy.deepcopy(self._embed).to_empty(device=self.device)
         self._initialize(module)
         module.weight = nn.Parameter(
@@ -92,7 +91,7 @@ class Layerwise:
         return [module(batch.to(self.device)) for batch in self.batches]
 
     def load(self, position: int) -> nn.Module:
-        """The dense layer at ``position``, float32."""
+        """Load the dense layer at ``position`` in float32."""
         layer = copy.deepcopy(self._layers[position])
         state = {
             name: self.checkpoint.read(f"{self.stem}.{position}.{name}").to(self.device, torch.float32)
@@ -104,7 +103,7 @@ class Layerwise:
     def run(
         self, layer: Callable[..., Tensor], position: int, hidden: Tensor, position_ids: Tensor | None = None
     ) -> Tensor:
-        """``[b, T, D] -> [b, T, D]``; where ``position_ids [b, T]`` restart, a packed document begins."""
+        """Run a layer, ``[b, T, D] -> [b, T, D]``; a packed document begins where ``position_ids [b, T]`` restart."""
         if position_ids is None:
             return layer(hidden, **self._layer_arguments(position, hidden))
         return layer(hidden, **self._arguments_at(position, hidden, position_ids))
@@ -112,51 +111,51 @@ class Layerwise:
     def observe(
         self, layer: nn.Module, position: int, hidden: Tensor, paths: list[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """:meth:`run`, and what the linear maps at ``paths`` were fed, each ``[b·T, I]``."""
-        seen: dict[str, Tensor] = {}
+        """:meth:`run`, and the inputs of the linear maps at ``paths``, each ``[b·T, I]``."""
+        inputs: dict[str, Tensor] = {}
 
-        def look(path: str):
+        def record(path: str):
             def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                seen[path] = arguments[0].flatten(0, -2)
+                inputs[path] = arguments[0].flatten(0, -2)
 
             return hook
 
-        hooks = [layer.get_submodule(path).register_forward_pre_hook(look(path)) for path in paths]
+        hooks = [layer.get_submodule(path).register_forward_pre_hook(record(path)) for path in paths]
         try:
-            return self.run(layer, position, hidden), seen
+            return self.run(layer, position, hidden), inputs
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def input_and_rest(
+    def input_and_stream(
         self, layer: nn.Module, position: int, hidden: Tensor, stage: int
     ) -> tuple[Tensor, Tensor | None]:
-        """What a stage is fed, ``[b·T, I]``, and the residual stream it adds to, ``[b·T, D]``.
+        """Input of a stage, ``[b·T, I]``, and the residual stream that it writes to, ``[b·T, D]``.
 
-        The latter is the layer's output with this stage and all later ones silenced; None where the stage does not
-        write to the stream as it is (q/k/v, or an output that a norm follows).
+        The stream is the layer's output with this and all later stages returning zeros; None if the stage does not
+        write to it directly (q/k/v, or an output followed by a norm).
         """
         path = self.stages[stage][0]
-        silenced = {p: layer.get_submodule(p) for later in self.stages[stage:] for p in later}
-        recorder = _Silent(silenced[path], stops=not self.writes[stage])
-        for p, module in silenced.items():
-            layer.set_submodule(p, recorder if p == path else _Silent(module))
-        rest = None
+        replaced = {p: layer.get_submodule(p) for later in self.stages[stage:] for p in later}
+        recorder = _ZeroLinear(replaced[path], stops=not self.writes[stage])
+        for p, module in replaced.items():
+            layer.set_submodule(p, recorder if p == path else _ZeroLinear(module))
+        stream = None
         try:
-            rest = self.run(layer, position, hidden).flatten(0, -2)
-        except _Reached:
+            stream = self.run(layer, position, hidden).flatten(0, -2)
+        except _StopForward:
             pass
         finally:
-            for p, module in silenced.items():
+            for p, module in replaced.items():
                 layer.set_submodule(p, module)
-        assert recorder.fed is not None
-        return recorder.fed, rest
+        assert recorder.input is not None
+        return recorder.input, stream
 
     def _layer_arguments(self, position: int, hidden: Tensor) -> dict[str, Any]:
         key = (hidden.shape[0], position)
         if key not in self._arguments:
             positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-            # One position and batch size at a time: masks are as large as hidden states.
+            # One entry at a time, since masks are as large as hidden states.
             self._arguments = {key: self._arguments_at(position, hidden, positions)}
         return self._arguments[key]
 
@@ -180,50 +179,50 @@ class Layerwise:
         }
 
     def _find_stages(self) -> tuple[list[list[str]], list[bool]]:
-        """Linear maps of a layer in the order in which they run, and which of them write to the residual stream.
+        """Find :attr:`stages` and :attr:`writes` by running a random layer.
 
-        Maps fed the same tensor form one stage; for Llama: q/k/v, o, gate/up, down. Found by running a random layer, so
-        that fused, parallel and sandwich-normed layouts need no table.
+        Maps with the same input tensor form one stage; for Llama: q/k/v, o, gate/up, down. Fused, parallel and
+        sandwich-normed layers therefore need no table.
         """
         layer = copy.deepcopy(self._layers[0]).to_empty(device=self.device)
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=0.1)
         layer.requires_grad_(False).eval()
         stages: list[list[str]] = []
-        fed: list[Tensor] = []  # kept alive, so that identity means the same tensor
-        wrote: dict[str, Tensor] = {}
+        inputs: list[Tensor] = []  # kept alive, so that identity means the same tensor
+        outputs: dict[str, Tensor] = {}
 
-        def look(path: str):
+        def record(path: str):
             def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-                wrote[path] = output
-                for stage, tensor in zip(stages, fed, strict=True):
+                outputs[path] = output
+                for stage, tensor in zip(stages, inputs, strict=True):
                     if tensor is arguments[0]:
                         stage.append(path)
                         return
                 stages.append([path])
-                fed.append(arguments[0])
+                inputs.append(arguments[0])
 
             return hook
 
         linears = [(path, module) for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
-        hooks = [module.register_forward_hook(look(path)) for path, module in linears]
+        hooks = [module.register_forward_hook(record(path)) for path, module in linears]
         hidden = torch.randn(1, 4, self.config.hidden_size, device=self.device)
         self.run(layer, 0, hidden)
         for hook in hooks:
             hook.remove()
-        return stages, [self._writes(layer, hidden, stages, index, wrote) for index in range(len(stages))]
+        return stages, [self._writes(layer, hidden, stages, index, outputs) for index in range(len(stages))]
 
     def _writes(
-        self, layer: nn.Module, hidden: Tensor, stages: list[list[str]], index: int, wrote: dict[str, Tensor]
+        self, layer: nn.Module, hidden: Tensor, stages: list[list[str]], index: int, outputs: dict[str, Tensor]
     ) -> bool:
-        """Whether a stage's output is added to the residual stream as it is."""
+        """Tell whether the output of stage ``index`` is added to the residual stream directly."""
         stage = stages[index]
-        if len(stage) != 1 or wrote[stage[0]].shape != hidden.shape:
+        if len(stage) != 1 or outputs[stage[0]].shape != hidden.shape:
             return False
-        outputs = []
-        for first_silenced in (index, index + 1):
-            silent = copy.deepcopy(layer)
-            for path in [path for later in stages[first_silenced:] for path in later]:
-                silent.set_submodule(path, _Silent(layer.get_submodule(path)))
-            outputs.append(self.run(silent, 0, hidden))
-        return torch.allclose(outputs[1] - outputs[0], wrote[stage[0]], rtol=1e-4, atol=1e-5)
+        results = []
+        for first_zero in (index, index + 1):
+            ablated = copy.deepcopy(layer)
+            for path in [path for later in stages[first_zero:] for path in later]:
+                ablated.set_submodule(path, _ZeroLinear(layer.get_submodule(path)))
+            results.append(self.run(ablated, 0, hidden))
+        return torch.allclose(results[1] - results[0], outputs[stage[0]], rtol=1e-4, atol=1e-5)

@@ -14,7 +14,8 @@ import recursify.modeling  # noqa: F401  (registers recursive models with transf
 from recursify.errors import CheckpointError, SettingsError
 from recursify.settings import require_device
 
-from .dense_checkpoint import load_tokenizer, locate, open_checkpoint
+from .dense_checkpoint import load_tokenizer, open_checkpoint
+from .sources import locate
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Names of dtypes that a model can be loaded in; ``auto`` is the dtype on disk."""

@@ -1,4 +1,4 @@
-"""Where a dense model comes from, and under which licence, as far as its files say."""
+"""Origin and licence of a dense model, read from its files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import yaml
 
 @dataclass(frozen=True)
 class Origin:
-    """The dense model behind a recursive one; what its files do not say is None.
+    """Origin of a dense model; a field that its files do not state is None.
 
     Attributes:
-        hub_id: What the Hub calls it.
-        license: The licence's identifier on the Hub (``apache-2.0``, ``llama3.2``, ``other``).
-        license_name: Of a licence that is ``other``.
-        license_link: Where that is to be read.
-        languages: ISO codes.
+        hub_id: Hub id.
+        license: Identifier of the licence on the Hub (``apache-2.0``, ``llama3.2``, ``other``).
+        license_name: Name of the licence if ``license`` is ``other``.
+        license_link: Link to the licence if ``license`` is ``other``.
+        languages: ISO codes of the languages.
     """
 
     hub_id: str | None = None
@@ -28,37 +28,37 @@ class Origin:
     languages: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``recursify.json`` has it."""
+        """Entry ``base`` of ``recursify.json``."""
         return asdict(self)
 
     @classmethod
     def from_mapping(cls, mapping: dict[str, Any]) -> Origin:
-        """From ``recursify.json``, or from the front matter of a model card."""
+        """Read an entry of ``recursify.json``, or the front matter of a model card."""
         languages = mapping.get("languages", mapping.get("language"))
         listed = languages if isinstance(languages, list | tuple) else [languages]
-        said = {key: mapping.get(key) for key in ("license", "license_name", "license_link")}
-        # A card may list several licences; the first is no more the licence than the second.
-        said = {key: "other" if isinstance(text, list) and len(text) > 1 else text for key, text in said.items()}
+        stated = {key: mapping.get(key) for key in ("license", "license_name", "license_link")}
+        # A card may list several licences, none of which alone is the licence.
+        stated = {key: "other" if isinstance(text, list) and len(text) > 1 else text for key, text in stated.items()}
         return cls(
             hub_id=mapping.get("hub_id"),
-            # YAML reads the code of Norwegian, no, as a truth value.
+            # YAML reads the code of Norwegian, no, as a boolean.
             languages=tuple("no" if code is False else str(code) for code in listed if code is not None),
-            **{key: _one(text) for key, text in said.items() if text},
+            **{key: _first(text) for key, text in stated.items() if text},
         )
 
 
-def _one(text: Any) -> str:
+def _first(text: Any) -> str:
     return str(text[0] if isinstance(text, list) else text)
 
 
 def origin_of_folder(source: str, folder: Path) -> Origin:
-    """What a Hugging Face folder says in its model card; ``source`` is what the user called it."""
+    """Read the model card of a Hugging Face folder; ``source`` is the name that the user gave."""
     is_hub_id = not Path(source).exists() and source.count("/") == 1
     return Origin.from_mapping({**_front_matter(folder / "README.md"), "hub_id": source if is_hub_id else None})
 
 
 def origin_of_gguf(file: Path, hub_id: str | None) -> Origin:
-    """What a ``.gguf`` says in its metadata."""
+    """Read the metadata of a ``.gguf`` file."""
     from gguf import GGUFReader
 
     fields = GGUFReader(str(file)).fields
@@ -68,12 +68,12 @@ def origin_of_gguf(file: Path, hub_id: str | None) -> Origin:
         "license_link": "general.license.link",
         "languages": "general.languages",
     }
-    found = {name: fields[key].contents() for name, key in names.items() if key in fields}
-    return Origin.from_mapping({**found, "hub_id": hub_id})
+    stated = {name: fields[key].contents() for name, key in names.items() if key in fields}
+    return Origin.from_mapping({**stated, "hub_id": hub_id})
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
-    """The YAML at the head of a model card; empty where there is none that can be read."""
+    """YAML at the head of a model card; empty if there is none or it cannot be read."""
     if not card.exists():
         return {}
     opening, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")

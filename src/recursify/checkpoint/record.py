@@ -1,4 +1,4 @@
-"""What lies in a recursive model's folder beside its weights: config, modeling files, and how it was made."""
+"""Files of a recursive model besides its weights: config, modeling code, and the record of its making."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from recursify.modeling import TRAVELLING_FILES, RecursiveConfig
 from recursify.modeling.configuration_recursive import AUTO_MAP
 
 RECORD_FILE = "recursify.json"
-"""How the model was made: enough to make it again."""
+"""Record of the conversion, uptraining and evaluation, sufficient to repeat them."""
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """``recursify.json`` of a folder; empty where it has none.
+    """Read ``recursify.json`` of a folder; empty if it has none.
 
     Raises:
-        CheckpointError: It is damaged.
+        CheckpointError: The file is damaged.
     """
     file = folder / RECORD_FILE
     if not file.exists():
@@ -29,11 +29,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"'{file}' is not valid JSON: {error}.") from error
+        raise CheckpointError(f"'{file}' is not valid JSON: {error}. Delete it, or fetch the model again.") from error
 
 
 def write_model_files(folder: Path, config: RecursiveConfig, record: dict[str, Any]) -> None:
-    """Write ``config.json``, ``recursify.json`` and the modeling files that travel along."""
+    """Write ``config.json``, ``recursify.json`` and the modeling code that a checkpoint includes."""
     config.architectures = [AUTO_MAP["AutoModelForCausalLM"].rpartition(".")[2]]
     config.save_pretrained(folder)
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -43,9 +43,9 @@ def write_model_files(folder: Path, config: RecursiveConfig, record: dict[str, A
 
 
 def update_record(folder: Path, **entries: Any) -> dict[str, Any]:
-    """Put ``entries`` into ``recursify.json`` of a folder, in one step; returns the whole of it."""
+    """Set ``entries`` in ``recursify.json`` of a folder atomically; returns its contents."""
     record = {**read_record(folder), **entries}
-    beside = folder / f".{RECORD_FILE}.writing"
-    beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, folder / RECORD_FILE)
+    scratch = folder / f".{RECORD_FILE}.writing"
+    scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(scratch, folder / RECORD_FILE)
     return record

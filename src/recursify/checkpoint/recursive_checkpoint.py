@@ -1,4 +1,4 @@
-"""Lazy reading of a recursive checkpoint, by module and depth."""
+"""Lazy reading of recursive checkpoints by module and depth."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from recursify.errors import CheckpointError
 from recursify.modeling import LayoutError, RecursiveConfig
 
-from .dense_checkpoint import folder_tensors, shard_files
 from .dense_names import DenseNames, StoredModule
+from .shards import folder_tensors, shard_files
 
 
 class RecursiveCheckpoint:
@@ -44,33 +44,38 @@ class RecursiveCheckpoint:
         self.dtype = self.tensors[next(iter(self.names.parameters))].dtype
 
     def read(self, name: str) -> Tensor:
-        """The tensor ``name``, in the dtype on disk."""
+        """Read the tensor ``name`` in the dtype on disk."""
         with safe_open(self.folder / self._shard_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
     def read_depth(self, module: StoredModule, parameter: str, depth: int) -> Tensor:
-        """What a dense layer at ``depth`` holds for ``parameter``; merged weights are in float32 or better."""
+        """Dense parameter of ``module`` at ``depth``; merged weights are in float32 or better."""
         if not module.is_linear:
-            tied = f"{module.name}.copies.{depth}.{parameter}" not in self.tensors
-            return self.read(f"{module.name}.copies.{0 if tied else depth}.{parameter}")
+            is_tied = f"{module.name}.copies.{depth}.{parameter}" not in self.tensors
+            return self.read(f"{module.name}.copies.{0 if is_tied else depth}.{parameter}")
         if parameter == "bias":
             biases = self.read(f"{module.name}.bias")
             return biases[depth if len(biases) > 1 else 0]
         weight = self.read(f"{module.name}.linear.weight")
         if not module.rank:
             return weight
-        left, right = self.read_factors(module, depth)
-        precise = torch.promote_types(weight.dtype, torch.float32)
-        return weight.to(precise) + left.to(precise) @ right.to(precise)
+        b, a = self.read_factors(module, depth)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return weight.to(dtype) + b.to(dtype) @ a.to(dtype)
 
     def read_factors(self, module: StoredModule, depth: int) -> tuple[Tensor, Tensor]:
-        """``(B [O, r], A [r, I])`` of one depth."""
+        """LoRA factors ``(B [O, r], A [r, I])`` of one depth."""
         return self.read(f"{module.name}.lora_b")[depth], self.read(f"{module.name}.lora_a")[depth]
 
     def unrolled(self) -> Iterator[tuple[str, str, StoredModule | None, int]]:
-        """Every parameter of the unrolled dense model: ``(dense name, recursive name or parameter, module, depth)``."""
-        for mine, theirs in self.names.unshared.items():
-            yield theirs, mine, None, 0
+        """Iterate over the parameters of the unrolled dense model.
+
+        Yields:
+            ``(dense name, recursive name, None, 0)`` outside the shared block, and ``(dense name, parameter, module,
+            depth)`` inside it.
+        """
+        for name, dense_name in self.names.unshared.items():
+            yield dense_name, name, None, 0
         for index in range(self.layout.block_size):
             for module in self.names.stored_modules(index):
                 for depth, position in enumerate(self.layout.positions(index)):

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: safetensors shards filled in any order, in a folder that appears only when it is whole."""
+"""Writing of checkpoints: safetensors shards filled in any order, in a folder that appears when it is complete."""
 
 from __future__ import annotations
 
@@ -14,30 +14,25 @@ from torch import Tensor
 
 from recursify.errors import OutputError
 
-from .dense_checkpoint import INDEX_FILE, SINGLE_FILE, TensorInfo
+from .shards import DTYPES, INDEX_FILE, SINGLE_FILE, TensorInfo
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Shard size, as in ``save_pretrained``."""
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class ShardedCheckpoint:
     """Safetensors shards whose headers are written first, and whose tensors follow one at a time, in any order.
 
-    The library's own writer wants a whole shard in memory. A conversion knows every shape before it starts, so it can
-    write the headers at once and then hold one tensor at a time; what has been written can be read back, which is how
-    drift correction revisits a shared weight without keeping it.
+    The library's own writer needs a whole shard in memory. A conversion knows every shape before it starts, so it
+    writes the headers first and then keeps one tensor in memory at a time. Written tensors can be read back, by which
+    drift correction revisits shared weights without keeping them.
 
     Args:
-        folder: Where the shards go; it exists and is empty of weights.
-        tensors: Every tensor to be written, in the order in which they will lie on disk.
-        max_shard_bytes: A shard is closed before it would grow beyond this.
+        folder: Existing folder without weights.
+        tensors: Tensors to be written, in the order on disk.
+        max_shard_bytes: Size limit of a shard.
     """
 
     def __init__(self, folder: Path, tensors: dict[str, TensorInfo], *, max_shard_bytes: int = MAX_SHARD_BYTES):
@@ -81,7 +76,7 @@ class ShardedCheckpoint:
             start += self.tensors[name].num_bytes
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write ``tensor`` under ``name``, cast to the dtype announced; a later call replaces an earlier one."""
+        """Write ``tensor`` under ``name``, cast to the dtype in the header; a later call replaces an earlier one."""
         info = self.tensors[name]
         assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} is not {info.shape}"
         file, offset = self._places[name]
@@ -92,7 +87,7 @@ class ShardedCheckpoint:
         self._unwritten.discard(name)
 
     def read(self, name: str) -> Tensor:
-        """What was written under ``name``, in the dtype on disk."""
+        """Read back a written tensor in the dtype on disk."""
         assert name not in self._unwritten, f"{name} was never written"
         file, offset = self._places[name]
         info = self.tensors[name]
@@ -103,12 +98,12 @@ class ShardedCheckpoint:
         return data.view(info.dtype).reshape(info.shape)
 
     def finish(self) -> None:
-        """Assert that every announced tensor was written."""
+        """Assert that every tensor was written."""
         assert not self._unwritten, f"never written: {sorted(self._unwritten)[:5]}"
 
 
 def _split(tensors: dict[str, TensorInfo], max_shard_bytes: int) -> list[list[str]]:
-    """Tensor names by shard, in order."""
+    """Names of each shard's tensors, in order."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, info in tensors.items():
@@ -121,40 +116,43 @@ def _split(tensors: dict[str, TensorInfo], max_shard_bytes: int) -> list[list[st
 
 
 def check_target(target: Path, source: Path | None, *, overwrite: bool, num_bytes: int) -> None:
-    """Refuse a target that cannot be written, before any work is done.
+    """Check that a folder can be written, before any work is done.
+
+    Args:
+        target: Folder to write.
+        source: Model that is read.
+        overwrite: Permission to replace an existing target.
+        num_bytes: Disk space that is needed.
 
     Raises:
-        OutputError: It exists (without ``overwrite``), lies inside the source folder or around it, or there is no room.
+        OutputError: The target exists (without ``overwrite``), overlaps with the source, or does not fit on the disk.
     """
     target = target.absolute()
     if source is not None and source.is_dir():
-        inside, around = (
-            source.resolve() in [target.resolve(), *target.resolve().parents],
-            (target.resolve() in source.resolve().parents),
-        )
-        if inside or around:
-            raise OutputError(f"The output '{target}' and the input '{source}' contain one another. Choose another -o.")
+        inner, outer = target.resolve(), source.resolve()
+        if inner == outer or outer in inner.parents or inner in outer.parents:
+            raise OutputError(f"The output '{target}' and the input '{source}' overlap. Choose another -o.")
     if target.exists() and not overwrite:
         raise OutputError(f"'{target}' exists. Choose another -o, or pass --overwrite to replace it.")
     if target.exists() and not target.is_dir():
-        raise OutputError(f"'{target}' is a file, and a model is a folder. Choose another -o.")
+        raise OutputError(f"'{target}' is a file, but a model is a folder. Choose another -o.")
     existing = next(parent for parent in target.parents if parent.exists())
     if not os.access(existing, os.W_OK):
         raise OutputError(f"'{existing}' is not writable. Choose another -o.")
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise OutputError(
-            f"'{existing}' has {free / 1e9:.2f} GB free, and the model needs {num_bytes / 1e9:.2f} GB. Free some, or "
-            f"choose another -o."
+            f"'{existing}' has {free / 1e9:.2f} GB free, but the model needs {num_bytes / 1e9:.2f} GB. Free some "
+            f"space, or choose another -o."
         )
 
 
 @contextmanager
 def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its name when the block ends well, and vanishes when it does not.
+    """Scratch folder that is renamed to ``target`` at the end of the block, and removed after an exception.
 
-    A process that is killed leaves only a dot-folder, which the next run for the same target removes. Replacing a
-    model moves the old one aside first; if that is where a run dies, the next one puts it back.
+    A killed process leaves a dot-folder, which the next run for the same target removes. To replace a model, the old
+    one is moved aside first; if the process is killed at that point, the next run restores it.
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -177,19 +175,19 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _recover(target: Path) -> None:
-    """Clear away what dead runs for ``target`` left, and put back a model that one had moved aside."""
-    for left in target.parent.glob(f".{target.name}.replaced-*"):
+    """Remove scratch folders of killed runs for ``target``, and restore a model that one had moved aside."""
+    for aside in target.parent.glob(f".{target.name}.replaced-*"):
         if target.exists():
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
         else:
-            left.rename(target)
-    for left in target.parent.glob(f".{target.name}.recursify-*"):
-        pid = left.name.rpartition("-")[2]
-        if pid == str(os.getpid()) or not _alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
+            aside.rename(target)
+    for scratch in target.parent.glob(f".{target.name}.recursify-*"):
+        pid = scratch.name.rpartition("-")[2]
+        if pid == str(os.getpid()) or not _is_running(int(pid)):
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

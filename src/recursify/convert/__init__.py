@@ -1,1 +1,1 @@
-"""Dense checkpoint to recursive checkpoint, and back. Read :mod:`recursify.convert.converter` first."""
+"""Conversion of dense models into recursive ones, and export to dense. Start at :mod:`recursify.convert.pipeline`."""

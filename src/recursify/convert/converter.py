@@ -1,4 +1,4 @@
-"""Runs a plan: dense checkpoint in, recursive checkpoint out, a few layers in memory at a time."""
+"""Execution of a conversion plan: dense checkpoint in, recursive checkpoint out, a few layers in memory at a time."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint
 from recursify.checkpoint.dense_names import DenseNames, StoredModule
 from recursify.checkpoint.record import write_model_files
 from recursify.checkpoint.writer import ShardedCheckpoint, atomic_folder, check_target
 from recursify.evaluation.text import Text
-from recursify.progress import Progress, silent
+from recursify.progress import Progress
 
+from .calibration import Calibration
+from .factors import write_factors
 from .initialization import average, find_initialization
 from .plan import ConversionPlan
 from .relaxation import find_relaxation
@@ -26,22 +27,22 @@ def write_recursive_model(
     plan: ConversionPlan,
     target: Path,
     *,
-    text: Text | None = None,
-    overwrite: bool = False,
-    progress: Progress = silent,
+    text: Text | None,
+    overwrite: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Write the recursive model that ``plan`` describes into ``target``.
 
     Args:
-        checkpoint: The dense model the plan was made for.
-        plan: From :func:`recursify.convert.plan.make_plan`.
-        target: Folder to make. It appears when it is whole.
-        text: What to calibrate on; needed if ``plan.needs_text``.
+        checkpoint: Dense model that the plan was made for.
+        plan: Plan from :func:`recursify.convert.plan.make_plan`.
+        target: Folder to write; it appears when it is complete.
+        text: Calibration text, required if ``plan.needs_text``.
         overwrite: Replace an existing target.
-        progress: Told of every step.
+        progress: Callback for progress.
 
     Returns:
-        What was written into ``recursify.json``.
+        Contents of ``recursify.json``.
 
     Raises:
         OutputError: The target cannot be written; nothing was.
@@ -50,22 +51,15 @@ def write_recursive_model(
     """
     check_target(target, checkpoint.location, overwrite=overwrite, num_bytes=int(plan.recursive.num_bytes * 1.02))
     with atomic_folder(target, overwrite=overwrite) as folder:
-        calibration: dict[str, Any] = {}
+        calibration = None
         if plan.needs_text:
-            from .calibration import Calibration
-
-            assert text is not None, "plans that need text are refused without it"
-            calibrator = Calibration(checkpoint, plan, text, progress)
-            plan = calibrator.allocate_ranks(plan)
-            output = ShardedCheckpoint(folder, plan.tensors)
-            _write_unshared(checkpoint, plan, output, progress)
-            calibration = calibrator.run(plan, output)
-        else:
-            output = ShardedCheckpoint(folder, plan.tensors)
-            _write_unshared(checkpoint, plan, output, progress)
+            assert text is not None, "make_plan refuses plans that need text without it"
+            calibration = Calibration(checkpoint, plan, text, progress)
+            plan = calibration.allocate_ranks()
+        output = ShardedCheckpoint(folder, plan.tensors)
+        _write_unshared(checkpoint, plan, output, progress)
+        if calibration is None:
             _write_block(checkpoint, plan, output, progress)
-        output.finish()
-        checkpoint.save_passengers(folder)
         record = {
             "recursify_version": version("recursify"),
             "format_version": plan.config.format_version,
@@ -73,10 +67,12 @@ def write_recursive_model(
             "base": checkpoint.origin().to_dict(),
             "plan": plan.to_dict(),
             "settings": {**vars(plan.settings)},
-            "calibration": calibration,
+            "calibration": {} if calibration is None else calibration.run(output),
             "evaluation": [],
             "history": [],
         }
+        output.finish()
+        checkpoint.save_auxiliary_files(folder)
         write_model_files(folder, plan.config, record)
     return record
 
@@ -86,32 +82,29 @@ def _write_unshared(
 ) -> None:
     """Copy embedding, prelude, coda, final norm, head, and the norms and biases of the shared block."""
     names = DenseNames(plan.config)
-    for done, (mine, theirs) in enumerate(names.unshared.items()):
-        output.write(mine, checkpoint.read(theirs))
+    for done, (name, dense_name) in enumerate(names.unshared.items()):
+        output.write(name, checkpoint.read(dense_name))
         progress("copy", done + 1, len(names.unshared))
     for index in range(plan.layout.block_size):
-        positions = plan.layout.positions(index)
+        positions = plan.sources[index] if plan.settings.tie_norms else plan.layout.positions(index)
         for module in names.stored_modules(index):
             for parameter in module.parameters:
                 if module.is_linear and parameter == "weight":
                     continue
+                vectors = [checkpoint.read(names.dense(p, module.path, parameter)) for p in positions]
                 if plan.settings.tie_norms:
-                    sources = plan.sources[index]
-                    originals = [checkpoint.read(names.dense(p, module.path, parameter)) for p in sources]
-                    depths = [average(originals).to(originals[0].dtype)]
-                else:
-                    depths = [checkpoint.read(names.dense(p, module.path, parameter)) for p in positions]
+                    vectors = [average(vectors).to(vectors[0].dtype)]
                 if module.is_linear:
-                    output.write(f"{module.name}.bias", torch.stack(depths))
+                    output.write(f"{module.name}.bias", torch.stack(vectors))
                 else:
-                    for depth, vector in enumerate(depths):
+                    for depth, vector in enumerate(vectors):
                         output.write(f"{module.name}.copies.{depth}.{parameter}", vector)
 
 
 def _write_block(
     checkpoint: DenseCheckpoint, plan: ConversionPlan, output: ShardedCheckpoint, progress: Progress
 ) -> None:
-    """Make shared weights and residuals without text: one linear map of one shared layer at a time."""
+    """Write shared weights and residuals without text, one linear map of one shared layer at a time."""
     names = DenseNames(plan.config)
     generator = torch.Generator().manual_seed(plan.settings.seed)
     for index in range(plan.layout.block_size):
@@ -138,19 +131,13 @@ def _write_linear(
     output.write(f"{module.name}.linear.weight", shared)
     if not module.rank:
         return
-    # The residual is that of the weight as it lies on disk: rounding of the shared weight is then corrected, too.
+    # Residuals are taken against the weight on disk, so that they also correct its rounding.
     shared = output.read(f"{module.name}.linear.weight").float()
     del sources
     factors = find_relaxation(plan.settings.relaxation).factors
-    assert factors is not None, "relaxations without factors are made by the calibration"
-    pairs: list[tuple[Tensor, Tensor]] = []
+    assert factors is not None, "relaxations without factors are fitted by the calibration"
+    pairs = []
     for position in plan.layout.positions(module.index):
         dense = checkpoint.read(names.dense(position, module.path, "weight")).float()
         pairs.append(factors(dense - shared, module.rank, generator))
     write_factors(output, module, pairs)
-
-
-def write_factors(output: ShardedCheckpoint, module: StoredModule, pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Write the LoRA factors ``(B, A)`` of all depths of one module."""
-    output.write(f"{module.name}.lora_b", torch.stack([left for left, _ in pairs]))
-    output.write(f"{module.name}.lora_a", torch.stack([right for _, right in pairs]))

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from recursify.checkpoint.dense_checkpoint import RENAMED, TensorInfo, copy_auxiliary_files
+from recursify.checkpoint.dense_checkpoint import RENAMED, copy_auxiliary_files
 from recursify.checkpoint.loading import require_recursive
 from recursify.checkpoint.recursive_checkpoint import RecursiveCheckpoint
+from recursify.checkpoint.shards import TensorInfo
 from recursify.checkpoint.writer import ShardedCheckpoint, atomic_folder, check_target
 from recursify.errors import ParityError, PlanError
 from recursify.modeling import RecursiveForCausalLM

@@ -1,7 +1,7 @@
-"""How the shared weights come to be: the papers' strategies, and ours.
+"""Initialization strategies for the shared weights, published ones and ours.
 
-Each strategy says which dense layers feed a shared layer, and how their weights become one. To add one, add an entry to
-:data:`INITIALIZATIONS`; the tests run over the registry.
+A strategy selects the dense layers that initialize each shared layer; the weights of several are averaged. To add one,
+add an entry to :data:`INITIALIZATIONS`; the tests run over the registry.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from recursify.errors import PlanError
 from recursify.modeling import LayerLayout
 
 Sources = Callable[[LayerLayout, torch.Generator], list[list[int]]]
+"""Function that returns the source positions of each block layer."""
 
 
 @dataclass(frozen=True)
 class Initialization:
-    """A way to make shared weights.
+    """Initialization strategy for shared weights.
 
     Attributes:
-        name: What the user types.
-        sources: Layout and generator -> for each block layer, the dense positions that feed it, by depth or alone.
-        needs_text: Statistics of the dense model's activations are needed.
-        from_scratch: Shared weights are drawn anew, whatever the sources are.
-        reference: Where it is from.
+        name: Value of ``--init``.
+        sources: Function of a layout and a generator that returns the source positions of each block layer.
+        needs_text: True if it needs activations of the dense model on a text.
+        from_scratch: True if shared weights are random, independent of the sources.
+        reference: Publication or page that describes it.
     """
 
     name: str
@@ -39,16 +40,16 @@ class Initialization:
 
 
 def _stepwise(layout: LayerLayout, generator: torch.Generator) -> list[list[int]]:
-    """Evenly spaced layers, first and last included; halves round to even, as in the authors' later code.
+    """Evenly spaced layers from first to last; halves round to even, as in the authors' later code.
 
-    A block of one layer takes the first.
+    For a block of one layer it is the first.
     """
     first, last = _inner(layout)
     return [[round(x)] for x in np.linspace(first, last, layout.block_size).tolist()]
 
 
 def _tied(layout: LayerLayout, generator: torch.Generator) -> list[list[int]]:
-    """All the layers that are tied together."""
+    """All layers of the tied group."""
     return [layout.positions(index) for index in range(layout.block_size)]
 
 
@@ -92,10 +93,10 @@ INITIALIZATIONS = {
 
 
 def find_initialization(name: str) -> Initialization:
-    """The strategy ``name``.
+    """Look up an initialization.
 
     Raises:
-        PlanError: There is none; the message lists those that exist.
+        PlanError: The name is unknown.
     """
     if name not in INITIALIZATIONS:
         raise PlanError(f"Unknown initialization '{name}'. Use one of: auto, {', '.join(INITIALIZATIONS)}.")
@@ -103,11 +104,11 @@ def find_initialization(name: str) -> Initialization:
 
 
 def average(weights: list[Tensor], importances: list[Tensor] | None = None) -> Tensor:
-    """Mean of ``weights``, taken in float32 and in the order of depth; weighted elementwise if importances are given.
+    """Mean of ``weights`` in float32, optionally weighted elementwise.
 
     Args:
-        weights: Dense tensors of one shape, any float dtype.
-        importances: Non-negative tensors of that shape (Fisher information); uniform ones give the plain mean.
+        weights: Dense tensors of one shape, any float dtype, summed in this order.
+        importances: Non-negative tensors of the same shape (Fisher information); uniform ones give the plain mean.
     """
     if importances is None:
         total = weights[0].to(torch.float32, copy=True)
@@ -116,6 +117,6 @@ def average(weights: list[Tensor], importances: list[Tensor] | None = None) -> T
         return total.div_(len(weights))
     stacked = torch.stack([weight.float() for weight in weights])
     weighting = torch.stack([importance.float() for importance in importances])
-    # The floor keeps elements that no depth uses at their plain mean instead of 0/0.
+    # The floor gives elements of zero importance at all depths their plain mean instead of 0/0.
     weighting = weighting + 1e-6 * weighting.mean().clamp_min(1e-30)
     return (stacked * weighting).sum(dim=0) / weighting.sum(dim=0)

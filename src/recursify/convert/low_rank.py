@@ -1,6 +1,6 @@
-"""Low-rank approximation in a weighted norm: the algebra under relaxation and calibrated initialization.
+"""Low-rank approximation in a weighted norm, used by relaxation and calibrated initialization.
 
-Shape legend: O/I out/in features of a linear map, r rank, R recursions.
+Shapes: O/I output/input features of a linear map, r rank, R recursions.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-3
-"""Added to a second moment of unit mean diagonal: directions the text never took keep a little weight."""
+"""Ridge added to second moments of unit mean diagonal, so that directions absent from the text keep a small weight."""
 
 EXACT_SVD_LIMIT = 1024
-"""Matrices whose smaller side is above this take a randomized SVD when few ranks are wanted. On 2048 x 5632, rank 64,
-LAPACK takes 36 CPU seconds and this 1.7, for a residual 0.2 % larger in norm."""
+"""Smaller side of a matrix above which low ranks are computed by randomized SVD. On 2048 x 5632 at rank 64, LAPACK
+takes 36 CPU seconds and the randomized SVD 1.7, for a residual 0.2 % larger in norm."""
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-``rank`` factors of ``matrix [O, I]`` in Frobenius norm, in the dtype given (float32 or better).
+    """Best factors of rank ``rank`` of ``matrix [O, I]`` in Frobenius norm, in its dtype (float32 or better).
 
     Returns:
         ``B = U Σ [O, r]`` and ``A = Vᵀ [r, I]``. Source: RRT (arXiv 2410.20672) section 2.3, LoRA scale 1.
     """
     smaller = min(matrix.shape)
     if rank >= smaller:
-        return whole_factors(matrix)
+        return full_rank_factors(matrix)
     if smaller > EXACT_SVD_LIMIT and rank < smaller // 8:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -35,56 +35,53 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left[:, :rank] * values[:rank], right[:rank].contiguous()
 
 
-def whole_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``(B, A)`` of full rank with ``B A = matrix [O, I]`` exactly: the matrix itself beside an identity.
+def full_rank_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``(B, A)`` with ``B A = matrix [O, I]`` exactly: the matrix itself and an identity.
 
-    Factors from a singular value decomposition multiply back to 1e-6 of the matrix, and over 30 layers that is 3e-4 on
-    SmolLM2's logits.
+    The product of SVD factors is only accurate to 1e-6, which over 30 layers is 3e-4 on SmolLM2's logits.
     """
     identity = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
     return (matrix, identity) if matrix.shape[1] <= matrix.shape[0] else (identity, matrix)
 
 
 class WeightedNorm:
-    """The norm ``‖E‖² = tr(E C Eᵀ)`` of an error ``E [O, I]`` in a linear map whose inputs have second moment ``C``.
+    """Norm ``‖E‖² = tr(E C Eᵀ)`` of an error ``E [O, I]`` of a linear map whose inputs have second moment ``C``.
 
     Args:
         moment: ``C = Σ x xᵀ``, ``[I, I]``, any scale, float32 or better. It is scaled to unit mean diagonal, so that
-            layers of loud and of quiet inputs count alike when they are tied, and given a ridge of ``RIDGE``.
+            tied layers count equally whatever the scale of their inputs, and given a ridge of ``RIDGE``.
     """
 
     def __init__(self, moment: Tensor):
-        size = moment.shape[0]
         self.scale = float(moment.diagonal().double().mean().clamp_min(1e-30))
         scaled = moment.double() / self.scale
         scaled.diagonal().add_(RIDGE)
         self.moment = scaled
-        """``[I, I]``, float64, unit mean diagonal plus the ridge."""
+        """Scaled ``C`` plus the ridge, ``[I, I]``, float64."""
         self.factor = torch.linalg.cholesky(scaled)
-        """``S [I, I]`` lower triangular with ``C = S Sᵀ``, float64."""
-        self.size = size
+        """Lower triangular ``S [I, I]`` with ``C = S Sᵀ``, float64."""
 
     def error(self, difference: Tensor) -> float:
-        """``tr(E C Eᵀ)`` for ``E [O, I]``: the squared output error over the calibration text."""
+        """Squared output error ``tr(E C Eᵀ)`` of ``E [O, I]``."""
         return float((difference.double() @ self.factor).square().sum())
 
     def low_rank(self, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """``B = U Σ [O, r]`` and ``A = Vᵀ S⁻¹ [r, I]`` nearest to ``matrix M`` in this norm, where ``M S = U Σ Vᵀ``."""
+        """Factors ``B = U Σ [O, r]``, ``A = Vᵀ S⁻¹ [r, I]`` nearest to ``matrix M``, where ``M S = U Σ Vᵀ``."""
         if rank >= min(matrix.shape):
-            return whole_factors(matrix.double())
+            return full_rank_factors(matrix.double())
         whitened = matrix.double() @ self.factor
         left, right = _leading_factors(whitened, rank)
         return left, torch.linalg.solve_triangular(self.factor.mT, right.mT, upper=True).mT
 
-    def tail(self, matrix: Tensor) -> Tensor:
-        """Squared singular values of ``matrix S``, descending: what each further rank would remove from the error."""
+    def squared_singular_values(self, matrix: Tensor) -> Tensor:
+        """Squared singular values of ``matrix S``, descending: the error that each further rank removes."""
         whitened = matrix.double() @ self.factor
         gram = whitened @ whitened.mT if whitened.shape[0] <= whitened.shape[1] else whitened.mT @ whitened
         return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
 
 
 SINGLE_THREAD_LIMIT = 2048
-"""Eigenproblems up to this size run on one thread: at 576 a second one gains nothing, and on a busy machine its
+"""Size up to which eigenproblems run on one thread. At 576 a second thread gains nothing, and on a busy machine its
 spinning costs a factor of 30 (0.046 s against 1.5 s, 2 cores, another process on one of them)."""
 
 
@@ -100,9 +97,9 @@ def _eigh(gram: Tensor) -> Tensor:
 
 
 def _leading_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``(U Σ [O, r], Vᵀ [r, I])`` of a float64 matrix, through the eigenvectors of the smaller Gram matrix.
+    """``(U Σ [O, r], Vᵀ [r, I])`` of a float64 matrix, from the eigenvectors of the smaller Gram matrix.
 
-    Half the time of LAPACK's SVD at 576 x 1536, and in float64 as exact as float32 weights can use.
+    It takes half the time of LAPACK's SVD at 576 x 1536, and its float64 error is below float32 resolution.
     """
     if matrix.shape[0] <= matrix.shape[1]:
         left = _eigh(matrix @ matrix.mT)[:, -rank:].flip(1)
@@ -113,70 +110,70 @@ def _leading_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return matrix @ right, right.mT.contiguous()
 
 
-def regress(weight: Tensor, cross: Tensor, metric: WeightedNorm, offset: Tensor | None = None) -> Tensor:
-    """The map that does on inputs ``x`` what ``weight [O, I]`` does on inputs ``y``: ``min_M Σ ‖W y + e − M x‖²``.
+def regress(weight: Tensor, cross: Tensor, norm: WeightedNorm, offset: Tensor | None = None) -> Tensor:
+    """Map ``M`` that reproduces on inputs ``x`` the outputs of ``W`` on inputs ``y``: ``min_M Σ ‖W y + e − M x‖²``.
 
     Args:
-        weight: ``W``.
+        weight: Dense weight ``W [O, I]``.
         cross: ``Σ y xᵀ``, ``[I, I]``.
-        metric: The metric of ``Σ x xᵀ``; its ridge draws ``M`` towards ``W``.
-        offset: ``Σ e xᵀ``, ``[O, I]``, for a further target ``e``.
+        norm: Norm of ``Σ x xᵀ``; its ridge draws ``M`` towards ``W``.
+        offset: ``Σ e xᵀ``, ``[O, I]``, for an additional target ``e``.
 
     Returns:
         ``M [O, I]``, float64.
     """
-    scaled = cross.double() / metric.scale
+    scaled = cross.double() / norm.scale
     scaled.diagonal().add_(RIDGE)
-    wanted = weight.double() @ scaled
+    target = weight.double() @ scaled
     if offset is not None:
-        wanted += offset.double() / metric.scale
-    return torch.cholesky_solve(wanted.mT, metric.factor).mT
+        target += offset.double() / norm.scale
+    return torch.cholesky_solve(target.mT, norm.factor).mT
 
 
-def share(weights: list[Tensor], metrics: list[WeightedNorm]) -> Tensor:
-    """The one map nearest to all ``weights [O, I]`` in their metrics: ``(Σ W_ℓ C_ℓ)(Σ C_ℓ)⁻¹``, float64."""
-    total = sum((metric.moment for metric in metrics), torch.zeros((), dtype=torch.float64))
+def share(weights: list[Tensor], norms: list[WeightedNorm]) -> Tensor:
+    """Map nearest to all ``weights [O, I]`` in their norms: ``(Σ W_ℓ C_ℓ)(Σ C_ℓ)⁻¹``, float64."""
+    total = sum((norm.moment for norm in norms), torch.zeros((), dtype=torch.float64))
     weighted = sum(
-        (weight.double() @ metric.moment for weight, metric in zip(weights, metrics, strict=True)),
+        (weight.double() @ norm.moment for weight, norm in zip(weights, norms, strict=True)),
         torch.zeros((), dtype=torch.float64),
     )
     return torch.linalg.solve(total, weighted.mT).mT
 
 
 def share_for_residuals(
-    weights: list[Tensor], metrics: list[WeightedNorm], rank: int, *, num_sweeps: int | None = None
+    weights: list[Tensor], norms: list[WeightedNorm], rank: int, *, num_sweeps: int | None = None
 ) -> Tensor:
-    """The shared map of ``min Σ_ℓ ‖W_ℓ − W − B_ℓ A_ℓ‖²``, solved together with the residuals it will be given.
+    """Shared map ``W`` of ``min Σ_ℓ ‖W_ℓ − W − B_ℓ A_ℓ‖²``, solved jointly with the residuals.
 
-    Averaging first and truncating the residuals after is a saddle point of this problem: with two layers both
-    residuals are ``±(W_0 − W_1)/2``, and spend their ranks on the *same* directions. Dealing the leading directions of
-    the difference out to the two residuals in turn, and letting ``W`` follow, covers twice as many. Sweeps of
-    alternating minimization then settle what the metrics disagree on.
+    Averaging first and truncating the residuals afterwards is a saddle point of this problem: with two layers the
+    residuals are ``±(W_0 − W_1)/2``, which spend their ranks on the *same* directions. Alternating the leading
+    directions of the difference between the two residuals, and refitting ``W``, covers twice as many. Sweeps of
+    alternating minimization follow.
 
     Args:
         weights: Dense weights by depth, each ``[O, I]``.
-        metrics: Their metrics.
+        norms: Input norms by depth.
         rank: Rank of each residual; 0 gives :func:`share`.
-        num_sweeps: Rounds of alternating minimization; none of them raises the error. By default 1 for two layers,
-            whose start is near the end (on SmolLM2-135M the first sweep takes 2 % off the error, the second 0.6 %),
-            and 4 for more, which start from the mean.
+        num_sweeps: Number of sweeps; none of them raises the error. The default is 1 for two layers, whose start is
+            close to the optimum (on SmolLM2-135M the first sweep reduces the error by 2 %, the second by 0.6 %), and 4
+            for more layers, which start from the mean.
 
     Returns:
-        ``W [O, I]``, float64; the residuals are :meth:`WeightedNorm.low_rank` of what it leaves.
+        ``W [O, I]``, float64; the residuals are :meth:`WeightedNorm.low_rank` of ``W_ℓ − W``.
     """
-    shared = share(weights, metrics)
+    shared = share(weights, norms)
     if rank == 0 or len(weights) == 1:
         return shared
     num_sweeps = num_sweeps or (1 if len(weights) == 2 else 4)
     residuals = [torch.zeros_like(shared) for _ in weights]
     if len(weights) == 2:
-        between = WeightedNorm(metrics[0].moment + metrics[1].moment)
+        between = WeightedNorm(norms[0].moment + norms[1].moment)
         left, right = between.low_rank(weights[0].double() - weights[1].double(), min(2 * rank, *shared.shape))
         residuals = [left[:, 0::2] @ right[0::2], -(left[:, 1::2] @ right[1::2])]
-        shared = share([weight - known for weight, known in zip(weights, residuals, strict=True)], metrics)
+        shared = share([weight - residual for weight, residual in zip(weights, residuals, strict=True)], norms)
     for _ in range(num_sweeps):
-        for index, (weight, metric) in enumerate(zip(weights, metrics, strict=True)):
-            left, right = metric.low_rank(weight.double() - shared, rank)
+        for index, (weight, norm) in enumerate(zip(weights, norms, strict=True)):
+            left, right = norm.low_rank(weight.double() - shared, rank)
             residuals[index] = left @ right
-            shared = share([weight - known for weight, known in zip(weights, residuals, strict=True)], metrics)
+            shared = share([weight - residual for weight, residual in zip(weights, residuals, strict=True)], norms)
     return shared

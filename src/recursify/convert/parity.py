@@ -1,4 +1,4 @@
-"""Equality of a recursive model with the dense model it must equal: what a family has to pass to be converted."""
+"""Parity of recursive and dense models: the test that an untested family must pass to be converted."""
 
 from __future__ import annotations
 
@@ -20,26 +20,25 @@ from recursify.modeling import (
     UnsupportedFamily,
 )
 
-from .low_rank import whole_factors
+from .low_rank import full_rank_factors
+from .plan import SUPPORTED_FAMILIES
 
 LOGIT_TOLERANCE = 1e-4
-"""Largest difference of float32 logits between two models that compute the same function (DESIGN: 1e-4)."""
+"""Largest difference of float32 logits between two models that compute the same function."""
 
 TRIAL_LAYERS = 4
 TRIAL_VOCABULARY = 256
 
 
 def require_family_parity(config: PreTrainedConfig) -> None:
-    """Try a family that is not in the tested list: a small random model of it, made recursive, must equal itself.
+    """Check that a small random model of a family keeps its logits when it is made recursive.
 
-    Four layers of the model's own width are drawn, folded into one recursion and into two with residuals of full rank,
-    and compared with the dense model uncached, left-padded and in decoding.
+    Four layers of the model's own width are folded into one recursion, and into two with residuals of full rank, and
+    compared with the dense model uncached, left-padded and in decoding.
 
     Raises:
-        UnsupportedModelError: It cannot be built, or its logits differ.
+        UnsupportedModelError: The model cannot be built, or its logits differ.
     """
-    from .plan import SUPPORTED_FAMILIES
-
     small = copy.deepcopy(config)
     small.num_hidden_layers = min(TRIAL_LAYERS, config.num_hidden_layers)
     small.vocab_size = min(TRIAL_VOCABULARY, config.vocab_size)
@@ -58,17 +57,17 @@ def require_family_parity(config: PreTrainedConfig) -> None:
             if not difference <= LOGIT_TOLERANCE:
                 raise UnsupportedModelError(
                     f"Family '{config.model_type}' is not supported: with {recursions} recursions its logits differ "
-                    f"from the dense model's by {difference:.2g}, and at most {LOGIT_TOLERANCE:g} is allowed. It "
-                    f"does something around its layers that looping does not reproduce. {known}"
+                    f"from the dense model's by {difference:.2g}, more than {LOGIT_TOLERANCE:g}. It computes something "
+                    f"around its layers that recursion does not reproduce. {known}"
                 )
     except (UnsupportedFamily, LayoutError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise UnsupportedModelError(f"Family '{config.model_type}' is not supported: {error} {known}") from error
 
 
 def fold_exactly(dense: PreTrainedModel, num_recursions: int) -> RecursiveForCausalLM:
-    """``dense`` as a recursive model that computes the same: shared weights zero, residuals of full rank.
+    """Recursive model that computes the same as ``dense``: shared weights zero, residuals of full rank.
 
-    Only for small models: it is larger than the dense one.
+    It is larger than the dense model.
     """
     layout = LayerLayout.fold(dense.config.num_hidden_layers, num_recursions, "cycle")
     config = RecursiveConfig.from_dense(dense.config, layout, lora_rank=0 if num_recursions == 1 else 2**20)
@@ -92,7 +91,7 @@ def fold_exactly(dense: PreTrainedModel, num_recursions: int) -> RecursiveForCau
 
 
 def _copy_depth(module: RelaxedLinear | PerDepth, depth: int, name: str, state: dict[str, Tensor]) -> None:
-    """Give ``module`` at ``depth`` the dense weights called ``name``."""
+    """Copy the dense weights called ``name`` into ``module`` at ``depth``."""
     if isinstance(module, PerDepth):
         for parameter_name, parameter in module.copies[depth].named_parameters():
             parameter.copy_(state[f"{name}.{parameter_name}"])
@@ -102,21 +101,21 @@ def _copy_depth(module: RelaxedLinear | PerDepth, depth: int, name: str, state: 
         module.linear.weight.copy_(weight)
     else:
         module.linear.weight.zero_()
-        module.lora_b[depth], module.lora_a[depth] = whole_factors(weight)
+        module.lora_b[depth], module.lora_a[depth] = full_rank_factors(weight)
     if module.bias is not None:
         module.bias[depth] = state[f"{name}.bias"]
 
 
 @torch.inference_mode()
 def _difference(dense: PreTrainedModel, model: PreTrainedModel) -> float:
-    """Largest difference of logits: plain, left-padded, and over cached decoding steps."""
+    """Largest difference of logits: uncached, left-padded, and over cached decoding steps."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, dense.config.vocab_size, (2, 13), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     worst = float((dense(ids).logits - model(ids).logits).abs().max())
-    theirs, mine = dense(ids, attention_mask=mask), model(ids, attention_mask=mask)
-    worst = max(worst, float((theirs.logits - mine.logits)[mask.bool()].abs().max()))
+    padded = [run(ids, attention_mask=mask).logits for run in (dense, model)]
+    worst = max(worst, float((padded[0] - padded[1])[mask.bool()].abs().max()))
     caches = [dense(ids[:, :9], use_cache=True).past_key_values, model(ids[:, :9], use_cache=True).past_key_values]
     for step in range(9, 13):
         token = ids[:, step : step + 1]

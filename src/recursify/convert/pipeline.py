@@ -11,13 +11,12 @@ import torch
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, load_tokenizer, open_checkpoint
 from recursify.checkpoint.record import update_record
-from recursify.errors import SettingsError
 from recursify.evaluation.fingerprint import take_fingerprint
 from recursify.evaluation.perplexity import Comparison, compare
 from recursify.evaluation.text import Text, default_text, read_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
 from recursify.progress import Progress, silent
-from recursify.settings import require_device
+from recursify.settings import require_device, resolve_settings
 
 from .converter import write_recursive_model
 from .parity import require_family_parity
@@ -91,7 +90,7 @@ def plan_conversion(
     Raises:
         RecursifyError: The model, the settings or the text cannot be used.
     """
-    _, plan, _ = _prepare(model, _choose_settings(settings, options), revision, trust_remote_code)
+    _, plan, _ = _prepare(model, resolve_settings(ConversionSettings, settings, options), revision, trust_remote_code)
     return plan
 
 
@@ -126,20 +125,14 @@ def convert_model(
         RecursifyError: The model, the settings, the text or the output cannot be used; nothing was written.
     """
     target = Path(output)
-    checkpoint, plan, text = _prepare(model, _choose_settings(settings, options), revision, trust_remote_code)
+    checkpoint, plan, text = _prepare(
+        model, resolve_settings(ConversionSettings, settings, options), revision, trust_remote_code
+    )
     if on_plan is not None:
         on_plan(plan)
     record = write_recursive_model(checkpoint, plan, target, text=text, overwrite=overwrite, progress=progress)
     checked = _check(checkpoint, target, progress) if check else None
     return ConversionResult(target, plan, record, checked)
-
-
-def _choose_settings(settings: ConversionSettings | None, options: dict[str, Any]) -> ConversionSettings:
-    if settings is None:
-        return ConversionSettings.from_mapping(options, "the settings")
-    if options:
-        raise SettingsError(f"Got both settings and {', '.join(options)}. Give settings or keywords, not both.")
-    return settings
 
 
 def _prepare(

@@ -1,22 +1,24 @@
-"""A conversion as printable data: which dense layer feeds which shared layer, ranks, sizes before and after."""
+"""Conversion plan: the source layers of each shared layer, ranks, and sizes before and after."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, TensorInfo
+from recursify import plugins
+from recursify.checkpoint.dense_checkpoint import DenseCheckpoint
 from recursify.checkpoint.description import kv_bytes_per_token
+from recursify.checkpoint.shards import TensorInfo
 from recursify.errors import PlanError, UnsupportedModelError
 from recursify.modeling import LayerLayout, LayoutError, RecursiveConfig, RecursiveForCausalLM, UnsupportedFamily
 
 from .initialization import find_initialization
 from .relaxation import find_relaxation
 from .settings import FULL_RANK, ConversionSettings
-from .sharing import fold_layers
 
 SUPPORTED_FAMILIES = (
     "llama",
@@ -31,26 +33,32 @@ SUPPORTED_FAMILIES = (
     "phi3",
     "gpt_neox",
 )
-"""Families whose parity is tested in this project, by transformers' ``model_type``."""
+"""``model_type`` of the families whose parity is tested in this project."""
 
 REFUSED_FAMILIES = {
-    "gemma3n_text": "its layers share keys and values across depth and read per-layer embeddings",
-    "gemma4_text": "its layers share keys and values across depth and read per-layer embeddings",
+    "gemma3n_text": "its layers share keys and values and read per-layer embeddings",
+    "gemma4_text": "its layers share keys and values and read per-layer embeddings",
     "gemma3": "it is multimodal; convert its text model (model_type gemma3_text)",
-    "gemma4": "it is multimodal, and its text layers share keys and values across depth",
-    "gpt2": "its weights are Conv1D and its positions are learned; shared layers are made of nn.Linear",
+    "gemma4": "it is multimodal, and its text layers share keys and values",
+    "gpt2": "its weights are Conv1D and its positions are learned, but shared layers need nn.Linear",
 }
-"""Families known not to fit, with the reason."""
+"""Unsupported families with the reason."""
+
+RankAllocation = Callable[[Any], dict[str, int]]
+"""Function from a :class:`~recursify.convert.calibration.Calibration` to ranks by module (``3.mlp.down_proj``)."""
+
+RANK_ALLOCATIONS: dict[str, RankAllocation | None] = {"uniform": None}
+"""Built-in rank allocations; others are entry points of the group ``recursify.rank_allocations``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How large a model is.
+    """Size of a model.
 
     Attributes:
         num_parameters: Stored parameters; tied ones count once.
-        num_bytes: Their bytes on disk.
-        kv_bytes_per_token: Keys and values of one token over all *effective* layers, in the model's dtype.
+        num_bytes: Bytes on disk.
+        kv_bytes_per_token: Bytes of KV cache per token over all *effective* layers, in the model's dtype.
     """
 
     num_parameters: int
@@ -63,17 +71,17 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionPlan:
-    """Everything a conversion will do, decided before it starts.
+    """Plan of a conversion; it has no effects until it is carried out.
 
     Attributes:
-        source: What the user typed as the model.
+        source: Dense model as the user named it.
         config: Config of the recursive model.
-        settings: The settings, ``auto`` resolved.
-        sources: For each block layer, the dense layers that feed its shared weights.
-        tensors: Every tensor of the output, with shape and dtype, in the order on disk.
+        settings: Settings with ``auto`` resolved.
+        sources: Positions of the dense layers that initialize each block layer.
+        tensors: Tensors of the output in the order on disk.
         dense: Size of the dense model, in the dtype of its checkpoint.
-        recursive: Size of the recursive one, in the dtype written.
-        warnings: What the user should know.
+        recursive: Size of the recursive model, in the dtype written.
+        warnings: Warnings for the user.
     """
 
     source: str
@@ -91,15 +99,15 @@ class ConversionPlan:
 
     @property
     def needs_text(self) -> bool:
-        """Whether statistics of the dense model's activations are needed."""
+        """True if the conversion needs calibration text."""
         return (
             find_initialization(self.settings.initialization).needs_text
             or find_relaxation(self.settings.relaxation).needs_text
-            or self.settings.rank_allocation != "uniform"
+            or find_rank_allocation(self.settings.rank_allocation) is not None
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON-ready data."""
+        """JSON-ready data, as ``recursify convert --dry-run --json`` prints it."""
         layout = self.layout
         return {
             "source": self.source,
@@ -131,9 +139,8 @@ class ConversionPlan:
         return self.settings.lora_rank > 0 or any(self.settings.lora_rank_pattern.values())
 
     def with_rank_pattern(self, pattern: dict[str, int]) -> ConversionPlan:
-        """The same plan with other ranks, its tensors and sizes counted anew."""
-        fields = self.config.to_dict()
-        config = RecursiveConfig(**{**fields, "lora_rank_pattern": pattern})
+        """The same plan with other ranks, and the tensors and sizes that follow."""
+        config = RecursiveConfig(**{**self.config.to_dict(), "lora_rank_pattern": pattern})
         tensors = recursive_tensors(config, next(iter(self.tensors.values())).dtype)
         return replace(self, config=config, tensors=tensors, recursive=_size(config, tensors))
 
@@ -163,7 +170,8 @@ class ConversionPlan:
         return "\n".join(lines + [f"  warning: {warning}" for warning in self.warnings])
 
 
-def _span(positions) -> str:
+def _span(positions: Iterable[int]) -> str:
+    """Positions as ``4-14`` where contiguous, else separated by commas."""
     positions = list(positions)
     if len(positions) > 2 and positions == list(range(positions[0], positions[-1] + 1)):
         return f"{positions[0]}-{positions[-1]}"
@@ -171,15 +179,15 @@ def _span(positions) -> str:
 
 
 def make_plan(checkpoint: DenseCheckpoint, settings: ConversionSettings, *, has_text: bool) -> ConversionPlan:
-    """Decide a conversion.
+    """Plan a conversion.
 
     Args:
-        checkpoint: The dense model.
-        settings: What the user decided.
-        has_text: Whether there is text to calibrate on, which is what ``auto`` turns on.
+        checkpoint: Dense model.
+        settings: Settings of the user.
+        has_text: Availability of calibration text, on which ``auto`` depends.
 
     Raises:
-        PlanError: The depth does not fold, a strategy is unknown or needs text that is not there.
+        PlanError: The layers do not fold, or a strategy is unknown or needs text.
         UnsupportedModelError: The family cannot be made recursive.
     """
     family = checkpoint.config.model_type
@@ -216,12 +224,58 @@ def make_plan(checkpoint: DenseCheckpoint, settings: ConversionSettings, *, has_
     )
 
 
+def fold_layers(
+    num_layers: int,
+    num_recursions: int,
+    sharing: str | None = None,
+    *,
+    num_prelude_layers: int | None = None,
+    num_coda_layers: int | None = None,
+) -> LayerLayout:
+    """Fold ``num_layers`` dense layers into a layout.
+
+    The default scheme is ``middle_cycle`` (one prelude and one coda layer), the best in MoR's tables 10 and 12; with an
+    explicit prelude or coda, it is ``cycle``.
+
+    Raises:
+        PlanError: The number of layers is not divisible (the message lists the nearest folds), or the scheme is unknown.
+    """
+    is_explicit = num_prelude_layers is not None or num_coda_layers is not None
+    if sharing is None:
+        sharing = "cycle" if is_explicit or num_recursions == 1 else "middle_cycle"
+    if is_explicit and sharing.startswith("middle_"):
+        raise PlanError(
+            f"--sharing {sharing} already implies one prelude and one coda layer. Use --sharing "
+            f"{sharing.removeprefix('middle_')} with --prelude and --coda, or omit those."
+        )
+    try:
+        return LayerLayout.fold(
+            num_layers,
+            num_recursions,
+            sharing,
+            num_prelude_layers=num_prelude_layers,
+            num_coda_layers=num_coda_layers,
+        )
+    except LayoutError as error:
+        raise PlanError(str(error)) from error
+
+
+def find_rank_allocation(name: str) -> RankAllocation | None:
+    """Look up a rank allocation; None is the same rank everywhere.
+
+    Raises:
+        PlanError: The name is unknown.
+    """
+    return plugins.find("recursify.rank_allocations", name, RANK_ALLOCATIONS, kind="rank allocation", error=PlanError)
+
+
 def _resolve(settings: ConversionSettings, layout: LayerLayout, *, has_text: bool) -> ConversionSettings:
-    """Replace ``auto`` by what it stands for here."""
+    """Replace ``auto`` by the strategies that it selects."""
+    allocates_ranks = find_rank_allocation(settings.rank_allocation) is not None
     has_residuals = settings.lora_rank > 0 or any(settings.lora_rank_pattern.values())
     initialization, relaxation = settings.initialization, settings.relaxation
     if layout.num_recursions == 1:
-        # One layer per slot: the shared weight is that layer, and there is no residual to fit.
+        # Each tied group has one layer: the shared weight is that layer, and there is no residual to fit.
         initialization = "average" if initialization == "auto" else initialization
         relaxation = "svd" if relaxation == "auto" else relaxation
     if initialization == "auto":
@@ -231,7 +285,7 @@ def _resolve(settings: ConversionSettings, layout: LayerLayout, *, has_text: boo
     needs_text = find_initialization(initialization).needs_text or (
         has_residuals and find_relaxation(relaxation).needs_text
     )
-    if (needs_text or settings.rank_allocation != "uniform") and not has_text:
+    if (needs_text or allocates_ranks) and not has_text:
         raise PlanError(
             f"initialization '{initialization}', relaxation '{relaxation}' and rank allocation "
             f"'{settings.rank_allocation}' need text to calibrate on. Give --calibration-data, or use "
@@ -247,7 +301,7 @@ def _recursive_config(dense: PreTrainedConfig, layout: LayerLayout, settings: Co
     return RecursiveConfig.from_dense(
         dense,
         layout,
-        # "full" is stored as a rank that means something to a reader of config.json
+        # "full" is stored as the width, which is meaningful to a reader of config.json.
         lora_rank=min(settings.lora_rank, widest),
         lora_rank_pattern={name: min(rank, widest) for name, rank in settings.lora_rank_pattern.items()},
         tie_norms=settings.tie_norms,
@@ -255,11 +309,11 @@ def _recursive_config(dense: PreTrainedConfig, layout: LayerLayout, settings: Co
 
 
 def recursive_tensors(config: RecursiveConfig, dtype: torch.dtype) -> dict[str, TensorInfo]:
-    """Every parameter of the recursive model, from the model itself, built without memory.
+    """Parameters of the recursive model, from the model on the meta device.
 
     Raises:
         UnsupportedModelError: The family's layers cannot be shared.
-        PlanError: The layers to be tied are unlike.
+        PlanError: The layers of a tied group differ in structure.
     """
     try:
         with torch.device("meta"):
@@ -284,22 +338,22 @@ def _size(config: RecursiveConfig, tensors: dict[str, TensorInfo]) -> Size:
 
 
 def _warnings(config: RecursiveConfig, layout: LayerLayout, family: str) -> list[str]:
-    found = []
+    warnings = []
     if family not in SUPPORTED_FAMILIES:
-        found.append(f"family '{family}' is not among those tested; it is converted because it passes the parity check")
+        warnings.append(f"family '{family}' is not a tested one; it is converted because it passes the parity check")
     varying = {
         "attention types": getattr(config, "layer_types", None),
         "RoPE use": getattr(config, "no_rope_layers", None),
     }
-    for what, kinds in varying.items():
-        unlike = [
+    for property_name, kinds in varying.items():
+        mixed = [
             index
             for index in range(layout.block_size)
             if kinds and len({kinds[position] for position in layout.positions(index)}) > 1
         ]
-        if unlike:
-            found.append(
-                f"block layers {_span(unlike)} tie dense layers of different {what}; each position keeps its own, but "
-                f"depths cannot share one attention call there"
+        if mixed:
+            warnings.append(
+                f"block layers {_span(mixed)} tie dense layers of different {property_name}; each position keeps its "
+                f"own, so tokens at different depths cannot share an attention call there"
             )
-    return found
+    return warnings

@@ -1,4 +1,4 @@
-"""How the per-depth residuals come to be: LoRA factors of what the shared weight misses at each depth."""
+"""Relaxation: LoRA factors of the residual between each depth's dense weight and the shared weight."""
 
 from __future__ import annotations
 
@@ -11,22 +11,20 @@ from torch import Tensor
 
 from recursify.errors import PlanError
 
+from .factors import Factors
 from .low_rank import truncated_svd
-
-Factors = tuple[Tensor, Tensor]
-"""``(B [O, r], A [r, I])``."""
 
 
 @dataclass(frozen=True)
 class Relaxation:
-    """A way to make residuals.
+    """Relaxation strategy.
 
     Attributes:
-        name: What the user types.
-        factors: Residual ``W_ℓ − W [O, I]`` in float32, rank, generator -> factors. None where text is needed: the
-            calibration makes them.
-        needs_text: Statistics of activations are needed.
-        reference: Where it is from.
+        name: Value of ``--relaxation``.
+        factors: Function from a residual ``W_ℓ − W [O, I]`` (float32), a rank and a generator to factors. None if
+            the calibration fits them.
+        needs_text: True if it needs activations of the dense model on a text.
+        reference: Publication or page that describes it.
     """
 
     name: str
@@ -36,16 +34,16 @@ class Relaxation:
 
 
 def _svd(residual: Tensor, rank: int, generator: torch.Generator) -> Factors:
-    """Truncated SVD: the nearest in Frobenius norm."""
+    """Truncated SVD, the nearest factors in Frobenius norm."""
     return truncated_svd(residual, rank)
 
 
 def _zero(residual: Tensor, rank: int, generator: torch.Generator) -> Factors:
-    """LoRA's usual start: A as ``nn.Linear`` draws it (Kaiming uniform with a = √5), B zero."""
+    """LoRA's usual initialization: A as in ``nn.Linear`` (Kaiming uniform with a = √5), B zero."""
     rows, columns = residual.shape
     bound = 1 / math.sqrt(columns)
-    drawn = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
-    return torch.zeros(rows, rank), drawn
+    a = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+    return torch.zeros(rows, rank), a
 
 
 RELAXATIONS = {
@@ -59,10 +57,10 @@ RELAXATIONS = {
 
 
 def find_relaxation(name: str) -> Relaxation:
-    """The strategy ``name``.
+    """Look up a relaxation.
 
     Raises:
-        PlanError: There is none; the message lists those that exist.
+        PlanError: The name is unknown.
     """
     if name not in RELAXATIONS:
         raise PlanError(f"Unknown relaxation '{name}'. Use one of: auto, {', '.join(RELAXATIONS)}.")

@@ -22,8 +22,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 from yaml import YAMLError
 
-from recursify.checkpoint.dense_checkpoint import INDEX_FILE, shard_files
 from recursify.checkpoint.record import RECORD_FILE, read_record
+from recursify.checkpoint.shards import INDEX_FILE, shard_files
 from recursify.errors import HubError, ParityError
 from recursify.evaluation.fingerprint import TOLERANCE, Fingerprint, largest_difference
 from recursify.modeling import TRAVELLING_FILES

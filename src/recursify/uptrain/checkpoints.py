@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
-from recursify.checkpoint.dense_checkpoint import shard_files
+from recursify.checkpoint.shards import shard_files
 from recursify.errors import SettingsError, TrainingError
 
 PREFIX = "checkpoint-"
