@@ -40,9 +40,8 @@ def test_weighted_low_rank_is_optimal(shape):
     for rank in (1, 7, min(shape)):
         left, right = norm.low_rank(matrix, rank)
         error = norm.error(matrix - left @ right)
-        torch.testing.assert_close(
-            error, float(norm.squared_singular_values(matrix)[rank:].sum()), atol=1e-8, rtol=1e-6
-        )
+        tail = float(norm.squared_singular_values(matrix)[rank:].sum())
+        torch.testing.assert_close(error, tail, atol=1e-8, rtol=1e-6)
         plain_left, plain_right = truncated_svd(matrix, rank)
         assert error <= norm.error(matrix - plain_left @ plain_right) + 1e-9
 

@@ -20,7 +20,7 @@ class RecursiveCheckpoint:
     """The folder of a recursive model, one tensor in memory at a time.
 
     Args:
-        folder: As ``recursify convert`` or ``save_pretrained`` wrote it.
+        folder: Folder written by ``recursify convert`` or ``save_pretrained``.
 
     Raises:
         CheckpointError: The config or a shard is damaged, or a tensor is missing.

@@ -66,7 +66,7 @@ def write_recursive_model(
             "made_with": {name: version(name) for name in ("torch", "transformers", "safetensors")},
             "base": checkpoint.origin().to_dict(),
             "plan": plan.to_dict(),
-            "settings": {**vars(plan.settings)},
+            "settings": plan.settings.to_dict(),
             "calibration": {} if calibration is None else calibration.run(output),
             "evaluation": [],
             "history": [],

@@ -124,10 +124,8 @@ def convert_model(
     Raises:
         RecursifyError: The model, the settings, the text or the output cannot be used; nothing was written.
     """
-    target = Path(output)
-    checkpoint, plan, text = _prepare(
-        model, resolve_settings(ConversionSettings, settings, options), revision, trust_remote_code
-    )
+    target, settings = Path(output), resolve_settings(ConversionSettings, settings, options)
+    checkpoint, plan, text = _prepare(model, settings, revision, trust_remote_code)
     if on_plan is not None:
         on_plan(plan)
     record = write_recursive_model(checkpoint, plan, target, text=text, overwrite=overwrite, progress=progress)

@@ -238,7 +238,7 @@ def fold_layers(
     explicit prelude or coda, it is ``cycle``.
 
     Raises:
-        PlanError: The number of layers is not divisible (the message lists the nearest folds), or the scheme is unknown.
+        PlanError: The layers do not divide (the message lists the nearest folds), or the scheme is unknown.
     """
     is_explicit = num_prelude_layers is not None or num_coda_layers is not None
     if sharing is None:
