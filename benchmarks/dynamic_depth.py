@@ -43,11 +43,11 @@ from keyed_results import KeyedResults, markdown_table, short
 from quality import MODEL, WINDOW, commit
 from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
 from recursify.cli.report import talk
-from recursify.evaluation.exit_calibration import (
-    ReadTokens,
+from recursify.evaluation.exit_thresholds import (
+    ExitPredictions,
     apply_thresholds,
     choose_thresholds,
-    read_boundaries,
+    exit_contexts,
 )
 from recursify.evaluation.exits import ExitStatistics, exit_statistics
 from recursify.evaluation.perplexity import perplexity
@@ -133,9 +133,9 @@ class Reading:
     agrees: Tensor
     losses: Tensor
 
-    def halves(self, policy: str) -> tuple[ReadTokens, ReadTokens]:
-        """As :meth:`ReadTokens.split` has them."""
-        return ReadTokens(self.confidences[policy], self.agrees).split()
+    def halves(self, policy: str) -> tuple[ExitPredictions, ExitPredictions]:
+        """As :meth:`ExitPredictions.split` has them."""
+        return ExitPredictions(self.confidences[policy], self.agrees).split()
 
     def perplexity(self, exits: Tensor) -> float:
         """Of the second half, each token by the one of ``exits [N / 2]`` that it leaves by; E for none."""
@@ -151,7 +151,7 @@ def read_text(model: RecursiveForCausalLM, windows: Tensor) -> Reading:
     agrees, losses = [], []
     batches = windows.split(WINDOWS_PER_BATCH)
     for done, batch in enumerate(batches):
-        boundaries, last_states = read_boundaries(model, batch)
+        boundaries, last_states = exit_contexts(model, batch)
         last = model.compute_logits(last_states)
         for name, policy in policies.items():
             confidences[name].append(torch.stack([policy.confidence(each) for each in boundaries]).float())

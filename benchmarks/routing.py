@@ -39,7 +39,7 @@ from keyed_results import KeyedResults, markdown_table, short
 from quality import MODEL, commit
 from recursify.checkpoint.loading import load_model
 from recursify.cli.report import talk
-from recursify.evaluation.exit_calibration import read_boundaries
+from recursify.evaluation.exit_thresholds import exit_contexts
 from recursify.evaluation.router_calibration import calibrate_thresholds
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import (
@@ -204,7 +204,7 @@ def read_at_depth(depth: int | None, model: RecursiveForCausalLM, ids: Tensor) -
 
 def read_with_exits(policy: ExitPolicy, model: RecursiveForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Each token by the first exit that is sure enough; deeper keys are exact, as with ``kv`` deferred."""
-    boundaries, last = read_boundaries(model, ids, policy.vocabulary)
+    boundaries, last = exit_contexts(model, ids, policy.vocabulary)
     logits = model.compute_logits(last)
     recursions = torch.full(logits.shape[:1], model.config.num_recursions)
     thresholds = policy.thresholds(len(boundaries))

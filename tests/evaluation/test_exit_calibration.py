@@ -12,21 +12,21 @@ from helpers.command_line import run
 from helpers.early_exit import tiny_recursive
 from helpers.tiny_models import byte_tokenizer, random_ids
 from recursify.errors import SettingsError, TextError
-from recursify.evaluation.exit_calibration import (
-    ReadTokens,
+from recursify.evaluation.exit_calibration import calibrate_on_windows
+from recursify.evaluation.exit_thresholds import (
+    ExitPredictions,
     apply_thresholds,
-    calibrate_exits,
     choose_thresholds,
-    read_boundaries,
-    read_exits,
+    exit_contexts,
+    predict_at_exits,
 )
 from recursify.modeling import ExitSettings, RecursiveConfig, RecursiveForCausalLM, make_policy
 
 ABLE = ("head", "confidence", "entropy", "saturation", "convergence", "divergence")
 
 
-def one_exit(confidences: list[float], agrees: list[int]) -> ReadTokens:
-    return ReadTokens(torch.tensor([confidences]), torch.tensor([agrees]).bool())
+def one_exit(confidences: list[float], agrees: list[int]) -> ExitPredictions:
+    return ExitPredictions(torch.tensor([confidences]), torch.tensor([agrees]).bool())
 
 
 def test_one_exit_by_hand():
@@ -36,7 +36,7 @@ def test_one_exit_by_hand():
     outcome = apply_thresholds(read, [0.6], 0.9)
     assert outcome.agreement == pytest.approx(0.9)
     assert outcome.mean_depth == pytest.approx(0.5)
-    assert outcome.leaving == pytest.approx([0.5])
+    assert outcome.exit_fractions == pytest.approx([0.5])
     assert choose_thresholds(read, 0.999, -1.0) == pytest.approx([0.85])
     assert choose_thresholds(read, 0.5, -1.0) == [-1.0], "all may leave"
     ties = one_exit([0.9, 0.5, 0.5, 0.5], [1, 1, 0, 1])
@@ -46,19 +46,19 @@ def test_one_exit_by_hand():
 def test_exits_share_the_budget():
     """Two exits, four disagreements: two each; what the first leaves over goes to the second."""
     torch.manual_seed(0)
-    read = ReadTokens(torch.rand(2, 400), torch.rand(2, 400) < 0.8)
+    read = ExitPredictions(torch.rand(2, 400), torch.rand(2, 400) < 0.8)
     thresholds = choose_thresholds(read, 0.99, -1.0)
     outcome = apply_thresholds(read, thresholds, 0.99)
     assert outcome.agreement >= 0.99
-    assert min(outcome.leaving) > 0
-    perfect = ReadTokens(read.confidences, torch.stack([torch.ones(400).bool(), read.agrees[1]]))
+    assert min(outcome.exit_fractions) > 0
+    perfect = ExitPredictions(read.confidences, torch.stack([torch.ones(400).bool(), read.agrees[1]]))
     assert choose_thresholds(perfect, 0.99, -1.0)[0] == -1.0
     # No lower threshold of either exit alone would do.
     for depth in range(2):
         lower = list(thresholds)
         below = read.confidences[depth][read.confidences[depth] < thresholds[depth]]
         lower[depth] = float(below.max()) - 1e-6
-        assert sum(apply_thresholds(read, lower, 0.99).leaving) > sum(outcome.leaving)
+        assert sum(apply_thresholds(read, lower, 0.99).exit_fractions) > sum(outcome.exit_fractions)
 
 
 @torch.inference_mode()
@@ -66,7 +66,7 @@ def test_boundaries_have_what_the_exits_and_the_whole_model_say():
     """Logits of a fixed depth, and of all recursions, at every token that another follows."""
     model = tiny_recursive(recursions=4)
     windows = random_ids(2, 12)
-    boundaries, last_states = read_boundaries(model, windows)
+    boundaries, last_states = exit_contexts(model, windows)
     assert [each.depth for each in boundaries] == [0, 1, 2]
     for each in boundaries:
         expected = model(windows, exit_depth=each.depth).logits[:, :-1].flatten(0, 1)
@@ -81,8 +81,8 @@ def test_a_text_is_read_as_decoding_reads_it(policy, vocabulary):
     """Without the coda, confidences over a text are those that decoding has at the same tokens."""
     model = tiny_recursive(recursions=4, through_coda=False)
     windows = random_ids(2, 12)
-    read = read_exits(model, windows, make_policy(policy, vocabulary=vocabulary))
-    assert torch.equal(read.agrees, read_exits(model, windows, make_policy(policy)).agrees)
+    read = predict_at_exits(model, windows, make_policy(policy, vocabulary=vocabulary))
+    assert torch.equal(read.agrees, predict_at_exits(model, windows, make_policy(policy)).agrees)
     assert read.confidences.shape == (3, 22)
     seen: list[torch.Tensor] = []
 
@@ -107,13 +107,13 @@ def test_agreement_is_that_of_the_last_recursion():
     """At every exit, and a target is met on the tokens that thresholds were chosen by."""
     model = tiny_recursive(recursions=4)
     windows = random_ids(8, 80)
-    read = read_exits(model, windows, make_policy("confidence"))
+    read = predict_at_exits(model, windows, make_policy("confidence"))
     with torch.no_grad():
         last = model(windows).logits[:, :-1].argmax(-1).flatten()
         for depth in range(3):
             says = model(windows, exit_depth=depth).logits[:, :-1].argmax(-1).flatten()
             assert torch.equal(read.agrees[depth], says == last)
-    found = calibrate_exits(model, windows, "confidence", 0.8)
+    found = calibrate_on_windows(model, windows, "confidence", 0.8)
     assert found.chosen.agreement >= 0.8
     assert found.num_tokens == 8 * 79 // 2
     agreements = [each.agreement for each in found.curve]
@@ -134,7 +134,7 @@ def test_the_command_writes_what_generate_takes(tmp_path, capsys):
     assert (tmp_path / "model" / "config.json").read_text(encoding="utf-8") == before
     assert run(*command, *more, "--json", "--plot", tmp_path / "curve.svg") == 0
     facts = json.loads(capsys.readouterr().out)
-    assert "agreement with the last recursion" in (tmp_path / "curve.svg").read_text(encoding="utf-8")
+    assert "agreement with the full model" in (tmp_path / "curve.svg").read_text(encoding="utf-8")
     loaded = RecursiveForCausalLM.from_pretrained(tmp_path / "model").eval()
     assert (loaded.config.exit_policy, loaded.config.exit_thresholds) == ("confidence", facts["chosen"]["thresholds"])
     assert ExitSettings.from_options("confidence", config=loaded.config).policy.thresholds(1) == tuple(
@@ -173,14 +173,14 @@ def test_the_command_writes_what_generate_takes(tmp_path, capsys):
 def test_what_cannot_be_calibrated_is_refused(policy, target, message):
     """One clear error each."""
     with pytest.raises(SettingsError, match=message):
-        calibrate_exits(tiny_recursive(recursions=2, heads=False), random_ids(8, 80), policy, target)
+        calibrate_on_windows(tiny_recursive(recursions=2, heads=False), random_ids(8, 80), policy, target)
 
 
 def test_too_little_text_and_thresholds_that_do_not_fit_are_refused():
     """Half of the tokens are for trying thresholds; a config has one per exit."""
     model = tiny_recursive(recursions=2)
     with pytest.raises(TextError, match=r"has 38 tokens to predict, and 512 are needed"):
-        calibrate_exits(model, random_ids(2, 20), "confidence", 0.9)
+        calibrate_on_windows(model, random_ids(2, 20), "confidence", 0.9)
     fields = {**model.config.to_dict(), "exit_policy": "confidence", "exit_thresholds": [0.5, 0.6]}
     with pytest.raises(ValueError, match="exit_thresholds has 2 values, and the model 1 exits"):
         RecursiveConfig(**fields)

@@ -143,9 +143,9 @@ def test_full_depth_is_full_depth_whatever_the_config_says(models, capsys, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--tasks", "no_such_task"), "lm-eval knows no task 'no_such_task'"),
+        (("--tasks", "no_such_task"), "lm-eval has no task 'no_such_task'"),
         (("--tasks", "tiny_mc", "--depth", "7"), "has exits after depths 0, so none at --depth 7"),
-        (("--tasks", "tiny_mc", "--include-path", "nowhere"), "--include-path 'nowhere' is no folder"),
+        (("--tasks", "tiny_mc", "--include-path", "nowhere"), "--include-path 'nowhere' is not a folder"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(models, capsys, arguments, message):

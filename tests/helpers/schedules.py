@@ -10,7 +10,7 @@ import torch
 
 from helpers.tiny_models import random_ids, tiny_config
 from recursify.engine import Engine, SamplingParams
-from recursify.evaluation.exit_calibration import read_boundaries
+from recursify.evaluation.exit_thresholds import exit_contexts
 from recursify.modeling import (
     ExitSettings,
     LayerLayout,
@@ -59,7 +59,7 @@ def median_thresholds(family: str, kv: str, name: str) -> tuple[float, ...]:
     """Per exit, the confidence that half of some drawn tokens have: at those, tokens leave after all depths."""
     model = model_of(family, kv)
     with torch.no_grad():
-        boundaries, _ = read_boundaries(model, random_ids(1, 64, seed=9), None)
+        boundaries, _ = exit_contexts(model, random_ids(1, 64, seed=9), None)
     policy = make_policy(name, 0.5)
     return tuple(float(policy.confidence(boundary).float().median()) for boundary in boundaries)
 

@@ -36,16 +36,20 @@ print(write("Once", max_new_tokens=4, do_sample=False)[0]["generated_text"])
 """
 
 PUSH_AGAIN_AND_AGAIN = """
-import json, sys, time
+import json, logging, sys, time
 from pathlib import Path
 time.sleep = lambda seconds: None  # the client waits between its own attempts
 from recursify.errors import HubError
 from recursify.hub.publication import Publication, sha256
-from recursify.hub.push import push
+from recursify.hub.upload import upload
 
 stage = Path(sys.argv[1])
+told = []
+handler = logging.Handler()
+handler.emit = lambda record: told.append(record.getMessage())
+logging.getLogger("recursify.hub.upload").addHandler(handler)
 for line in sys.stdin:
-    told = []
+    told.clear()
     repo_id, token, changed = json.loads(line)
 
     def wait(seconds):
@@ -58,7 +62,7 @@ for line in sys.stdin:
     hashes = {name: sha256(file) for name, file in files.items()}
     publication = Publication(stage, sizes, hashes, [], None)
     try:
-        outcome = push(publication, repo_id, token=token, tell=told.append, wait=wait).commit
+        outcome = upload(publication, repo_id, token=token, wait=wait).commit
     except HubError as error:
         outcome = str(error)
     print(json.dumps([outcome, told]), flush=True)
@@ -143,7 +147,7 @@ def test_a_dry_run_reaches_nobody(hub, folder, tmp_path):
     sizes = dict(line.split() for line in done.stdout.splitlines() if line.startswith("model.safetensors"))
     assert sizes == {"model.safetensors": f"{(folder / 'model.safetensors').stat().st_size:,}"}
     assert "# tiny-recursive" in done.stdout
-    assert "checking" in done.stderr
+    assert "check: 1/1" in done.stderr
     assert hub.requests == []
 
 
@@ -159,9 +163,9 @@ def test_an_upload_cut_at_random_moments_is_resumed(hub, folder, push):
         hub.cut_after(draw.randrange(size), times=1000)
         outcome, told = push(repo_id)
         assert "did not finish" in outcome
-        assert "run the same command again to go on" in outcome
+        assert "Run the same command again to resume" in outcome
         assert len(told) == 4
-        assert all("upload interrupted" in line for line in told)
+        assert all("Upload interrupted" in line for line in told)
         assert set(hub.files(repo_id)) == set(GITATTRIBUTES)
         hub.cut_after(0, times=0)
         outcome, told = push(repo_id)
@@ -174,7 +178,7 @@ def test_an_overloaded_hub_is_tried_again(hub, folder, tmp_path):
     """The client does not repeat a commit; we do."""
     hub.fail_next(1, 503, "/commit/")
     done = recursify(hub, tmp_path, "push", str(folder), REPO)
-    assert "upload interrupted" in done.stderr
+    assert "Upload interrupted" in done.stderr
     assert pushed_files(folder, hub)
 
 
@@ -183,7 +187,7 @@ def test_a_folder_that_changes_during_the_upload_is_reported(hub, push):
     hub.fail_next(1, 503, "/commit/")
     outcome, _ = push(REPO, changed="model.safetensors")
     assert (
-        "'model.safetensors' was changed while it was checked or uploaded, so 'tester/tiny-recursive' may hold a mix"
+        "'model.safetensors' changed while it was checked or uploaded, so 'tester/tiny-recursive' may hold a mix"
         in outcome
     )
 
@@ -192,12 +196,12 @@ def test_who_may_not_write_is_told_so(hub, push):
     """No token, a wrong one, one that may only read, somebody else's account, no name."""
     hub.add_repo("tester/there", {})
     for token, repo_id, message in (
-        (None, REPO, "takes no upload to 'tester/tiny-recursive' without a valid token. Log in"),
-        ("hf_wrong", REPO, "takes no upload to 'tester/tiny-recursive' without a valid token. Log in"),
+        (None, REPO, "refuses an upload to 'tester/tiny-recursive' without a valid token. Log in"),
+        ("hf_wrong", REPO, "refuses an upload to 'tester/tiny-recursive' without a valid token. Log in"),
         (READ_TOKEN, REPO, "Your token may not write to 'tester/tiny-recursive'"),
         (READ_TOKEN, "tester/there", "Your token may not write to 'tester/there'"),
         (WRITE_TOKEN, "somebody/else", "Your token may not write to 'somebody/else'"),
-        (WRITE_TOKEN, "a/b/c", "'a/b/c' is no repository name"),
+        (WRITE_TOKEN, "a/b/c", "'a/b/c' is not a valid repository name"),
     ):
         outcome, told = push(repo_id, token)
         assert message in outcome
@@ -212,7 +216,7 @@ def test_an_interruption_after_the_commit_is_no_failed_upload(hub, folder, push)
     hub.fail_next(1, 503, "/api/repos/create")
     outcome, told = push("tester/another")
     assert outcome == hub.commits("tester/another")[0].oid
-    assert "upload interrupted" in told[0]
+    assert "Upload interrupted" in told[0]
 
 
 def test_offline_is_said(hub, folder, tmp_path):
@@ -225,13 +229,13 @@ def test_a_repository_with_other_files_is_left_alone(hub, folder, tmp_path):
     """Unless told to overwrite: then they are gone."""
     hub.add_repo(REPO, {"old[1].bin": b"old", "config.json": b"{}"})
     done = recursify(hub, tmp_path, "push", str(folder), REPO, code=1)
-    assert "holds 1 files that this model does not have, first 'old[1].bin'" in done.stderr
+    assert "has 1 files that this model does not have, first 'old[1].bin'" in done.stderr
     assert hub.files(REPO)["config.json"] == b"{}"
     recursify(hub, tmp_path, "push", str(folder), REPO, "--overwrite")
     assert "old[1].bin" not in hub.files(REPO)
     assert hub.files(REPO)["config.json"] == (folder / "config.json").read_bytes()
     done = recursify(hub, tmp_path, "push", str(folder), REPO, "--private", code=1)
-    assert "is there and public, and --private makes only new repositories so" in done.stderr
+    assert "exists and is public; --private applies to new repositories only" in done.stderr
 
 
 def test_a_folder_that_fails_its_own_parity_is_not_pushed(hub, folder, tmp_path):

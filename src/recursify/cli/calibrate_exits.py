@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -65,55 +65,49 @@ def calibrate_exits_command(
     device: DeviceOption = "cpu",
     json: JsonOption = False,
 ) -> None:
-    from recursify.checkpoint.record import update_record
     from recursify.evaluation.exit_calibration import calibrate_exits, draw_curve
-    from recursify.evaluation.text import default_text, read_text, token_windows
 
-    from .models import load_model, require_recursive
-
-    require_recursive(folder)
-    text = read_text(data) if data else default_text("held_out")
-    model, tokenizer = load_model(str(folder), dtype=dtype, device=device)
-    windows = token_windows(tokenizer, text, length, max_tokens=max_tokens)
     with progress_report() as progress:
-        found = calibrate_exits(model, windows, policy, target, vocabulary=vocabulary, progress=progress)
+        calibration = calibrate_exits(
+            folder,
+            policy=policy,
+            target_agreement=target,
+            data=data,
+            vocabulary=vocabulary,
+            length=length,
+            max_tokens=max_tokens,
+            dry_run=dry_run,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
     if plot is not None:
-        draw_curve(found, plot)
-    facts: dict[str, Any] = {"text": text.name, "vocabulary": vocabulary, **found.to_dict()}
-    if not dry_run:
-        model.config.exit_policy, model.config.exit_thresholds = policy, found.chosen.thresholds
-        model.config.exit_vocabulary = vocabulary
-        model.config.save_pretrained(folder)
-        update_record(folder, exit_calibration=facts)
+        draw_curve(calibration, plot)
     if json:
-        print_json(facts)
+        print_json(calibration.to_dict())
         return
-    outcome = found.held_out
+    held_out = calibration.held_out
     rows = [
         [
-            f"{each.target:g}",
-            f"{each.agreement:.1%}",
-            f"{each.mean_depth:.2f}",
-            " ".join(_part(p) for p in each.leaving),
+            f"{outcome.target:g}",
+            f"{outcome.agreement:.1%}",
+            f"{outcome.mean_depth:.2f}",
+            " ".join(f"{fraction:.0%}" for fraction in outcome.exit_fractions),
         ]
-        for each in sorted([*found.curve, outcome], key=lambda each: each.target)
+        for outcome in sorted([*calibration.curve, held_out], key=lambda outcome: outcome.target)
     ]
     print_data(
         "\n".join(
             [
-                f"thresholds  {', '.join(f'{value:.4g}' for value in outcome.thresholds)} for policy {policy}"
+                f"thresholds  {', '.join(f'{value:.4g}' for value in held_out.thresholds)} for policy {policy}"
                 + (f", by {vocabulary:,} entries of the vocabulary" if vocabulary else ""),
-                f"agreement   {outcome.agreement:.1%} on {found.num_tokens:,} tokens of {text.name} that they were not "
-                f"chosen by (asked: {target:.1%})",
-                f"mean depth  {outcome.mean_depth:.2f} of {len(outcome.thresholds)}",
+                f"agreement   {held_out.agreement:.1%} on {calibration.num_tokens:,} held-out tokens of "
+                f"{calibration.text} (target: {target:.1%})",
+                f"mean depth  {held_out.mean_depth:.2f} of {len(held_out.thresholds)}",
                 "",
-                format_table(["target", "agreement", "mean depth", "leaving by exit"], rows),
+                format_table(["target", "agreement", "mean depth", "exits per depth"], rows),
                 "",
                 "nothing was changed" if dry_run else f'next        recursify generate {folder} "…" --exit {policy}',
             ]
         )
     )
-
-
-def _part(value: float) -> str:
-    return f"{value:.0%}"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import DeviceOption, DtypeOption, JsonOption, RecursiveArgument
-from .report import format_table, print_data, print_json, talk
+from .report import format_table, print_data, print_json, progress_report
 
 EXAMPLES = """
 Score a recursive model on tasks of lm-evaluation-harness, at any depth, beside its dense model.
@@ -61,38 +61,27 @@ def eval_command(
     device: DeviceOption = "cpu",
     json: JsonOption = False,
 ) -> None:
-    from recursify.checkpoint.record import read_record, update_record
-    from recursify.evaluation.tasks import TaskRunner
+    from recursify.evaluation.tasks import evaluate_tasks
 
-    from .models import load_model, require_exit, require_recursive
-
-    require_recursive(folder)
-    depths = [_read_depth(text) for text in depth or [FULL_DEPTH]]
-    runner = TaskRunner(tasks, include_path=include_path, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size)
-    model, tokenizer = load_model(str(folder), dtype=dtype, device=device, trust_remote_code=False)
-    for chosen in depths:
-        if chosen is not None:
-            require_exit(model.config, str(folder), chosen)
-    record = read_record(folder)
-    dense = _load_control(record, dtype, device) if control else None
-    theirs = {}
-    if dense is not None:
-        talk.print("scoring the dense model")
-        theirs = {(score.task, score.metric): score for score in runner.score(*dense)}
-    entries: list[dict[str, Any]] = []
-    for chosen in depths:
-        talk.print(f"scoring {folder} {'at full depth' if chosen is None else f'at depth {chosen}'}")
-        scores = runner.score(model, tokenizer, chosen)
-        found = [score.as_evaluation(chosen, theirs.get((score.task, score.metric))) for score in scores]
-        found = [{**entry, "limit": limit} for entry in found]
-        entries += found
-        if save:
-            # What others have written meanwhile stays, and what follows may fail.
-            update_record(folder, evaluation=_merge(read_record(folder).get("evaluation", []), found))
+    with progress_report() as progress:
+        results = evaluate_tasks(
+            folder,
+            tasks,
+            depths=[_read_depth(text) for text in depth or [FULL_DEPTH]],
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            control=control,
+            save=save,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
     if json:
-        print_json({"model": str(folder), "evaluation": entries})
+        print_json(results.to_dict())
         return
-    print_data(_table(entries, depths))
+    print_data(_table(results.entries, results.depths))
 
 
 def _read_depth(text: str) -> int | None:
@@ -102,32 +91,6 @@ def _read_depth(text: str) -> int | None:
         return int(text)
     except ValueError as error:
         raise typer.BadParameter(f"'{text}' is neither a depth nor {FULL_DEPTH}", param_hint="--depth") from error
-
-
-def _load_control(record: dict[str, Any], dtype: str, device: str) -> tuple[Any, Any] | None:
-    """The dense model that the record names, with its tokenizer; None where it is not at hand."""
-    from recursify.errors import RecursifyError
-
-    from .models import load_model
-
-    source = record.get("plan", {}).get("source")
-    if source is None:
-        talk.print("recursify.json names no dense model, so there is no control")
-        return None
-    try:
-        return load_model(source, dtype=dtype, device=device, trust_remote_code=False)
-    except RecursifyError as error:
-        talk.print(f"no control: {error}")
-        return None
-
-
-def _merge(before: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Newer figures in the place of older ones of the same task, metric and depth."""
-
-    def key(entry: dict[str, Any]) -> tuple[Any, ...]:
-        return entry["kind"], entry["name"], entry.get("metric"), entry.get("depth")
-
-    return [entry for entry in before if key(entry) not in {key(entry) for entry in new}] + new
 
 
 def _table(entries: list[dict[str, Any]], depths: list[int | None]) -> str:

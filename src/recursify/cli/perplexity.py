@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -70,37 +70,35 @@ def perplexity_command(
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
-    from recursify.evaluation.perplexity import measure
-    from recursify.evaluation.text import default_text, read_text, token_windows
-
-    from .models import load_model, require_exit, with_recursions
+    from recursify.evaluation.evaluate import evaluate_model
 
     check_recursions(recursions, residual_scale, anderson)
     if depth is not None and recursions is not None:
         raise typer.BadParameter("an exit of --depth is one of the model's own recursions", param_hint="--recursions")
-    text = read_text(data) if data else default_text("held_out")
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    loaded = with_recursions(loaded, model, recursions, residual_scale, anderson)
-    if depth is not None:
-        require_exit(loaded.config, model, depth)
-    windows = token_windows(tokenizer, text, length, max_tokens=max_tokens)
-    control = None
-    if against is not None:
-        control, _ = load_model(against, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with progress_report() as progress:
-        result = measure(loaded, windows, control, depth=depth, progress=progress)
-    facts: dict[str, Any] = {"text": text.name, "window": length, "depth": depth, **result.to_dict()}
-    if recursions is not None:
-        chosen = {"recursions": recursions, "residual_scale": loaded.config.residual_scale, "anderson": anderson}
-        facts = {**chosen, **facts}
+        result = evaluate_model(
+            model,
+            against=against,
+            data=data,
+            length=length,
+            max_tokens=max_tokens,
+            depth=depth,
+            recursions=recursions,
+            residual_scale=residual_scale,
+            anderson=anderson,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     if json:
-        print_json(facts)
+        print_json(result.to_dict())
         return
-    if control is None:
-        print_data(f"perplexity {facts['perplexity']:,.3f} on {facts['num_tokens']:,} tokens of {text.name}")
+    if result.control is None:
+        print_data(f"perplexity {result.perplexity:,.3f} on {result.num_tokens:,} tokens of {result.text}")
         return
     print_data(
-        f"perplexity {facts['model']['perplexity']:,.3f}, {against} {facts['control']['perplexity']:,.3f}, on "
-        f"{facts['model']['num_tokens']:,} tokens of {text.name}\n"
-        f"same first choice {facts['top1_agreement']:.1%}, KL to {against} {facts['kl']:.4f} nats"
+        f"perplexity {result.perplexity:,.3f}, {against} {result.control.perplexity:,.3f}, on "
+        f"{result.num_tokens:,} tokens of {result.text}\n"
+        f"same first choice {result.agreement:.1%}, KL to {against} {result.kl:.4f} nats"
     )

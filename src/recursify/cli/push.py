@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from .options import JsonOption, RecursiveArgument
-from .report import format_table, print_data, print_json, talk
+from .report import format_table, print_data, print_json, progress_report
 
 EXAMPLES = """
 Upload a recursive model to the Hub, with a model card of what was recorded and measured.
@@ -63,64 +62,33 @@ def push_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print files and card, upload nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
-    from recursify.checkpoint.description import inspect_model
-    from recursify.checkpoint.layout_picture import draw_svg
-    from recursify.checkpoint.record import read_record
-    from recursify.hub.card import write_card
-    from recursify.hub.publication import CARD_FILE, read_card, stage_publication, without_local_paths
+    from recursify.hub.publication import CARD_FILE
+    from recursify.hub.push import push_model
 
-    record = without_local_paths(read_record(folder))
-    description = inspect_model(folder)
-    pictures = {"layout.svg": draw_svg(without_local_paths(description.to_dict()))}
-    written = write_card(
-        description, record, repo_id, base_model=base_model, license=license, picture=next(iter(pictures))
-    )
-    if card is not None and (base_model or license):
-        raise typer.BadParameter("a card of your own says these itself", param_hint="--base-model / --license")
-    own = card or (folder / CARD_FILE if (folder / CARD_FILE).exists() else None)
-    text = read_card(own) if own else written.text
-    if own is not None and (base_model or license):
-        talk.print(f"warning: {own} is used as it is; --base-model and --license are for a card that is written")
-    for warning in written.warnings:
-        talk.print(f"warning: {warning}")
-    with tempfile.TemporaryDirectory() as scratch:
-        talk.print(f"checking {folder}")
-        publication = stage_publication(folder, Path(scratch), text, pictures)
-        if publication.difference is None:
-            talk.print("warning: recursify.json has no fingerprint, so what the model says could not be compared.")
-        facts: dict[str, Any] = {
-            "repo_id": repo_id,
-            "files": publication.sizes,
-            "left_out": publication.left_out,
-            "difference": publication.difference,
-            "warnings": written.warnings,
-        }
-        if dry_run:
-            if json:
-                print_json({**facts, "card": text})
-            else:
-                print_data(f"{_list_files(facts)}\n\n{CARD_FILE}:\n\n{text}")
-            return
-        from recursify.hub.push import push
-
-        pushed = push(
-            publication,
+    with progress_report() as progress:
+        result = push_model(
+            folder,
             repo_id,
             private=private,
             revision=revision,
-            overwrite=overwrite,
             message=message,
-            tell=talk.print,
+            card=card,
+            base_model=base_model,
+            license=license,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
         )
-    facts |= {"repo_id": pushed.repo_id, "url": pushed.url, "commit": pushed.commit}
     if json:
-        print_json(facts)
+        print_json(result.to_dict())
         return
-    print_data(f"{_list_files(facts)}\n\npushed     {pushed.url}\ncommit     {pushed.commit}")
-
-
-def _list_files(facts: dict[str, Any]) -> str:
-    rows = [[name, f"{size:,}"] for name, size in facts["files"].items()]
-    rows.append([f"{len(rows)} files", f"{sum(facts['files'].values()):,}"])
-    left_out = f"\n\nleft out   {', '.join(facts['left_out'])}" if facts["left_out"] else ""
-    return format_table(["file", "bytes"], rows) + left_out
+    rows = [[name, f"{size:,}"] for name, size in result.files.items()]
+    rows.append([f"{len(rows)} files", f"{sum(result.files.values()):,}"])
+    lines = [format_table(["file", "bytes"], rows), ""]
+    if result.left_out:
+        lines += [f"left out   {', '.join(result.left_out)}", ""]
+    if dry_run:
+        lines += [f"{CARD_FILE}:", "", result.card]
+    else:
+        lines += [f"pushed     {result.url}", f"commit     {result.commit}"]
+    print_data("\n".join(lines))

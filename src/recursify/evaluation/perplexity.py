@@ -1,9 +1,8 @@
-"""Perplexity, and how near one model's predictions are to another's."""
+"""Perplexity of a model, and the agreement of its predictions with another model's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,29 +12,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recursify.errors import CheckpointError
+from recursify.progress import Progress, silent
 
 TOKENS_PER_BATCH = 2048
-"""Two sets of float32 logits over 49 152 words of this many tokens are 0.8 GB."""
-
-Progress = Callable[[str, int, int], None]
+"""Tokens per forward pass: two sets of float32 logits over a vocabulary of 49 152 then take 0.8 GB."""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Mean negative log-likelihood on a text.
+    """Mean negative log-likelihood of a text.
 
     Attributes:
         perplexity: ``exp(loss)``.
         loss: Nats per predicted token.
-        num_tokens: Tokens predicted (the first of each window is not).
+        num_tokens: Number of predicted tokens (all but the first of each window).
     """
 
     perplexity: float
     loss: float
     num_tokens: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Comparison:
     Attributes:
         model: Perplexity of the model.
         control: Perplexity of the control.
-        top1_agreement: Fraction of tokens on which both put the same token first.
+        top1_agreement: Fraction of tokens on which both models have the same argmax.
         kl: Mean ``KL(control ‖ model)``, nats per token.
     """
 
@@ -55,7 +50,7 @@ class Comparison:
     kl: float
 
     def as_evaluation(self, text: str) -> dict[str, Any]:
-        """As an entry of ``evaluation`` in ``recursify.json``, measured on the text of that name."""
+        """Entry of ``evaluation`` in ``recursify.json`` for the text of this name."""
         return {
             "kind": "text",
             "name": text,
@@ -68,21 +63,8 @@ class Comparison:
         }
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
         return asdict(self)
-
-
-def measure(
-    model: PreTrainedModel,
-    windows: Tensor,
-    control: PreTrainedModel | None = None,
-    *,
-    depth: int | None = None,
-    progress: Progress = lambda stage, done, total: None,
-) -> Perplexity | Comparison:
-    """:func:`perplexity`, or :func:`compare` where there is a control."""
-    if control is None:
-        return perplexity(model, windows, depth=depth, progress=progress)
-    return compare(model, control, windows, depth=depth, progress=progress)
 
 
 @torch.inference_mode()
@@ -91,16 +73,16 @@ def perplexity(
     windows: Tensor,
     *,
     depth: int | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Perplexity:
-    """Perplexity of ``model`` over token windows ``[N, T]``, logits taken in float32.
+    """Perplexity of ``model`` over token windows ``[N, T]``, with logits cast to float32.
 
     With a ``depth``, every token exits after that recursion.
     """
     total, count = 0.0, 0
     batches = _batches(windows)
     for done, batch in enumerate(batches):
-        total -= float(_chosen(_log_probabilities(model, batch, depth), batch).double().sum())
+        total += _negative_log_likelihood(_log_probabilities(model, batch, depth), batch)
         count += batch[:, 1:].numel()
         progress("measure", done + 1, len(batches))
     return _perplexity(total, count)
@@ -113,31 +95,31 @@ def compare(
     windows: Tensor,
     *,
     depth: int | None = None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Comparison:
     """Run both models over token windows ``[N, T]``; with a ``depth``, every token of ``model`` exits there.
 
     Raises:
-        CheckpointError: Their vocabularies differ, so that their predictions are not about the same tokens.
+        CheckpointError: The vocabularies differ, so predictions cannot be compared token by token.
     """
     if model.config.vocab_size != control.config.vocab_size:
         raise CheckpointError(
-            f"The model has {model.config.vocab_size} tokens in its vocabulary and the control "
-            f"{control.config.vocab_size}: their predictions cannot be compared token by token."
+            f"The model has a vocabulary of {model.config.vocab_size} tokens and the control one of "
+            f"{control.config.vocab_size}: their predictions cannot be compared. Use a control with the same tokenizer."
         )
-    mine_total = theirs_total = agreed = divergence = 0.0
+    model_loss = control_loss = num_agreeing = divergence = 0.0
     count = 0
     batches = _batches(windows)
     for done, batch in enumerate(batches):
-        mine, theirs = _log_probabilities(model, batch, depth), _log_probabilities(control, batch)
-        mine_total -= float(_chosen(mine, batch).double().sum())
-        theirs_total -= float(_chosen(theirs, batch).double().sum())
-        agreed += float((mine.argmax(-1) == theirs.argmax(-1)).sum())
-        divergence += float(F.kl_div(mine, theirs, log_target=True, reduction="sum"))
+        logprobs, control_logprobs = _log_probabilities(model, batch, depth), _log_probabilities(control, batch)
+        model_loss += _negative_log_likelihood(logprobs, batch)
+        control_loss += _negative_log_likelihood(control_logprobs, batch)
+        num_agreeing += float((logprobs.argmax(-1) == control_logprobs.argmax(-1)).sum())
+        divergence += float(F.kl_div(logprobs, control_logprobs, log_target=True, reduction="sum"))
         count += batch[:, 1:].numel()
         progress("measure", done + 1, len(batches))
     return Comparison(
-        _perplexity(mine_total, count), _perplexity(theirs_total, count), agreed / count, divergence / count
+        _perplexity(model_loss, count), _perplexity(control_loss, count), num_agreeing / count, divergence / count
     )
 
 
@@ -150,8 +132,8 @@ def _log_probabilities(model: PreTrainedModel, batch: Tensor, depth: int | None 
     return logits.flatten(0, 1).log_softmax(-1)
 
 
-def _chosen(log_probabilities: Tensor, batch: Tensor) -> Tensor:
-    return log_probabilities.gather(-1, batch[:, 1:].reshape(-1, 1))
+def _negative_log_likelihood(log_probabilities: Tensor, batch: Tensor) -> float:
+    return -float(log_probabilities.gather(-1, batch[:, 1:].reshape(-1, 1)).double().sum())
 
 
 def _perplexity(total: float, count: int) -> Perplexity:

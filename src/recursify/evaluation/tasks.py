@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, at several depths of a recursive model and on its dense control."""
+"""``evaluate_tasks``: tasks of lm-evaluation-harness on a recursive model at several depths and on its dense model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from recursify.errors import SettingsError, TextError
+from recursify.checkpoint.loading import load_model, require_exit, require_recursive
+from recursify.checkpoint.record import read_record, update_record
+from recursify.errors import RecursifyError, SettingsError, TextError
+from recursify.progress import Progress, silent
+
+logger = logging.getLogger(__name__)
 
 NOT_METRICS = ("alias", "name", "sample_len", "sample_count")
 
@@ -22,13 +27,13 @@ class Score:
     """One metric of one task.
 
     Attributes:
-        task: Its name in lm-eval.
-        metric: The metric's (``acc``, ``acc_norm``, ``exact_match``), with lm-eval's filter behind a comma if it is
-            another than ``none``.
-        value: As lm-eval gives it.
+        task: Name of the task in lm-eval.
+        metric: Name of the metric (``acc``, ``acc_norm``, ``exact_match``), followed by a comma and lm-eval's filter
+            unless that is ``none``.
+        value: Value that lm-eval computed.
         stderr: One standard error, where lm-eval has one.
-        num_samples: Samples scored.
-        num_fewshot: Solved examples in the prompt.
+        num_samples: Number of scored samples.
+        num_fewshot: Number of solved examples in the prompt.
     """
 
     task: str
@@ -39,12 +44,12 @@ class Score:
     num_fewshot: int
 
     def as_evaluation(self, depth: int | None, control: Score | None) -> dict[str, Any]:
-        """As an entry of ``evaluation`` in ``recursify.json``, beside the dense model's score."""
-        facts = asdict(self)
+        """Entry of ``evaluation`` in ``recursify.json``, with the dense model's score."""
+        fields = asdict(self)
         return {
             "kind": "task",
-            "name": facts.pop("task"),
-            **facts,
+            "name": fields.pop("task"),
+            **fields,
             "depth": depth,
             "dense_value": None if control is None else control.value,
             "dense_stderr": None if control is None else control.stderr,
@@ -53,13 +58,130 @@ class Score:
 
 
 def format_score(value: float, stderr: float | None) -> str:
-    """A score, and one standard error where there is one."""
+    """A score with its standard error, if it has one."""
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
 
 
+@dataclass(frozen=True)
+class TaskResults:
+    """Scores of a recursive model on all tasks, at all requested depths.
+
+    Attributes:
+        model: Folder of the model.
+        depths: Recursion after which every token exited, per run; None ran them all.
+        entries: One entry per depth, task and metric, as :meth:`Score.as_evaluation` gives it, with the sample limit.
+        warnings: Reasons why the dense model was not scored.
+    """
+
+    model: str
+    depths: list[int | None]
+    entries: list[dict[str, Any]]
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"model": self.model, "evaluation": self.entries}
+
+
+def evaluate_tasks(
+    model: str | Path,
+    tasks: str | Sequence[str],
+    *,
+    depths: Sequence[int | None] = (None,),
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    control: bool = True,
+    save: bool = True,
+    dtype: str = "auto",
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> TaskResults:
+    """Score a recursive model on tasks of lm-evaluation-harness.
+
+    Args:
+        model: Folder of a recursive model.
+        tasks: Names of lm-eval's tasks and groups, or of tasks in ``include_path``.
+        depths: Recursions after which every token exits, 0 being the first, one run per entry; None runs them all.
+        include_path: Folder with further task files (YAML).
+        num_fewshot: Number of solved examples in the prompt; None takes each task's own.
+        limit: Maximum number of samples per task.
+        batch_size: Number of sequences per batch.
+        control: Whether the dense model that was converted is scored, too.
+        save: Whether the scores are written into ``recursify.json``.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's.
+        device: Device to run on, for instance ``cpu`` or ``cuda:1``.
+        progress: Callback for the number of scored models and depths.
+
+    Raises:
+        CheckpointError: ``model`` is not the folder of a recursive model, or does not load.
+        SettingsError: lm-eval is not installed or has no such task, or the model has no exit after a depth.
+        TextError: The data of a task is missing.
+    """
+    folder = Path(model)
+    require_recursive(folder)
+    runner = TaskRunner(
+        [tasks] if isinstance(tasks, str) else tasks,
+        include_path=None if include_path is None else Path(include_path),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+    )
+    loaded, tokenizer = load_model(folder, dtype=dtype, device=device)
+    for depth in depths:
+        if depth is not None:
+            require_exit(loaded.config, str(folder), depth)
+    warnings: list[str] = []
+    dense = _load_control(read_record(folder), dtype, device, warnings) if control else None
+    num_runs = len(depths) + (dense is not None)
+    dense_scores: dict[tuple[str, str], Score] = {}
+    if dense is not None:
+        dense_scores = {(score.task, score.metric): score for score in runner.score(*dense)}
+        progress("score", 1, num_runs)
+    entries: list[dict[str, Any]] = []
+    for done, depth in enumerate(depths, start=num_runs - len(depths) + 1):
+        scores = runner.score(loaded, tokenizer, depth)
+        new = [
+            {**score.as_evaluation(depth, dense_scores.get((score.task, score.metric))), "limit": limit}
+            for score in scores
+        ]
+        entries += new
+        if save:
+            # After every depth: a later one may fail. The record is read anew, as another process may have written it.
+            update_record(folder, evaluation=_merge(read_record(folder).get("evaluation", []), new))
+        progress("score", done, num_runs)
+    return TaskResults(str(folder), list(depths), entries, warnings)
+
+
+def _load_control(record: dict[str, Any], dtype: str, device: str, warnings: list[str]) -> tuple[Any, Any] | None:
+    """The dense model that the record names, with its tokenizer; None, and a warning, where it cannot be loaded."""
+    source = record.get("plan", {}).get("source")
+    try:
+        if source is not None:
+            return load_model(source, dtype=dtype, device=device)
+        warnings.append("The dense model was not scored: recursify.json does not name it.")
+    except RecursifyError as error:
+        warnings.append(f"The dense model was not scored: {error}")
+    logger.warning(warnings[-1])
+    return None
+
+
+def _merge(before: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries of ``before`` with those of the same task, metric and depth replaced by ``new`` ones."""
+
+    def key(entry: dict[str, Any]) -> tuple[Any, ...]:
+        return entry["kind"], entry["name"], entry.get("metric"), entry.get("depth")
+
+    replaced = {key(entry) for entry in new}
+    return [entry for entry in before if key(entry) not in replaced] + new
+
+
 def require_lm_eval() -> None:
-    """Raises:
-    SettingsError: lm-eval is not installed.
+    """Check that lm-eval is installed.
+
+    Raises:
+        SettingsError: It is not.
     """
     try:
         version("lm_eval")
@@ -70,17 +192,10 @@ def require_lm_eval() -> None:
 
 
 class TaskRunner:
-    """Scores models on the same tasks.
-
-    Args:
-        tasks: Names of lm-eval's tasks and groups, or of those in ``include_path``.
-        include_path: A folder with further tasks (YAML).
-        num_fewshot: Solved examples in the prompt; None takes each task's own.
-        limit: Samples of each task at most.
-        batch_size: Sequences at a time.
+    """Scores models on the same tasks; arguments as in :func:`evaluate_tasks`.
 
     Raises:
-        SettingsError: lm-eval is not installed, or knows no such task.
+        SettingsError: lm-eval is not installed, or has no such task.
     """
 
     def __init__(
@@ -96,16 +211,18 @@ class TaskRunner:
         from lm_eval.tasks import TaskManager
 
         if include_path is not None and not include_path.is_dir():
-            raise SettingsError(f"--include-path '{include_path}' is no folder. Give one with task files (YAML).")
-        # lm-eval's own tasks take seconds to index, and a folder of one's own may be all that is needed.
+            raise SettingsError(
+                f"--include-path '{include_path}' is not a folder. Give a folder with task files (YAML)."
+            )
+        # lm-eval's own tasks take seconds to index, and include_path may be all that is needed.
         include = None if include_path is None else str(include_path)
         self.manager = TaskManager(include_path=include, include_defaults=False)
         if not set(tasks) <= set(self.manager.all_tasks):
             self.manager = TaskManager(include_path=include)
         if unknown := [name for name in tasks if name not in self.manager.all_tasks]:
             raise SettingsError(
-                f"lm-eval knows no task '{unknown[0]}'. List those it knows with: lm-eval ls tasks. Tasks of your own "
-                f"are found in --include-path."
+                f"lm-eval has no task '{unknown[0]}'. List its tasks with: lm-eval ls tasks. Add a folder of your own "
+                f"tasks with --include-path."
             )
         self.tasks = list(tasks)
         self.num_fewshot = num_fewshot
@@ -113,16 +230,16 @@ class TaskRunner:
         self.batch_size = batch_size
 
     def score(self, model: PreTrainedModel, tokenizer: Any, depth: int | None = None) -> list[Score]:
-        """All metrics of all tasks; with a ``depth``, every token of ``model`` exits there.
+        """Compute all metrics of all tasks; with a ``depth``, every token of ``model`` exits there.
 
         Raises:
-            TextError: A task's data cannot be had.
-            ValueError: The model has no exit after that depth.
+            TextError: The data of a task is missing.
+            ValueError: The model has no exit after ``depth``.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        with _fixed_depth(model, depth), _quiet():
+        with _fixed_depth(model, depth), _quiet_lm_eval():
             runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size, device=str(model.device))
             try:
                 results = simple_evaluate(
@@ -136,15 +253,15 @@ class TaskRunner:
             except (OSError, ValueError) as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise TextError(
-                    f"The tasks {', '.join(self.tasks)} could not be run: {reason} Offline, a task needs its data in "
-                    f"the cache of datasets, or in files named by its YAML."
+                    f"The tasks {', '.join(self.tasks)} could not be run: {reason} Offline, put the data of a "
+                    f"task into the cache of datasets, or name local files in its YAML."
                 ) from error
         return list(_scores(results))
 
 
 @contextlib.contextmanager
 def _fixed_depth(model: PreTrainedModel, depth: int | None) -> Iterator[None]:
-    """Every call runs as far as the exit after ``depth``, or all recursions, whatever the config says otherwise."""
+    """Context in which every call exits after ``depth``, or runs all recursions, whatever ``config.exit_depth`` is."""
     if model.config.model_type != "recursive":
         yield
         return
@@ -158,15 +275,15 @@ def _fixed_depth(model: PreTrainedModel, depth: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval warns of every default it takes."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet_lm_eval() -> Iterator[None]:
+    """Context without lm-eval's warnings, one per default that it uses."""
+    lm_eval_logger = logging.getLogger("lm_eval")
+    before = lm_eval_logger.level
+    lm_eval_logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        lm_eval_logger.setLevel(before)
 
 
 def _scores(results: dict[str, Any]) -> Iterator[Score]:

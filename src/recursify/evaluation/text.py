@@ -1,4 +1,4 @@
-"""Text from files, and text that every Python carries."""
+"""Text from files, and the default text: Python's own help topics."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from recursify.errors import TextError
 PLAIN_SUFFIXES = (".txt", ".md", ".rst", ".text")
 SUFFIXES = (*PLAIN_SUFFIXES, ".jsonl", ".json", ".parquet")
 HELD_OUT_EVERY = 5
-"""Of Python's own help topics, in alphabetical order, each fifth is held out for measuring."""
+"""Interval at which Python's help topics, in alphabetical order, are held out for evaluation."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Documents and what to call them in a report."""
+    """Documents, and their name in a report."""
 
     name: str
     documents: list[str]
 
 
 def default_text(split: Literal["calibration", "held_out"]) -> Text:
-    """The help topics inside CPython (``pydoc_data.topics``): 700 kB of English prose and grammar, PSF licence.
+    """The help topics of CPython (``pydoc_data.topics``), 700 kB of English prose and grammar under the PSF license.
 
     Calibration and held-out topics are disjoint.
     """
@@ -42,23 +42,24 @@ def default_text(split: Literal["calibration", "held_out"]) -> Text:
     return Text(f"pydoc_data.topics of Python {platform.python_version()}, {which}", [topics[n] for n in chosen])
 
 
-def read_text(paths: Iterable[str | Path]) -> Text:
-    """Documents from files, or from all text files under a folder.
+def read_text(paths: str | Path | Iterable[str | Path]) -> Text:
+    """Read documents from files, or from all text files under a folder.
 
-    A plain file is one document; a row of JSONL or Parquet is one, its ``text`` (or ``content``, or the joined contents
-    of ``messages``).
+    A plain file is one document, and so is a row of JSONL or Parquet: its ``text``, its ``content``, or the joined
+    contents of its ``messages``.
 
     Raises:
-        TextError: Nothing there, not UTF-8, binary, no text field, or empty.
+        TextError: A file is missing, empty, binary, not UTF-8, or has no text field.
     """
     documents: list[str] = []
     names = []
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
     for path in map(Path, paths):
         files = [path]
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in SUFFIXES)
             if not files:
-                raise TextError(f"'{path}' holds no text file ({', '.join(SUFFIXES)}).")
+                raise TextError(f"'{path}' contains no text file ({', '.join(SUFFIXES)}).")
         elif not path.exists():
             raise TextError(f"There is no text at '{path}'.")
         for file in files:
@@ -66,7 +67,8 @@ def read_text(paths: Iterable[str | Path]) -> Text:
         names.append(path.name)
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise TextError(f"{', '.join(map(str, paths))}: empty. Give a file with some thousand words of running text.")
+        files = ", ".join(map(str, paths))
+        raise TextError(f"The text in {files} is empty. Give a file with some thousand words of prose.")
     return Text(", ".join(names), documents)
 
 
@@ -104,7 +106,7 @@ def _read_parquet(file: Path) -> list[str]:
 
     try:
         rows = pyarrow.parquet.read_table(file).to_pylist()
-    except Exception as error:  # pyarrow's errors for a damaged file are its own, not exported as one class
+    except Exception as error:  # pyarrow raises classes without a common base for a damaged file
         raise TextError(f"'{file}' cannot be read as Parquet: {error}") from error
     return [_text_of(row, f"{file}, row {number}") for number, row in enumerate(rows, start=1)]
 
@@ -126,12 +128,12 @@ def _text_of(row: Any, where: str) -> str:
 
 
 def token_windows(tokenizer, text: Text, length: int, *, max_tokens: int | None = None, min_windows: int = 1) -> Tensor:
-    """``text`` as token ids cut into windows, ``[N, length]`` int64; a rest shorter than ``length`` is left out.
+    """Tokenize ``text`` and cut it into windows ``[N, length]`` int64; a shorter rest is dropped.
 
     Raises:
-        TextError: Fewer than ``min_windows`` windows.
+        TextError: There are fewer than ``min_windows`` windows.
     """
-    # A token is at least a byte, so this much text is enough and a large corpus is not tokenized whole.
+    # Tokens are far shorter than 16 characters on average, so a large corpus need not be tokenized whole.
     joined = "\n\n".join(text.documents)
     if max_tokens is not None:
         joined = joined[: 16 * max_tokens]

@@ -29,6 +29,7 @@ from recursify.evaluation.fingerprint import TOLERANCE, Fingerprint, largest_dif
 from recursify.modeling import TRAVELLING_FILES
 
 CARD_FILE = "README.md"
+PICTURE_FILE = "layout.svg"
 PUBLISHED = (
     "config.json",
     RECORD_FILE,
@@ -49,7 +50,7 @@ PUBLISHED = (
     "LICENSE*",
     "NOTICE*",
     CARD_FILE,
-    "layout.svg",
+    PICTURE_FILE,
     "curves.png",
     "metrics.jsonl",
 )

@@ -1,235 +1,238 @@
-"""Uploading a publication with huggingface_hub's own client, and making sure that it arrived."""
+"""``push_model``: check a recursive model, write its card and upload both to the Hub."""
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import time
-from collections.abc import Callable
+import copy
+import logging
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.errors import HTTPError as TransportError
-from huggingface_hub.hf_api import RepoFile
+import torch
+from transformers import PreTrainedModel
 
-from recursify.errors import HubError
+from recursify.checkpoint.dense_checkpoint import INDEX_FILE, locate
+from recursify.checkpoint.description import inspect_model
+from recursify.checkpoint.layout_picture import draw_svg
+from recursify.checkpoint.loading import require_recursive
+from recursify.checkpoint.record import read_record, write_model_files
+from recursify.errors import CheckpointError, HubError, SettingsError
+from recursify.evaluation.fingerprint import take_fingerprint
+from recursify.modeling import RecursiveForCausalLM
+from recursify.progress import Progress, silent
 
-from .publication import Publication, sha256
+from .card import write_card
+from .publication import CARD_FILE, PICTURE_FILE, check_folder, read_card, stage_publication, without_local_paths
+from .upload import upload
 
-ATTEMPTS = 5
-FIRST_WAIT_SECONDS = 1.0
-"""Doubled after every attempt. What the Hub has by then is not sent again. The client has retries of its own, but not
-for every request: a commit that is refused by an overloaded Hub is not among them."""
+logger = logging.getLogger(__name__)
 
-CLIENT_ERRORS = (HfHubHTTPError, OSError, TransportError, RuntimeError, ValueError)
-"""What the client raises: HTTP status, connections, and for a weight file that did not get through, RuntimeError."""
-
-GIT_FILES = (".gitattributes",)
-"""Files that the Hub itself puts into a repository."""
-
-Tell = Callable[[str], None]
-Result = TypeVar("Result")
+DEFAULT_MESSAGE = "Upload recursive model with recursify"
 
 
 @dataclass(frozen=True)
-class Pushed:
-    """Where a model lies on the Hub.
+class PushResult:
+    """Content of an upload, and its address unless it was a dry run.
 
     Attributes:
-        repo_id: The repository.
-        url: Its page.
-        commit: The commit that holds the upload.
-        sent: Bytes in all, those that were there already included.
+        repo_id: Repository, ``owner/name``.
+        files: Size in bytes of every uploaded file.
+        left_out: Names in the model's folder that are not uploaded.
+        difference: Largest difference of log-probabilities, in nats, between a fresh process and the recorded
+            fingerprint; None without a fingerprint.
+        warnings: Warnings about the license and the fingerprint.
+        card: Text of the model card.
+        url: Page of the repository; None for a dry run.
+        commit: Id of the commit; None for a dry run.
     """
 
     repo_id: str
-    url: str
-    commit: str
-    sent: int
+    files: dict[str, int]
+    left_out: list[str]
+    difference: float | None
+    warnings: list[str]
+    card: str
+    url: str | None = None
+    commit: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: the card for a dry run, the address otherwise."""
+        address = {"card": self.card} if self.commit is None else {"url": self.url, "commit": self.commit}
+        return {
+            "repo_id": self.repo_id,
+            "files": self.files,
+            "left_out": self.left_out,
+            "difference": self.difference,
+            "warnings": self.warnings,
+            **address,
+        }
 
 
-def push(
-    publication: Publication,
+def push_model(
+    model: str | Path,
     repo_id: str,
     *,
     private: bool = False,
     revision: str | None = None,
+    message: str = DEFAULT_MESSAGE,
+    card: str | Path | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
     overwrite: bool = False,
-    message: str = "Upload recursive model with recursify",
+    dry_run: bool = False,
     token: str | None = None,
-    tell: Tell = lambda line: None,
-    wait: Callable[[float], None] = time.sleep,
-) -> Pushed:
-    """Upload ``publication`` into ``repo_id``, which is made if it is not there.
+    progress: Progress = silent,
+) -> PushResult:
+    """Upload a recursive model with a model card of everything that was recorded and measured.
+
+    The folder is checked first: it must load in a fresh process without recursify, reproduce the recorded fingerprint,
+    and contain no pickle, no secret and no local path. An interrupted upload is resumed by calling again.
 
     Args:
-        publication: From :func:`recursify.hub.publication.stage_publication`.
-        repo_id: ``owner/name``, or ``name`` for the token's own.
-        private: Make a new repository private; one that is there and public is refused.
-        revision: Branch to commit to; made from ``main`` if it is not there.
-        overwrite: Delete files of the repository that the model does not have.
-        message: Of the commit.
-        token: Of the account; None takes the one that ``hf auth login`` or ``HF_TOKEN`` left.
-        tell: Told what happens, in lines for a person.
-        wait: Sleeps so many seconds between attempts.
+        model: Folder of a recursive model.
+        repo_id: Repository ``owner/name``, or ``name`` in the account of the token.
+        private: Whether a new repository is private.
+        revision: Branch to commit to, created if it does not exist; None is ``main``.
+        message: Commit message.
+        card: Model card to upload; None takes ``README.md`` of the folder, or writes one.
+        base_model: Hub id of the dense model; None takes the recorded one. Needs a written card.
+        license: License of the model; None takes the recorded one of the dense model. Needs a written card.
+        overwrite: Whether other files of the repository are deleted.
+        dry_run: Whether to stop after the checks.
+        token: Token of the account; None takes the one of ``hf auth login`` or ``HF_TOKEN``.
+        progress: Callback for the two stages, ``check`` and ``upload``.
 
     Raises:
-        HubError: No token, or one without the right to write; other files in the repository; a network that stays away;
-            a file that changed while it was uploaded.
+        CheckpointError: ``model`` is not the folder of a recursive model.
+        HubError: The folder contains a file that must not be uploaded, or the Hub refuses.
+        ParityError: The folder does not load in a fresh process, or differs from its fingerprint.
+        SettingsError: ``base_model`` or ``license`` is given together with ``card``.
     """
-    api = HfApi(token=token)
-    repo_id = _find_repository(api, repo_id, private, tell, wait)
-    if revision is not None:
-        _again(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id, tell, wait)
-    others = _other_files(api, repo_id, revision, publication, tell, wait)
-    if others and not overwrite:
-        raise HubError(
-            f"'{repo_id}' holds {len(others)} files that this model does not have, first '{others[0]}'. Choose another "
-            f"name, or --overwrite to delete them."
-        )
-
-    def upload() -> str:
-        done = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=publication.stage,
+    folder = Path(model)
+    require_recursive(folder)
+    if card is not None and (base_model or license):
+        raise SettingsError("A card of your own names its base model and license. Omit --base-model and --license.")
+    text, warnings, pictures = _prepare_card(folder, repo_id, card, base_model, license)
+    for warning in warnings:
+        logger.warning(warning)
+    with tempfile.TemporaryDirectory() as scratch:
+        progress("check", 0, 1)
+        publication = stage_publication(folder, Path(scratch), text, pictures)
+        progress("check", 1, 1)
+        if publication.difference is None:
+            warnings.append("recursify.json has no fingerprint, so the predictions of the model were not compared.")
+            logger.warning(warnings[-1])
+        content = {
+            "files": publication.sizes,
+            "left_out": publication.left_out,
+            "difference": publication.difference,
+            "warnings": warnings,
+            "card": text,
+        }
+        if dry_run:
+            return PushResult(repo_id, **content)
+        progress("upload", 0, 1)
+        address = upload(
+            publication,
+            repo_id,
+            private=private,
             revision=revision,
-            commit_message=message,
-            delete_patterns=[glob.escape(name) for name in others] or None,
+            overwrite=overwrite,
+            message=message,
+            token=token,
         )
-        return done.oid
-
-    commit = _again(upload, repo_id, tell, wait)
-    if changed := [name for name, found in publication.hashes.items() if sha256(publication.stage / name) != found]:
-        raise HubError(
-            f"'{changed[0]}' was changed while it was checked or uploaded, so '{repo_id}' may hold a mixture. Let the "
-            f"other process finish, and push again."
-        )
-    _check_arrived(api, repo_id, commit, publication, tell, wait)
-    return Pushed(repo_id, f"{constants.ENDPOINT}/{repo_id}", commit, sum(publication.sizes.values()))
+        progress("upload", 1, 1)
+    return PushResult(address.repo_id, **content, url=address.url, commit=address.commit)
 
 
-def _find_repository(api: HfApi, repo_id: str, private: bool, tell: Tell, wait: Callable[[float], None]) -> str:
-    """The full name of the repository, which is there afterwards, and private if that was asked for."""
-    url = _again(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), repo_id, tell, wait)
-    if private and not _again(lambda: api.repo_info(url.repo_id), repo_id, tell, wait).private:
-        raise HubError(
-            f"'{url.repo_id}' is there and public, and --private makes only new repositories so. Change its visibility "
-            f"on its page first, or choose another name."
-        )
-    return url.repo_id
+def _prepare_card(
+    folder: Path, repo_id: str, card: str | Path | None, base_model: str | None, license: str | None
+) -> tuple[str, list[str], dict[str, str]]:
+    """Text of the model card, warnings about it, and the picture that it shows, by file name."""
+    record = without_local_paths(read_record(folder))
+    description = inspect_model(folder)
+    written = write_card(description, record, repo_id, base_model=base_model, license=license, picture=PICTURE_FILE)
+    warnings, text = list(written.warnings), written.text
+    own_card = card or (folder / CARD_FILE if (folder / CARD_FILE).exists() else None)
+    if own_card is not None:
+        text = read_card(Path(own_card))
+        if base_model or license:
+            warnings.append(f"{own_card} is uploaded unchanged; --base-model and --license apply to a written card.")
+    return text, warnings, {PICTURE_FILE: draw_svg(without_local_paths(description.to_dict()))}
 
 
-def _other_files(
-    api: HfApi,
+def push_loaded_model(
+    model: PreTrainedModel,
     repo_id: str,
-    revision: str | None,
-    publication: Publication,
-    tell: Tell,
-    wait: Callable[[float], None],
-) -> list[str]:
-    """Files of the repository that the publication would leave standing."""
-    there = _again(lambda: api.list_repo_files(repo_id, revision=revision), repo_id, tell, wait)
-    return sorted(name for name in there if name not in publication.sizes and name not in GIT_FILES)
+    *,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    max_shard_size: int | str = "5GB",
+    **unsupported: Any,
+) -> str:
+    """``RecursiveForCausalLM.push_to_hub``: save to a temporary folder, and push that with all checks.
 
+    The record, tokenizer and card of the folder or repository that the model was loaded from are uploaded, too. A model
+    that was changed since is refused, because the recorded figures are not its own.
 
-def _again(call: Callable[[], Result], repo_id: str, tell: Tell, wait: Callable[[float], None]) -> Result:
-    """What ``call`` returns, tried anew while the network is away.
+    Args:
+        model: Loaded recursive model.
+        repo_id: Repository ``owner/name``, or ``name`` in the account of the token.
+        commit_message: Commit message.
+        private: Whether a new repository is private.
+        token: Token of the account; None or True takes the one of ``hf auth login`` or ``HF_TOKEN``.
+        revision: Branch to commit to.
+        max_shard_size: Maximum size of a weight file.
+        **unsupported: Further arguments of ``PreTrainedModel.push_to_hub``, which must keep their defaults.
+
+    Returns:
+        Page of the commit.
 
     Raises:
-        HubError: It stayed away, or the Hub refused.
+        HubError: An argument is not supported, or see :func:`push_model`.
+        ParityError: See :func:`push_model`.
     """
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return call()
-        except CLIENT_ERRORS as error:
-            if attempt == ATTEMPTS or not _is_passing(error):
-                raise explain(error, repo_id) from error
-            seconds = FIRST_WAIT_SECONDS * 2 ** (attempt - 1)
-            tell(f"upload interrupted ({_reason(error)}); going on in {seconds:g} s")
-            wait(seconds)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _is_passing(error: Exception) -> bool:
-    """Whether the same call may succeed later."""
-    if isinstance(error, ValueError | OfflineModeIsEnabled | LocalTokenNotFoundError | FileNotFoundError):
-        return False
-    status = _status(error)
-    return status is None or status in (408, 412, 429) or status >= 500
-
-
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error, or None where there was no answer."""
-    while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is not None:
-            return int(status)
-        error = error.__cause__
-    return None
-
-
-def explain(error: Exception, repo_id: str) -> HubError:
-    """What the client said, as one clear message."""
-    status = _status(error)
-    if isinstance(error, OfflineModeIsEnabled):
-        return HubError("HF_HUB_OFFLINE is set, so nothing can be uploaded. Unset it, and push again.")
-    if isinstance(error, HFValidationError):
-        return HubError(f"'{repo_id}' is no repository name: {_reason(error)} Give owner/name.")
-    if isinstance(error, LocalTokenNotFoundError) or status == 401:
-        return HubError(
-            f"The Hub takes no upload to '{repo_id}' without a valid token. Log in with one that may write: hf auth "
-            f"login, or set HF_TOKEN."
+    if refused := sorted(name for name, value in unsupported.items() if value):
+        raise HubError(f"push_to_hub() of a recursive model does not support {', '.join(refused)}. Omit it.")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        _save_for_push(model, folder, max_shard_size)
+        result = push_model(
+            folder,
+            repo_id,
+            private=bool(private),
+            revision=revision,
+            message=commit_message or DEFAULT_MESSAGE,
+            token=token if isinstance(token, str) else None,
         )
-    if isinstance(error, GatedRepoError):
-        return HubError(f"'{repo_id}' is gated and your token has no access. Ask for it on its page.")
-    if status == 403:
-        return HubError(
-            f"Your token may not write to '{repo_id}': {_reason(error)} Make one with write access at "
-            f"{constants.ENDPOINT}/settings/tokens, or choose a name under your own account."
-        )
-    if isinstance(error, RevisionNotFoundError | RepositoryNotFoundError):
-        return HubError(f"'{repo_id}' is not there, or your token may not see it: {_reason(error)}")
-    if isinstance(error, ValueError):
-        return HubError(f"The Hub refuses what was to be uploaded to '{repo_id}': {_reason(error)}")
-    return HubError(
-        f"The upload to '{repo_id}' did not finish: {_reason(error)}. What arrived is kept: run the same command again "
-        f"to go on."
-    )
+    return f"{result.url}/commit/{result.commit}"
 
 
-def _reason(error: Exception) -> str:
-    message = getattr(error, "server_message", None) or str(error).strip()
-    return message.splitlines()[0] if message else type(error).__name__
+def _save_for_push(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
+    """Save ``model`` into ``folder`` with the files and the record of the checkpoint that it was loaded from."""
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    record: dict[str, Any] = {}
+    if origin := _origin(model):
+        for file in check_folder(origin)[0]:
+            target = folder / file.relative_to(origin)
+            if file.suffix != ".safetensors" and file.name != INDEX_FILE and not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+        record = read_record(origin)
+    if not record.get("fingerprint"):
+        saved = RecursiveForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        record["fingerprint"] = take_fingerprint(saved).to_dict()
+    write_model_files(folder, copy.deepcopy(model.config), record)
 
 
-def _check_arrived(
-    api: HfApi, repo_id: str, commit: str, publication: Publication, tell: Tell, wait: Callable[[float], None]
-) -> None:
-    """Raises:
-    HubError: A file of the commit is not the one that was sent.
-    """
-    tree = _again(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)), repo_id, tell, wait)
-    entries = {entry.path: entry for entry in tree}
-    for name, sha in publication.hashes.items():
-        entry = entries.get(name)
-        if not isinstance(entry, RepoFile) or (
-            entry.lfs.sha256 != sha if entry.lfs else entry.blob_id != _git_blob(publication.stage / name)
-        ):
-            raise HubError(f"'{name}' did not arrive in '{repo_id}' as it was sent. Push again.")
-
-
-def _git_blob(file: Path) -> str:
-    """The name that git gives the content of ``file``."""
-    data = file.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+def _origin(model: PreTrainedModel) -> Path | None:
+    """The folder that ``model`` was loaded from, or the local copy of its repository."""
+    name = model.config.name_or_path
+    try:
+        return require_recursive(locate(name)) if name else None
+    except CheckpointError:
+        return None

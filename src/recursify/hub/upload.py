@@ -1,0 +1,233 @@
+"""Upload a publication with huggingface_hub's client, retry over interruptions, and verify the result."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.errors import HTTPError as TransportError
+from huggingface_hub.hf_api import RepoFile
+
+from recursify.errors import HubError
+
+from .publication import Publication, sha256
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 5
+FIRST_WAIT_SECONDS = 1.0
+"""Delay before the second attempt, doubled after each. Files that arrived are not sent again. The client's own retries
+do not cover every request, for instance not a commit that an overloaded Hub refuses."""
+
+CLIENT_ERRORS = (HfHubHTTPError, OSError, TransportError, RuntimeError, ValueError)
+"""Exceptions of the client: HTTP status, connections, and RuntimeError for a weight file whose upload failed."""
+
+GIT_FILES = (".gitattributes",)
+"""Files that the Hub itself adds to a repository."""
+
+Wait = Callable[[float], None]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class UploadResult:
+    """Address of an upload.
+
+    Attributes:
+        repo_id: Repository, ``owner/name``.
+        url: Page of the repository.
+        commit: Id of the commit.
+    """
+
+    repo_id: str
+    url: str
+    commit: str
+
+
+def upload(
+    publication: Publication,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    overwrite: bool = False,
+    message: str = "Upload recursive model with recursify",
+    token: str | None = None,
+    wait: Wait = time.sleep,
+) -> UploadResult:
+    """Upload ``publication`` into ``repo_id``, which is created if it does not exist.
+
+    Args:
+        publication: Result of :func:`recursify.hub.publication.stage_publication`.
+        repo_id: Repository ``owner/name``, or ``name`` in the account of the token.
+        private: Whether a new repository is private; an existing public one is refused.
+        revision: Branch to commit to, created from ``main`` if it does not exist.
+        overwrite: Whether other files of the repository are deleted.
+        message: Commit message.
+        token: Token of the account; None takes the one of ``hf auth login`` or ``HF_TOKEN``.
+        wait: Function that sleeps for a number of seconds between attempts.
+
+    Raises:
+        HubError: The token is missing or may not write, the repository has other files, the network stays away, or a
+            file changed during the upload.
+    """
+    api = HfApi(token=token)
+    repo_id = _find_repository(api, repo_id, private, wait)
+    if revision is not None:
+        _retry(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id, wait)
+    others = _other_files(api, repo_id, revision, publication, wait)
+    if others and not overwrite:
+        raise HubError(
+            f"'{repo_id}' has {len(others)} files that this model does not have, first '{others[0]}'. Choose another "
+            f"name, or delete them with --overwrite."
+        )
+
+    def commit_folder() -> str:
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=publication.stage,
+            revision=revision,
+            commit_message=message,
+            delete_patterns=[glob.escape(name) for name in others] or None,
+        )
+        return commit.oid
+
+    commit = _retry(commit_folder, repo_id, wait)
+    if changed := [name for name, digest in publication.hashes.items() if sha256(publication.stage / name) != digest]:
+        raise HubError(
+            f"'{changed[0]}' changed while it was checked or uploaded, so '{repo_id}' may hold a mixture. Let the "
+            f"other process finish, then push again."
+        )
+    _check_arrived(api, repo_id, commit, publication, wait)
+    return UploadResult(repo_id, f"{constants.ENDPOINT}/{repo_id}", commit)
+
+
+def _find_repository(api: HfApi, repo_id: str, private: bool, wait: Wait) -> str:
+    """Create the repository if it does not exist, check that it is private if asked for, and return its full name."""
+    url = _retry(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), repo_id, wait)
+    if private and not _retry(lambda: api.repo_info(url.repo_id), repo_id, wait).private:
+        raise HubError(
+            f"'{url.repo_id}' exists and is public; --private applies to new repositories only. Change its visibility "
+            f"on its page first, or choose another name."
+        )
+    return url.repo_id
+
+
+def _other_files(
+    api: HfApi,
+    repo_id: str,
+    revision: str | None,
+    publication: Publication,
+    wait: Wait,
+) -> list[str]:
+    """Files of the repository that the publication would not replace."""
+    names = _retry(lambda: api.list_repo_files(repo_id, revision=revision), repo_id, wait)
+    return sorted(name for name in names if name not in publication.sizes and name not in GIT_FILES)
+
+
+def _retry(call: Callable[[], Result], repo_id: str, wait: Wait) -> Result:
+    """Return the result of ``call``, retried over interruptions.
+
+    Raises:
+        HubError: The last attempt failed, or the Hub refused.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except CLIENT_ERRORS as error:
+            if attempt == ATTEMPTS or not _is_temporary(error):
+                raise explain(error, repo_id) from error
+            seconds = FIRST_WAIT_SECONDS * 2 ** (attempt - 1)
+            logger.warning("Upload interrupted (%s); resuming in %g s.", _reason(error), seconds)
+            wait(seconds)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _is_temporary(error: Exception) -> bool:
+    """Tell whether the same call may succeed later."""
+    if isinstance(error, ValueError | OfflineModeIsEnabled | LocalTokenNotFoundError | FileNotFoundError):
+        return False
+    status = _status(error)
+    return status is None or status in (408, 412, 429) or status >= 500
+
+
+def _status(error: BaseException | None) -> int | None:
+    """HTTP status behind an error; None without a response."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return int(status)
+        error = error.__cause__
+    return None
+
+
+def explain(error: Exception, repo_id: str) -> HubError:
+    """Translate an error of the client into one clear message."""
+    status = _status(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubError("HF_HUB_OFFLINE is set, so nothing can be uploaded. Unset it and push again.")
+    if isinstance(error, HFValidationError):
+        return HubError(f"'{repo_id}' is not a valid repository name: {_reason(error)} Use owner/name.")
+    if isinstance(error, LocalTokenNotFoundError) or status == 401:
+        return HubError(
+            f"The Hub refuses an upload to '{repo_id}' without a valid token. Log in with a token that may "
+            f"write: hf auth login, or set HF_TOKEN."
+        )
+    if isinstance(error, GatedRepoError):
+        return HubError(f"'{repo_id}' is gated and your token has no access. Request access on its page.")
+    if status == 403:
+        return HubError(
+            f"Your token may not write to '{repo_id}': {_reason(error)} Create one with write access at "
+            f"{constants.ENDPOINT}/settings/tokens, or choose a name in your own account."
+        )
+    if isinstance(error, RevisionNotFoundError | RepositoryNotFoundError):
+        return HubError(f"'{repo_id}' does not exist, or your token may not read it: {_reason(error)} Check the name.")
+    if isinstance(error, ValueError):
+        return HubError(f"The Hub rejects the files for '{repo_id}': {_reason(error)}")
+    return HubError(
+        f"The upload to '{repo_id}' did not finish: {_reason(error)}. Run the same command again to resume: files that "
+        f"arrived are kept."
+    )
+
+
+def _reason(error: Exception) -> str:
+    message = getattr(error, "server_message", None) or str(error).strip()
+    return message.splitlines()[0] if message else type(error).__name__
+
+
+def _check_arrived(api: HfApi, repo_id: str, commit: str, publication: Publication, wait: Wait) -> None:
+    """Check that every file of the commit is the one that was sent.
+
+    Raises:
+        HubError: One is not.
+    """
+    tree = _retry(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)), repo_id, wait)
+    entries = {entry.path: entry for entry in tree}
+    for name, sha in publication.hashes.items():
+        entry = entries.get(name)
+        if not isinstance(entry, RepoFile) or (
+            entry.lfs.sha256 != sha if entry.lfs else entry.blob_id != _git_blob(publication.stage / name)
+        ):
+            raise HubError(f"'{name}' in '{repo_id}' differs from the file that was sent. Push again.")
+
+
+def _git_blob(file: Path) -> str:
+    """Blob id that git computes from the content of ``file``."""
+    data = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
