@@ -28,7 +28,8 @@ from convert import commit, versions
 from recursify.checkpoint.shards import folder_tensors
 from recursify.evaluation.text import default_text
 from recursify.uptrain import checkpoints
-from recursify.uptrain.run import CHECKPOINT_FOLDER, uptrain_model
+from recursify.uptrain.output import CHECKPOINT_FOLDER
+from recursify.uptrain.run import uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 MB = 10**6

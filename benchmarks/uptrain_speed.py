@@ -87,10 +87,11 @@ def train(specification: dict[str, Any]) -> dict[str, float]:
 
     from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
     from recursify.modeling import RecursiveForCausalLM
+    from recursify.uptrain.arguments import training_arguments
     from recursify.uptrain.data import Collator, prepare_data
-    from recursify.uptrain.objectives import Heal
+    from recursify.uptrain.heal import Heal
     from recursify.uptrain.settings import UptrainSettings
-    from recursify.uptrain.trainer import RecursiveTrainer, training_arguments
+    from recursify.uptrain.trainer import RecursiveTrainer
 
     logging.disable_progress_bar()
     folder, warm_up = specification["folder"], specification["warm_up"]

@@ -14,7 +14,7 @@ from helpers.tiny_models import convert_tiny, save_tiny
 from recursify.errors import SettingsError
 from recursify.experiments.hfac import HFac
 from recursify.uptrain import checkpoints
-from recursify.uptrain.run import uptrain_model
+from recursify.uptrain.run import check_settings, uptrain_model
 
 pytestmark = pytest.mark.xdist_group("uptraining")
 
@@ -186,6 +186,8 @@ def test_values_out_of_range():
         HFac([parameter], betas=(0.9, 1.0))
     with pytest.raises(SettingsError, match=r"must be above 0, got 0, 1e-08 and 1\.0"):
         HFac([parameter], eps=0)
+    with pytest.raises(SettingsError, match="optimizer 'hfac' factorizes whole matrices, and sharding 'zero2'"):
+        check_settings(replace(BASE, optimizer="hfac", sharding="zero2"))
 
 
 def test_an_uptraining_run_with_it(tmp_path):

@@ -18,7 +18,7 @@ from recursify.errors import CheckpointError, OutputError, SettingsError, Traini
 from recursify.evaluation.text import default_text
 from recursify.modeling import RecursiveForCausalLM
 from recursify.uptrain.callbacks import read_metrics
-from recursify.uptrain.run import uptrain_model
+from recursify.uptrain.run import check_settings, uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 pytestmark = pytest.mark.xdist_group("uptraining")
@@ -185,22 +185,24 @@ def test_a_layer_that_got_worse_is_left_as_it_was(source, settings, tmp_path):
     uptrain_model(source, tmp_path / "out", settings=replace(settings, learning_rate=0.3, schedule="constant"))
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
-    with pytest.raises(TrainingError, match=r"error of block layer 0 is (nan|inf)\. Try a lower learning rate"):
+    with pytest.raises(TrainingError, match=r"error of block layer 0 is (nan|inf)\. Use a lower learning rate"):
         uptrain_model(source, tmp_path / "stopped", settings=replace(settings, learning_rate=1e30))
 
 
 def test_refusals(source, settings, tmp_path):
     """What this stage cannot do, it says before it begins."""
-    with pytest.raises(TrainingError, match=r"keeps no checkpoints\. Run it again, with --overwrite"):
+    with pytest.raises(TrainingError, match=r"writes no checkpoints\. Run it again with --overwrite"):
         uptrain_model(source, tmp_path / "a", settings=settings, resume=True)
     with pytest.raises(SettingsError, match="random_recursions: not supported by stage 'layers'"):
-        replace(settings, random_recursions=True)
+        check_settings(replace(settings, random_recursions=True))
+    with pytest.raises(SettingsError, match="precision, report_to: not supported by stage 'layers'"):
+        check_settings(replace(settings, precision="bfloat16", report_to=("tensorboard",)))
     with pytest.raises(SettingsError, match="layer_tokens must be a whole number of at least 1, got 0"):
         replace(settings, layer_tokens=0)
     with pytest.raises(SettingsError, match="length 512 is longer than the model's context of 256"):
         uptrain_model(source, tmp_path / "b", settings=replace(settings, length=512))
     save_tiny(tmp_path / "other", num_hidden_layers=4)
-    with pytest.raises(CheckpointError, match=r"of 'model\.layers\.4\..*' it wants .* and the teacher has none"):
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.4\..*' must be .* but the teacher does not have it"):
         uptrain_model(source, tmp_path / "c", settings=replace(settings, teacher=str(tmp_path / "other")))
     with pytest.raises(CheckpointError, match=r"^The teacher does not open: (?!.*--kl-weight)"):
         uptrain_model(source, tmp_path / "d", settings=replace(settings, teacher="nowhere"))
@@ -210,7 +212,7 @@ def test_refusals(source, settings, tmp_path):
 
 def test_several_processes_are_refused(source, settings, tmp_path):
     """Both ranks say so and end."""
-    with pytest.raises(AssertionError, match=r"one process, and 2 were started\. Leave out --num-processes"):
+    with pytest.raises(AssertionError, match=r"one process, but 2 were started\. Omit --num-processes"):
         run(tmp_path / "log", source, tmp_path / "out", settings, world_size=2)
 
 

@@ -14,11 +14,11 @@ from helpers.runs import BASE, assert_same, losses, weights
 from helpers.tiny_models import convert_tiny, random_ids, save_tiny
 from recursify.checkpoint.dense_checkpoint import open_checkpoint
 from recursify.errors import CheckpointError, SettingsError
-from recursify.experiments.soft_tying import SoftTiedLinear, SoftTying, draw_mixture, tied_share
+from recursify.experiments.soft_tying import SoftTiedLinear, SoftTying, draw_mixture, tied_fraction
 from recursify.modeling import RecursiveForCausalLM, RelaxedLinear
 from recursify.uptrain import checkpoints
-from recursify.uptrain.param_groups import choose_trained, is_per_depth
-from recursify.uptrain.run import uptrain_model
+from recursify.uptrain.param_groups import freeze_untrained, is_per_depth
+from recursify.uptrain.run import check_settings, uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 pytestmark = pytest.mark.xdist_group("uptraining")
@@ -122,13 +122,13 @@ def test_mixtures_are_convex_and_end_at_the_mean():
         assert mixture == draw_mixture(settings, 3, step, 1000)
         if step >= 750:
             assert mixture.weights is None
-            assert mixture.apart == 0
+            assert mixture.offset_scale == 0
             continue
         assert all(min(row) >= 0 and sum(row) == pytest.approx(1) for row in mixture.weights)
-        assert mixture.apart == pytest.approx(1 - step / 750)
+        assert mixture.offset_scale == pytest.approx(1 - step / 750)
     start = draw_mixture(settings, 3, 0, 1000)
     assert start.weights == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
-    assert start.apart == 1
+    assert start.offset_scale == 1
     assert draw_mixture(settings, 3, 300, 1000) != draw_mixture(replace(settings, seed=1), 3, 300, 1000)
     drawn = torch.tensor([draw_mixture(replace(settings, seed=s), 3, 375, 1000).weights for s in range(4000)])
     wanted = 0.5 * torch.eye(3) + 0.5 / 3
@@ -143,7 +143,7 @@ def test_mixtures_are_convex_and_end_at_the_mean():
 def test_the_last_step_trains_the_mean(fraction, max_steps):
     """Also of the shortest run."""
     settings = replace(TIE, tie_fraction=fraction)
-    shares = [tied_share(settings, step, max_steps) for step in range(max_steps)]
+    shares = [tied_fraction(settings, step, max_steps) for step in range(max_steps)]
     assert shares == sorted(shares)
     assert shares[-1] == 1
 
@@ -154,7 +154,7 @@ def test_candidates_are_shared_weights(prepared):
     candidates = {name for name, p in model.named_parameters() if ".block." in name and name.endswith("linear.weight")}
     assert len(candidates) == len(stand_ins(model))
     assert not any(map(is_per_depth, candidates))
-    choose_trained(model, replace(BASE, trainable="shared"))
+    freeze_untrained(model, replace(BASE, trainable="shared"))
     assert {name for name, p in model.named_parameters() if p.requires_grad} == candidates
 
 
@@ -217,7 +217,7 @@ def test_needs_the_dense_layers(source, tmp_path):
     """Also where nothing is distilled; a teacher with other layers is refused."""
     uptrain_model(source, tmp_path / "data-alone", settings=replace(TIE, kl_weight=0.0))
     save_tiny(tmp_path / "other", "qwen2", intermediate_size=40)
-    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.mlp.*' is \[40, 32\], where \[48, 32\] is needed"):
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.mlp.*' must be \[48, 32\], but is \[40, 32\]"):
         uptrain_model(source, tmp_path / "a", settings=replace(TIE, teacher=str(tmp_path / "other")))
     with pytest.raises(CheckpointError, match=r"The teacher does not open.*Give another --teacher\.$"):
         uptrain_model(source, tmp_path / "b", settings=replace(TIE, teacher="nowhere", kl_weight=0.0))
@@ -227,5 +227,7 @@ def test_settings_have_ranges():
     """The share of the run that trains the mean is never empty."""
     with pytest.raises(SettingsError, match=r"tie_fraction must be a number of at least 0 and below 1, got 1\.0"):
         UptrainSettings(tie_fraction=1.0)
+    with pytest.raises(SettingsError, match="Stage 'tie' does not support sharding 'fsdp2'"):
+        check_settings(UptrainSettings(stage="tie", sharding="fsdp2"))
     with pytest.raises(SettingsError, match=r"tie_noise must be a number of at least 0 and at most 1, got -1"):
         UptrainSettings(tie_noise=-1)

@@ -108,7 +108,7 @@ def test_nothing_to_learn(tmp_path, tokenizer):
     silent = write_rows(tmp_path / "silent.jsonl", [{"messages": CHAT[:1]}] * 4)
     late = write_rows(tmp_path / "late.jsonl", [{"prompt": "why " * 40, "completion": "so"}] * 4)
     for file in (silent, late):
-        with pytest.raises(TextError, match=r"held-out rows of .* hold nothing to learn: no completion"):
+        with pytest.raises(TextError, match=r"held-out rows of .* have no tokens to learn: no completion"):
             prepare(tokenizer, file, completions_only=True)
 
 
@@ -144,7 +144,7 @@ def test_packed_documents_do_not_see_each_other(tmp_path, family, attention):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "fine"}\n{"text": 3}\n', r"rows\.jsonl:2: the text is int, not a string"),
+        ('{"text": "fine"}\n{"text": 3}\n', r"rows\.jsonl:2: 'text' is int, not a string"),
         ('{"text": "fine"}\n\n{"text": \n', r"rows\.jsonl:3 is not JSON"),
         ('{"body": "fine"}\n', r"has the fields body\. Give rows with 'text', with 'prompt' and 'completion'"),
         ('{"prompt": "a", "completion": null}\n', r"rows\.jsonl:1: 'completion' is NoneType, not a string"),
@@ -168,8 +168,8 @@ def test_unreadable_files_are_named(tmp_path, tokenizer):
     for name, message in (
         ("nowhere.jsonl", "no text at"),
         ("latin.txt", "not UTF-8"),
-        ("image.png", "is none of"),
-        ("none", "holds no text"),
+        ("image.png", "is not of a supported type"),
+        ("none", "has no files of the types"),
         ("broken.parquet", "cannot be read"),
     ):
         with pytest.raises(TextError, match=message):
@@ -186,7 +186,7 @@ def test_chats_need_a_template(tmp_path):
 def test_too_little_text(tmp_path, tokenizer):
     """One sequence cannot be both trained on and held out."""
     (tmp_path / "short.txt").write_text("short", encoding="utf-8")
-    with pytest.raises(TextError, match="fills 1 sequences of 32 tokens, and at least 2 are needed"):
+    with pytest.raises(TextError, match="fills 1 sequences of 32 tokens, but at least 2 are needed"):
         prepare(tokenizer, str(tmp_path / "short.txt"), eval_data=None)
-    with pytest.raises(TextError, match="is a stream, of which no part can be held out"):
+    with pytest.raises(TextError, match="is streamed, so no part of it can be held out"):
         prepare(tokenizer, str(tmp_path / "short.txt"), eval_data=None, streaming=True)

@@ -205,7 +205,5 @@ def test_what_cannot_be_trained_is_refused(source, tmp_path):
         uptrain_model(source, tmp_path / "b", settings=replace(EXITS, exit_head="mine"))
     with pytest.raises(SettingsError, match=r"Unknown exit_loss 'kind'\. Use one of: aggressive, weighted, free"):
         replace(EXITS, exit_loss="kind")
-    with pytest.raises(SettingsError, match="Stage 'heal' has no heads to train"):
-        replace(BASE, trainable="heads")
     with pytest.raises(SettingsError, match="exit_weight must be a number of at least 0, got -1"):
         replace(EXITS, exit_weight=-1)

@@ -27,8 +27,8 @@ from recursify.modeling import RecursiveForCausalLM
 from recursify.uptrain import liger_losses as fused_losses
 from recursify.uptrain.data import IGNORED
 from recursify.uptrain.exits import Exits
+from recursify.uptrain.heal import Heal
 from recursify.uptrain.losses import cross_entropy, forward_kl
-from recursify.uptrain.objectives import Heal
 from recursify.uptrain.run import uptrain_model
 
 pytestmark = pytest.mark.xdist_group("uptraining")

@@ -108,17 +108,17 @@ def test_a_shared_layer_is_gathered_once_for_all_recursions(tied, tmp_path):
 def test_what_cannot_be_sharded(source, tmp_path, monkeypatch):
     """One process; a weight that leaves some process without a part; FSDP by someone else; DeepSpeed not installed."""
     assert "RANK" not in os.environ
-    with pytest.raises(TrainingError, match=r"there is one\. Give --num-processes"):
+    with pytest.raises(TrainingError, match=r"but there is one\. Give --num-processes"):
         uptrain_model(source, tmp_path / "out", settings=replace(BASE, sharding="fsdp2"))
     assert sharding._dimension("a", torch.empty(3, 4, 32), 8) == 2
     assert sharding._dimension("a", torch.empty(49_151, 30), 8) == 0
-    with pytest.raises(TrainingError, match=r"'a' \[9\] cannot be cut into 8 parts"):
+    with pytest.raises(TrainingError, match=r"'a' \[9\] cannot be split into 8 shards"):
         sharding._dimension("a", torch.empty(9), 8)
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(SettingsError, match=r"'zero2' needs DeepSpeed.* pip install deepspeed"):
         uptrain_model(source, tmp_path / "out", settings=replace(BASE, sharding="zero2"))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(SettingsError, match=r"told to shard \(ACCELERATE_USE_FSDP\).*--sharding fsdp2 does"):
+    with pytest.raises(SettingsError, match=r"to shard the model \(ACCELERATE_USE_FSDP\).*use --sharding fsdp2"):
         uptrain_model(source, tmp_path / "out", settings=BASE)
     with pytest.raises(SettingsError, match="Use sharding: fsdp2"):
         UptrainSettings(trainer={"fsdp": True})

@@ -23,7 +23,8 @@ from recursify.errors import CheckpointError, OutputError, RecursifyError, Setti
 from recursify.modeling import RecursiveForCausalLM
 from recursify.uptrain import checkpoints
 from recursify.uptrain.callbacks import read_metrics
-from recursify.uptrain.run import uptrain_model
+from recursify.uptrain.exits import Exits
+from recursify.uptrain.run import check_settings, uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
 pytestmark = pytest.mark.xdist_group("uptraining")
@@ -150,17 +151,17 @@ def test_damaged_checkpoint_is_skipped(source, plain, tmp_path, caplog):
     data[len(data) // 2] ^= 1
     (newest / "optimizer.pt").write_bytes(bytes(data))
     uptrain_model(source, output, settings=BASE, resume=True)
-    assert "is damaged (optimizer.pt is not what was written)" in caplog.text
+    assert "is damaged (optimizer.pt has another checksum)" in caplog.text
     assert_same(plain[0], output, tolerance=0)
 
 
 def test_resume_with_other_settings(source, plain, tmp_path):
     """The key is named, with both values."""
-    with pytest.raises(SettingsError, match=r"'learning_rate' was 0\.005 when the run .* and is 0\.1 now"):
+    with pytest.raises(SettingsError, match=r"'learning_rate' was 0\.005 when the run .* started, and is 0\.1 now"):
         uptrain_model(source, plain[0], settings=replace(BASE, learning_rate=0.1), resume=True)
-    with pytest.raises(TrainingError, match="no run to resume"):
+    with pytest.raises(TrainingError, match="has no run to resume"):
         uptrain_model(source, tmp_path / "nowhere", settings=BASE, resume=True)
-    with pytest.raises(OutputError, match="holds a run already"):
+    with pytest.raises(OutputError, match="already contains a run"):
         uptrain_model(source, plain[0], settings=BASE)
 
 
@@ -191,7 +192,7 @@ def test_weights_that_are_nan_are_never_saved(source, tmp_path, monkeypatch):
         return clip(parameters, *arguments, **options)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
-    with pytest.raises(TrainingError, match=r"The weights after step 4 hold NaN .*The last good checkpoint is .*-2'"):
+    with pytest.raises(TrainingError, match=r"weights after step 4 contain NaN .*The last good checkpoint is .*-2'"):
         uptrain_model(source, output, settings=BASE)
 
 
@@ -208,7 +209,7 @@ def test_full_disk_in_mid_checkpoint(source, tmp_path, monkeypatch):
         return save(content, file, *arguments, **options)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(TrainingError, match=r"step 4 could not be written .*No space left.* go on with --resume"):
+    with pytest.raises(TrainingError, match=r"step 4 could not be written .*No space left.* continue with --resume"):
         uptrain_model(source, output, settings=BASE)
     assert [entry.name for entry in sorted((output / "checkpoints").iterdir())] == ["checkpoint-2", "run.json"]
     monkeypatch.undo()
@@ -218,14 +219,12 @@ def test_full_disk_in_mid_checkpoint(source, tmp_path, monkeypatch):
 def test_wrong_teachers_and_lengths(source, tmp_path):
     """Another vocabulary, none to be found, and sequences beyond the context."""
     save_tiny(tmp_path / "other", vocab_size=300)
-    with pytest.raises(CheckpointError, match="has 300 tokens in its vocabulary, and the model 260"):
+    with pytest.raises(CheckpointError, match="has 300 tokens, that of the model 260"):
         uptrain_model(source, tmp_path / "a", settings=replace(BASE, teacher=str(tmp_path / "other")))
     with pytest.raises(CheckpointError, match=r"The teacher does not open.*--kl-weight 0"):
         uptrain_model(source, tmp_path / "b", settings=replace(BASE, teacher="nowhere"))
     with pytest.raises(SettingsError, match="length 512 is longer than the model's context of 256"):
         uptrain_model(source, tmp_path / "c", settings=replace(BASE, length=512))
-    with pytest.raises(SettingsError, match="Unknown stage 'exit'"):
-        uptrain_model(source, tmp_path / "d", settings=replace(BASE, stage="exit"))
 
 
 def test_a_refused_run_leaves_the_output_as_it_was(source, plain, tmp_path):
@@ -258,18 +257,25 @@ def test_settings_are_strict():
         UptrainSettings.from_mapping({"learning_rate": "fast"}, "here")
     with pytest.raises(SettingsError, match="batch_size must be a whole number of at least 1, got 0"):
         UptrainSettings(batch_size=0)
-    with pytest.raises(SettingsError, match="both 0, so there is nothing to learn"):
-        UptrainSettings(ce_weight=0, kl_weight=0)
     with pytest.raises(SettingsError, match="warmup_fraction must be a number of at least 0 and at most 1, got 3"):
         UptrainSettings(warmup_fraction=3)
     with pytest.raises(SettingsError, match=r"Unknown teacher_dtype 'bf16'\. Use one of: auto, float32, bfloat16"):
         UptrainSettings(teacher_dtype="bf16")
-    with pytest.raises(SettingsError, match="optimizer 'hfac' factorizes whole matrices, and sharding 'zero2'"):
-        UptrainSettings(optimizer="hfac", sharding="zero2")
-    with pytest.raises(SettingsError, match="Stage 'tie' does not work with sharding 'fsdp2'"):
-        UptrainSettings(stage="tie", sharding="fsdp2")
-    with pytest.raises(SettingsError, match="precision, report_to: not supported by stage 'layers'"):
-        UptrainSettings(stage="layers", precision="bfloat16", report_to=("tensorboard",))
+
+
+def test_settings_of_stages_and_optimizers():
+    """Combinations are checked by the stage and the optimizer, before anything is loaded."""
+    for options, message in (
+        ({"ce_weight": 0, "kl_weight": 0}, "both 0, so there is nothing to learn"),
+        ({"trainable": "heads"}, "Stage 'heal' does not train heads"),
+        ({"trainable": "routers"}, "Stage 'heal' does not train routers"),
+        ({"stage": "exits", "trainable": "routers"}, "Stage 'exits' does not train routers"),
+        ({"optimizer": "adafactor", "sharding": "fsdp2"}, "optimizer 'adafactor' factorizes whole matrices, and"),
+        ({"stage": "exit"}, "Unknown stage 'exit'. Use one of: heal, exits, routers, layers, tie"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            check_settings(UptrainSettings(**options))
+    assert check_settings(UptrainSettings(stage="exits", ce_weight=0, kl_weight=0, trainable="heads")) is Exits
 
 
 def test_trackers(source, tmp_path):
@@ -283,5 +289,5 @@ def test_trackers(source, tmp_path):
     seen.Reload()
     tags = set(seen.Tags()["scalars"])
     assert {"train/ce", "train/agreement", "eval/perplexity", "eval/agreement_depth_0"} <= tags
-    with pytest.raises(SettingsError, match=r"The tracker 'wandbb' is not installed, .* Installed: .*tensorboard"):
+    with pytest.raises(SettingsError, match=r"'wandbb' is unknown or not installed\. Installed: .*tensorboard"):
         uptrain_model(source, tmp_path / "b", settings=replace(BASE, report_to=("wandbb",)))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from recursify.errors import RecursifyError, SettingsError, TrainingError
 
 from .options import JsonOption, OutputOption, OverwriteOption, RecursiveArgument
 from .report import format_table, print_data, print_json, progress_report
@@ -227,80 +223,26 @@ def uptrain_command(
     given = {name: value for name, value in flags.items() if value is not None}
     from_file = read_settings(config) if config else {}
     settings = UptrainSettings.from_mapping({**from_file, **given}, str(config or "the settings"))
-    if num_processes is not None and "LOCAL_RANK" not in os.environ:
-        _launch(num_processes)
+    from recursify.uptrain.launch import is_launched, is_main_process, launch
+    from recursify.uptrain.run import check_settings, uptrain_model
+
+    if num_processes is not None and not is_launched():
+        check_settings(settings)
+        launch(num_processes, ["-m", "recursify", *sys.argv[1:]])
         return
 
     from transformers.utils import logging
 
-    from recursify.uptrain.run import uptrain_model
-
     logging.disable_progress_bar()
-    is_main = os.environ.get("RANK", "0") == "0"
-    try:
-        with progress_report() as progress:
-            result = uptrain_model(
-                model, output, settings=settings, resume=resume, overwrite=overwrite, progress=progress
-            )
-    except RecursifyError as error:
-        if not is_main:
-            raise type(error)(f"rank {os.environ['RANK']}: {error}") from error
-        raise
-    if not is_main:
+    with progress_report() as progress:
+        result = uptrain_model(model, output, settings=settings, resume=resume, overwrite=overwrite, progress=progress)
+    if not is_main_process():
         return
     facts = result.to_dict()
     if json:
         print_json(facts)
         return
     print_data(_summary(facts))
-
-
-def _launch(num_processes: int) -> None:
-    """Run this command in ``num_processes`` processes; when one dies, the others are ended.
-
-    Raises:
-        TrainingError: One of them failed; the message names its rank.
-    """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    arguments = ["-m", "recursify", *sys.argv[1:]]
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=1,
-    )
-    try:
-        elastic_launch(launch, sys.executable)(*arguments)
-    except ChildFailedError as error:
-        rank, exit_code = _culprit(error.failures)
-        raise TrainingError(
-            f"Rank {rank} of {num_processes} ended with exit code {exit_code}, and the others were ended. Its "
-            f"own message stands above. Checkpoints are whole: go on with --resume."
-        ) from error
-    except ValueError as error:
-        raise SettingsError(f"Cannot start {num_processes} processes: {error}") from error
-
-
-def _culprit(failures: dict[int, Any]) -> tuple[int, int]:
-    """Rank and exit code of the process that brought the others down.
-
-    torch dates failures by whole seconds, and a process that loses a peer fails within one. But it fails by an error of
-    its own, and the launcher ends what is left by SIGTERM first, by SIGKILL half a minute later: a process that ended
-    by another signal, or by SIGKILL at once, was the first.
-    """
-    first = min(failure.timestamp for failure in failures.values())
-
-    def order(failure: Any) -> tuple[bool, int, bool]:
-        killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and failure.timestamp < first + 10
-        return not killed, failure.timestamp, failure.exitcode == -signal.SIGTERM
-
-    rank = min(failures, key=lambda rank: order(failures[rank]))
-    return rank, failures[rank].exitcode
 
 
 def _summary(facts: dict[str, Any]) -> str:

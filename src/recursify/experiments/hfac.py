@@ -1,9 +1,8 @@
-"""H-Fac: first and second moments of a matrix as two vectors each.
+"""H-Fac: an optimizer that stores each moment of a matrix as two vectors.
 
 "Memory-Efficient Optimization with Factorized Hamiltonian Descent", arXiv 2406.09958 (AISTATS 2025). The formulas are
-those that https://junaidaliop.github.io/zij/math/hfac lists for it; the paper itself was not at hand to compare, so its
-equation numbers are not given, and where that list is silent (initial values, vectors, the constants) this file is not
-to be taken for the paper.
+taken from https://junaidaliop.github.io/zij/math/hfac and have not been compared with the paper. Initial values, the
+treatment of vectors and the constants, which that page omits, may differ from it.
 """
 
 from __future__ import annotations
@@ -18,38 +17,40 @@ from recursify.errors import SettingsError
 
 
 class HFac(torch.optim.Optimizer):
-    """H-Fac, with decoupled weight decay.
+    """H-Fac with decoupled weight decay.
 
-    For a matrix ``X [m, n]`` with gradient ``G``, at step ``t`` counted from 1, all states starting at 0::
+    For a matrix ``X [m, n]`` with gradient ``G``, at step ``t`` counted from 1, with all states 0 before::
 
-        β̂ = β (1 − βᵗ⁻¹) / (1 − βᵗ)                       of both βs: the averages below are free of bias
+        β̂ = β (1 − βᵗ⁻¹) / (1 − βᵗ)                       for both β, so that the averages below are unbiased
         u ← β̂₁ u + (1 − β̂₁) G 1ₙ / n                      [m]      v ← β̂₁ v + (1 − β̂₁) Gᵀ 1ₘ / m                [n]
         r ← β̂₂ r + (1 − β̂₂) (G² + ε) 1ₙ                   [m]      s ← β̂₂ s + (1 − β̂₂) (G² + ε)ᵀ 1ₘ              [n]
         φ = β̂₁ (u 1ₙᵀ − G 1ₙ 1ₙᵀ / n) / √(r 1ₙᵀ / n)               ψ = β̂₁ (1ₘ vᵀ − 1ₘ 1ₘᵀ G / m) / √(1ₘ sᵀ / m)
         V = r sᵀ / (1ₘᵀ r)
         X ← X − η ((φ + ψ) / 2 + clip(G / √V) + λ X)       clip(U) = U / max(1, RMS(U) / d)
 
-    The gradient itself is scaled and clipped as Adafactor does; what the momentum adds is how far the row and column
-    means of the gradient are from what they have been, so no m×n state is needed for it either. Parameters of more than
-    two dimensions are stacks of matrices ``[..., m, n]`` (residuals are stacked by depth), each by itself, its ``clip``
-    included. Vectors, scalars, and groups with ``factored=False`` get Adam: ``m ← β̂₁ m + (1 − β̂₁) g``,
+    The gradient is scaled and clipped as in Adafactor. Momentum adds the difference between the row and column means of
+    the gradient and their averages, so it needs no state of size m×n either. Parameters with more than two dimensions
+    are stacks of matrices ``[..., m, n]`` (residuals are stacked by depth), which are updated and clipped one by one.
+    Vectors, scalars, and groups with ``factored=False`` use Adam: ``m ← β̂₁ m + (1 − β̂₁) g``,
     ``v ← β̂₂ v + (1 − β̂₂) g²``, ``x ← x − η (m / (√v + vector_eps) + λ x)``.
 
-    State: ``2 (m + n)`` float32 numbers per matrix.
+    The state is ``2 (m + n)`` float32 numbers per matrix.
 
     Args:
-        params: Parameters or groups of them; a group may have its own ``lr``, ``weight_decay`` and ``factored``.
-        lr: η; updates have an RMS of at most about 1 before it, as Adam's, so rates of the same size fit.
-        betas: β₁ and β₂.
-        eps: ε, added to squared gradients of matrices.
-        vector_eps: Added to the root of squared gradients of vectors.
-        clip_threshold: d.
-        weight_decay: λ.
-        factored: Whether matrices are factorized.
+        params: Parameters or parameter groups; a group may have its own ``lr``, ``weight_decay`` and ``factored``.
+        lr: Learning rate η. The RMS of an update before it is at most about 1, as for Adam, so similar rates work.
+        betas: Decay rates β₁ and β₂.
+        eps: Constant ε, added to squared gradients of matrices.
+        vector_eps: Constant added to the root of squared gradients of vectors.
+        clip_threshold: Threshold d of the RMS.
+        weight_decay: Decay λ.
+        factored: Whether moments of matrices are factorized.
 
     Raises:
-        SettingsError: A value out of range.
+        SettingsError: A value is out of range.
     """
+
+    supports_sharding = False
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class HFac(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Change every parameter that has a gradient; returns what ``closure`` does."""
+        """Update every parameter that has a gradient; return the result of ``closure``."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -108,14 +109,14 @@ class HFac(torch.optim.Optimizer):
 
 
 def _corrected(beta: float, step: int) -> float:
-    """``β̂``: 0 at the first step, so that a moving average begins with its first value; ``β`` in the end."""
+    """``β̂``: 0 at the first step, so that the moving average starts at its first value, and ``β`` in the limit."""
     return beta * (1 - beta ** (step - 1)) / (1 - beta**step)
 
 
 def _factored_update(
     gradient: Tensor, state: dict[str, Any], first: float, second: float, group: dict[str, Any]
 ) -> Tensor:
-    """The change ``[..., m, n]`` of a matrix, per unit of learning rate and without decay; updates ``state``."""
+    """The update ``[..., m, n]`` of a matrix, before learning rate and decay; changes ``state``."""
     rows, columns = gradient.shape[-2:]
     if "row_mean" not in state:
         for name, axis in (("row_mean", -1), ("column_mean", -2), ("row_square", -1), ("column_square", -2)):
@@ -127,7 +128,7 @@ def _factored_update(
     squared = gradient.square() + group["eps"]
     r.lerp_(squared.sum(-1), 1 - second)
     s.lerp_(squared.sum(-2), 1 - second)
-    # r and s are not multiplied: the product of two small sums (ε is 1e-30) would be 0 in float32.
+    # The product of r and s could underflow to 0 in float32 (ε is 1e-30).
     scaled = gradient * (r / r.sum(-1, keepdim=True)).rsqrt().unsqueeze(-1) * s.rsqrt().unsqueeze(-2)
     size = scaled.square().mean((-2, -1), keepdim=True).sqrt()
     scaled /= (size / group["clip_threshold"]).clamp(min=1)
@@ -137,7 +138,7 @@ def _factored_update(
 
 
 def _adam_update(gradient: Tensor, state: dict[str, Any], first: float, second: float, group: dict[str, Any]) -> Tensor:
-    """The same of a vector, by Adam."""
+    """Adam's update of a vector, before learning rate and decay; changes ``state``."""
     if "mean" not in state:
         state["mean"], state["square"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
     state["mean"].lerp_(gradient, 1 - first)

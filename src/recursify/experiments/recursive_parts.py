@@ -1,4 +1,4 @@
-"""A recursive model's parts, each loaded by itself: a stored layer, the embedding, the final norm, the head."""
+"""Parts of a recursive model, loaded one at a time: stored layers, embedding, final norm, head."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
 class RecursiveParts:
-    """The parts of one model, read when they are asked for, in float32 and in eval mode.
+    """Loader of the parts of one model, in float32 and eval mode.
 
     Args:
-        names: Of the model's config.
-        read: Gives the tensor of a recursive parameter name. What lies outside the shared block may as well be the
-            dense model's.
-        device: Where parts go.
+        names: Names of the model's parameters.
+        read: Function from a parameter name of the recursive model to its tensor. Outside the shared block the tensors
+            may be those of the dense model.
+        device: Device of the parts.
     """
 
     def __init__(self, names: DenseNames, read: Callable[[str], Tensor], device: str = "cpu"):
@@ -30,10 +30,10 @@ class RecursiveParts:
         self.device = device
 
     def load(self, name: str) -> nn.Module:
-        """The module ``name`` (``model.block.3``), frozen."""
+        """Load the module ``name`` (``model.block.3`` for example), frozen."""
         skeleton = self.names.skeleton
         module = copy.deepcopy(skeleton.get_submodule(name)).to_empty(device=self.device)
-        for inner in module.modules():  # buffers are computed, not stored
+        for inner in module.modules():  # buffers are not stored
             if any(True for _ in inner.buffers(recurse=False)):
                 skeleton._init_weights(inner)
         state = {}
@@ -46,18 +46,18 @@ class RecursiveParts:
         return module.requires_grad_(False).eval()
 
     def layer(self, position: int) -> Callable[..., Tensor]:
-        """The layer that runs at ``position``, at its depth, called as the family's own."""
-        slot = self.names.layout.layer_ref(position)
-        layer = self.load(f"model.{slot.part}.{slot.index}")
-        return partial(layer, depth=slot.depth) if slot.part == "block" else layer
+        """Load the layer that runs at ``position``, bound to its depth, with the call signature of the model family."""
+        ref = self.names.layout.layer_ref(position)
+        layer = self.load(f"model.{ref.part}.{ref.index}")
+        return partial(layer, depth=ref.depth) if ref.part == "block" else layer
 
-    def compute_logits(self) -> Callable[[Tensor], Tensor]:
-        """From last hidden states ``[..., D]``, before the norm, to logits ``[..., V]``."""
+    def logits_head(self) -> Callable[[Tensor], Tensor]:
+        """Load final norm and head, as a function from hidden states ``[..., D]`` to logits ``[..., V]``."""
         norm, head = self.load(NORM), self.load(HEAD)
         softcap = getattr(self.names.skeleton.config, "final_logit_softcapping", None)
 
         def logits(hidden: Tensor) -> Tensor:
-            plain = head(norm(hidden))
-            return plain if softcap is None else torch.tanh(plain / softcap) * softcap
+            raw = head(norm(hidden))
+            return raw if softcap is None else torch.tanh(raw / softcap) * softcap
 
         return logits

@@ -1,4 +1,4 @@
-"""What a run shows of itself: ``metrics.jsonl``, ``curves.png``, and progress with tokens per second."""
+"""Training callbacks: ``metrics.jsonl``, loss curves, progress reporting."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ CURVES_FILE = "curves.png"
 
 PANELS = {
     "nats per token": r"(eval_)?(ce|kl)|eval_dense_ce",
-    "same first token as the dense model": r"(eval_)?agreement",
+    "top-1 agreement with the dense model": r"(eval_)?agreement",
     "nats per token, by exit": r"(eval_)?ce_depth_\d+",
-    "part of tokens, by recursion": r"(eval_)?load_depth_\d+|(eval_)?dead_tokens",
-    "score and best k agree": r"(eval_)?sampling_accuracy_depth_\d+",
-    "same first token as the last recursion": r"(eval_)?(agreement|test_accuracy)_depth_\d+",
+    "fraction of tokens, by recursion": r"(eval_)?load_depth_\d+|(eval_)?dead_tokens",
+    "agreement of threshold and top k": r"(eval_)?sampling_accuracy_depth_\d+",
+    "top-1 agreement with the last recursion": r"(eval_)?(agreement|test_accuracy)_depth_\d+",
 }
-"""Panels of the plot: title -> the figures in it."""
+"""Mapping from the title of a plot to a pattern of the figures in it."""
 
 logger = logging.getLogger(__name__)
 
 
 class Watcher(TrainerCallback):
-    """Writes every log line to ``metrics.jsonl`` and tells ``progress`` of every step.
+    """Callback that writes every log line to ``metrics.jsonl`` and reports the progress of every step.
 
     Args:
-        folder: The output folder.
-        tokens_per_step: Tokens that one step takes from the data, on all ranks.
-        progress: Told of the tokens trained on.
+        folder: Output folder.
+        tokens_per_step: Number of tokens of a step, over all ranks.
+        progress: Callback for the number of tokens done.
     """
 
     def __init__(self, folder: Path, tokens_per_step: int, progress: Progress):
@@ -46,14 +46,11 @@ class Watcher(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Drop what a run that died had logged after the checkpoint it is resumed from."""
+        """Remove lines that an interrupted run logged after the checkpoint that it is resumed from."""
         if state.is_world_process_zero:
-            kept = (
-                [line for line in read_metrics(self.file) if line["step"] <= state.global_step]
-                if state.global_step
-                else []
-            )
-            self.file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            lines = read_metrics(self.file) if state.global_step else []
+            valid = [line for line in lines if line["step"] <= state.global_step]
+            self.file.write_text("".join(json.dumps(line) + "\n" for line in valid), encoding="utf-8")
 
     def on_log(
         self,
@@ -76,13 +73,13 @@ class Watcher(TrainerCallback):
 
 
 def append_metrics(file: Path, line: dict[str, Any]) -> None:
-    """Add a line to a ``metrics.jsonl``."""
+    """Append a line to a ``metrics.jsonl``."""
     with open(file, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(line) + "\n")
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a last line that was cut off is left out."""
+    """Read the lines of a ``metrics.jsonl``, up to one that was not written completely."""
     lines = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
@@ -93,11 +90,11 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(folder: Path) -> Path | None:
-    """``curves.png`` from ``metrics.jsonl``; None, with a warning, where matplotlib is not installed."""
+    """Draw ``curves.png`` from ``metrics.jsonl``; without matplotlib, log a warning and return None."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("No curves.png: matplotlib is not installed. Run: pip install 'recursify[plot]'")
+        logger.warning("curves.png was not drawn: matplotlib is not installed. Run: pip install 'recursify[plot]'")
         return None
     lines = read_metrics(folder / METRICS_FILE)
     drawn = {

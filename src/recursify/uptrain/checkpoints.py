@@ -1,4 +1,4 @@
-"""Training checkpoints: written beside and renamed, sealed with checksums, found again after a crash."""
+"""Training checkpoints: seals of checksums, the newest intact one after a crash, removal of old ones."""
 
 from __future__ import annotations
 
@@ -17,72 +17,72 @@ from recursify.errors import SettingsError, TrainingError
 
 PREFIX = "checkpoint-"
 SEAL_FILE = "seal.json"
-"""Inside a checkpoint: the checksum of every file. Written last."""
+"""File of a checkpoint with the checksums of its other files, written last."""
 RUN_FILE = "run.json"
-"""Beside the checkpoints: the settings that every part of a resumed run has in common."""
+"""File beside the checkpoints with the settings that must not change on resume."""
 
 logger = logging.getLogger(__name__)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which ``checkpoint`` was written."""
+    """Number of steps done when ``checkpoint`` was written."""
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in ``folder``, oldest first."""
-    found = [c for c in folder.glob(f"{PREFIX}*") if c.is_dir() and c.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=step_of)
+    """All checkpoints in ``folder``, oldest first."""
+    folders = [path for path in folder.glob(f"{PREFIX}*") if path.is_dir()]
+    return sorted((path for path in folders if path.name.removeprefix(PREFIX).isdigit()), key=step_of)
 
 
 def seal(checkpoint: Path) -> None:
-    """Note the checksum of every file of ``checkpoint``."""
+    """Write the checksums of all files of ``checkpoint``."""
     files = sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != SEAL_FILE)
     sums = {str(file.relative_to(checkpoint)): _checksum(file) for file in files}
     (checkpoint / SEAL_FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
 
 
-def what_is_damaged(checkpoint: Path) -> str | None:
-    """Why ``checkpoint`` cannot be resumed from, or None."""
+def find_damage(checkpoint: Path) -> str | None:
+    """Describe the damage of ``checkpoint``; None if it is intact."""
     try:
         sums = json.loads((checkpoint / SEAL_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return f"it has no readable {SEAL_FILE}"
+        return f"{SEAL_FILE} is missing or unreadable"
     for name, checksum in sums.items():
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
         if _checksum(file) != checksum:
-            return f"{name} is not what was written"
+            return f"{name} has another checksum"
     return None
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all what was written; damaged ones are skipped with a warning."""
+    """Find the newest intact checkpoint; damaged ones are skipped with a warning."""
     for checkpoint in reversed(list_checkpoints(folder)):
-        reason = what_is_damaged(checkpoint)
+        reason = find_damage(checkpoint)
         if reason is None:
             return checkpoint
-        logger.warning("'%s' is damaged (%s); going back to the one before it.", checkpoint, reason)
+        logger.warning("'%s' is damaged (%s); trying the checkpoint before it.", checkpoint, reason)
     return None
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Read the weights of ``checkpoint`` into ``model``, as its objective prepared it."""
+    """Load the weights of ``checkpoint`` into ``model``, which its objective has prepared."""
     for shard in sorted(set(shard_files(checkpoint).values())):
         unexpected = model.load_state_dict(load_file(checkpoint / shard), strict=False).unexpected_keys
-        assert not unexpected, f"{checkpoint} was written by another model: {unexpected}"
+        assert not unexpected, f"{checkpoint} belongs to another model: {unexpected}"
 
 
 def remove_old(folder: Path, *, keep: int, best_step: int | None) -> None:
-    """Remove all checkpoints but the newest ``keep`` and the best."""
+    """Remove all checkpoints except the newest ``keep`` and the best."""
     for checkpoint in list_checkpoints(folder)[:-keep]:
         if step_of(checkpoint) != best_step:
             shutil.rmtree(checkpoint)
 
 
 def write_run(folder: Path, run: dict[str, Any]) -> None:
-    """Note what a resumed run must have in common with this one."""
+    """Write the settings of a run that must not change on resume."""
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / f".{RUN_FILE}"
     scratch.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
@@ -90,21 +90,21 @@ def write_run(folder: Path, run: dict[str, Any]) -> None:
 
 
 def check_run(folder: Path, run: dict[str, Any]) -> None:
-    """Refuse to resume with other settings than the run began with.
+    """Check that a resumed run has the settings it started with.
 
     Raises:
-        TrainingError: There is nothing to resume.
-        SettingsError: A setting differs; the message names it with both values.
+        TrainingError: There is no run to resume.
+        SettingsError: A setting differs; the message has both values.
     """
     file = folder / RUN_FILE
     if not file.exists():
-        raise TrainingError(f"There is no run to resume in '{folder.parent}'. Leave out --resume to begin one.")
+        raise TrainingError(f"'{folder.parent}' has no run to resume. Omit --resume to start one.")
     before = json.loads(file.read_text(encoding="utf-8"))
     for key in sorted(before.keys() | run.keys()):
         if before.get(key) != run.get(key):
             raise SettingsError(
-                f"Cannot resume: '{key}' was {before.get(key)!r} when the run in '{folder.parent}' began, and is "
-                f"{run.get(key)!r} now. Use the old value, or begin a new run with another -o."
+                f"Cannot resume: '{key}' was {before.get(key)!r} when the run in '{folder.parent}' started, and is "
+                f"{run.get(key)!r} now. Use the old value, or start a new run with another -o."
             )
 
 

@@ -1,8 +1,8 @@
-"""Rows from files or the Hub, tokenized and packed so that no document sees another.
+"""Rows from files or the Hub, tokenized and packed so that documents do not attend to each other.
 
-Reading is ``datasets``', packing TRL's. A row is plain text (``text`` or ``content``), a ``prompt`` with a
-``completion``, or a chat (``messages``). Packed sequences carry position ids that restart with every document, and
-transformers' masks keep documents apart wherever positions restart.
+``datasets`` reads and TRL packs. A row is plain text (``text`` or ``content``), a ``prompt`` with a ``completion``, or
+a chat (``messages``). Position ids of packed sequences restart with every document, and transformers' masks separate
+documents where positions restart.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from recursify.evaluation.text import PLAIN_SUFFIXES, default_text
 from .settings import UptrainSettings
 
 IGNORED = -100
-"""Label of a token that is not learnt."""
+"""Label of a token without loss."""
 
 BUILDERS = dict.fromkeys(PLAIN_SUFFIXES, "text") | {
     ".jsonl": "json",
@@ -34,23 +34,23 @@ BUILDERS = dict.fromkeys(PLAIN_SUFFIXES, "text") | {
     ".parquet": "parquet",
     ".csv": "csv",
 }
-"""File suffix -> builder of ``datasets``."""
+"""Mapping from file suffixes to builders of ``datasets``."""
 
 EVAL_FRACTION = 0.05
 SHUFFLE_BUFFER = 10_000
-"""Rows among which a stream is shuffled."""
+"""Size of the buffer in which a stream is shuffled, in rows."""
 
 Rows: TypeAlias = Dataset | IterableDataset
 
 
 @dataclass(frozen=True)
 class TextData:
-    """Packed sequences to train on and to measure with.
+    """Packed sequences for training and evaluation.
 
     Attributes:
-        train: Rows with ``input_ids``, ``labels`` and ``seq_lengths``.
-        evaluation: The same, held out.
-        name: What was read, for a report.
+        train: Training rows with ``input_ids``, ``labels`` and ``seq_lengths``.
+        evaluation: Held-out rows.
+        name: Name of the data, for reports.
     """
 
     train: Rows
@@ -59,20 +59,19 @@ class TextData:
 
 
 def prepare_data(settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase) -> TextData:
-    """Read, tokenize, shuffle and pack what the settings name.
+    """Read, tokenize, shuffle and pack the data of the settings.
 
     Raises:
-        TextError: Nothing there, unreadable, a row of the wrong form (named by file and line), too little, or nothing
-            in it to learn.
+        TextError: Data is missing, unreadable, too short or has no tokens to learn; or a row has the wrong form, which
+            the message names by file and line.
     """
     data = _pack_all(settings, tokenizer)
-    # A stream cannot be looked through; its held-out rows can, and are most likely like it.
+    # A stream cannot be checked without reading it, but its held-out rows can, and are probably similar.
     for rows, which in ((data.evaluation, "held-out "), (data.train, "")):
         if isinstance(rows, Dataset) and not any(_learns(row) for row in rows):
             raise TextError(
-                f"The {which}rows of {data.name} hold nothing to learn: no completion, and nothing that the assistant "
-                f"says, within {settings.length} tokens. Give other rows, a larger length, or leave out "
-                f"completions_only."
+                f"The {which}rows of {data.name} have no tokens to learn: no completion or assistant turn within "
+                f"{settings.length} tokens. Give other rows, a larger length, or turn off completions_only."
             )
     return data
 
@@ -96,29 +95,29 @@ def _pack_all(settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase) -> 
     if settings.eval_data is not None:
         evaluation = _first(pack(_open(settings.eval_data, settings), shuffle=False), settings)
     elif isinstance(train, IterableDataset):
-        raise TextError(f"{name} is a stream, of which no part can be held out. Give --eval-data.")
+        raise TextError(f"{name} is streamed, so no part of it can be held out. Give --eval-data.")
     else:
         if len(train) < 2:
             raise TextError(
-                f"{name} fills {len(train)} sequences of {settings.length} tokens, and at least 2 are needed, one of "
-                f"them held out. Give more text, a shorter length, or evaluation text of its own (--eval-data)."
+                f"{name} fills {len(train)} sequences of {settings.length} tokens, but at least 2 are needed, one of "
+                f"them held out. Give more text, a shorter length, or separate evaluation text (--eval-data)."
             )
-        held = max(1, min(settings.eval_sequences, round(EVAL_FRACTION * len(train))))
-        evaluation, train = train.select(range(held)), train.select(range(held, len(train)))
+        size = max(1, min(settings.eval_sequences, round(EVAL_FRACTION * len(train))))
+        evaluation, train = train.select(range(size)), train.select(range(size, len(train)))
     return TextData(train, evaluation, name)
 
 
 def _first(rows: Rows, settings: UptrainSettings) -> Dataset:
-    """At most ``eval_sequences`` of ``rows``, in memory."""
-    found = list(rows.take(settings.eval_sequences))
-    if not found:
-        raise TextError("The held-out text fills no sequence. Give more of it.")
-    return Dataset.from_list(found)
+    """The first ``eval_sequences`` of ``rows``, in memory."""
+    first = list(rows.take(settings.eval_sequences))
+    if not first:
+        raise TextError("The held-out text does not fill one sequence. Give more text.")
+    return Dataset.from_list(first)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Rows of one form, and the files they lie in, to name a row that is wrong."""
+    """Rows of one form, with their files for error messages."""
 
     rows: Rows
     name: str
@@ -126,7 +125,7 @@ class _Source:
 
 
 def _open(names: Iterable[str], settings: UptrainSettings) -> list[_Source]:
-    """Open files, folders and Hub data sets; the files of one kind become one source."""
+    """Open files, folders and Hub data sets; all files with the same builder become one source."""
     by_builder: dict[str, list[Path]] = {}
     sources = []
     for name in names:
@@ -134,17 +133,17 @@ def _open(names: Iterable[str], settings: UptrainSettings) -> list[_Source]:
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in BUILDERS)
             if not files:
-                raise TextError(f"'{path}' holds no text ({', '.join(BUILDERS)}).")
+                raise TextError(f"'{path}' has no files of the types {', '.join(BUILDERS)}. Give another folder.")
         elif path.exists():
             files = [path]
         elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix not in BUILDERS:
             sources.append(_Source(_from_hub(name, settings), name, ()))
             continue
         else:
-            raise TextError(f"There is no text at '{name}', and it does not look like a Hub data set (owner/name).")
+            raise TextError(f"There is no text at '{name}', and it is not a Hub data set (owner/name). Check the path.")
         for file in files:
             if file.suffix not in BUILDERS:
-                raise TextError(f"'{file}' is none of {', '.join(BUILDERS)}. Convert it, or rename it if it is text.")
+                raise TextError(f"'{file}' is not of a supported type ({', '.join(BUILDERS)}). Convert or rename it.")
             if file.stat().st_size:
                 by_builder.setdefault(BUILDERS[file.suffix], []).append(file)
     for builder, files in by_builder.items():
@@ -161,7 +160,7 @@ def _open(names: Iterable[str], settings: UptrainSettings) -> list[_Source]:
             raise TextError(_why_unreadable(files, error)) from error
         sources.append(_Source(rows, ", ".join(file.name for file in files[:3]), tuple(files)))
     if not sources:
-        raise TextError(f"{', '.join(names)}: empty. Give files with some thousand words of running text.")
+        raise TextError(f"{', '.join(names)}: empty. Give files with at least some thousand words of text.")
     return sources
 
 
@@ -170,35 +169,35 @@ def _from_hub(name: str, settings: UptrainSettings) -> Rows:
         return load_dataset(name, split=settings.data_split, streaming=settings.streaming)
     except (DatasetNotFoundError, ValueError, OSError) as error:
         raise TextError(
-            f"'{name}' is no local file, and the Hub did not deliver split '{settings.data_split}' of it: "
+            f"'{name}' is not a local file, and split '{settings.data_split}' of it cannot be loaded from the Hub: "
             f"{str(error).splitlines()[0]}"
         ) from error
 
 
 def _why_unreadable(files: list[Path], error: Exception) -> str:
-    """Name the file, and the line where there is one: ``datasets`` says neither."""
+    """Describe the error with file and line, which ``datasets`` does not name."""
     for file in files:
         if file.suffix == ".parquet":
             continue
         data = file.read_bytes()
         try:
             content = data.decode("utf-8-sig")
-        except UnicodeDecodeError as wrong:
-            return f"'{file}' is not UTF-8 (byte {wrong.start}: 0x{data[wrong.start]:02x}). Convert it first."
+        except UnicodeDecodeError as bad:
+            return f"'{file}' is not UTF-8 (byte {bad.start}: 0x{data[bad.start]:02x}). Convert it first."
         if file.suffix != ".jsonl":
             continue
         for number, line in enumerate(content.splitlines(), start=1):
             try:
                 if line.strip():
                     json.loads(line)
-            except ValueError as wrong:
-                return f"{file}:{number} is not JSON ({wrong}). JSONL has one object per line."
+            except ValueError as bad:
+                return f"{file}:{number} is not JSON ({bad}). Write one object per line."
     reason = str(error.__cause__ or error).splitlines()[0]
     return f"{', '.join(map(str, files[:5]))} cannot be read: {reason}"
 
 
 def _place(files: tuple[Path, ...], index: int) -> str:
-    """File and line of row ``index`` of a source."""
+    """``FILE:LINE`` of row ``index`` of a source."""
     for file in files:
         if file.suffix in (".jsonl", ".csv"):
             with open(file, newline="", encoding="utf-8-sig") as stream:
@@ -219,7 +218,7 @@ def _place(files: tuple[Path, ...], index: int) -> str:
 
 
 class _Packer:
-    """Tokenizes rows of any known form and packs them."""
+    """Tokenizer and packer of rows of any supported form."""
 
     def __init__(self, settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase):
         self.settings = settings
@@ -236,19 +235,18 @@ class _Packer:
             columns = rows.column_names or list(next(iter(rows.take(1)), {}))
             encode, is_chat = self._encoder(columns, source)
             tokenized = rows.map(encode, with_indices=True, remove_columns=columns)
-            # A conversation cut in two teaches answers without their questions; running text loses nothing.
+            # A split chat would teach answers without their questions; plain text can be split.
             packed.append(pack_dataset(tokenized, self.settings.length, "bfd" if is_chat else "bfd_split"))
-        together = packed[0] if len(packed) == 1 else concatenate_datasets(packed)
-        if shuffle and isinstance(together, Dataset):  # a source at a time, longest first, is how packing leaves them
-            return together.shuffle(seed=self.settings.seed)
-        return together
+        rows = packed[0] if len(packed) == 1 else concatenate_datasets(packed)
+        # Packing sorts the rows of each source by length.
+        return rows.shuffle(seed=self.settings.seed) if shuffle and isinstance(rows, Dataset) else rows
 
     def _encoder(self, columns: list[str], source: _Source) -> tuple[Callable[[dict, int], dict], bool]:
-        """The function from a row to its tokens, by the columns that there are."""
+        """The function from a row to its tokens, and whether rows are chats or completions."""
         if "messages" in columns:
             if not self.tokenizer.chat_template:
                 raise TextError(
-                    f"{source.name} holds chats, and the model's tokenizer has no chat template. Give text or "
+                    f"{source.name} contains chats, but the model's tokenizer has no chat template. Give text or "
                     f"prompt/completion rows, or put a chat_template.jinja into the model's folder."
                 )
             return self._guarded(self._encode_chat, source), True
@@ -274,7 +272,7 @@ class _Packer:
     def _encode_text(self, row: dict) -> dict[str, list[int]]:
         text = row.get("text", row.get("content"))
         if not isinstance(text, str):
-            raise TextError(f"the text is {type(text).__name__}, not a string.")
+            raise TextError(f"'text' is {type(text).__name__}, not a string. Fix the row.")
         ids = self._with_end(self.tokenizer(text, verbose=False)["input_ids"])
         return {"input_ids": ids, "labels": list(ids)}
 
@@ -283,24 +281,22 @@ class _Packer:
             if isinstance(row[field], list):
                 return self._encode_chat({"messages": [*_messages(row["prompt"]), *_messages(row["completion"])]})
             if not isinstance(row[field], str):
-                raise TextError(f"'{field}' is {type(row[field]).__name__}, not a string.")
-        whole = self.tokenizer(row["prompt"] + row["completion"], return_offsets_mapping=True, verbose=False)
-        ids = self._with_end(whole["input_ids"])
-        starts = [start for start, _ in whole["offset_mapping"]] + [len(row["prompt"])] * (
-            len(ids) - len(whole["input_ids"])
-        )
-        return self._labelled(ids, [start >= len(row["prompt"]) for start in starts])
+                raise TextError(f"'{field}' is {type(row[field]).__name__}, not a string. Fix the row.")
+        encoded = self.tokenizer(row["prompt"] + row["completion"], return_offsets_mapping=True, verbose=False)
+        ids = self._with_end(encoded["input_ids"])
+        learned = [start >= len(row["prompt"]) for start, _ in encoded["offset_mapping"]]
+        return self._labelled(ids, learned + [True] * (len(ids) - len(learned)))
 
     def _encode_chat(self, row: dict) -> dict[str, list[int]]:
-        """The chat template's text; with ``completions_only``, what the assistant says in it is what is learnt."""
+        """Tokens of the rendered chat template; with ``completions_only``, only assistant turns have labels."""
         messages = _messages(row["messages"])
         text = self._render(messages)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        learnt = [True] * len(encoded["input_ids"])
+        learned = [True] * len(encoded["input_ids"])
         if self.settings.completions_only:
             spans = self._assistant_spans(messages, text)
-            learnt = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
-        return self._labelled(encoded["input_ids"], learnt)
+            learned = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
+        return self._labelled(encoded["input_ids"], learned)
 
     def _assistant_spans(self, messages: list[dict], text: str) -> list[tuple[int, int]]:
         spans = []
@@ -311,8 +307,8 @@ class _Packer:
             until = self._render(messages[: index + 1])
             if not (text.startswith(before) and text.startswith(until)):
                 raise TextError(
-                    "the chat template writes earlier turns differently once later ones follow, so what the assistant "
-                    "says cannot be told apart. Give prompt/completion rows, or learn whole chats."
+                    "the chat template renders a turn differently when another follows, so assistant turns cannot be "
+                    "located. Give prompt/completion rows, or turn off completions_only."
                 )
             spans.append((len(before), len(until)))
         return spans
@@ -320,16 +316,14 @@ class _Packer:
     def _render(self, messages: list[dict], **options: Any) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except Exception as error:  # a template raises what its author chose: jinja's, ValueError, TypeError
-            raise TextError(f"the chat template refuses it: {error}") from error
+        except Exception as error:  # templates raise errors of jinja, ValueError, TypeError ...
+            raise TextError(f"the chat template rejects it: {error}") from error
 
-    def _labelled(self, ids: list[int], learnt: list[bool]) -> dict[str, list[int]]:
+    def _labelled(self, ids: list[int], learned: list[bool]) -> dict[str, list[int]]:
         if not self.settings.completions_only:
             return {"input_ids": ids, "labels": list(ids)}
-        return {
-            "input_ids": ids,
-            "labels": [token if keep else IGNORED for token, keep in zip(ids, learnt, strict=True)],
-        }
+        labels = [token if keep else IGNORED for token, keep in zip(ids, learned, strict=True)]
+        return {"input_ids": ids, "labels": labels}
 
     def _with_end(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
@@ -338,22 +332,22 @@ class _Packer:
 
 def _messages(value: Any) -> list[dict]:
     if not isinstance(value, list) or not value:
-        raise TextError("'messages' is not a list with at least one message.")
+        raise TextError("'messages' must be a list of at least one message.")
     for message in value:
         for field in ("role", "content"):
             if not isinstance(message, dict) or not isinstance(message.get(field), str):
-                raise TextError(f"a message has no string '{field}'.")
+                raise TextError(f"a message has no string '{field}'. Fix the row.")
     return value
 
 
 class Collator:
-    """Packed rows as tensors: ``input_ids``, ``labels`` and ``position_ids``, each ``[B, T]``.
+    """Collator of packed rows into ``input_ids``, ``labels`` and ``position_ids``, all ``[B, T]``.
 
-    A document's first token is predicted from nothing, so its label is ``IGNORED``. A row that is not full ends in
-    padding that is a document of its own, so no attention mask is needed.
+    The first token of a document is not predicted, so its label is ``IGNORED``. The padding at the end of a row is a
+    document of its own, so no attention mask is needed.
 
     Args:
-        length: ``T``.
+        length: Sequence length ``T``.
         pad: Token id of padding.
     """
 

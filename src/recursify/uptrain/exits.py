@@ -1,4 +1,4 @@
-"""Training exits: each recursion but the last learns to say what the last one says, and when it will."""
+"""Stage ``exits``: train exit heads to match the last recursion, and exit tests to predict when they do."""
 
 from __future__ import annotations
 
@@ -10,39 +10,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recursify.errors import SettingsError
-from recursify.modeling import (
-    ExitHead,
-    ExitKind,
-    RecursiveConfig,
-    RecursiveForCausalLM,
-    RecursiveOutput,
-)
+from recursify.modeling import ExitHead, ExitKind, RecursiveConfig, RecursiveForCausalLM, RecursiveOutput
 
 from .data import IGNORED
+from .heal import ExitOutput, Heal
 from .losses import Sums, forward_kl, layer_distillation, weighted_coefficients
-from .objectives import Heal, ReadExit
+from .settings import UptrainSettings
 
 logger = logging.getLogger(__name__)
 
 
 class Exits(Heal):
-    """The last recursion as in :class:`Heal`, and beside it every exit.
+    """The loss of :class:`Heal` on the last recursion, and the losses of all exits.
 
     - ``aggressive``: ``L_last + Σ_d exit_weight · L_d`` (Relaxed Recursive Transformers, table J.1);
     - ``weighted``: ``Σ_i i/Σj · L_i`` over the exits and the last recursion;
-    - ``free``: cross-entropies weighted by the layers that were run, ``Σ_i n_i CE_i / Σ_i n_i``, and hidden states
-      of deep layers distilled into those before the exit (FREE, arXiv 2310.05424, which has one exit; of several, the
-      mean). Where exits run the coda, it counts among their layers, and its own states teach nothing.
+    - ``free``: cross-entropies weighted by the number of layers run, ``Σ_i n_i CE_i / Σ_i n_i``, and distillation of
+      deep layers' hidden states into those before the exit (FREE, arXiv 2310.05424; it has one exit, of several we take
+      the mean). If exits run the coda, it counts among their layers, and its own states are not distilled.
 
-    ``L_d = CE_d + exit_kl_weight · KL(last ‖ d)`` with the last recursion's distribution detached. The exit test learns
-    by cross-entropy whether its exit puts the same token first as the last recursion, on detached states.
+    ``L_d = CE_d + exit_kl_weight · KL(last ‖ d)`` with the last recursion's distribution detached. The exit test is
+    trained by cross-entropy, on detached states, to predict whether exit and last recursion have the same argmax.
     """
 
+    supports_routing = False
+    trained_parts = frozenset({"heads"})
+
+    @classmethod
+    def check_settings(cls, settings: UptrainSettings) -> None:
+        """Accept all settings: with both weights of the last recursion at 0, exits still learn."""
+
     def prepare(self, model: RecursiveForCausalLM) -> None:
-        """Add exit heads; a model that has those asked for keeps them, and what is not asked for stays as it is.
+        """Add exit heads, unless the model has heads like these; settings that are None keep the model's value.
 
         Raises:
-            SettingsError: The layout has no boundaries, or an unknown kind of head.
+            SettingsError: The layout has no boundaries, or the kind of head is unknown.
         """
         settings, config = self.settings, model.config
         kind = cast(ExitKind, settings.exit_head or config.exit_head or "shared")
@@ -68,9 +70,9 @@ class Exits(Heal):
         num_exits = len(outputs.exit_states or ())
         total, sums = super().__call__(model, outputs, inputs)
         if outputs.layer_states is not None and num_exits:
-            distilled = self._distil(model, outputs.layer_states, num_exits, inputs["labels"])
-            total = total + self.settings.free_distillation_weight * distilled
-            sums["layer_distillation"] = distilled.detach()
+            distillation = self._layer_distillation(model, outputs.layer_states, num_exits, inputs["labels"])
+            total = total + self.settings.free_distillation_weight * distillation
+            sums["layer_distillation"] = distillation.detach()
         return total, sums
 
     def coefficients(self, config: RecursiveConfig, num_exits: int) -> list[float]:
@@ -80,36 +82,38 @@ class Exits(Heal):
             return weighted_coefficients(num_exits + 1)
         layout = config.layout
         coda = layout.num_coda_layers if config.exit_through_coda else 0
-        # A step with fewer recursions than the model has is shorter by whole blocks.
+        # A step may run fewer recursions than the model has.
         skipped = (layout.num_recursions - 1 - num_exits) * layout.block_size
         layers = [layout.layers_before(depth) + coda for depth in range(num_exits)] + [layout.num_layers - skipped]
         return [count / sum(layers) for count in layers]
 
     def exit_loss(
-        self, model: RecursiveForCausalLM, read: ReadExit, last: Tensor, coefficient: float
+        self, model: RecursiveForCausalLM, output: ExitOutput, last_logits: Tensor, coefficient: float
     ) -> tuple[Tensor, Sums]:
         settings = self.settings
-        total = read.cross_entropy
+        total = output.cross_entropy
         if settings.exit_kl_weight and settings.exit_loss != "free":
-            total = total + settings.exit_kl_weight * forward_kl(read.logits, last, backend=settings.loss_backend)
+            kl = forward_kl(output.logits, last_logits, backend=settings.loss_backend)
+            total = total + settings.exit_kl_weight * kl
         assert model.exit_heads is not None
-        head = model.exit_heads[read.depth]
+        head = model.exit_heads[output.depth]
         assert isinstance(head, ExitHead)
-        odds = head.agreement(read.boundary).float()
-        test = F.binary_cross_entropy_with_logits(odds, read.agrees, reduction="sum")
-        right = ((odds > 0) == (read.agrees > 0)).float().sum()
-        return coefficient * total + settings.test_weight * test, {"test_loss": test, "test_accuracy": right}
+        log_odds = head.agreement(output.boundary).float()
+        test_loss = F.binary_cross_entropy_with_logits(log_odds, output.agrees, reduction="sum")
+        num_correct = ((log_odds > 0) == (output.agrees > 0)).float().sum()
+        figures = {"test_loss": test_loss, "test_accuracy": num_correct}
+        return coefficient * total + settings.test_weight * test_loss, figures
 
-    def _distil(
+    def _layer_distillation(
         self, model: RecursiveForCausalLM, layer_states: tuple[Tensor, ...], num_exits: int, labels: Tensor
     ) -> Tensor:
         keep = labels[:, 1:] != IGNORED
         layout = model.config.layout
         if model.config.exit_through_coda:
-            # The coda follows an exit as it follows the last recursion, so what it makes of either is no teacher.
+            # The coda runs after exits too, so its states are not deeper than those of an exit.
             layer_states = layer_states[: len(layer_states) - layout.num_coda_layers]
         normed = [model.model.norm(state[:, :-1][keep]) for state in layer_states]
         kind = self.settings.free_distillation
         assert kind is not None
-        parts = [layer_distillation(normed, layout.layers_before(depth), kind) for depth in range(num_exits)]
-        return torch.stack(parts).mean()
+        losses = [layer_distillation(normed, layout.layers_before(depth), kind) for depth in range(num_exits)]
+        return torch.stack(losses).mean()

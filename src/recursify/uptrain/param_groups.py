@@ -1,4 +1,4 @@
-"""Which parameters are trained, at what rate, and by which optimizer."""
+"""Choice of trained parameters, their learning rates, and the optimizer."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 
-from recursify.errors import TrainingError
-from recursify.experiments.hfac import HFac
+from recursify import plugins
+from recursify.errors import SettingsError, TrainingError
 from recursify.modeling import RecursiveForCausalLM
 
 from .settings import UptrainSettings
 
-HFAC = "hfac"
-"""Our own optimizer's name, beside those of transformers."""
+OPTIMIZERS = "recursify.optimizers"
+"""Entry-point group of optimizers that transformers does not have.
+
+Each is a ``torch.optim.Optimizer`` class with an argument ``betas``. Its parameter groups have the keys ``lr``,
+``weight_decay`` and ``factored`` (False for norms and biases). A class attribute ``supports_sharding = False`` refuses
+sharded weights.
+"""
 
 
 def is_per_depth(name: str) -> bool:
@@ -34,42 +40,71 @@ def is_router(name: str) -> bool:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and to biases (which are ``[R, O]`` when relaxed)."""
+    """Whether weight decay applies: to matrices, not to norms and biases (which are ``[R, O]`` when relaxed)."""
     return parameter.ndim > 1 and not name.endswith(".bias")
+
+
+def _plugin_optimizer(name: str) -> type[Optimizer] | None:
+    if name not in plugins.names(OPTIMIZERS, {}):
+        return None
+    return plugins.find(OPTIMIZERS, name, {}, kind="optimizer", error=SettingsError)
+
+
+def check_optimizer(settings: UptrainSettings) -> None:
+    """Check that the optimizer works with the sharding.
+
+    Raises:
+        SettingsError: It factorizes matrices, and they are sharded.
+    """
+    plugin = _plugin_optimizer(settings.optimizer)
+    factorizes = settings.optimizer == "adafactor" or not getattr(plugin, "supports_sharding", True)
+    if settings.sharding != "none" and factorizes:
+        raise SettingsError(
+            f"optimizer '{settings.optimizer}' factorizes whole matrices, and sharding '{settings.sharding}' splits "
+            f"them. Use another optimizer, or sharding none."
+        )
+
+
+def transformers_optimizer(settings: UptrainSettings) -> str:
+    """Name of the optimizer for the Trainer's arguments; a placeholder if the optimizer is a plug-in."""
+    return "adamw_torch" if _plugin_optimizer(settings.optimizer) else settings.optimizer
 
 
 def find_optimizer(
     settings: UptrainSettings, arguments: TrainingArguments, model: Any = None
 ) -> tuple[Any, dict[str, Any]]:
-    """The optimizer's class and its options: transformers' choice, or our own that it does not know."""
-    if settings.optimizer == HFAC:
-        return HFac, {"betas": (arguments.adam_beta1, arguments.adam_beta2)}
+    """The optimizer's class and its options, from a plug-in or from transformers."""
+    plugin = _plugin_optimizer(settings.optimizer)
+    if plugin is not None:
+        return plugin, {"betas": (arguments.adam_beta1, arguments.adam_beta2)}
     return Trainer.get_optimizer_cls_and_kwargs(arguments, model)
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], settings: UptrainSettings) -> list[dict[str, Any]]:
-    """Groups for an optimizer of those parameters, given with their names in the model, that require gradients.
+    """Parameter groups of an optimizer, from those of the named ``parameters`` that require gradients.
 
-    Residuals, norms and biases have a learning rate of their own: a shared weight gathers the gradients of all depths,
-    a residual those of one, so one rate rarely fits both. So have exit heads and routers. Vectors have no weight decay.
+    Residuals, norms and biases have their own learning rate: a shared weight sums the gradients of all depths, a
+    residual has those of one, so one rate rarely suits both. Exit heads and routers have their own rates, too. Vectors
+    have no weight decay.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters:
         if parameter.requires_grad:
             groups.setdefault((peak_rate(name, settings), decays(name, parameter)), []).append(parameter)
+    is_plugin = _plugin_optimizer(settings.optimizer) is not None
     return [
         {
             "params": members,
             "lr": rate,
             "weight_decay": settings.weight_decay if decayed else 0.0,
-            **({"factored": decayed} if settings.optimizer == HFAC else {}),
+            **({"factored": decayed} if is_plugin else {}),
         }
         for (rate, decayed), members in groups.items()
     ]
 
 
 def peak_rate(name: str, settings: UptrainSettings) -> float:
-    """Learning rate, at its peak, of the parameter ``name``."""
+    """Peak learning rate of the parameter ``name``."""
     if is_exit_head(name):
         return settings.head_learning_rate
     if is_router(name):
@@ -77,13 +112,19 @@ def peak_rate(name: str, settings: UptrainSettings) -> float:
     return (settings.lora_learning_rate or settings.learning_rate) if is_per_depth(name) else settings.learning_rate
 
 
-def is_trained(name: str, settings: UptrainSettings) -> bool:
-    """Whether the settings train the parameter ``name``; exit heads and routers only where the stage
-    has a use for them."""
+def is_trained(name: str, settings: UptrainSettings, trained_parts: frozenset[str] = frozenset()) -> bool:
+    """Whether the parameter ``name`` is trained.
+
+    Args:
+        name: Name of the parameter in the model.
+        settings: Settings with ``trainable``.
+        trained_parts: Parts of the stage (:class:`~recursify.uptrain.stage.Stage`): exit heads and routers are trained
+            by these stages only.
+    """
     if is_exit_head(name):
-        return settings.stage == "exits"
+        return "heads" in trained_parts
     if is_router(name):
-        return settings.stage == "routers"
+        return "routers" in trained_parts
     if settings.trainable == "lora":
         return is_per_depth(name)
     if settings.trainable == "shared":
@@ -91,13 +132,17 @@ def is_trained(name: str, settings: UptrainSettings) -> bool:
     return settings.trainable == "all"
 
 
-def choose_trained(model: RecursiveForCausalLM, settings: UptrainSettings) -> None:
-    """Freeze what the settings leave out.
+def freeze_untrained(
+    model: RecursiveForCausalLM, settings: UptrainSettings, trained_parts: frozenset[str] = frozenset()
+) -> None:
+    """Set ``requires_grad`` of every parameter by :func:`is_trained`.
 
     Raises:
-        TrainingError: Nothing is left to train.
+        TrainingError: No parameter is trained.
     """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_trained(name, settings))
+        parameter.requires_grad_(is_trained(name, settings, trained_parts))
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise TrainingError(f"This model has no parameters that trainable '{settings.trainable}' names.")
+        raise TrainingError(
+            f"This model has no parameters of the kind trainable '{settings.trainable}'. Use another --trainable."
+        )

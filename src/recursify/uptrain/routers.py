@@ -1,4 +1,4 @@
-"""Training routers: which tokens are worth another recursion, decided so that inference can decide alike."""
+"""Stage ``routers``: train routers that choose which tokens run which recursions, and the model with them."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ from recursify.modeling import RecursiveForCausalLM, RecursiveOutput, RouterKind
 from recursify.modeling.recursive_routing import activated, activation_of, capacities_of, choose_top_k, warmed_up
 
 from .data import IGNORED
+from .heal import Heal
 from .losses import Sums
-from .objectives import Heal
 from .settings import ROUTER_FIELDS
 
 logger = logging.getLogger(__name__)
 
 CALIBRATION_TOKENS = 4096
-"""Thresholds are chosen on so much training text: a load of one half is then known to about 1 %."""
+"""Number of training tokens for calibrating thresholds; the standard error of a load of one half is then about 1 %."""
 
 
-# --- Losses, each a mean over the tokens of a sequence, ``[B]`` ----------------------------------------------------
+# --- Losses: means over the tokens of a sequence, ``[B]`` ----------------------------------------------------------
 
 
 def auxiliary_loss(logits: Tensor, selected: Tensor, candidates: Tensor) -> Tensor:
-    """Cross-entropy of ``sigmoid(logit)`` with whether a candidate is among the best ``k``, ``[B]``.
+    """Binary cross-entropy of ``sigmoid(logit)`` with membership in the top ``k``, ``[B]``.
 
-    It drives scores to both sides of 0.5, where inference, which sees no later token, draws the line (MoR, arXiv
+    It pushes scores to both sides of 0.5, the threshold of inference, which cannot see later tokens (MoR, arXiv
     2507.10524, section 2.2.1).
 
     Args:
-        logits: ``[B, T]``.
-        selected: Bool ``[B, T]``.
-        candidates: Bool ``[B, T]``; the others do not count.
+        logits: Router logits ``[B, T]``.
+        selected: Tokens in the top ``k``, bool ``[B, T]``.
+        candidates: Tokens to average over, bool ``[B, T]``.
     """
-    each = F.binary_cross_entropy_with_logits(logits.float(), selected.float(), reduction="none")
-    return (each * candidates).sum(-1) / candidates.sum(-1).clamp(min=1)
+    losses = F.binary_cross_entropy_with_logits(logits.float(), selected.float(), reduction="none")
+    return (losses * candidates).sum(-1) / candidates.sum(-1).clamp(min=1)
 
 
 def balancing_loss(scores: Tensor, chosen: Tensor) -> Tensor:
     """``Σ_i f_i P_i``, ``f_i = (R/T) #{t: chosen_t = i}`` and ``P_i`` the mean score, ``[B]``; 1 at perfect balance.
 
     Args:
-        scores: Activated, ``[B, T, R]``; the gradient is theirs.
-        chosen: Depths ``[B, T]``.
+        scores: Activated scores ``[B, T, R]``, which get the gradient.
+        chosen: Chosen depths ``[B, T]``.
     """
     options = scores.shape[-1]
     loads = options * F.one_hot(chosen, options).to(scores.dtype).mean(-2)
@@ -59,11 +59,11 @@ def balancing_loss(scores: Tensor, chosen: Tensor) -> Tensor:
 
 
 def z_loss(logits: Tensor) -> Tensor:
-    """Mean of ``logsumexp(logits)²``, ``[B]``, of ``[B, T, ..., options]``: keeps logits small."""
+    """Mean of ``logsumexp(logits)²``, ``[B]``, for logits ``[B, T, ..., options]``; keeps logits small."""
     return logits.float().logsumexp(-1).square().flatten(1).mean(-1)
 
 
-def moved_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
+def updated_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     """``b_i + u sign(mean(load) − load_i)``, ``[R]``: options that were chosen too often become less likely."""
     return bias + rate * (load.mean() - load).sign()
 
@@ -73,12 +73,12 @@ def moved_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 
 @dataclass
 class RouterFigures:
-    """What routers did with the tokens of a batch that are learnt.
+    """Statistics of the routing of a batch.
 
     Args:
-        routing: Of the forward.
-        keep: Bool ``[B, T]``: those tokens.
-        capacities: What loads are compared with, by depth; None compares with equal shares.
+        routing: Routing of the forward.
+        keep: Tokens that count, bool ``[B, T]``.
+        capacities: Target load by depth; None for equal shares.
     """
 
     routing: Routing
@@ -86,36 +86,36 @@ class RouterFigures:
     capacities: list[float] | None
 
     def loads(self) -> Tensor:
-        """The part of the tokens that goes through each recursion, ``[R]``."""
-        return torch.stack([(each & self.keep).sum() for each in self.routing.selected]) / self._count()
+        """Fraction of the tokens that runs each recursion, ``[R]``."""
+        return torch.stack([(selected & self.keep).sum() for selected in self.routing.selected]) / self._count()
 
     def max_violation(self) -> Tensor:
-        """The largest part by which a load is off: of each recursion, or in token choice of each choice of a depth."""
+        """Largest relative deviation of a load from its target: of a recursion, or for token choice of a depth."""
         loads = self.loads()
         if self.capacities is not None:
-            wanted = torch.tensor(self.capacities[: len(loads)], device=loads.device)
+            targets = torch.tensor(self.capacities[: len(loads)], device=loads.device)
         else:
             deeper = torch.cat([loads[1:], loads.new_zeros(1)])
-            loads, wanted = loads - deeper, torch.full_like(loads, 1 / len(loads))
-        return (loads / wanted - 1).abs().max()
+            loads, targets = loads - deeper, torch.full_like(loads, 1 / len(loads))
+        return (loads / targets - 1).abs().max()
 
-    def dead(self, ids: Tensor, vocabulary: int) -> Tensor:
-        """The part of the tokens of which no occurrence in the batch reaches the last recursion."""
-        reached = torch.zeros(vocabulary, dtype=torch.bool, device=ids.device)
+    def dead_tokens(self, ids: Tensor, vocab_size: int) -> Tensor:
+        """Fraction of the tokens whose id never reaches the last recursion in this batch."""
+        reached = torch.zeros(vocab_size, dtype=torch.bool, device=ids.device)
         reached[ids[self.routing.selected[-1] & self.keep]] = True
         return (~reached[ids] & self.keep).sum() / self._count()
 
     def sampling_accuracy(self, depth: int, *, training: bool, threshold: float) -> Tensor:
-        """How often score and best ``k`` agree on a candidate."""
+        """Fraction of the candidates for which the threshold and the top ``k`` decide alike."""
         assert self.capacities is not None
         routing = self.routing
         candidates = routing.candidates[depth]
         above = (routing.deciding or routing.logits)[depth].sigmoid() >= threshold
         if training:
-            best = routing.selected[depth]
+            top_k = routing.selected[depth]
         else:
-            best = choose_top_k(routing.logits[depth], candidates, self.capacities[depth])
-        return ((above == best) & candidates).sum() / candidates.sum().clamp(min=1)
+            top_k = choose_top_k(routing.logits[depth], candidates, self.capacities[depth])
+        return ((above == top_k) & candidates).sum() / candidates.sum().clamp(min=1)
 
     def _count(self) -> Tensor:
         return self.keep.sum().clamp(min=1)
@@ -125,35 +125,37 @@ class RouterFigures:
 
 
 class Routers(Heal):
-    """The last recursion as in :class:`Heal`, every token going as deep as the routers send it.
+    """The loss of :class:`Heal`, with every token at the depth that the routers choose, and the losses of the routers.
 
-    Expert choice adds ``router_weight`` times :func:`auxiliary_loss` of every depth; token choice
-    ``router_balance_weight`` times :func:`balancing_loss`, or moves a bias on the choice after each step. When
-    measuring, routers decide as in inference, so held-out figures are those of a causal model.
+    Expert choice adds ``router_weight`` times :func:`auxiliary_loss` of every depth; token choice adds
+    ``router_balance_weight`` times :func:`balancing_loss`, or updates a bias on the choice after each step. In
+    evaluations routers decide as in inference, so held-out figures are those of a causal model.
     """
 
+    trained_parts = frozenset({"routers"})
+
     def prepare(self, model: RecursiveForCausalLM) -> None:
-        """Add routers; a model that has those asked for keeps them, and what is not asked for stays as it is.
+        """Add routers, unless the model has routers like these; settings that are None keep the model's value.
 
         Raises:
-            SettingsError: The layout has no boundaries, or fields that do not go together.
+            SettingsError: The layout has no boundaries, or settings contradict each other.
         """
         settings, config = self.settings, model.config
         self._model, self._step = model, -1
-        asked = {name: getattr(settings, name) for name in ROUTER_FIELDS if getattr(settings, name) is not None}
-        if "router_capacities" in asked:
-            asked["router_capacities"] = list(asked["router_capacities"])
+        fields = {name: getattr(settings, name) for name in ROUTER_FIELDS if getattr(settings, name) is not None}
+        if "router_capacities" in fields:
+            fields["router_capacities"] = list(fields["router_capacities"])
         routers = model.model.routers
-        if routers is not None and all(getattr(config, name) == value for name, value in asked.items()):
+        if routers is not None and all(getattr(config, name) == value for name, value in fields.items()):
             return
-        kind = cast(RouterKind, asked.pop("router", config.router or "expert_choice"))
-        kept = {}
+        kind = cast(RouterKind, fields.pop("router", config.router or "expert_choice"))
+        defaults = {}
         if routers is not None:
             logger.warning("The model's %s routers are replaced by new %s ones.", config.router, kind)
             if kind == config.router:
-                kept = {name: getattr(config, name) for name in ROUTER_FIELDS if name != "router"}
+                defaults = {name: getattr(config, name) for name in ROUTER_FIELDS if name != "router"}
         try:
-            model.add_routers(kind, **{**kept, **asked})
+            model.add_routers(kind, **{**defaults, **fields})
         except ValueError as error:
             raise SettingsError(str(error)) from error
 
@@ -161,7 +163,7 @@ class Routers(Heal):
         return {}
 
     def begin_step(self, step: int, max_steps: int) -> None:
-        """Set the capacities of the step, and move the bias by the loads of the step before."""
+        """Set the capacities of the step, and update the bias by the loads of the step before."""
         if step == self._step:
             return
         self._step = step
@@ -169,32 +171,34 @@ class Routers(Heal):
         if config.router == "expert_choice":
             steps = self.settings.router_warmup_fraction * max_steps
             progress = step / steps if steps else 1.0
-            self._model.model.training_capacities = [warmed_up(each, progress) for each in capacities_of(config)]
-        self._move_bias()
+            self._model.model.training_capacities = [
+                warmed_up(capacity, progress) for capacity in capacities_of(config)
+            ]
+        self._update_bias()
 
-    def settle(self, model: RecursiveForCausalLM, sequences: Callable[[int], list[Tensor]]) -> bool:
-        """Choose the thresholds of expert choice, where a router has learnt anything that they could be for."""
+    def calibrate(self, model: RecursiveForCausalLM, sequences: Callable[[int], list[Tensor]]) -> bool:
+        """Choose the thresholds of expert choice, unless routers are random or capacities are 1."""
         config = model.config
-        learnt = config.router == "expert_choice" and config.router_width != "random"
-        if not (self.settings.router_calibrate and learnt and min(capacities_of(config)) < 1):
+        is_learned = config.router == "expert_choice" and config.router_width != "random"
+        if not (self.settings.router_calibrate and is_learned and min(capacities_of(config)) < 1):
             return False
         thresholds = calibrate_thresholds(model, sequences(CALIBRATION_TOKENS))
-        logger.info("Thresholds of the routers: %s", ", ".join(f"{each:.3f}" for each in thresholds))
+        logger.info("Thresholds of the routers: %s", ", ".join(f"{threshold:.3f}" for threshold in thresholds))
         return True
 
     def finish(self, model: RecursiveForCausalLM) -> None:
         model.model.training_capacities = None
-        self._move_bias()
+        self._update_bias()
 
-    def _move_bias(self) -> None:
+    def _update_bias(self) -> None:
         router = self._router()
         if router is None or self.settings.router_balance != "bias" or not router.load.any():
             return
-        router.bias.copy_(moved_bias(router.bias, router.load, self.settings.router_bias_rate))
+        router.bias.copy_(updated_bias(router.bias, router.load, self.settings.router_bias_rate))
         router.load.zero_()
 
     def _router(self) -> TokenRouter | None:
-        """The one of token choice."""
+        """The router of token choice; None for expert choice."""
         routers = self._model.model.routers
         if routers is None or self._model.config.router != "token_choice":
             return None
@@ -207,30 +211,30 @@ class Routers(Heal):
         routing = outputs.routing
         assert routing is not None, "prepare() adds routers"
         keep = F.pad(inputs["labels"][:, 1:] != IGNORED, (0, 1))
-        # A row counts by its tokens that are learnt, so that rows add up over micro-batches and ranks.
+        # Rows are weighted by their predicted tokens, so that sums over micro-batches and ranks are right.
         weights = keep.sum(-1)
         if model.training:
             for name, (weight, rows) in self._losses(model, routing).items():
                 loss = (rows * weights).sum()
                 total = total + weight * loss
                 sums[name] = loss.detach()
-            self._take_loads(routing)
+            self._add_loads(routing)
         with torch.no_grad():
             figures = self._figures(model, routing, keep, inputs["input_ids"])
         return total, sums | {name: figure * weights.sum() for name, figure in figures.items()}
 
     def _losses(self, model: RecursiveForCausalLM, routing: Routing) -> dict[str, tuple[float, Tensor]]:
-        """By name, weight and rows ``[B]``."""
+        """Mapping from names to weights and losses ``[B]``."""
         settings = self.settings
         losses: dict[str, tuple[float, Tensor]] = {}
         if model.config.router == "expert_choice":
-            # A random router has nothing to learn.
-            learns = model.config.router_width != "random" or bool(routing.deciding)
-            if settings.router_weight and learns:
-                taught = zip(routing.deciding or routing.logits, routing.selected, routing.candidates, strict=True)
-                rows = torch.stack([auxiliary_loss(*each) for each in taught]).sum(0)
+            # A random router is not trained.
+            is_trained = model.config.router_width != "random" or bool(routing.deciding)
+            if settings.router_weight and is_trained:
+                depths = zip(routing.deciding or routing.logits, routing.selected, routing.candidates, strict=True)
+                rows = torch.stack([auxiliary_loss(*arguments) for arguments in depths]).sum(0)
                 losses["router_loss"] = settings.router_weight, rows
-            logits = torch.stack(routing.logits, -1).unsqueeze(-1) if learns else None
+            logits = torch.stack(routing.logits, -1).unsqueeze(-1) if is_trained else None
         else:
             logits = routing.logits[0]
             if settings.router_balance == "loss":
@@ -242,8 +246,8 @@ class Routers(Heal):
         return losses
 
     @torch.no_grad()
-    def _take_loads(self, routing: Routing) -> None:
-        """Count this micro-batch's choices, on all ranks: the same everywhere, and in a checkpoint."""
+    def _add_loads(self, routing: Routing) -> None:
+        """Add the choices in this micro-batch, over all ranks, to the router's buffer, which checkpoints contain."""
         router = self._router()
         if router is None or self.settings.router_balance != "bias":
             return
@@ -254,18 +258,18 @@ class Routers(Heal):
         router.load += load
 
     def _figures(self, model: RecursiveForCausalLM, routing: Routing, keep: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        """By name, a mean per token of the batch."""
+        """Mapping from names to means per token of the batch."""
         config = model.config
         capacities = None
         if config.router == "expert_choice":
             capacities = (model.training and model.model.training_capacities) or capacities_of(config)
-        seen = RouterFigures(routing, keep, capacities)
-        figures = {f"load_depth_{depth}": load for depth, load in enumerate(seen.loads())}
-        figures["dead_tokens"] = seen.dead(ids, config.vocab_size)
-        figures["max_violation"] = seen.max_violation()
+        statistics = RouterFigures(routing, keep, capacities)
+        figures = {f"load_depth_{depth}": load for depth, load in enumerate(statistics.loads())}
+        figures["dead_tokens"] = statistics.dead_tokens(ids, config.vocab_size)
+        figures["max_violation"] = statistics.max_violation()
         for depth, capacity in enumerate((capacities or ())[: len(routing.selected)]):
             if capacity < 1:
                 threshold = 0.5 if config.router_thresholds is None else config.router_thresholds[depth]
-                accuracy = seen.sampling_accuracy(depth, training=model.training, threshold=threshold)
+                accuracy = statistics.sampling_accuracy(depth, training=model.training, threshold=threshold)
                 figures[f"sampling_accuracy_depth_{depth}"] = accuracy
         return figures

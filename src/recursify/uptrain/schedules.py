@@ -1,4 +1,4 @@
-"""How many recursions a training step runs."""
+"""The number of recursions of each training step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .settings import UptrainSettings
 
 
 def fewest_recursions(settings: UptrainSettings, num_recursions: int, progress: float) -> int:
-    """The fewest recursions that may be drawn at ``progress`` (0 .. 1) of a run.
+    """The smallest number of recursions that may be drawn at ``progress`` (0 .. 1) of a run.
 
-    It falls from all to one over the first ``recursion_curriculum`` of the steps: a converted model is right at full
-    depth only, and shallower runs are learnt from there.
+    It falls from all to one over the first ``recursion_curriculum`` of the steps: a converted model is good at full
+    depth only and learns shallower depths from there.
     """
     if settings.recursion_curriculum == 0:
         return 1
@@ -25,10 +25,10 @@ def fewest_recursions(settings: UptrainSettings, num_recursions: int, progress: 
 
 
 def draw_recursions(settings: UptrainSettings, layout: LayerLayout, state: TrainerState) -> int | None:
-    """Recursions of the step after ``state.global_step``; None for all.
+    """Number of recursions of the step after ``state.global_step``; None for all.
 
-    Drawn from seed and step alone, so that all ranks and a resumed run draw the same: a rank that ran another number
-    would leave the others waiting in a collective.
+    It depends on seed and step only, so that all ranks and a resumed run draw the same: if ranks ran different numbers,
+    their collectives would wait for each other forever.
     """
     if not settings.random_recursions:
         return None

@@ -209,41 +209,10 @@ class UptrainSettings(Settings):
     """Further fields of transformers' TrainingArguments (deepspeed, torch_compile, ...)."""
 
     def __post_init__(self) -> None:
-        """Check combinations.
+        """Check combinations that no stage supports; stages and optimizers check their own.
 
         Raises:
             SettingsError: Two values that exclude each other.
         """
-        for part in ("heads", "routers"):
-            stage = "exits" if part == "heads" else part
-            if self.trainable == part and self.stage != stage:
-                raise SettingsError(
-                    f"Stage '{self.stage}' has no {part} to train. Use --stage {stage}, or another --trainable."
-                )
-        if self.stage in ("heal", "tie", "routers") and self.ce_weight == self.kl_weight == 0:
-            raise SettingsError("ce_weight and kl_weight are both 0, so there is nothing to learn. Raise one of them.")
         if "fsdp" in self.trainer:
             raise SettingsError("trainer: fsdp would shard a shared layer like any other. Use sharding: fsdp2 instead.")
-        if self.sharding != "none" and self.optimizer in ("hfac", "adafactor"):
-            raise SettingsError(
-                f"optimizer '{self.optimizer}' factorizes whole matrices, and sharding '{self.sharding}' cuts them "
-                f"into parts. Use another optimizer, or sharding none."
-            )
-        if self.sharding != "none" and self.stage == "tie":
-            raise SettingsError(f"Stage 'tie' does not work with sharding '{self.sharding}'. Use sharding none.")
-        if self.stage == "layers":
-            self._check_layer_stage()
-
-    def _check_layer_stage(self) -> None:
-        options = {
-            "random_recursions": self.random_recursions,
-            "sharding": self.sharding != "none",
-            "precision": self.precision == "bfloat16",
-            "gradient_checkpointing": self.gradient_checkpointing,
-            "report_to": self.report_to,
-        }
-        if unsupported := [name for name, is_set in options.items() if is_set]:
-            raise SettingsError(
-                f"{', '.join(unsupported)}: not supported by stage 'layers' (one layer at a time, all depths at once, "
-                f"in float32 and in one process). Leave out {', '.join(unsupported)}."
-            )

@@ -1,12 +1,11 @@
-"""The training loop: transformers' Trainer, with our losses inside the model's forward and checkpoints that are whole.
+"""The training loop: transformers' Trainer with losses inside the model's forward and crash-safe checkpoints.
 
-What the Trainer does it keeps doing: accelerate's DDP and DeepSpeed, accumulation, schedulers, optimizers, trackers,
-random states, and skipping to the right batch on resume. FSDP2 is in ``sharding.py``.
+The Trainer provides accelerate's DDP and DeepSpeed, accumulation, schedulers, optimizers, trackers, random states, and
+the position in the data on resume. FSDP2 is in ``sharding.py``.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import shutil
@@ -17,46 +16,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import SCHEDULER_NAME
 
-from recursify.errors import SettingsError, TrainingError
+from recursify.errors import TrainingError
 from recursify.modeling import RecursiveForCausalLM
 
 from . import checkpoints, sharding
+from .arguments import computes_in_bfloat16
 from .data import IGNORED, Collator, TextData
 from .losses import Sums
 from .objectives import Objective
-from .param_groups import HFAC, find_optimizer, parameter_groups
+from .param_groups import find_optimizer, parameter_groups
 from .schedules import draw_recursions
 from .settings import UptrainSettings
 
-logger = logging.getLogger(__name__)
-
-ZERO2: dict[str, Any] = {
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "zero_optimization": {"stage": 2},
-    # The optimizer is torch's, in our groups, and not one of DeepSpeed's.
-    "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": False,
-}
-"""DeepSpeed's settings for ``sharding: zero2``; the Trainer fills in what is ``auto``."""
-
 
 class RecursiveTrainer(Trainer):
-    """Trains a recursive model for one stage.
+    """Trainer of a recursive model for one stage.
 
     Args:
-        model: The model, float32.
-        objective: What the stage minimizes.
-        settings: The stage's settings.
+        model: Model in float32.
+        objective: Loss of the stage.
+        settings: Settings of the stage.
         data: Packed sequences.
-        arguments: From :func:`training_arguments`; ``output_dir`` is where the checkpoints go.
-        tokenizer: Saved along with every checkpoint.
-        callbacks: transformers' callbacks.
+        arguments: Arguments from :func:`~recursify.uptrain.arguments.training_arguments`; ``output_dir`` gets the
+            checkpoints.
+        tokenizer: Tokenizer to save with every checkpoint.
+        callbacks: Callbacks of transformers.
     """
 
     def __init__(
@@ -75,8 +61,8 @@ class RecursiveTrainer(Trainer):
         self._scratch: Path | None = None
         self._micro_batch = 0
         if computes_in_bfloat16(settings.precision):
-            # Matrix products of the model and, inside its objective, of the teacher; weights and losses stay float32.
-            # Around the model's own forward: DeepSpeed turns off an autocast that is around its engine.
+            # For the matrix products of the model and, inside its objective, of the teacher; weights and losses stay
+            # float32. It wraps the model's own forward, since DeepSpeed disables an autocast around its engine.
             autocast = torch.autocast(arguments.device.type, torch.bfloat16)
             model.forward = autocast(model.forward)
         pad = tokenizer.pad_token_id
@@ -90,13 +76,13 @@ class RecursiveTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
-        # Our losses divide by the number of predicted tokens of the whole step, on all ranks.
+        # Losses are divided by the number of predicted tokens of the whole step, over all ranks.
         self.model_accepts_loss_kwargs = True
 
     # --- Loss ----------------------------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Predicted tokens of one step, over its micro-batches and all ranks."""
+        """Number of predicted tokens of one step, over its micro-batches and all ranks."""
         count = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batch_samples)
         total = torch.as_tensor(count, device=device)
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
@@ -108,10 +94,10 @@ class RecursiveTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's part of the step's mean loss.
+        """The contribution of a micro-batch to the mean loss of the step.
 
         Raises:
-            TrainingError: It is NaN or infinite.
+            TrainingError: The loss is NaN or infinite.
         """
         assert num_items_in_batch is not None, "every batch has labels"
         self.objective.begin_step(self.state.global_step, self.state.max_steps)
@@ -128,14 +114,14 @@ class RecursiveTrainer(Trainer):
     def _run(self, model: nn.Module, inputs: dict[str, Tensor], recursions: int | None) -> tuple[Tensor, Sums]:
         objective = partial(self.objective, inputs=inputs)
         plain = self.accelerator.unwrap_model(self.model)
-        further = self.objective.forward_arguments(plain, recursions or plain.config.num_recursions)
+        further_arguments = self.objective.forward_arguments(plain, recursions or plain.config.num_recursions)
         return model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
             use_cache=False,
             num_recursions=recursions,
             objective=objective,
-            **further,
+            **further_arguments,
         )
 
     def _layout(self) -> Any:
@@ -145,43 +131,43 @@ class RecursiveTrainer(Trainer):
         value, step = float(total.detach()), self.state.global_step + 1
         return (
             f"The loss is {value} at step {step}, micro-batch {self._micro_batch} of this run, rank "
-            f"{self.args.process_index}. {self._last_good()}. Try a lower learning rate, or look for broken rows in "
-            f"the data."
+            f"{self.args.process_index}. {self._last_good()}. Use a lower learning rate, or check the data for broken "
+            f"rows."
         )
 
     def _last_good(self) -> str:
-        last = checkpoints.list_checkpoints(Path(self.args.output_dir))
-        return f"The last good checkpoint is '{last[-1]}'" if last else "No checkpoint had been written yet"
+        intact = checkpoints.list_checkpoints(Path(self.args.output_dir))
+        return f"The last good checkpoint is '{intact[-1]}'" if intact else "No checkpoint had been written yet"
 
     def _refuse_nan_weights(self) -> None:
-        """A NaN gradient leaves a finite loss and weights that are lost: such weights are not worth a checkpoint."""
+        """Check the weights before a checkpoint: after a NaN gradient they are NaN, while the loss was finite."""
         finite = [
-            torch.isfinite(sharding.local_part(p.detach())).all() for p in self.model.parameters() if p.requires_grad
+            torch.isfinite(sharding.local_shard(p.detach())).all() for p in self.model.parameters() if p.requires_grad
         ]
         bad = (~torch.stack([flag.to(self.args.device) for flag in finite])).sum()
         if self.args.world_size > 1:
             bad = self.accelerator.reduce(bad, "sum")
         if bad:
             raise TrainingError(
-                f"The weights after step {self.state.global_step} hold NaN or infinities, so no checkpoint of them was "
-                f"written. {self._last_good()}. Try a lower learning rate, or look for broken rows in the data."
+                f"The weights after step {self.state.global_step} contain NaN or infinities, so they were not saved. "
+                f"{self._last_good()}. Use a lower learning rate, or check the data for broken rows."
             )
 
     # --- Optimizer -----------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer of the settings, over :func:`parameter_groups`."""
+        """Create the optimizer of the settings, with :func:`parameter_groups`."""
         self.optimizer: torch.optim.Optimizer | None
         if self.optimizer is None:
-            trained = model if model is not None else self.model
-            kind, options = find_optimizer(self.settings, self.args, trained)
-            self.optimizer = kind(parameter_groups(trained.named_parameters(), self.settings), **options)
+            model = self.model if model is None else model
+            optimizer_class, options = find_optimizer(self.settings, self.args, model)
+            self.optimizer = optimizer_class(parameter_groups(model.named_parameters(), self.settings), **options)
         return self.optimizer
 
     # --- Measuring -----------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the figures per token since the last log."""
+        """Log, with the figures per token since the last log."""
         if "loss" in logs and self._sums:
             logs = {**logs, **self._per_token(self._sums)}
             self._sums = {}
@@ -198,8 +184,8 @@ class RecursiveTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Cross-entropy and perplexity on held-out text, by depth too, and whatever else the objective counts."""
-        # Without gradients DDP and DeepSpeed have nothing to do; FSDP2 gathers weights in the model's own forward.
+        """Measure cross-entropy, perplexity and the objective's other figures on held-out text, also by depth."""
+        # Without gradients DDP and DeepSpeed are not needed; FSDP2 gathers weights in the model's own forward.
         model = self.model
         was_training = model.training
         model.eval()
@@ -226,15 +212,15 @@ class RecursiveTrainer(Trainer):
         return str(self._scratch) if self._scratch is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The Trainer's checkpoint, made in a hidden folder, synced, sealed and renamed.
+        """Write the Trainer's checkpoint into a hidden folder, sync it to disk, seal it with checksums and rename it.
 
         Raises:
-            TrainingError: The disk is full, or the weights hold NaN; earlier checkpoints are untouched.
+            TrainingError: The disk is full, or the weights contain NaN; earlier checkpoints stay as they are.
         """
         self._refuse_nan_weights()
-        home = Path(self.args.output_dir)
+        folder = Path(self.args.output_dir)
         name = f"{checkpoints.PREFIX}{self.state.global_step}"
-        self._scratch = home / ".writing"
+        self._scratch = folder / ".writing"
         try:
             if self.is_world_process_zero():
                 shutil.rmtree(self._scratch, ignore_errors=True)
@@ -245,15 +231,15 @@ class RecursiveTrainer(Trainer):
                 written = self._scratch / name
                 checkpoints.seal(written)
                 _sync_folder(written)
-                shutil.rmtree(home / name, ignore_errors=True)
-                written.rename(home / name)
-                checkpoints.remove_old(home, keep=self.settings.keep, best_step=self._best_step())
+                shutil.rmtree(folder / name, ignore_errors=True)
+                written.rename(folder / name)
+                checkpoints.remove_old(folder, keep=self.settings.keep, best_step=self._best_step())
         except (OSError, RuntimeError) as error:
-            # torch.save and safetensors report a full disk as errors of their own.
+            # torch.save and safetensors raise a RuntimeError when the disk is full.
             if isinstance(error, OSError) or any(sign in str(error) for sign in ("No space left", "write", "I/O")):
                 raise TrainingError(
-                    f"The checkpoint of step {self.state.global_step} could not be written to '{home}': {error}. "
-                    f"Earlier checkpoints are whole: free some room and go on with --resume."
+                    f"The checkpoint of step {self.state.global_step} could not be written to '{folder}': {error}. "
+                    f"Earlier checkpoints are intact: free some disk space and continue with --resume."
                 ) from error
             raise
         finally:
@@ -263,17 +249,17 @@ class RecursiveTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The whole model, as an ordinary folder. Checkpoints of a sharded one hold its shards instead."""
+        """Save the whole model as an ordinary folder; checkpoints of a sharded one contain its shards instead."""
         if not sharding.is_sharded(self.model):
             super().save_model(output_dir, _internal_call)
-        elif self._scratch is None and (whole := sharding.gathered(self.model)) is not None:
-            whole.save_pretrained(output_dir or self.args.output_dir)
+        elif self._scratch is None and (gathered := sharding.gathered(self.model)) is not None:
+            gathered.save_pretrained(output_dir or self.args.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not sharding.is_sharded(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        sharding.save_shards(Path(output_dir), self.model, self._own_optimizer())
+        sharding.save_shards(Path(output_dir), self.model, self._torch_optimizer())
         if self.is_world_process_zero():
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
@@ -287,92 +273,24 @@ class RecursiveTrainer(Trainer):
         if checkpoint is None or not sharding.is_sharded(self.model):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        sharding.load_optimizer_shards(Path(checkpoint), self.model, self._own_optimizer())
+        sharding.load_optimizer_shards(Path(checkpoint), self.model, self._torch_optimizer())
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
-    def _own_optimizer(self) -> torch.optim.Optimizer:
-        """torch's optimizer, without accelerate's wrapper."""
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without accelerate's wrapper."""
         assert self.optimizer is not None
         wrapped: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return wrapped
 
     def _best_step(self) -> int | None:
-        """The step of the checkpoint with the lowest held-out loss, of those that are still there."""
-        there = {checkpoints.step_of(c) for c in checkpoints.list_checkpoints(Path(self.args.output_dir))}
-        measured = [line for line in self.state.log_history if "eval_loss" in line and line["step"] in there]
+        """Step of the existing checkpoint with the lowest held-out loss."""
+        steps = {checkpoints.step_of(c) for c in checkpoints.list_checkpoints(Path(self.args.output_dir))}
+        measured = [line for line in self.state.log_history if "eval_loss" in line and line["step"] in steps]
         return min(measured, key=lambda line: line["eval_loss"])["step"] if measured else None
 
 
-def training_arguments(settings: UptrainSettings, folder: Path, *, world_size: int, resumes: bool) -> TrainingArguments:
-    """The Trainer's arguments for these settings, checkpoints going to ``folder``.
-
-    Raises:
-        SettingsError: A tracker that is not installed.
-        TrainingError: transformers refuses one of them.
-    """
-    trackers = get_available_reporting_integrations()
-    if missing := [name for name in settings.report_to if name not in trackers]:
-        raise SettingsError(
-            f"The tracker '{missing[0]}' is not installed, or unknown. Installed: {', '.join(trackers) or 'none'}. "
-            f"Run, for instance: pip install tensorboard"
-        )
-    per_step = settings.batch_size * settings.accumulate * settings.length * world_size
-    steps = math.ceil(settings.max_tokens / per_step)
-    fields: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": steps,
-        "per_device_train_batch_size": settings.batch_size,
-        "per_device_eval_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.accumulate,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.schedule,
-        "warmup_steps": round(settings.warmup_fraction * steps),
-        # transformers does not know ours, which find_optimizer makes.
-        "optim": "adamw_torch" if settings.optimizer == HFAC else settings.optimizer,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
-        # A count that changes leaves the norms of deeper depths without gradients for a step.
-        "ddp_find_unused_parameters": settings.random_recursions,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "eval_strategy": "steps",
-        "eval_steps": settings.eval_every,
-        "eval_on_start": not resumes,
-        "save_strategy": "steps",
-        "save_steps": settings.save_every,
-        "seed": settings.seed,
-        "data_seed": settings.seed,
-        "report_to": list(settings.report_to) or "none",
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "use_cpu": not torch.accelerator.is_available(),
-        "deepspeed": ZERO2 if settings.sharding == "zero2" else None,
-        **settings.trainer,
-    }
-    try:
-        arguments = TrainingArguments(**fields)
-    except (TypeError, ValueError, ImportError) as error:
-        raise TrainingError(f"transformers refuses the training settings: {error}") from error
-    if arguments.n_gpu > 1:
-        # The Trainer would copy the model to all of them by DataParallel, and the copies would share one block.
-        logger.warning("Training on one GPU of %d. Give --num-processes to use more.", arguments.n_gpu)
-        arguments._n_gpu = 1
-    return arguments
-
-
-def computes_in_bfloat16(precision: str) -> bool:
-    """Whether matrix products are in bfloat16; ``auto`` takes it where a GPU has it."""
-    return precision == "bfloat16" or (
-        precision == "auto"
-        and torch.cuda.is_available()
-        # An emulated bfloat16 (T4, V100) is there too, and slower than float32.
-        and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-
-
 def perplexity_of(loss: float) -> float:
-    """``exp(loss)``, infinite where that overflows."""
+    """``exp(loss)``; infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
