@@ -45,7 +45,8 @@ from recursify.bench.contestants import (
 )
 from recursify.cli.report import progress_report, talk
 from recursify.engine import Engine, SamplingParams
-from recursify.engine.device_loop.loop import DeviceLoop, LoopShape
+from recursify.engine.device_loop.loop import DeviceLoop
+from recursify.engine.device_loop.slots import LoopShape
 from recursify.engine.layers.decoder import adapt_decoder
 from recursify.engine.layers.kv_cache import KVCache
 from recursify.engine.layers.model_runner import ModelRunner
@@ -88,7 +89,7 @@ def launches(shape: str, slots: int, *, leaves: bool) -> dict[str, int]:
         for _ in range(recursions):
             engine.step()
     once = -(-5 * slots // (4 * recursions)) if leaves else slots
-    shape_of_loop = LoopShape(slots, enters=once, rows=slots, exits=once, leaves=leaves)
+    shape_of_loop = LoopShape(slots, once, slots, once, exits_early=leaves)
     parts = adapt_decoder(model)
     with torch.inference_mode(), parts.in_use(), Counted() as forms:
         loop = DeviceLoop(

@@ -453,7 +453,7 @@ class Engine:
     def _run_device_loop(self, residents: SlotManager, times: int) -> None:
         """Iterations on the device, and what was said in them."""
         stats, started = self.stats, self.clock()
-        calls, rows, waits = residents.tally
+        counters = residents.counters
         replays, looks = residents.graphs.num_replays, residents.num_syncs
         try:
             times = residents.run(times, stats.mean_recursions if stats.new_tokens > 100 else 1.0)
@@ -468,9 +468,9 @@ class Engine:
         stats.loop_iterations += times
         stats.block_calls += times
         stats.slots += times * self.scheduler.max_num_seqs
-        stats.slot_calls += residents.tally[0] - calls
-        stats.block_rows += residents.tally[1] - rows
-        stats.loop_waits += residents.tally[2] - waits
+        stats.slot_calls += residents.counters.slot_calls - counters.slot_calls
+        stats.block_rows += residents.counters.block_rows - counters.block_rows
+        stats.loop_waits += residents.counters.waits - counters.waits
         stats.graph_replays += residents.graphs.num_replays - replays
         stats.kv_bytes = max(stats.kv_bytes, self.kv_cache.bytes_used())
         try:

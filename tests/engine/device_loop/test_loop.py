@@ -17,7 +17,8 @@ from helpers.schedules import FAMILIES, expected, model_of, prompt, settings
 from helpers.tiny_models import byte_tokenizer, random_ids, tiny_dense
 from recursify.engine import Engine, SamplingParams, checks
 from recursify.engine.device_loop.cuda_graphs import CudaGraphs
-from recursify.engine.device_loop.loop import DeviceLoop, LoopShape
+from recursify.engine.device_loop.loop import DeviceLoop
+from recursify.engine.device_loop.slots import LoopShape
 from recursify.engine.layers.decoder import adapt_decoder
 from recursify.engine.layers.kv_cache import KVCache
 from recursify.engine.layers.model_runner import ModelRunner
@@ -52,7 +53,7 @@ def said(outputs) -> list:
 @pytest.mark.parametrize("how", [0, 1, 3])
 def test_more_rows_than_there_is_room_for(family, kv, how, monkeypatch):
     """Prelude and coda have fewer rows than would go: who waits for an iteration says the same."""
-    monkeypatch.setattr("recursify.engine.device_loop.slot_manager.ROOM", 0.5)
+    monkeypatch.setattr("recursify.engine.device_loop.slot_manager.HEADROOM", 0.5)
     loop, plain = engines(family, kv, max_num_seqs=16, num_pages=300, num_device_steps=3)
     asked, params = prompts(20), SamplingParams(max_tokens=9, exit=settings(how, family, kv), ignore_eos=True)
     assert said(loop.generate(asked, params)) == said(plain.generate(asked, params))
@@ -69,13 +70,13 @@ def test_everyone_gets_on():
     params = SamplingParams(max_tokens=24, exit=exits, ignore_eos=True)
     expected_answers = plain.generate(prompts(8), params)
     residents = loop.slot_manager
-    shape_of = residents._shape
+    shape_of = residents._choose_shape
 
     def narrow(recursions: float) -> LoopShape:
         shape = shape_of(recursions)
-        return LoopShape(shape.slots, 2, 8, 8, shape.leaves)
+        return LoopShape(shape.num_slots, 2, 8, 8, shape.exits_early)
 
-    residents._shape = narrow
+    residents._choose_shape = narrow
     ids = [loop.add(prompt, params) for prompt in prompts(8)]
     requests = [loop.requests[each] for each in ids]
     while loop.has_work:
@@ -162,12 +163,12 @@ def test_few_slots_have_rows_for_all_that_wait(delay):
 @pytest.mark.parametrize("kv", ["latest", "deferred"])
 def test_who_has_gone_writes_nothing(kv, monkeypatch):
     """A token that waits for the coda when its request is cancelled does not go there: its pages are another's."""
-    monkeypatch.setattr("recursify.engine.device_loop.slot_manager.ROOM", 0.2)
+    monkeypatch.setattr("recursify.engine.device_loop.slot_manager.HEADROOM", 0.2)
     loop, plain = engines("llama", kv, max_num_seqs=16, num_pages=80, num_device_steps=1, enable_prefix_caching=False)
     device, exit_of = loop.slot_manager.loop, DeviceLoop.exit
 
     def checked(self, shape):
-        assert not (self.leaving & ~self.slots.active).any()
+        assert not (self.state.is_exiting & ~self.slots.active).any()
         exit_of(self, shape)
 
     monkeypatch.setattr(DeviceLoop, "exit", checked)
@@ -184,7 +185,12 @@ def test_who_has_gone_writes_nothing(kv, monkeypatch):
     while loop.has_work:
         loop.step()
         for slot, request in enumerate(loop.slot_manager.requests):
-            if request is not None and request.id in ids and bool(device.leaving[slot]) and loop.cancel(request.id):
+            if (
+                request is not None
+                and request.id in ids
+                and bool(device.state.is_exiting[slot])
+                and loop.cancel(request.id)
+            ):
                 later.append(loop.requests[loop.add(prompts(16)[len(later)], params)].output)
     assert len(later) > 2
     assert said(later) == said(plain.generate(prompts(len(later)), params))
@@ -193,14 +199,14 @@ def test_who_has_gone_writes_nothing(kv, monkeypatch):
 
 def test_all_end_while_some_wait(monkeypatch):
     """Slots whose requests are gone are nobody's to wait for, however many tokens they had brought along."""
-    monkeypatch.setattr("recursify.engine.device_loop.slot_manager.ROOM", 0.2)
+    monkeypatch.setattr("recursify.engine.device_loop.slot_manager.HEADROOM", 0.2)
     loop, _ = engines("llama", "deferred", max_num_seqs=32, num_pages=1000, num_device_steps=1, max_model_len=128)
     exits = ExitSettings(make_policy("fixed", 0.0), max_pending=20)
     for ids in prompts(32):
         loop.add(ids, SamplingParams(max_tokens=40, exit=exits, ignore_eos=True))
     for _ in range(300):
         loop.step()
-        if bool(loop.slot_manager.loop.leaving[8:].any()):
+        if bool(loop.slot_manager.loop.state.is_exiting[8:].any()):
             break
     else:
         pytest.fail("nobody waits")
@@ -239,7 +245,7 @@ def test_an_error_in_between_loses_nothing(monkeypatch):
 @pytest.mark.parametrize("kv", KV)
 def test_another_kind_of_request_comes(kv, monkeypatch):
     """One that reads every token out, while others have left and wait for the coda, and goes again."""
-    monkeypatch.setattr("recursify.engine.device_loop.slot_manager.ROOM", 0.2)
+    monkeypatch.setattr("recursify.engine.device_loop.slot_manager.HEADROOM", 0.2)
     loop, plain = engines("llama", kv, max_num_seqs=16, num_pages=400, num_device_steps=1)
     forced = SamplingParams(max_tokens=16, forced_depths=(0, 2, 1), ignore_eos=True)
     reading = SamplingParams(max_tokens=5, exit=settings(1, "llama", kv), ignore_eos=True)
@@ -344,7 +350,7 @@ def test_slots_are_given_out_again():
         if number % 9 == 0 and loop.scheduler.running:
             loop.scheduler.preempt(loop.scheduler.running[-1])
         if loop.slot_manager.num_requests:
-            slots.add(loop.slot_manager._bucket(loop.slot_manager._highest()))
+            slots.add(loop.slot_manager._rounded(loop.slot_manager._num_slots_used()))
     assert [found for found, each in zip(said(outputs), ids, strict=True) if each != ids[7]] == [
         found for number, found in enumerate(wanted) if number != 7
     ]
@@ -411,13 +417,13 @@ def test_an_iteration_does_not_wait_and_has_one_shape(family, kv):
             loop = DeviceLoop(ModelRunner(decoder, pages, kernels=True), kv, 8, 4, "triton")
             exits = settings(how, family, kv)
             loop.policy = None if exits is None else exits.policy
-            drawn = LoopShape(8, 5, loop.most_rows, loop.most_rows, leaves=True, samples=True)
-            for shape in (LoopShape(8, 8, 8, 8, leaves=False), drawn):
+            drawn = LoopShape(8, 5, loop.max_rows, loop.max_rows, exits_early=True, samples=True)
+            for shape in (LoopShape(8, 8, 8, 8, exits_early=False), drawn):
                 for part in (loop.enter, loop.block, loop.exit):
                     part(shape)
         names = {launch.name for launch in launches}
         assert {"store_rows", "attend_parts", "read_parts", "advance_all"} <= names
-        assert loop.reads_to_decide == (how == 1)
+        assert loop.policy_reads_logits == (how == 1)
         assert ("add_norm_rows" in names) == (family != "gpt_neox"), "which has another norm"
 
 
@@ -522,8 +528,7 @@ def test_what_cannot_be_captured_runs_without(graphs, caplog):
     assert len(called) == 7, "the third of them, which was captured, changed nothing"
     assert (calls.num_graphs, calls.num_replays) == (0, 0)
     assert [record.message for record in caplog.records] == [
-        "Iterations cannot be captured in CUDA graphs, and run without: "
-        "operation not permitted when stream is capturing"
+        "CUDA graph capture failed; iterations run without graphs: operation not permitted when stream is capturing"
     ]
 
 

@@ -1,1 +1,1 @@
-"""Device-resident decode loop, captured in CUDA graphs on a GPU."""
+"""Device-side decode loop, captured in CUDA graphs on a GPU."""

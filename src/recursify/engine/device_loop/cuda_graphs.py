@@ -1,4 +1,4 @@
-"""CUDA graphs: an iteration is captured once, and replayed as often as the host likes, with one launch each time."""
+"""CUDA graphs: each part of an iteration is captured once and replayed with one launch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ logger = logging.getLogger(__name__)
 
 
 class CudaGraphs:
-    """Calls functions whose shapes and addresses do not change; on a GPU through graphs of them.
+    """Runs functions with static shapes and addresses, on a GPU by replaying CUDA graphs.
 
     Args:
-        device: That the functions work on.
-        captures: Whether to; where the device is no GPU, functions are called in any case.
+        device: Device of the tensors that the functions use.
+        captures: Whether to capture graphs; devices other than CUDA never do.
 
     Attributes:
-        num_graphs: That were made.
-        num_replays: How often one was replayed.
-        problem: Why graphs are not used, if they should be.
+        num_graphs: Number of captured graphs.
+        num_replays: Number of replays.
+        problem: Reason why capturing failed, if it did.
     """
 
     def __init__(self, device: torch.device, *, captures: bool = True) -> None:
@@ -33,13 +33,13 @@ class CudaGraphs:
         self.problem: str | None = None
 
     def run(self, key: Hashable, function: Callable[[], None], times: int) -> None:
-        """Call ``function`` so many ``times``.
+        """Run ``function`` ``times`` times.
 
         Args:
-            key: Of the function with its shapes. The first time it is called as it is, which warms up what it uses,
-                and captured afterwards.
-            function: It must not wait for the device.
-            times: One or more.
+            key: Identity of the function and its shapes. The first run with a key is eager, which warms up kernels,
+                and captures the graph afterwards.
+            function: Function that does not synchronize with the device.
+            times: Number of runs, at least 1.
         """
         graph = self._graphs.get(key)
         if graph is not None:
@@ -53,20 +53,20 @@ class CudaGraphs:
             self._capture(key, function)
 
     def _capture(self, key: Hashable, function: Callable[[], None]) -> None:
-        """Nothing is computed here: what the function changes is as it was."""
+        """Capture ``function``, which executes nothing: tensors keep their contents."""
         graph = torch.cuda.CUDAGraph()
         try:
-            # The outer context brings the stream back where the inner one fails to, as torch's does in an error. Other
-            # threads may use the device meanwhile: a server's.
+            # The outer context restores the stream where the inner one fails to, as torch's does after an error.
+            # "thread_local": other threads, such as a server's, may use the device meanwhile.
             with (
                 torch.cuda.stream(torch.cuda.current_stream(self._device)),
                 torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 function()
         except RuntimeError as error:
-            # Ending a capture that has failed is an error of its own; the first one says why.
+            # Ending a failed capture raises an error of its own, whose context is the original error.
             self.problem = str(error.__context__ or error).splitlines()[0]
-            logger.warning("Iterations cannot be captured in CUDA graphs, and run without: %s", self.problem)
+            logger.warning("CUDA graph capture failed; iterations run without graphs: %s", self.problem)
             return
         self._graphs[key] = graph
         self.num_graphs += 1

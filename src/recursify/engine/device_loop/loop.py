@@ -1,22 +1,23 @@
-"""Iterations of new tokens that the host does not look at: what goes on is decided on the device, in fixed shapes.
+"""Device-side decode loop: scheduling decisions are tensor operations with static shapes, for CUDA graphs to capture.
 
-The same iteration as the engine's, over *slots*, each of which has one request's token under way: **enter**, **block**
-with the test who leaves, **exit**. Depth is data: one call of the block has rows at all depths. Every tensor has the
-size that it may need at most, so each of the three can be captured in a CUDA graph and replayed, and the host looks at
-a ring of tokens now and then (``residents.py``, ``graphs.py``).
+An iteration is the engine's own: **enter** (embedding, prelude), **block** (one recursion, then the exit decision) and
+**exit** (coda, logits, next token). It runs over *slots*, each with one token in progress. Depth is data: the rows of a
+block call are at any depths. The host replays a few iterations and then reads a ring of tokens
+(:mod:`.slot_manager`, :mod:`.cuda_graphs`).
 
-What has no room waits. Prelude and coda take fewer rows than the block (a token goes through them once, and through the
-block several times); with ``deferred`` keys the block takes more rows than there are slots, since tokens that left
-early come along. Who goes first changes with every iteration, so that nobody waits for long.
+Rows that do not fit wait for a later iteration. Prelude and coda have fewer rows than the block, since a token runs
+them once and the block several times. With ``deferred`` keys and values the block has more rows than there are slots,
+since deferred tokens run together with later ones. Slots take turns in going first, so none waits for long.
 
-Shape legend: S slots, N rows, D hidden size, R depths, W tokens of a slot that are under way, F forced depths, M pages.
+No shape and no branch depends on the contents of a tensor, and nothing synchronizes with the device.
+
+Shape legend: S slots, N rows, D hidden size, R depths, W states per slot, E EOS ids.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,483 +29,350 @@ from recursify.engine.page_pool import pages_for
 from recursify.engine.sampler import choose
 from recursify.kernels.dispatch import Implementation
 from recursify.kernels.exit_head import ExitStatistics, exit_statistics
-from recursify.kernels.kv_write import store_keys_and_values
 from recursify.kernels.slot_advance import OutputRing, Slots, advance_slots
 from recursify.modeling.recursive_policies import Confidence, Entropy, ExitContext, ExitLimits, ExitPolicy, exits
 
-MOST_PENDING = 64
-"""Tokens of a slot that may wait for deeper recursions: as many as exit settings allow by default."""
-
-MOST_FORCED = 64
-"""Forced depths that a slot has room for."""
-
-MOST_ENDS = 8
-"""Tokens that end a text, which the device knows; of more, the host cuts texts off."""
-
-
-@dataclass(frozen=True)
-class LoopShape:
-    """What is fixed in an iteration.
-
-    Attributes:
-        slots: How many there are; the first ones.
-        enters: Rows of prelude.
-        rows: Rows of the block.
-        exits: Rows of coda and readout.
-        leaves: Whether tokens may leave before the last recursion.
-        samples: Whether any token is drawn: logits are then written, and sorted.
-        reads: Whether any token is the first choice.
-    """
-
-    slots: int
-    enters: int
-    rows: int
-    exits: int
-    leaves: bool
-    samples: bool = False
-    reads: bool = True
-
-
-@dataclass(frozen=True)
-class SlotSettings:
-    """What the host says of the slots; written by it between replays.
-
-    Attributes:
-        tables: Int32 ``[S, M]``: pages; -1 where there is none.
-        limits: Int32 ``[S]``: the position that the last token will have.
-        max_depth: Int64 ``[S]``: the last recursion that tokens run.
-        max_pending: Int64 ``[S]``: how many tokens may wait for deeper recursions.
-        forced: Int64 ``[S, F]``: depths of the tokens, in turn.
-        num_forced: Int64 ``[S]``: how many of those count; 0 for none.
-        thresholds: Float32 ``[S, R]``: above which confidence tokens leave; infinite where none does.
-        temperature: Float64 ``[S]``; 0 for the first choice.
-        top_k: Int64 ``[S]``; 0 for all.
-        top_p: Float64 ``[S]``; 1 for all.
-        draws: Float64 ``[S, most_said]``: what the next tokens are drawn by.
-    """
-
-    tables: Tensor
-    limits: Tensor
-    max_depth: Tensor
-    max_pending: Tensor
-    forced: Tensor
-    num_forced: Tensor
-    thresholds: Tensor
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    draws: Tensor
-
-    @classmethod
-    def empty(
-        cls, count: int, pages: int, depths: int, most_said: int, device: torch.device | str, *, pin: bool = False
-    ) -> SlotSettings:
-        """Of ``count`` slots without a request."""
-
-        def full(value: float, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.full((count, *shape), value, dtype=dtype, device=device, pin_memory=pin)
-
-        return cls(
-            tables=full(-1, pages, dtype=torch.int32),
-            limits=full(0, dtype=torch.int32),
-            max_depth=full(depths - 1),
-            max_pending=full(MOST_PENDING),
-            forced=full(0, MOST_FORCED),
-            num_forced=full(0),
-            thresholds=full(math.inf, depths, dtype=torch.float32),
-            temperature=full(0, dtype=torch.float64),
-            top_k=full(0),
-            top_p=full(1, dtype=torch.float64),
-            draws=full(0, most_said, dtype=torch.float64),
-        )
-
-
-@dataclass(frozen=True)
-class RowAssignment:
-    """Which rows of a call are whose.
-
-    Attributes:
-        owner: ``[N]``: slots; the spare one where there is no row.
-        positions: ``[N]``, of the rows; a slot's follow one another.
-        there: Bool ``[N]``.
-        taken: Bool ``[S]``: slots whose rows found room.
-        own: ``[S]``: the last row of those.
-    """
-
-    owner: Tensor
-    positions: Tensor
-    there: Tensor
-    taken: Tensor
-    own: Tensor
+from .slots import MAX_EOS_TOKENS, MAX_PENDING, LoopShape, RowAssignment, SlotSettings, SlotState
 
 
 class DeviceLoop:
-    """The slots, and an iteration of them.
+    """Slots on the device and the three parts of an iteration.
 
-    Every tensor has a row more than there are slots: what is not there is written to that one.
+    Tensors have one row more than there are slots: the spare slot, which unused rows write to.
 
     Args:
-        runner: The model and its pages, in one stream.
-        kv: Where keys and values of skipped depths come from.
-        count: Slots.
-        num_device_steps: Iterations, at most, between two looks of the host.
-        implementation: Of the kernels.
+        runner: Model and KV cache, whose layers share one stream of pages.
+        kv: Source of the keys and values of skipped depths, one of :data:`~recursify.modeling.KV_MODES`.
+        num_slots: Number of slots.
+        num_device_steps: Maximum number of iterations between two reads by the host.
+        implementation: Implementation of the kernels.
 
     Attributes:
-        slots: Token, depth, position and so on.
-        settings: See :class:`SlotSettings`.
-        fresh: Bool ``[S]``: the token has not been through the prelude.
-        leaving: Bool ``[S]``: the token has left the block and not been through the coda.
-        number: Int64 ``[S]``: new tokens of the request so far.
-        said: Int64 ``[S]``: new tokens since the host looked.
-        done: Int64 ``[S, R]``: positions before this one have run the depth.
-        coda_from: Int64 ``[S]``: the first position that goes through the coda when the token leaves: its own, or that
-            of the first one that came along to the last recursion.
-        most_said: Tokens that a slot may say between two looks: one in every iteration, and one that has waited for an
-            iteration of its own before them.
-        held: ``[S, W, D]``: the state of the token at position ``p`` is at ``p % W``.
-        embedded: ``[S, D]``: what the token was before the first layer.
-        entered: ``[S, D]``: what entered the recursion that ran last.
-        choice: Int64 ``[S]``: the next token, of those that have been read out.
-        ends: Int64 ``[E]``: tokens that end every text.
-        turn: Int64: calls of the block so far, which say who comes first.
-        ring: What the host reads.
-        tally: Int64 ``[3]``: calls of the block that a slot had a row in, rows in calls, and rows that had to wait.
+        policy: Exit policy of all slots; thresholds are in ``settings``.
+        slots: Token, depth, position and address of each slot.
+        state: Progress of the tokens.
+        settings: Settings written by the host.
+        eos_tokens: Int64 ``[E]``: tokens that end every sequence; -1 for an unused entry.
+        ring: Tokens for the host to read.
+        counters: Int64 ``[3]``, see :class:`~.slots.LoopCounters`.
+        num_block_calls: Int64: number of block calls, which determines the slot that goes first.
+        tokens_per_sync: Maximum number of tokens per slot between two reads: one per iteration, and one that had exited
+            before.
     """
 
     def __init__(
-        self, runner: ModelRunner, kv: str, count: int, num_device_steps: int, implementation: Implementation
+        self, runner: ModelRunner, kv: str, num_slots: int, num_device_steps: int, implementation: Implementation
     ) -> None:
         self.runner, self.decoder, self.kv, self.implementation = runner, runner.decoder, kv, implementation
-        self.spare = count
         self.policy: ExitPolicy | None = None
-        decoder, pages, device = runner.decoder, runner.kv_cache, runner.device
-        self.last = decoder.num_depths - 1
-        self.page_size = pages.page_size
-        self.catches_up = kv == "deferred" and self.last > 0
-        self.width = MOST_PENDING + 1 if self.catches_up else 1
-        self.most_said = num_device_steps + 1
-        self.slots = Slots.empty(count + 1, device)
-        self.settings = SlotSettings.empty(
-            count + 1, pages_for(pages.context, self.page_size), decoder.num_depths, self.most_said, device
-        )
-        states = {"dtype": decoder.dtype, "device": device}
-        whole = {"dtype": torch.long, "device": device}
-        size = decoder.config.hidden_size
-        self.fresh = torch.zeros(count + 1, dtype=torch.bool, device=device)
-        self.leaving = torch.zeros_like(self.fresh)
-        self.number = torch.zeros(count + 1, **whole)
-        self.said = torch.zeros(count + 1, **whole)
-        self.done = torch.zeros(count + 1, decoder.num_depths, **whole)
-        self.coda_from = torch.zeros(count + 1, **whole)
-        self.held = torch.zeros(count + 1, self.width, size, **states)
-        self.embedded = torch.zeros(count + 1, size, **states)
-        self.entered = torch.zeros(count + 1, size, **states)
-        self.choice = torch.zeros(count + 1, **whole)
-        self.ends = torch.full((MOST_ENDS,), -1, **whole)
-        self.ring = OutputRing.empty(count * self.most_said, device)
-        self.turn = torch.zeros((), **whole)
-        self.tally = torch.zeros(3, **whole)
-        # Constants: what is made of numbers cannot be made while a graph is captured.
-        self._numbers = torch.arange(self.most_rows + 1, **whole)
-        self._offsets = torch.tensor(pages.layout.offsets, **whole)
-        self._no_offset = torch.zeros(1, **whole)
-        self._deeper = torch.arange(1, decoder.num_depths, **whole)
+        decoder, kv_cache, device = runner.decoder, runner.kv_cache, runner.device
+        self.spare_slot = num_slots
+        self.last_depth = decoder.num_depths - 1
+        self.page_size = kv_cache.page_size
+        self.defers = kv == "deferred" and self.last_depth > 0
+        self.width = MAX_PENDING + 1 if self.defers else 1
+        self.tokens_per_sync = num_device_steps + 1
+        max_pages = pages_for(kv_cache.context, self.page_size)
+        self.slots = Slots.empty(num_slots + 1, device)
+        self.state = SlotState.empty(num_slots + 1, self.width, decoder)
+        self.settings = SlotSettings.empty(num_slots + 1, max_pages, decoder.num_depths, self.tokens_per_sync, device)
+        integers = {"dtype": torch.long, "device": device}
+        self.eos_tokens = torch.full((MAX_EOS_TOKENS,), -1, **integers)
+        self.ring = OutputRing.empty(num_slots * self.tokens_per_sync, device)
+        self.counters = torch.zeros(3, **integers)
+        self.num_block_calls = torch.zeros((), **integers)
+        # Constants are made here: capturing a graph forbids host-to-device copies.
+        self._range = torch.arange(self.max_rows + 1, **integers)
+        self._page_offsets = torch.tensor(kv_cache.layout.offsets, **integers)
+        self._no_offset = torch.zeros(1, **integers)
+        self._deeper = torch.arange(1, decoder.num_depths, **integers)
         depths = torch.arange(decoder.num_depths, device=device)
-        self._reaches = {
+        self._windows = {
             layer.windows: window_per_row(layer.windows, depths if len(layer.windows) > 1 else depths[:1])
             for layer in decoder.layers
         }
 
     @property
-    def most_rows(self) -> int:
-        """That a part may have: for all slots and half as many again, or for all tokens of one that come along."""
-        return max(self.spare + self.spare // 2, self.room_for(self.width))
+    def max_rows(self) -> int:
+        """Maximum number of rows of a call: one and a half per slot, or all deferred tokens of one slot."""
+        return max(self.spare_slot + self.spare_slot // 2, self.rows_for(self.width))
 
     @staticmethod
-    def room_for(tokens: int) -> int:
-        """Rows for one slot that brings along so many tokens, its own included; in eights, so that shapes are few."""
-        return 0 if tokens == 1 else 8 * math.ceil(tokens / 8)
+    def rows_for(num_tokens: int) -> int:
+        """Rows for one slot that runs ``num_tokens`` together, in multiples of 8 to limit the number of shapes."""
+        return 0 if num_tokens == 1 else 8 * math.ceil(num_tokens / 8)
 
     @property
-    def reads_to_decide(self) -> bool:
-        """Whether the policy looks at logits: all rows then go through the coda and are read out, whoever leaves."""
+    def policy_reads_logits(self) -> bool:
+        """Whether the policy needs logits: then all rows run coda and head, whether they exit or not."""
         return isinstance(self.policy, Confidence | Entropy)
 
-    def _brings_along(self, shape: LoopShape) -> bool:
-        """Whether tokens that left early come along with later ones of their slot."""
-        return self.catches_up and shape.leaves
+    def _runs_deferred(self, shape: LoopShape) -> bool:
+        """Whether deferred tokens run together with later ones of their slot."""
+        return self.defers and shape.exits_early
 
-    # --- Who goes ------------------------------------------------------------------------------------------------
+    # --- Rows ----------------------------------------------------------------------------------------------------
 
-    def _lay_out(self, wanted: Tensor, first: Tensor | None, room: int) -> RowAssignment:
-        """``room`` rows for slots that are ``wanted [S]``: from ``first [S]``, or from their token's, to their token's.
+    def _assign_rows(self, wanted: Tensor, first: Tensor | None, num_rows: int) -> RowAssignment:
+        """Assign ``num_rows`` rows to the ``wanted`` slots, bool ``[S]``.
 
-        All of a slot's rows or none, the first ones first; who that is changes with every call of the block.
+        A slot gets one row per position from ``first [S]`` (None: that of its token) to that of its token, or no row at
+        all. The slot that goes first changes with every block call.
         """
         count = len(wanted)
         position = self.slots.position[:count].long()
-        if first is None and room == count:
-            numbers = self._numbers[:count]
-            owner, positions = torch.where(wanted, numbers, self.spare), torch.where(wanted, position, 0)
-            return RowAssignment(owner, positions, wanted, wanted, numbers)
+        if first is None and num_rows == count:
+            slots = self._range[:count]
+            rows_of = torch.where(wanted, slots, self.spare_slot)
+            return RowAssignment(rows_of, torch.where(wanted, position, 0), wanted, wanted, slots)
         first = position if first is None else first
-        order = ((self._numbers[:count] + self.turn) % count).argsort()
+        order = ((self._range[:count] + self.num_block_calls) % count).argsort()
         sizes = torch.where(wanted, position + 1 - first, 0)[order]
-        sizes = torch.where(sizes.cumsum(0) <= room, sizes, 0)
+        sizes = torch.where(sizes.cumsum(0) <= num_rows, sizes, 0)
         ends = sizes.cumsum(0)
-        assert room <= self.most_rows
-        row = self._numbers[:room]
-        place = torch.searchsorted(ends, row, right=True)
-        there = place < count
-        place = place.clamp(max=count - 1)
-        whose = order[place]
-        positions = first[whose] + row - (ends - sizes)[place]
-        taken = torch.zeros_like(wanted).index_put((order,), sizes > 0)
-        own = torch.zeros_like(order).index_put((order,), (ends - 1).clamp(min=0))
-        return RowAssignment(torch.where(there, whose, self.spare), torch.where(there, positions, 0), there, taken, own)
+        assert num_rows <= self.max_rows
+        rows = self._range[:num_rows]
+        rank = torch.searchsorted(ends, rows, right=True)
+        is_used = rank < count
+        rank = rank.clamp(max=count - 1)
+        slots = order[rank]
+        positions = first[slots] + rows - (ends - sizes)[rank]
+        return RowAssignment(
+            slots=torch.where(is_used, slots, self.spare_slot),
+            positions=torch.where(is_used, positions, 0),
+            is_used=is_used,
+            is_selected=torch.zeros_like(wanted).index_put((order,), sizes > 0),
+            last_rows=torch.zeros_like(order).index_put((order,), (ends - 1).clamp(min=0)),
+        )
 
-    def _states(self, slots: slice) -> Tensor:
-        """Of slots' own tokens, ``[S, D]``."""
-        return self.held[self._numbers[slots], self.slots.position[slots].long() % self.width]
-
-    def _rows(self, layout: RowAssignment, depths: Tensor | None, *, only_writes: bool = False) -> StaticAttentionBatch:
-        """Of a call of the block at ``depths [N]``, or of prelude or coda."""
-        there, positions = layout.there, layout.positions
-        tables = self.settings.tables[layout.owner]
-        pages = (positions // self.page_size).clamp(max=tables.shape[1] - 1)
-        block = tables.gather(1, pages[:, None])[:, 0].long()
+    def _batch(self, rows: RowAssignment, depths: Tensor | None, *, only_writes: bool = False) -> StaticAttentionBatch:
+        """Attention batch of a block call at ``depths [N]``, or of prelude or coda."""
+        is_used, positions = rows.is_used, rows.positions
+        tables = self.settings.block_tables[rows.slots]
+        index = (positions // self.page_size).clamp(max=tables.shape[1] - 1)
+        page = tables.gather(1, index[:, None])[:, 0].long()
         return StaticAttentionBatch(
             positions=positions,
-            depths=torch.zeros_like(positions) if depths is None else torch.where(there, depths, 0),
-            slots=torch.where(there & (block >= 0), block * self.page_size + positions % self.page_size, -1),
-            lengths=torch.where(there, positions + 1, 0),
+            depths=torch.zeros_like(positions) if depths is None else torch.where(is_used, depths, 0),
+            slots=torch.where(is_used & (page >= 0), page * self.page_size + positions % self.page_size, -1),
+            lengths=torch.where(is_used, positions + 1, 0),
             tables=tables,
-            offsets=self._no_offset if depths is None else self._offsets,
-            reaches=self._reaches,
+            offsets=self._no_offset if depths is None else self._page_offsets,
+            reaches=self._windows,
             implementation=self.implementation,
             only_writes=only_writes,
         )
 
-    # --- An iteration --------------------------------------------------------------------------------------------
+    def _current_states(self, span: slice) -> Tensor:
+        """Hidden states of the slots' tokens, ``[S, D]``."""
+        return self.state.states[self._range[span], self.slots.position[span].long() % self.width]
+
+    # --- Parts of an iteration -----------------------------------------------------------------------------------
 
     def enter(self, shape: LoopShape) -> None:
-        """Embedding and prelude, for tokens that begin. It does not wait for the device, and nor do the next two."""
-        every = slice(0, shape.slots)
-        fresh = self.slots.active[every] & self.fresh[every]
-        layout = self._lay_out(fresh, None, shape.enters)
-        embedded = self.decoder.embed(self.slots.token[layout.owner].long()[:, None])[:, 0]
-        states = self.runner.run_static(self.decoder.prelude, self._rows(layout, None), embedded)
-        self.held[layout.owner, layout.positions % self.width] = states
-        self.embedded[layout.owner] = embedded
-        self.fresh[every] &= ~layout.taken
-        self.tally[2] += (fresh & ~layout.taken).sum()
+        """Embed tokens that begin, and run the prelude."""
+        span, state = shape.span, self.state
+        entering = self.slots.active[span] & state.is_entering[span]
+        rows = self._assign_rows(entering, None, shape.enter_rows)
+        embedded = self.decoder.embed(self.slots.token[rows.slots].long()[:, None])[:, 0]
+        states = self.runner.run_static(self.decoder.prelude, self._batch(rows, None), embedded)
+        state.states[rows.slots, rows.positions % self.width] = states
+        state.embedded[rows.slots] = embedded
+        state.is_entering[span] &= ~rows.is_selected
+        self.counters[2] += (entering & ~rows.is_selected).sum()
 
     def block(self, shape: LoopShape) -> None:
-        """One call of the block, for tokens that have entered and not left; who stays is a recursion deeper then."""
-        pending = self._pending(slice(0, shape.slots))
+        """Run one recursion for tokens inside the block; those that do not exit move one depth deeper."""
+        pending = self._num_pending(shape.span)
         ran = self._run_block(shape)
-        leaves = self._test(shape, ran, pending)
-        self.leaving[: shape.slots] |= leaves
-        if shape.leaves:
-            self._fill_skipped(shape, leaves)
-        self.slots.depth[: shape.slots] += ran & ~leaves
-        self.turn += 1
+        exiting = self._decide_exits(shape, ran, pending)
+        self.state.is_exiting[shape.span] |= exiting
+        if shape.exits_early:
+            self._write_skipped(shape, exiting)
+        self.slots.depth[shape.span] += ran & ~exiting
+        self.num_block_calls += 1
 
     def exit(self, shape: LoopShape) -> None:
-        """Coda and readout for tokens that have left, whose slots start on the next ones then."""
-        exits = self._compute_logits(shape)
-        every = slice(0, shape.slots)
-        slots = Slots(**{name: held[every] for name, held in vars(self.slots).items()})
+        """Run coda and head for tokens that have exited; their slots continue with the next token."""
+        span, state = shape.span, self.state
+        finished = self._finish_tokens(shape)
         advance_slots(
-            slots,
-            exits,
-            self.choice[every],
-            waits=~exits,
-            limits=self.settings.limits[every],
-            ends=self.ends,
-            block_table=self.settings.tables[every],
+            Slots(**{name: tensor[span] for name, tensor in vars(self.slots).items()}),
+            finished,
+            state.next_token[span],
+            waits=~finished,
+            limits=self.settings.limits[span],
+            ends=self.eos_tokens,
+            block_table=self.settings.block_tables[span],
             page_size=self.page_size,
             num_depths=self.decoder.num_depths,
             ring=self.ring,
             implementation=self.implementation,
         )
-        self.leaving[every] &= ~exits
-        self.fresh[every] |= exits
-        self.number[every] += exits
-        self.said[every] += exits
+        state.is_exiting[span] &= ~finished
+        state.is_entering[span] |= finished
+        state.num_generated[span] += finished
+        state.num_unread[span] += finished
 
-    # --- Parts of those ------------------------------------------------------------------------------------------
+    # --- Block ---------------------------------------------------------------------------------------------------
 
     def _run_block(self, shape: LoopShape) -> Tensor:
-        """One call of the block; which slots had rows in it, ``[S]``."""
-        every = slice(0, shape.slots)
-        goes = self.slots.active[every] & ~self.fresh[every] & ~self.leaving[every]
-        depth, done = self.slots.depth[every].long()[:, None], self.done[every]
-        first = done.gather(1, depth)[:, 0]
-        layout = self._lay_out(goes, first if self._brings_along(shape) else None, shape.rows)
-        if shape.leaves:
-            self.entered[every] = torch.where(layout.taken[:, None], self._states(every), self.entered[every])
-        place = (layout.owner, layout.positions % self.width)
-        rows = self._rows(layout, self.slots.depth[layout.owner].long())
-        self.held[place] = self.runner.run_static(self.decoder.block, rows, self.held[place])
-        if self.catches_up:
-            # What its token leaves the block with goes through the coda, and so does what came along to the very end.
-            at_end = (depth[:, 0] == self.last) & layout.taken
-            position = self.slots.position[every].long()
-            self.coda_from[every] = torch.where(
-                at_end, first, torch.where(layout.taken, position, self.coda_from[every])
-            )
-            ran = torch.where(layout.taken, position + 1, first)
-            done.scatter_(1, depth, ran[:, None])
-        self.tally += torch.stack([layout.taken.sum(), layout.there.sum(), (goes & ~layout.taken).sum()])
-        return layout.taken
+        """Run one block call; returns the slots that had rows in it, bool ``[S]``."""
+        span, state = shape.span, self.state
+        wanted = self.slots.active[span] & ~state.is_entering[span] & ~state.is_exiting[span]
+        depth, first_pending = self.slots.depth[span].long()[:, None], state.first_pending[span]
+        first = first_pending.gather(1, depth)[:, 0]
+        rows = self._assign_rows(wanted, first if self._runs_deferred(shape) else None, shape.block_rows)
+        selected = rows.is_selected
+        if shape.exits_early:
+            state.entered[span] = torch.where(selected[:, None], self._current_states(span), state.entered[span])
+        at = (rows.slots, rows.positions % self.width)
+        batch = self._batch(rows, self.slots.depth[rows.slots].long())
+        state.states[at] = self.runner.run_static(self.decoder.block, batch, state.states[at])
+        if self.defers:
+            # The coda runs the token, and with it the deferred tokens that ran the last recursion.
+            ran_all = (depth[:, 0] == self.last_depth) & selected
+            position = self.slots.position[span].long()
+            coda_start = torch.where(selected, position, state.coda_start[span])
+            state.coda_start[span] = torch.where(ran_all, first, coda_start)
+            first_pending.scatter_(1, depth, torch.where(selected, position + 1, first)[:, None])
+        self.counters += torch.stack([selected.sum(), rows.is_used.sum(), (wanted & ~selected).sum()])
+        return selected
 
-    def _test(self, shape: LoopShape, ran: Tensor, pending: Tensor | int) -> Tensor:
-        """Decide which tokens exit, bool ``[S]``, of those that ``ran [S]``; ``pending [S]`` tokens are deferred."""
-        every = slice(0, shape.slots)
-        depth = self.slots.depth[every].long()
-        confidence: Tensor | float = -math.inf
-        limits = ExitLimits(depth, self.last)
-        reading = None
-        if self.reads_to_decide:
-            states, layout = self._run_coda(shape, ran, shape.rows)
-            states = states[layout.own]
-            reading = self._read(states)
-            choice = self._choose(shape, states, self._numbers[every], reading)
-            self.choice[every] = torch.where(ran, choice, self.choice[every])
-        if shape.leaves:
-            settings = self.settings
-            num_forced = settings.num_forced[every]
-            turn = self.number[every] % num_forced.clamp(min=1)
-            forced = settings.forced[every].gather(1, turn[:, None])[:, 0]
-            limits = ExitLimits(
-                depth,
-                settings.max_depth[every],
-                settings.thresholds[every].gather(1, depth[:, None])[:, 0],
-                pending=pending,
-                max_pending=settings.max_pending[every],
-                forced_depth=torch.where(num_forced > 0, forced, -1),
-            )
-            if self.policy is not None:
-                confidence = self._confidence(every, reading)
-        return exits(confidence, limits) & ran
-
-    def _confidence(self, every: slice, reading: ExitStatistics | None) -> Tensor:
-        """Confidence of the policy at each token's depth, float32 ``[S]``."""
-        assert self.policy is not None
-        depth = self.slots.depth[every].long()
-        if isinstance(self.policy, Confidence):
-            assert reading is not None
-            return reading.probability_margin
-        if isinstance(self.policy, Entropy):
-            assert reading is not None
-            return 1 - reading.entropy / math.log(self.decoder.config.vocab_size)
-        states, heads = self._states(every), getattr(self.decoder.model, "exit_heads", None)
-        confidence = torch.zeros_like(depth, dtype=torch.float32)
-        for at in range(self.last):
-            boundary = ExitContext(
-                at,
-                states,
-                self.embedded[every] if at == 0 else self.entered[every],
-                arrive=_no_logits,
-                read=_no_logits,
-                previous_logits=None,
-                test=None if heads is None else _agreement(heads[at], states),
-            )
-            confidence = torch.where(depth == at, self.policy.confidence(boundary).float(), confidence)
-        return confidence
-
-    def _pending(self, every: slice) -> Tensor | int:
+    def _num_pending(self, span: slice) -> Tensor | int:
         """Number of tokens per slot whose deeper keys and values are deferred, ``[S]``, its current one included.
 
         It is counted before the block runs, which computes some of them.
         """
-        if self.policy is None or not self.catches_up:
+        if self.policy is None or not self.defers:
             return 0
-        run = self.done[every].gather(1, self.settings.max_depth[every][:, None])[:, 0]
-        return self.slots.position[every].long() + 1 - run
+        first = self.state.first_pending[span].gather(1, self.settings.max_depth[span][:, None])[:, 0]
+        return self.slots.position[span].long() + 1 - first
 
-    def _fill_skipped(self, shape: LoopShape, leaves: Tensor) -> None:
-        """Keys and values of the recursions that tokens skip, where those do not wait for later ones."""
+    def _decide_exits(self, shape: LoopShape, ran: Tensor, pending: Tensor | int) -> Tensor:
+        """Decide which tokens exit, bool ``[S]``, of those that ``ran [S]``; ``pending [S]`` tokens are deferred."""
+        span, settings = shape.span, self.settings
+        depth = self.slots.depth[span].long()
+        confidence: Tensor | float = -math.inf
+        limits = ExitLimits(depth, self.last_depth)
+        statistics = None
+        if self.policy_reads_logits:
+            states, rows = self._run_coda(shape, ran, shape.block_rows)
+            states = states[rows.last_rows]
+            statistics = self._exit_statistics(states)
+            tokens = self._sample(shape, states, self._range[span], statistics)
+            self.state.next_token[span] = torch.where(ran, tokens, self.state.next_token[span])
+        if shape.exits_early:
+            num_forced = settings.num_forced[span]
+            turn = self.state.num_generated[span] % num_forced.clamp(min=1)
+            forced_depth = settings.forced_depths[span].gather(1, turn[:, None])[:, 0]
+            limits = ExitLimits(
+                depth,
+                settings.max_depth[span],
+                settings.thresholds[span].gather(1, depth[:, None])[:, 0],
+                pending=pending,
+                max_pending=settings.max_pending[span],
+                forced_depth=torch.where(num_forced > 0, forced_depth, -1),
+            )
+            if self.policy is not None:
+                confidence = self._confidence(self.policy, span, statistics)
+        return exits(confidence, limits) & ran
+
+    def _confidence(self, policy: ExitPolicy, span: slice, statistics: ExitStatistics | None) -> Tensor:
+        """Confidence of the policy at each token's depth, float32 ``[S]``."""
+        if statistics is not None:
+            if isinstance(policy, Confidence):
+                return statistics.probability_margin
+            return 1 - statistics.entropy / math.log(self.decoder.config.vocab_size)
+        depth, states = self.slots.depth[span].long(), self._current_states(span)
+        heads = getattr(self.decoder.model, "exit_heads", None)
+        confidence = torch.zeros_like(depth, dtype=torch.float32)
+        for exit_depth in range(self.last_depth):
+            context = ExitContext(
+                exit_depth,
+                states,
+                self.state.embedded[span] if exit_depth == 0 else self.state.entered[span],
+                arrive=_no_logits,
+                read=_no_logits,
+                previous_logits=None,
+                test=None if heads is None else _agreement(heads[exit_depth], states),
+            )
+            confidence = torch.where(depth == exit_depth, policy.confidence(context).float(), confidence)
+        return confidence
+
+    def _write_skipped(self, shape: LoopShape, exiting: Tensor) -> None:
+        """Write keys and values of the depths that ``exiting`` tokens skip, unless they are deferred."""
         if self.kv == "deferred":
             return
-        every, deeper = slice(0, shape.slots), len(self._deeper)
-        depth = self.slots.depth[every].long().repeat(deeper)
-        target = self._deeper.repeat_interleave(shape.slots, output_size=shape.slots * deeper)
-        there = leaves.repeat(deeper) & (target > depth)
-        owner = self._numbers[every].repeat(deeper)
-        positions = torch.where(there, self.slots.position[owner].long(), 0)
-        rows = self._rows(RowAssignment(owner, positions, there, leaves, owner), target, only_writes=True)
+        span, num_deeper = shape.span, len(self._deeper)
+        depth = self.slots.depth[span].long().repeat(num_deeper)
+        target = self._deeper.repeat_interleave(shape.num_slots, output_size=shape.num_slots * num_deeper)
+        is_used = exiting.repeat(num_deeper) & (target > depth)
+        slots = self._range[span].repeat(num_deeper)
+        positions = torch.where(is_used, self.slots.position[slots].long(), 0)
+        batch = self._batch(RowAssignment(slots, positions, is_used, exiting, slots), target, only_writes=True)
         if self.kv == "copied":
-            self.runner.run_static(self.decoder.block, rows, self._states(every).repeat(deeper, 1))
+            self.runner.run_static(self.decoder.block, batch, self._current_states(span).repeat(num_deeper, 1))
             return
-        source = torch.where(there, rows.slots + self._offsets[depth] * self.page_size, 0).clamp(min=0)
+        source = torch.where(is_used, batch.slots + self._page_offsets[depth] * self.page_size, 0).clamp(min=0)
         for layer in self.decoder.block:
-            keys, values = (held.flatten(0, 1)[source] for held in (layer.keys, layer.values))
-            store_keys_and_values(
-                keys,
-                values,
-                layer.keys,
-                layer.values,
-                rows.slots,
-                rows.depths,
-                self._offsets,
-                implementation=self.implementation,
-            )
+            keys, values = (pages.flatten(0, 1)[source] for pages in (layer.keys, layer.values))
+            batch.store(layer, keys, values)
 
-    def _compute_logits(self, shape: LoopShape) -> Tensor:
-        """Coda and readout for tokens that have left; which slots' next tokens are there, ``[S]``."""
-        leaving = self.leaving[: shape.slots].clone()  # it changes before what is returned is done with
-        if self.reads_to_decide:
-            return leaving
-        states, layout = self._run_coda(shape, leaving, shape.exits)
-        self.tally[2] += (leaving & ~layout.taken).sum()
-        owner = layout.owner
-        if self._brings_along(shape):  # those that came along are not read
-            states, owner = states[layout.own], torch.where(layout.taken, self._numbers[: shape.slots], self.spare)
-        self.choice[owner] = self._choose(shape, states, owner, self._read(states) if shape.reads else None)
-        return layout.taken
+    # --- Coda and logits -----------------------------------------------------------------------------------------
 
-    def _choose(self, shape: LoopShape, states: Tensor, owner: Tensor, reading: ExitStatistics | None) -> Tensor:
-        """The next tokens of slots ``owner [n]``, as their requests want them: ``[n]``.
+    def _finish_tokens(self, shape: LoopShape) -> Tensor:
+        """Compute the next tokens of slots whose token has exited; returns the slots that have one, bool ``[S]``."""
+        exiting = self.state.is_exiting[shape.span].clone()  # the caller changes is_exiting and still needs this
+        if self.policy_reads_logits:
+            return exiting
+        states, rows = self._run_coda(shape, exiting, shape.exit_rows)
+        self.counters[2] += (exiting & ~rows.is_selected).sum()
+        slots = rows.slots
+        if self._runs_deferred(shape):  # only the token itself needs logits
+            states = states[rows.last_rows]
+            slots = torch.where(rows.is_selected, self._range[shape.span], self.spare_slot)
+        statistics = self._exit_statistics(states) if shape.is_greedy else None
+        self.state.next_token[slots] = self._sample(shape, states, slots, statistics)
+        return rows.is_selected
 
-        A first choice is the reading's, whoever is beside it: in bfloat16 logits that are written are rounded, and
-        some of those that differ are the same then.
+    def _run_coda(self, shape: LoopShape, wanted: Tensor, num_rows: int) -> tuple[Tensor, RowAssignment]:
+        """Run the coda on the tokens of ``wanted [S]`` slots and on deferred ones that ran all recursions with them."""
+        first = self.state.coda_start[shape.span] if self._runs_deferred(shape) else None
+        rows = self._assign_rows(wanted, first, num_rows)
+        states = self.state.states[rows.slots, rows.positions % self.width]
+        return self.runner.run_static(self.decoder.coda, self._batch(rows, None), states), rows
+
+    def _sample(self, shape: LoopShape, states: Tensor, slots: Tensor, statistics: ExitStatistics | None) -> Tensor:
+        """Next tokens of ``slots [N]`` by the settings of their requests, ``[N]``.
+
+        Greedy requests take the argmax of ``statistics`` whatever the batch: logits written in bfloat16 are rounded,
+        which makes different ones equal.
         """
-        held = self.settings
+        settings = self.settings
         if not shape.samples:
-            assert reading is not None
-            return reading.choice
+            assert statistics is not None
+            return statistics.choice
+        temperature = settings.temperature[slots]
+        draws = settings.draws[slots].gather(1, self.state.num_unread[slots][:, None])[:, 0]
         logits = self.runner.compute_logits(states)
-        draws = held.draws[owner].gather(1, self.said[owner][:, None])[:, 0]
-        drawn = choose(logits, held.temperature[owner], held.top_k[owner], held.top_p[owner], draws)
-        return drawn if reading is None else torch.where(held.temperature[owner] > 0, drawn, reading.choice)
+        tokens = choose(logits, temperature, settings.top_k[slots], settings.top_p[slots], draws)
+        return tokens if statistics is None else torch.where(temperature > 0, tokens, statistics.choice)
 
-    def _run_coda(self, shape: LoopShape, wanted: Tensor, room: int) -> tuple[Tensor, RowAssignment]:
-        """What the coda makes of the tokens of slots that are ``wanted [S]``, and of those that came along."""
-        every = slice(0, shape.slots)
-        layout = self._lay_out(wanted, self.coda_from[every] if self._brings_along(shape) else None, room)
-        states = self.held[layout.owner, layout.positions % self.width]
-        return self.runner.run_static(self.decoder.coda, self._rows(layout, None), states), layout
-
-    def _read(self, states: Tensor) -> ExitStatistics:
+    def _exit_statistics(self, states: Tensor) -> ExitStatistics:
+        """Statistics of the logits of ``states [N, D]``."""
         decoder = self.decoder
         assert decoder.head is not None
-        return exit_statistics(
-            decoder.norm(states),
-            decoder.head.weight,
-            decoder.head.bias,
-            softcap=decoder.softcap,
-            implementation=self.implementation,
-        )
+        head, implementation = decoder.head, self.implementation
+        states = decoder.norm(states)
+        return exit_statistics(states, head.weight, head.bias, softcap=decoder.softcap, implementation=implementation)
 
 
 def _agreement(head: torch.nn.Module, states: Tensor) -> Callable[[], Tensor]:
-    """The trained test of an exit head."""
+    """Agreement classifier of an exit head, bound to ``states``."""
     agreement: Callable[[Tensor], Tensor] = head.agreement  # type: ignore[assignment]
     return lambda: agreement(states)
 
 
 def _no_logits(*_: object) -> Tensor:
-    raise AssertionError("policies that look at logits are decided by readings")
+    raise AssertionError("policies that read logits are decided from exit statistics")
