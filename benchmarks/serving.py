@@ -158,7 +158,7 @@ def asked(options: argparse.Namespace, server: ServerProcess, **body: Any) -> Co
 
 def engine_arguments(options: argparse.Namespace) -> list[str]:
     """Of `recursify serve`."""
-    return ["--max-requests", str(options.clients), "--dtype", options.dtype, "--device", options.device]
+    return ["--max-num-seqs", str(options.clients), "--dtype", options.dtype, "--device", options.device]
 
 
 def compare(options: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, list[Measured]]:

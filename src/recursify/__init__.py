@@ -6,8 +6,7 @@ models with transformers: ``AutoModelForCausalLM.from_pretrained`` loads them wi
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recursify.errors import (
     CheckpointError,
@@ -22,47 +21,65 @@ from recursify.errors import (
     TrainingError,
     UnsupportedModelError,
 )
+from recursify.lazy import lazy_names
 from recursify.registration import register_on_import
 
 if TYPE_CHECKING:
     from recursify.bench.plan import benchmark_model
-    from recursify.checkpoint.description import inspect_model
+    from recursify.bench.results import BenchmarkResult
+    from recursify.bench.settings import BenchSettings
+    from recursify.checkpoint.description import ModelDescription, inspect_model
     from recursify.checkpoint.loading import load_model
-    from recursify.convert.export import export_model
-    from recursify.convert.pipeline import convert_model, plan_conversion
+    from recursify.convert.export import ExportResult, export_model
+    from recursify.convert.pipeline import ConversionResult, convert_model, plan_conversion
+    from recursify.convert.plan import ConversionPlan
     from recursify.convert.settings import ConversionSettings
     from recursify.engine.config import EngineConfig
     from recursify.engine.engine import Engine
     from recursify.engine.request import RequestOutput, SamplingParams
-    from recursify.evaluation.evaluate import evaluate_model
-    from recursify.evaluation.exit_calibration import calibrate_exits
-    from recursify.evaluation.tasks import evaluate_tasks
-    from recursify.hub.push import push_model
+    from recursify.evaluation.evaluate import EvaluationResult, evaluate_model
+    from recursify.evaluation.exit_calibration import ExitCalibration, calibrate_exits
+    from recursify.evaluation.generation import GenerationResult, generate_text
+    from recursify.evaluation.tasks import TaskResults, evaluate_tasks
+    from recursify.hub.push import PushResult, push_model
     from recursify.modeling import ExitSettings, RecursiveConfig, RecursiveForCausalLM
     from recursify.server.run import serve_model
     from recursify.server.settings import ServerSettings
-    from recursify.uptrain.run import uptrain_model
+    from recursify.uptrain.run import UptrainResult, uptrain_model
     from recursify.uptrain.settings import UptrainSettings
-
-    __version__: str
+    from recursify.version import __version__
 
 MODULES = {
+    "BenchSettings": "recursify.bench.settings",
+    "BenchmarkResult": "recursify.bench.results",
+    "ConversionPlan": "recursify.convert.plan",
+    "ConversionResult": "recursify.convert.pipeline",
     "ConversionSettings": "recursify.convert.settings",
     "Engine": "recursify.engine.engine",
     "EngineConfig": "recursify.engine.config",
+    "EvaluationResult": "recursify.evaluation.evaluate",
+    "ExitCalibration": "recursify.evaluation.exit_calibration",
     "ExitSettings": "recursify.modeling",
+    "ExportResult": "recursify.convert.export",
+    "GenerationResult": "recursify.evaluation.generation",
+    "ModelDescription": "recursify.checkpoint.description",
+    "PushResult": "recursify.hub.push",
     "RecursiveConfig": "recursify.modeling",
     "RecursiveForCausalLM": "recursify.modeling",
     "RequestOutput": "recursify.engine.request",
     "SamplingParams": "recursify.engine.request",
     "ServerSettings": "recursify.server.settings",
+    "TaskResults": "recursify.evaluation.tasks",
+    "UptrainResult": "recursify.uptrain.run",
     "UptrainSettings": "recursify.uptrain.settings",
+    "__version__": "recursify.version",
     "benchmark_model": "recursify.bench.plan",
     "calibrate_exits": "recursify.evaluation.exit_calibration",
     "convert_model": "recursify.convert.pipeline",
     "evaluate_model": "recursify.evaluation.evaluate",
     "evaluate_tasks": "recursify.evaluation.tasks",
     "export_model": "recursify.convert.export",
+    "generate_text": "recursify.evaluation.generation",
     "inspect_model": "recursify.checkpoint.description",
     "load_model": "recursify.checkpoint.loading",
     "plan_conversion": "recursify.convert.pipeline",
@@ -73,16 +90,26 @@ MODULES = {
 """Module of every public name that is imported on first use."""
 
 __all__ = [
+    "BenchSettings",
+    "BenchmarkResult",
     "CheckpointError",
+    "ConversionPlan",
+    "ConversionResult",
     "ConversionSettings",
     "Engine",
     "EngineConfig",
     "EngineError",
+    "EvaluationResult",
+    "ExitCalibration",
     "ExitSettings",
+    "ExportResult",
+    "GenerationResult",
     "HubError",
+    "ModelDescription",
     "OutputError",
     "ParityError",
     "PlanError",
+    "PushResult",
     "RecursifyError",
     "RecursiveConfig",
     "RecursiveForCausalLM",
@@ -90,9 +117,11 @@ __all__ = [
     "SamplingParams",
     "ServerSettings",
     "SettingsError",
+    "TaskResults",
     "TextError",
     "TrainingError",
     "UnsupportedModelError",
+    "UptrainResult",
     "UptrainSettings",
     "__version__",
     "benchmark_model",
@@ -101,6 +130,7 @@ __all__ = [
     "evaluate_model",
     "evaluate_tasks",
     "export_model",
+    "generate_text",
     "inspect_model",
     "load_model",
     "plan_conversion",
@@ -110,26 +140,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
-    if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            value: Any = version("recursify")
-        except PackageNotFoundError:  # a source tree that is not installed
-            value = "0+unknown"
-    elif name in MODULES:
-        value = getattr(import_module(MODULES[name]), name)
-    else:
-        raise AttributeError(f"module 'recursify' has no attribute '{name}'")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """Public names, including those not imported yet."""
-    return sorted(__all__)
-
-
+__getattr__, __dir__ = lazy_names(__name__, MODULES)
 register_on_import()

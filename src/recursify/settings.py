@@ -254,5 +254,6 @@ def _error(
     assert field is not None
     kind, _ = constraints(field.annotation, field.metadata)
     if typing.get_origin(kind) is Literal:
-        return cls.error(f"Unknown {(labels or {}).get(name, name)} '{value}'{source}. Use {describe(kind)}.")
-    return cls.error(f"{label} must be {describe(field.annotation, field.metadata)}, got {value!r}.")
+        return cls.error(f"Unknown {label} '{value}'. Use {describe(kind)}.")
+    shown = repr(value) if field.repr else "another value"
+    return cls.error(f"{label} must be {describe(field.annotation, field.metadata)}, got {shown}.")

@@ -112,10 +112,10 @@ def test_settings_file_and_flags(models, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--recursions", 4, "--sharing", "cycle"], "Cannot fold 6 layers into 4 recursions.*--recursions 3"),
-        (["--recursions", 0], "--recursions must be at least 1, got 0"),
-        (["--lora-rank", "-1"], "A LoRA rank is a whole number of at least 0, or 'full'; got '-1'"),
-        (["--lora-rank", "many"], "A LoRA rank is a whole number of at least 0, or 'full'; got 'many'"),
-        (["--sharing", "spiral"], "Unknown sharing 'spiral'. Use one of: cycle, sequence"),
+        (["--recursions", 0], "--recursions must be a whole number of at least 1, got '0'"),
+        (["--lora-rank", "-1"], "--lora-rank must be a whole number of at least 0, or 'full', got '-1'"),
+        (["--lora-rank", "many"], "--lora-rank must be a whole number of at least 0, or 'full', got 'many'"),
+        (["--sharing", "spiral"], "Unknown --sharing 'spiral'. Use one of: cycle, sequence"),
         (
             ["--sharing", "middle_cycle", "--prelude", 2],
             "--sharing middle_cycle already implies one prelude and one coda",
@@ -123,10 +123,10 @@ def test_settings_file_and_flags(models, tmp_path, capsys):
         (["--init", "mean"], "Unknown initialization 'mean'"),
         (["--relaxation", "pca"], "Unknown relaxation 'pca'"),
         (["--rank-allocation", "best"], "Unknown rank allocation 'best'"),
-        (["--dtype", "int4"], "Unknown dtype 'int4'. Use one of: auto, float32"),
+        (["--dtype", "int4"], "Unknown --dtype 'int4'. Use one of: auto, float32"),
         (["--device", "warp"], "Cannot run on 'warp'"),
         (["--prelude", 3, "--coda", 3], "6 layers less a prelude of 3 and a coda of 3 leave 0"),
-        (["--prelude", "-1"], "prelude of -1"),
+        (["--prelude", "-1"], "--prelude must be a whole number of at least 0, got '-1'"),
         (["--calibration-data", "nowhere.txt"], "There is no text at 'nowhere.txt'"),
         (["--init", "calibrated", "--calibration-data", "none"], "need text to calibrate on"),
     ],
@@ -155,7 +155,7 @@ def test_unknown_setting_names_the_nearest(models, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("- a\n- b\n", "must hold a mapping of settings, found list"), ("a: [", "Cannot read settings")],
+    [("- a\n- b\n", "must contain a mapping of settings, found list"), ("a: [", "Cannot read settings")],
 )
 def test_damaged_settings(models, tmp_path, capsys, content, message):
     """YAML that is no mapping, or no YAML."""
@@ -227,7 +227,7 @@ def test_inspect(models, capsys):
 
 
 def test_inspect_plot(models, tmp_path, capsys):
-    """A picture beside what is printed; a file that is no SVG, or in no folder, is refused and nothing drawn."""
+    """A picture in addition to the text; a file that is not an SVG, or whose folder is missing, is refused."""
     file = tmp_path / "layout [1].svg"
     assert run("inspect", models / "recursive", "--json", "--plot", file) == 0
     out, err = capsys.readouterr()
@@ -236,9 +236,9 @@ def test_inspect_plot(models, tmp_path, capsys):
     assert ET.parse(file).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     (tmp_path / "folder.svg").mkdir()
     for name, message in (
-        ("layout.png", "Name a file that ends in .svg"),
-        ("folder.svg", "Name another file for --plot"),
-        ("nowhere/layout.svg", f"there is no folder '{tmp_path / 'nowhere'}'. Make it first"),
+        ("layout.png", "Use a file name that ends in .svg"),
+        ("folder.svg", "Use another file name"),
+        ("nowhere/layout.svg", "No such file or directory"),
     ):
         assert run("inspect", models / "recursive", "--plot", tmp_path / name) == 1
         out, err = capsys.readouterr()
@@ -276,7 +276,7 @@ def test_perplexity(models, tmp_path, capsys):
     assert 0 <= both["top1_agreement"] <= 1
     assert both["kl"] > 0
     assert run("perplexity", models / "dense", *data, "--against", models / "dense") == 0
-    assert "same first choice 100.0%" in capsys.readouterr().out
+    assert "same argmax 100.0%" in capsys.readouterr().out
     assert run("perplexity", models / "recursive", *data, "--depth", 0, "--json") == 0
     shallow = json.loads(capsys.readouterr().out)
     assert shallow["depth"] == 0
@@ -323,9 +323,9 @@ def test_other_numbers_of_recursions(models, capsys):
 @pytest.mark.parametrize(
     ("command", "model", "arguments", "code", "message"),
     [
-        (("perplexity",), "recursive", ("--recursions", 2, "--depth", 0), 2, "an exit of --depth"),
-        (("perplexity",), "recursive", ("--residual-scale", 2), 2, "it is for --recursions, which is not given"),
-        (("generate", "abc"), "recursive", ("--anderson", 2), 2, "it is for --recursions, which is not given"),
+        (("perplexity",), "recursive", ("--recursions", 2, "--depth", 0), 2, "--depth is one of the model's own"),
+        (("perplexity",), "recursive", ("--residual-scale", 2), 2, "requires --recursions"),
+        (("generate", "abc"), "recursive", ("--anderson", 2), 2, "requires --recursions"),
         (("perplexity",), "recursive", ("--recursions", 0), 2, "Invalid value for '--recursions'"),
         (("perplexity",), "dense", ("--recursions", 2), 1, "is a dense model, and this needs a recursive one"),
         (
@@ -405,7 +405,7 @@ def test_generate_speculates(models, capsys):
     assert run(*prompt, "--speculate", "--stats") == 0
     captured = capsys.readouterr()
     assert captured.out == whole
-    assert "were kept" in captured.err
+    assert "accepted" in captured.err
     assert "at full depth" in captured.err
     assert run(*prompt, "--speculate", "--exit", "confidence") == 2
 
@@ -471,6 +471,6 @@ def test_a_model_with_exits(models, tmp_path, capsys):
     assert run("inspect", models / "recursive", "--json") == 0
     assert json.loads(capsys.readouterr().out)["exits"] is None
     assert run("export", tmp_path / "cycle", "-o", tmp_path / "dense") == 0
-    assert "left out: exit heads" in capsys.readouterr().out
+    assert "not exported: exit heads" in capsys.readouterr().out
     assert run("export", tmp_path / "cycle", "-o", tmp_path / "peft", "--format", "peft") == 1
     assert "this model has exit heads" in capsys.readouterr().err

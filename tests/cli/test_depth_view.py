@@ -12,7 +12,8 @@ from rich.console import Console
 
 from helpers.command_line import run
 from helpers.tiny_models import byte_tokenizer, convert_tiny, save_tiny
-from recursify.cli.depth_view import DEEP, SHALLOW, DepthView, token_pieces
+from recursify.cli.depth_view import DEEP, SHALLOW, DepthView
+from recursify.evaluation.generation import token_pieces
 from recursify.modeling import RecursiveForCausalLM
 
 VIEW = DepthView("<a> & ", ["one", " <b>", "", "two"], [0, 2, -1, 2], 3)

@@ -206,7 +206,7 @@ def test_examples_of_help_parse():
     """The same of what ``--help`` shows."""
     found = []
     for name in GROUP.commands:
-        text = importlib.import_module(f"recursify.cli.{name.replace('-', '_')}").EXAMPLES
+        text = importlib.import_module(f"recursify.cli.{name.replace('-', '_')}").HELP
         for line in re.findall(r"^`(.+)`$", text, re.M):
             found += commands_in(line, name)
     for command in found:
@@ -226,8 +226,8 @@ def test_examples_of_help_parse():
 )
 def test_options_that_a_page_names_exist(page, names):
     """Of the commands that the page is about; a few of others are mentioned beside them."""
-    known = {option for name in names for parameter in GROUP.commands[name].params for option in parameter.opts}
-    known |= {no for name in names for parameter in GROUP.commands[name].params for no in parameter.secondary_opts}
+    parameters = [parameter for name in names for parameter in GROUP.commands[name].load().params]
+    known = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
     elsewhere = {"--dry-run", "--prelude", "--coda", "--init", "--help"}
     mentioned = set(re.findall(r"`(--[a-z][a-z-]*)", prose(page)))
     assert mentioned or page.stem == "export"
@@ -279,9 +279,12 @@ def output_of(arguments: list[str]) -> str | None:
     return next((after for word, after in pairs if word in ("-o", "--output")), None)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=named)
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if blocks(page, "python")], ids=named)
 def test_python_runs(page, desk, registries, capsys):
-    """The Python of a page, from top to bottom as one program; where it asks a server, there is one."""
+    """The Python of a page, from top to bottom as one program; where it asks a server, there is one.
+
+    That of README is run by ``tests/test_front_door.py``.
+    """
     namespace: dict[str, object] = {}
     asks = any(SERVER in block.text for block in blocks(page, "python"))
     with running(exits_engine, model_name="smollm2-exits") if asks else nullcontext() as server:

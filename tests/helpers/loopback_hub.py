@@ -199,7 +199,7 @@ class _Request(BaseHTTPRequestHandler):
 
 
 class LoopbackHub:
-    """A hub of one user, ``USER``, who has a write token and a read-only one.
+    """A hub of one user, who has a write token and a read-only one.
 
     A file goes to LFS when its name ends in ``.safetensors`` or it has ``lfs_bytes`` or more, and is uploaded in parts
     of ``part_bytes`` when it has more than that. Repositories of other users can be added and read, not written;
@@ -210,7 +210,8 @@ class LoopbackHub:
         received_lfs: The oids (sha256) of the LFS objects that arrived whole, in order.
     """
 
-    def __init__(self, *, lfs_bytes: int = 10_000, part_bytes: int = 1_000_000) -> None:
+    def __init__(self, *, lfs_bytes: int = 10_000, part_bytes: int = 1_000_000, user: str = USER) -> None:
+        self.user = user
         self.requests: list[tuple[str, str, int]] = []
         self.received_lfs: list[str] = []
         self._lfs_bytes = lfs_bytes
@@ -341,14 +342,14 @@ class LoopbackHub:
         # Over https the client takes a 401 without a code for a missing repository; over http it needs the code.
         if request.token is None and (write or repo is None or repo.private):
             raise _Refusal(401, _UNAUTHENTICATED, "RepoNotFound")
-        if repo is None or (repo.private and not repo_id.startswith(f"{USER}/")):
+        if repo is None or (repo.private and not repo_id.startswith(f"{self.user}/")):
             raise _Refusal(404, "Repository not found", "RepoNotFound")
         if write and not self._owns(request, repo_id):
             raise _Refusal(403, f"You don't have the rights to write the model {repo_id}.")
         return repo
 
     def _owns(self, request: _Request, repo_id: str) -> bool:
-        return request.token == WRITE_TOKEN and repo_id.startswith(f"{USER}/")
+        return request.token == WRITE_TOKEN and repo_id.startswith(f"{self.user}/")
 
     def _is_lfs(self, path: str, size: int) -> bool:
         return size >= self._lfs_bytes or (size > 0 and path.endswith(".safetensors"))
@@ -360,11 +361,11 @@ class LoopbackHub:
             raise _Refusal(401, _UNAUTHENTICATED)
         token = {"displayName": "test", "role": "write" if request.token == WRITE_TOKEN else "read"}
         auth = {"type": "access_token", "accessToken": token}
-        return _json({"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": auth})
+        return _json({"type": "user", "name": self.user, "fullname": self.user, "orgs": [], "auth": auth})
 
     def _create_repo(self, request: _Request) -> _Reply:
         payload = request.json()
-        repo_id = f"{payload.get('organization') or USER}/{payload['name']}"
+        repo_id = f"{payload.get('organization') or self.user}/{payload['name']}"
         if request.token is None:
             raise _Refusal(401, _UNAUTHENTICATED)
         if not self._owns(request, repo_id):
@@ -526,7 +527,7 @@ class LoopbackHub:
         listed = []
         for commit in self._repo(request, repo_id).history(revision):
             told = {"id": commit.oid, "title": commit.title, "message": commit.message, "date": commit.date}
-            listed.append({**told, "authors": [{"user": USER}]})
+            listed.append({**told, "authors": [{"user": self.user}]})
         return _json(listed)
 
     def _resolve(self, request: _Request, repo_id: str, revision: str, path: str) -> _Reply:

@@ -14,9 +14,9 @@ from recursify.server.uvicorn_server import listen
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
-        ({"max_queue": -1}, "max_queue must be at least 0, got -1"),
-        ({"request_timeout": 0}, "request_timeout must be more than 0, got 0"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1, got 0"),
+        ({"max_queue": -1}, "max_queue must be a whole number of at least 0, got -1"),
+        ({"request_timeout": 0}, "request_timeout must be a number above 0, got 0"),
         ({"api_key": "short"}, "must have at least 8 ASCII characters"),
         ({"api_key": "with a space"}, "no spaces"),
         ({"api_key": "schlüssel-lang"}, "ASCII"),

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from recursify.errors import CheckpointError
+from recursify.errors import CheckpointError, OutputError
 from recursify.modeling import LayerLayout, RecursiveConfig
 from recursify.modeling.recursive_routing import capacities_of
 
+from .layout_picture import draw_layout, draw_svg
 from .loading import require_recursive
 from .record import read_record
 from .shards import TensorInfo, folder_tensors
@@ -133,6 +134,24 @@ class ModelDescription:
         }
         return facts
 
+    def layout_text(self) -> str:
+        """Draw the layers as text, one line per part."""
+        return draw_layout(self.layout)
+
+    def plot(self, file: str | Path) -> None:
+        """Draw the layout as an SVG.
+
+        Raises:
+            OutputError: ``file`` does not end in .svg, or cannot be written.
+        """
+        file = Path(file)
+        if file.suffix.lower() != ".svg":
+            raise OutputError(f"Cannot write '{file}': layouts are drawn as SVG. Use a file name that ends in .svg.")
+        try:
+            file.write_text(draw_svg(self.to_dict()), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"Cannot write '{file}': {error.strerror}. Use another file name.") from error
+
 
 def inspect_model(model: str | Path) -> ModelDescription:
     """Describe the recursive model in a folder; only headers are read.
@@ -203,22 +222,6 @@ def _describe_routing(config: RecursiveConfig) -> RouterDescription | None:
         kv=config.router_kv,
         gate=config.router_gate,
     )
-
-
-def draw_layout(layout: LayerLayout) -> str:
-    """Draw the layers as text, one line per part."""
-    first, last = layout.num_prelude_layers, layout.num_layers - layout.num_coda_layers
-    cycles = layout.order == "cycle"
-    repeated = f"× {layout.num_recursions}" if cycles else f"each × {layout.num_recursions} in place"
-    lines = [f"prelude   layers 0-{first - 1}, once"] if first else []
-    lines.append(f"block     {layout.block_size} shared layers {repeated}: positions {first}-{last - 1}")
-    if cycles and layout.num_recursions > 1:
-        starts = [layout.position(0, depth) for depth in range(layout.num_recursions)]
-        spans = [f"depth {depth}: {start}-{start + layout.block_size - 1}" for depth, start in enumerate(starts)]
-        lines.append(f"          {', '.join(spans)}")
-    if layout.num_coda_layers:
-        lines.append(f"coda      layers {last}-{layout.num_layers - 1}, once")
-    return "\n".join(lines)
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:

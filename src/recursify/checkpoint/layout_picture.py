@@ -1,4 +1,4 @@
-"""The layout of a recursive model as an SVG picture, drawn by the standard library alone.
+"""Pictures of the layout of a recursive model: text, and SVG drawn with the standard library alone.
 
 Left to right, as a token passes: embedding, prelude, shared block, coda, final norm and head. Every number in a layer's
 box is a position; a layer of the block has one for each depth, from the first downwards.
@@ -12,8 +12,6 @@ from pathlib import PurePath
 from typing import Any
 
 from recursify.modeling import LayerLayout
-
-from .description import draw_layout
 
 MARGIN, GAP, LINE = 24, 30, 16
 """Around the picture; between two parts, where the arrow is; from one line of text to the next. All in pixels."""
@@ -35,6 +33,22 @@ text { font: 12px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f
 .dashed { fill: none; stroke: #3e4c59; stroke-width: 1.5; stroke-dasharray: 5 3 }
 .tip { fill: #3e4c59 }
 """
+
+
+def draw_layout(layout: LayerLayout) -> str:
+    """Draw the layers as text, one line per part."""
+    first, last = layout.num_prelude_layers, layout.num_layers - layout.num_coda_layers
+    cycles = layout.order == "cycle"
+    repeated = f"× {layout.num_recursions}" if cycles else f"each × {layout.num_recursions} in place"
+    lines = [f"prelude   layers 0-{first - 1}, once"] if first else []
+    lines.append(f"block     {layout.block_size} shared layers {repeated}: positions {first}-{last - 1}")
+    if cycles and layout.num_recursions > 1:
+        starts = [layout.position(0, depth) for depth in range(layout.num_recursions)]
+        spans = [f"depth {depth}: {start}-{start + layout.block_size - 1}" for depth, start in enumerate(starts)]
+        lines.append(f"          {', '.join(spans)}")
+    if layout.num_coda_layers:
+        lines.append(f"coda      layers {last}-{layout.num_layers - 1}, once")
+    return "\n".join(lines)
 
 
 def draw_svg(description: dict[str, Any]) -> str:

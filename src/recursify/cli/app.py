@@ -1,54 +1,70 @@
-"""The ``recursify`` command: registers the sub-commands, and turns our errors into one line and exit code 1."""
+"""The ``recursify`` command: a table of sub-commands, and errors as one line with exit code 1."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 import recursify
 from recursify.errors import RecursifyError
 
-from . import (
-    bench,
-    calibrate_exits,
-    chat,
-    convert,
-    eval,
-    export,
-    generate,
-    inspect,
-    perplexity,
-    push,
-    serve,
-    uptrain,
-)
+COMMANDS = {
+    "convert": "Convert a pretrained model into a recursive one.",
+    "uptrain": "Train a recursive model on your own data.",
+    "calibrate-exits": "Choose exit thresholds for a target agreement.",
+    "inspect": "Show layout, parameters, size and history of a recursive model.",
+    "perplexity": "Measure perplexity, alone or against another model.",
+    "eval": "Score a recursive model on lm-evaluation-harness tasks, at any depth.",
+    "generate": "Continue a prompt.",
+    "chat": "Chat with a model in the terminal.",
+    "serve": "Serve a model over OpenAI's API.",
+    "bench": "Measure the speed of the engine against transformers.",
+    "export": "Write a recursive model for stock libraries.",
+    "push": "Upload a recursive model to the Hub, with a model card.",
+}
+"""Sub-commands and their summaries; the code of ``calibrate-exits`` is in ``cli/calibrate_exits.py``."""
+
+
+class LazyCommand(TyperCommand):
+    """Sub-command whose module is imported when it runs."""
+
+    def load(self) -> TyperCommand:
+        """Import the module and return its command."""
+        assert self.name is not None
+        module = import_module(f"recursify.cli.{self.name.replace('-', '_')}")
+        single = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False)
+        single.command(self.name, help=module.HELP)(module.command)
+        command = typer.main.get_command(single)
+        command.context_settings = dict(self.context_settings)
+        return command
+
+    def make_context(self, *args: Any, **keywords: Any) -> Any:
+        """Parse arguments with the command itself."""
+        return self.load().make_context(*args, **keywords)
+
+
+class LazyGroup(TyperGroup):
+    """Group of :data:`COMMANDS`."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        for name, summary in COMMANDS.items():
+            self.add_command(LazyCommand(name, help=summary, context_settings=self.context_settings))
+
 
 app = typer.Typer(
     name="recursify",
-    help="Make pretrained LLMs recursive: cheaper to hold, faster to run.",
+    cls=LazyGroup,
+    help="Convert pretrained LLMs into recursive ones: smaller on disk and in memory.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-MODULES = (
-    convert,
-    uptrain,
-    calibrate_exits,
-    inspect,
-    perplexity,
-    eval,
-    generate,
-    chat,
-    serve,
-    bench,
-    export,
-    push,
-)
-for module in MODULES:
-    module.register(app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -68,7 +84,7 @@ def options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exits 0 when done, 1 on our errors, 2 on wrong usage, 130 when interrupted."""
+    """Run the command line; exit codes: 0 success, 1 our errors, 2 wrong usage, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         app(arguments)

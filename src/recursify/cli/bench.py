@@ -10,7 +10,7 @@ import typer
 from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
 from .report import format_table, print_data, print_json, progress_report, talk
 
-EXAMPLES = """
+HELP = """
 Measure how fast a model answers many requests: by the engine at full depth, with tokens that leave early, with rows
 that wait for one another, by transformers' `generate` and `generate_batch`, and the dense model beside it. All get
 the same requests, in turns, in one process; ratios are what counts.
@@ -25,11 +25,7 @@ the same requests, in turns, in one process; ratios are what counts.
 """
 
 
-def register(app: typer.Typer) -> None:
-    app.command("bench", help=EXAMPLES)(bench_command)
-
-
-def bench_command(
+def command(
     model: ModelArgument,
     dense: Annotated[
         str | None, typer.Option("--dense", help="The dense model, as a control.", show_default=False)
@@ -84,8 +80,7 @@ def bench_command(
         torch.set_num_threads(threads)
 
     from recursify.bench.plan import BenchPlan, draw_speeds
-
-    from .models import load_model
+    from recursify.checkpoint.loading import load_model
 
     loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     loaded, tokenizer = load_model(model, **loading)

@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
-from .options import DeviceOption, DtypeOption, JsonOption, RecursiveArgument
+import recursify
+
+from .options import DataOption, DeviceOption, DtypeOption, JsonOption, RecursiveArgument
 from .report import format_table, print_data, print_json, progress_report
 
-EXAMPLES = """
-Choose the thresholds of an exit policy for the agreement that you want, on your own text.
+HELP = """
+Choose the thresholds of an exit policy for a target agreement with the full model, on your own text.
 
-They go into `config.json`, where `recursify generate DIR --exit POLICY` and `generate(exit_policy=POLICY)` find them.
-They are chosen on the first half of the text; the figures are those of the second.
+They are stored in `config.json`, where `recursify generate DIR --exit POLICY` and `generate(exit_policy=POLICY)` find
+them. They are chosen on the first half of the text and reported on the second.
 
 **Examples**
 
@@ -24,38 +26,31 @@ They are chosen on the first half of the text; the figures are those of the seco
 """
 
 
-def register(app: typer.Typer) -> None:
-    app.command("calibrate-exits", help=EXAMPLES)(calibrate_exits_command)
-
-
-def calibrate_exits_command(
+def command(
     folder: RecursiveArgument,
     policy: Annotated[
         str,
-        typer.Option("--policy", help="head, confidence, entropy, saturation, convergence or divergence."),
+        typer.Option("--policy", help="Exit policy: head, confidence, entropy, saturation, convergence or divergence."),
     ] = "head",
-    target: Annotated[
+    target_agreement: Annotated[
         float,
-        typer.Option("--target-agreement", help="Part of tokens that shall say what the last recursion says."),
-    ] = 0.95,
-    data: Annotated[
-        list[str] | None,
         typer.Option(
-            "--data",
-            help="Text (txt, md, jsonl, parquet, or a folder; repeatable). [default: Python's help topics]",
-            show_default=False,
+            "--target-agreement",
+            help="Target agreement: fraction of tokens whose exit prediction matches the full model.",
         ),
-    ] = None,
+    ] = 0.95,
+    data: DataOption = None,
     vocabulary: Annotated[
         int | None,
         typer.Option(
             "--vocabulary",
-            help="Judge by so many entries of the vocabulary, the first and most frequent, instead of all.",
+            help="Score only the first (most frequent) N vocabulary entries. Without it, all.",
+            metavar="N",
             show_default=False,
         ),
     ] = None,
     length: Annotated[int, typer.Option("--length", help="Tokens per window.", min=2)] = 256,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Stop after this many.", min=2)] = 16384,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Maximum number of tokens.", min=2)] = 16384,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", help="Draw agreement against mean depth (.png, .svg).", show_default=False),
@@ -65,13 +60,11 @@ def calibrate_exits_command(
     device: DeviceOption = "cpu",
     json: JsonOption = False,
 ) -> None:
-    from recursify.evaluation.exit_calibration import calibrate_exits, draw_curve
-
     with progress_report() as progress:
-        calibration = calibrate_exits(
+        result = recursify.calibrate_exits(
             folder,
             policy=policy,
-            target_agreement=target,
+            target_agreement=target_agreement,
             data=data,
             vocabulary=vocabulary,
             length=length,
@@ -82,32 +75,34 @@ def calibrate_exits_command(
             progress=progress,
         )
     if plot is not None:
-        draw_curve(calibration, plot)
+        result.plot(plot)
     if json:
-        print_json(calibration.to_dict())
+        print_json(result.to_dict())
         return
-    held_out = calibration.held_out
+    closing = "nothing was changed" if dry_run else f'next        recursify generate {folder} "…" --exit {policy}'
+    print_data(f"{_summary(result, target_agreement)}\n\n{closing}")
+
+
+def _summary(result: recursify.ExitCalibration, target: float) -> str:
+    outcome = result.held_out
     rows = [
         [
-            f"{outcome.target:g}",
-            f"{outcome.agreement:.1%}",
-            f"{outcome.mean_depth:.2f}",
-            " ".join(f"{fraction:.0%}" for fraction in outcome.exit_fractions),
+            f"{point.target:g}",
+            f"{point.agreement:.1%}",
+            f"{point.mean_depth:.2f}",
+            " ".join(f"{fraction:.0%}" for fraction in point.exit_fractions),
         ]
-        for outcome in sorted([*calibration.curve, held_out], key=lambda outcome: outcome.target)
+        for point in sorted([*result.curve, outcome], key=lambda point: point.target)
     ]
-    print_data(
-        "\n".join(
-            [
-                f"thresholds  {', '.join(f'{value:.4g}' for value in held_out.thresholds)} for policy {policy}"
-                + (f", by {vocabulary:,} entries of the vocabulary" if vocabulary else ""),
-                f"agreement   {held_out.agreement:.1%} on {calibration.num_tokens:,} held-out tokens of "
-                f"{calibration.text} (target: {target:.1%})",
-                f"mean depth  {held_out.mean_depth:.2f} of {len(held_out.thresholds)}",
-                "",
-                format_table(["target", "agreement", "mean depth", "exits per depth"], rows),
-                "",
-                "nothing was changed" if dry_run else f'next        recursify generate {folder} "…" --exit {policy}',
-            ]
-        )
+    vocabulary = f", scoring {result.vocabulary:,} vocabulary entries" if result.vocabulary else ""
+    return "\n".join(
+        [
+            f"thresholds  {', '.join(f'{value:.4g}' for value in outcome.thresholds)} for policy {result.policy}"
+            + vocabulary,
+            f"agreement   {outcome.agreement:.1%} on {result.num_tokens:,} held-out tokens of {result.text} "
+            f"(target: {target:.1%})",
+            f"mean depth  {outcome.mean_depth:.2f} of {len(outcome.thresholds)}",
+            "",
+            format_table(["target", "agreement", "mean depth", "tokens per exit"], rows),
+        ]
     )

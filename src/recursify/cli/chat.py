@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+import recursify
 from recursify.errors import EngineError, SettingsError
 
+from .conversation import Conversation
 from .depth_view import counts_by_depth, depth_style
-from .options import DeviceOption, DtypeOption, ModelArgument, TrustOption
-from .report import talk
-from .serving_options import (
+from .options import (
+    DeviceOption,
+    DtypeOption,
     ExitOption,
-    KVBytesOption,
     MaxDepthOption,
-    MaxLengthOption,
     MinDepthOption,
+    ModelArgument,
+    SeedOption,
+    TemperatureOption,
     ThresholdOption,
+    TopPOption,
+    TrustOption,
 )
+from .report import talk
 
-EXAMPLES = """
-Talk to a model in the terminal. `/new` begins again, `/quit` (or Ctrl-D) ends, Ctrl-C ends an answer. Lines that are
-piped in are answered one after the other.
+HELP = """
+Chat with a model in the terminal. `/new` starts a new conversation, `/quit` (or Ctrl-D) ends the program, Ctrl-C stops
+an answer. Every line of piped input gets an answer.
 
 **Examples**
 
@@ -37,50 +43,50 @@ piped in are answered one after the other.
 """
 
 
-def register(app: typer.Typer) -> None:
-    app.command("chat", help=EXAMPLES)(chat_command)
-
-
-def chat_command(
+def command(
     model: ModelArgument,
-    system: Annotated[
-        str | None, typer.Option("--system", help="What the model is told first.", show_default=False)
-    ] = (None),
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="New tokens of one answer at most.", min=1)] = 512,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.", min=0.0)] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Nucleus when sampling.", min=0.01, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed when sampling.")] = 0,
+    system: Annotated[str | None, typer.Option("--system", help="System message.", show_default=False)] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", help="Maximum number of new tokens per answer.", min=1)
+    ] = 512,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
     exit_policy: ExitOption = None,
     threshold: ThresholdOption = None,
     min_depth: MinDepthOption = 0,
     max_depth: MaxDepthOption = None,
-    show_depth: Annotated[
-        bool, typer.Option("--show-depth", help="Colour each token by the depth it was read at.")
-    ] = False,
-    kv_cache_memory_bytes: KVBytesOption = 2**28,
-    max_model_len: MaxLengthOption = None,
+    show_depth: Annotated[bool, typer.Option("--show-depth", help="Colour each token by its depth.")] = False,
+    kv_cache_memory_bytes: Annotated[
+        int, typer.Option("--kv-cache-memory-bytes", help="Memory of the KV cache in bytes.", min=1)
+    ] = 2**28,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            "--max-model-len",
+            help="Maximum number of tokens of the conversation. Without it, the model's context.",
+            min=2,
+            show_default=False,
+        ),
+    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     trust_remote_code: TrustOption = False,
 ) -> None:
-    from recursify.engine import Engine, SamplingParams
-
-    from .conversation import Conversation, exit_settings
-    from .models import load_model
-
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = recursify.load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if not getattr(tokenizer, "chat_template", None):
         raise SettingsError(f"'{model}' has no chat template, so it cannot chat. Use recursify generate.")
-    engine = Engine(
+    engine = recursify.Engine(
         loaded, tokenizer, max_num_seqs=1, kv_cache_memory_bytes=kv_cache_memory_bytes, max_model_len=max_model_len
     )
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        exit=exit_settings(loaded.config, engine.kv, exit_policy, threshold, min_depth),
-        max_depth=max_depth,
+    try:
+        exits = recursify.ExitSettings.from_options(
+            exit_policy, threshold=threshold, kv=engine.kv, config=loaded.config, min_depth=min_depth
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    params = recursify.SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, exit=exits, max_depth=max_depth
     )
     conversation = Conversation(engine, params, system)
     for line in _lines():
@@ -92,10 +98,10 @@ def chat_command(
 
 
 def _lines() -> Iterator[str]:
-    """What the user says, without empty lines, until the end."""
-    asks = sys.stdin.isatty()
+    """Messages of the user, without empty lines."""
+    is_terminal = sys.stdin.isatty()
     while True:
-        if asks:
+        if is_terminal:
             sys.stderr.write("> ")
             sys.stderr.flush()
         line = sys.stdin.readline()
@@ -105,8 +111,8 @@ def _lines() -> Iterator[str]:
             yield line.strip()
 
 
-def _answer(conversation: Any, line: str, num_depths: int, *, show_depth: bool) -> None:
-    """Print an answer as it comes."""
+def _answer(conversation: Conversation, line: str, num_depths: int, *, show_depth: bool) -> None:
+    """Print an answer token by token."""
     console = Console(highlight=False, soft_wrap=True, markup=False)
     depths: list[int] = []
     try:
@@ -116,7 +122,7 @@ def _answer(conversation: Any, line: str, num_depths: int, *, show_depth: bool) 
     except KeyboardInterrupt:
         talk.print(" (interrupted)")
     except EngineError as error:
-        talk.print(f"{error} Or begin again: /new")
+        talk.print(f"{error} Or start again with /new.")
         return
     console.print()
     if show_depth and depths:

@@ -1,11 +1,10 @@
-"""A text whose tokens are coloured by the depth that they were read at: on a terminal, and as a page."""
+"""Text with tokens coloured by their depth: on a terminal, and as an HTML page."""
 
 from __future__ import annotations
 
 import html
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.color import Color
 from rich.style import Style
@@ -14,20 +13,18 @@ from rich.text import Text
 from recursify.errors import OutputError
 
 SHALLOW, DEEP = (62, 124, 196), (214, 92, 38)
-"""Colours of the first depth and of the last, red, green, blue; blue and orange are told apart by most colour-blind."""
-
-UNREADABLE = "\N{REPLACEMENT CHARACTER}"
+"""RGB colours of the first and the last depth; blue and orange are distinct for most colour-blind people."""
 
 
 @dataclass(frozen=True)
 class DepthView:
-    """A prompt and what was written after it.
+    """Prompt and its continuation.
 
     Attributes:
-        prompt: As it was given.
-        pieces: The text of each new token; empty where a character takes several, before the last of them.
-        depths: The last recursion, from 0, of the forward that each new token was read from; -1 where none ran.
-        num_depths: Recursions of the model, or, with exits after layers, the exits and the end.
+        prompt: Text of the prompt.
+        pieces: Text that each new token adds; empty before the last token of a character that takes several.
+        depths: Last recursion of each new token, from 0; -1 where none ran.
+        num_depths: Number of recursions of the model.
     """
 
     prompt: str
@@ -36,11 +33,11 @@ class DepthView:
     num_depths: int
 
     def counts(self) -> dict[int, int]:
-        """Tokens per depth, those skipped by all tokens included."""
+        """Number of tokens per depth, including depths without tokens."""
         return _counts(self.depths, self.num_depths)
 
     def for_terminal(self) -> Text:
-        """The text in colours, and under it what they stand for."""
+        """Text in colours, with a legend."""
         text = Text(self.prompt)
         for piece, depth in zip(self.pieces, self.depths, strict=True):
             text.append(piece, depth_style(depth, self.num_depths))
@@ -48,7 +45,7 @@ class DepthView:
         return text.append_text(counts_by_depth(self.depths, self.num_depths))
 
     def write_page(self, file: Path) -> None:
-        """Write the text as a page that needs nothing else.
+        """Write the text as a self-contained page.
 
         Raises:
             OutputError: The file cannot be written.
@@ -69,7 +66,7 @@ class DepthView:
         try:
             file.write_text(page, encoding="utf-8")
         except OSError as error:
-            raise OutputError(f"Cannot write '{file}': {error.strerror}. Name another --depth-page.") from error
+            raise OutputError(f"Cannot write '{file}': {error.strerror}. Use another file name.") from error
 
 
 PAGE = """<!doctype html>
@@ -94,20 +91,8 @@ li span {{ padding: 1px 6px }}
 """
 
 
-def token_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text that each token adds to those before it; together they are the whole."""
-    pieces, shown = [], ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        # A part of a character decodes to a sign for what cannot be read, until the rest has come.
-        whole = text if end == len(ids) else text.rstrip(UNREADABLE)
-        pieces.append(whole[len(shown) :])
-        shown = whole if len(whole) > len(shown) else shown
-    return pieces
-
-
 def counts_by_depth(depths: list[int], num_depths: int) -> Text:
-    """What the colours stand for, and how many tokens have each."""
+    """Legend of the colours, with the number of tokens per depth."""
     text = Text()
     for depth, count in _counts(depths, num_depths).items():
         text.append(f"■ {_name(depth)}", depth_style(depth, num_depths))
@@ -132,5 +117,5 @@ def _colour(depth: int, num_depths: int) -> tuple[int, ...]:
 
 
 def depth_style(depth: int, num_depths: int) -> Style:
-    """The colour of a token that was read after ``depth``."""
+    """Colour of a token that exited after ``depth``."""
     return Style(color=Color.from_rgb(*_colour(depth, num_depths)))

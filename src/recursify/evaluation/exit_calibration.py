@@ -55,6 +55,28 @@ class ExitCalibration:
         """JSON form, as in ``recursify.json``."""
         return asdict(self)
 
+    def plot(self, file: str | Path) -> None:
+        """Draw held-out agreement against mean depth, in the format of the suffix of ``file`` (png, svg, pdf).
+
+        Raises:
+            SettingsError: matplotlib is not installed, or does not support the format.
+            OutputError: The file cannot be written.
+        """
+        figure = new_figure(5.5, 3.6)
+        axes = figure.subplots()
+        axes.plot(
+            [outcome.mean_depth for outcome in self.curve],
+            [outcome.agreement for outcome in self.curve],
+            marker="o",
+            markersize=3,
+            color=SHARED,
+        )
+        axes.plot(self.held_out.mean_depth, self.held_out.agreement, marker="s", color=DARK)
+        axes.set_xlabel("mean exit depth")
+        axes.set_ylabel("agreement with the full model")
+        axes.set_title(f"policy {self.policy}, {self.num_tokens:,} held-out tokens", fontsize=10)
+        save_figure(figure, file)
+
 
 def calibrate_exits(
     model: str | Path,
@@ -173,26 +195,3 @@ def _require_policy(model: RecursiveForCausalLM, name: str, vocabulary: int | No
             f"or use --policy confidence."
         )
     return policy
-
-
-def draw_curve(calibration: ExitCalibration, file: str | Path) -> None:
-    """Draw held-out agreement against mean depth, in the format of the suffix of ``file`` (png, svg, pdf).
-
-    Raises:
-        SettingsError: matplotlib is not installed, or does not support the format.
-        OutputError: The file cannot be written.
-    """
-    figure = new_figure(5.5, 3.6)
-    axes = figure.subplots()
-    axes.plot(
-        [outcome.mean_depth for outcome in calibration.curve],
-        [outcome.agreement for outcome in calibration.curve],
-        marker="o",
-        markersize=3,
-        color=SHARED,
-    )
-    axes.plot(calibration.held_out.mean_depth, calibration.held_out.agreement, marker="s", color=DARK)
-    axes.set_xlabel("mean exit depth")
-    axes.set_ylabel("agreement with the full model")
-    axes.set_title(f"policy {calibration.policy}, {calibration.num_tokens:,} held-out tokens", fontsize=10)
-    save_figure(figure, file)

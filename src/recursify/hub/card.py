@@ -12,7 +12,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from recursify.checkpoint.description import ModelDescription, draw_layout
+from recursify.checkpoint.description import ModelDescription
+from recursify.checkpoint.layout_picture import draw_layout
 from recursify.checkpoint.origin import Origin
 from recursify.evaluation.tasks import format_score
 from recursify.modeling import MINIMUM_TRANSFORMERS

@@ -10,6 +10,9 @@ from typing import Any
 
 from recursify.errors import SettingsError, TrainingError
 
+from .run import check_settings
+from .settings import UptrainSettings
+
 
 def is_launched() -> bool:
     """Whether a launcher (this one, ``accelerate launch`` or torchrun) started this process."""
@@ -21,17 +24,19 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def launch(num_processes: int, arguments: Sequence[str]) -> None:
+def launch(num_processes: int, arguments: Sequence[str], settings: UptrainSettings) -> None:
     """Run ``python ARGUMENTS`` in several processes; when one fails, terminate the others.
 
     Args:
         num_processes: Number of processes.
         arguments: Arguments of the Python interpreter.
+        settings: Settings of the run, checked once before the processes start.
 
     Raises:
         TrainingError: One of them failed; the message names its rank.
-        SettingsError: The processes cannot be started.
+        SettingsError: The settings are invalid, or the processes cannot be started.
     """
+    check_settings(settings)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
