@@ -1,37 +1,37 @@
-"""What a user can cause, as one tree.
+"""Errors that a user can cause, as one tree.
 
 ::
 
     RecursifyError                 the command line prints the message and exits with 1
-    ├── CheckpointError            a dense or recursive checkpoint that is missing, damaged or not what it says
-    ├── UnsupportedModelError      a family, or a part of one, that cannot be made recursive
+    ├── CheckpointError            a missing or damaged checkpoint, or one of another kind
+    ├── UnsupportedModelError      a model family, or a part of one, that cannot be converted
     ├── PlanError                  a layout, rank or strategy that does not fit the model
     ├── TextError                  calibration or evaluation text that cannot be used
-    ├── SettingsError              a settings file with an unknown key or a value out of range
-    ├── OutputError                a target that exists, lies inside the source, or has no room
-    ├── TrainingError              a training run that cannot start, go on or be resumed
-    ├── EngineError                a request or a setting that the engine cannot serve
-    ├── HubError                   a repository that cannot be made, read or written, or a folder not fit for one
-    └── ParityError                a converted or exported model whose logits differ where they must not
+    ├── SettingsError              an unknown setting, or a value of the wrong type or out of range
+    ├── OutputError                an output that exists, is inside the source, or cannot be written
+    ├── TrainingError              a training run that cannot start, continue or be resumed
+    ├── EngineError                a request or a setting that the engine does not support
+    ├── HubError                   a Hub repository that cannot be created, read or written, or an unsuitable folder
+    └── ParityError                two models whose logits must be equal and differ
 
-Each message says what happened, with which values, and what to do.
+Every message contains what happened, the values, and what to do.
 """
 
 
 class RecursifyError(Exception):
-    """Base of every error that a user can cause."""
+    """Base of all errors that a user can cause."""
 
 
 class CheckpointError(RecursifyError):
-    """A checkpoint is missing, damaged, or not what it says it is."""
+    """A checkpoint is missing, damaged, or of another kind."""
 
 
 class UnsupportedModelError(RecursifyError):
-    """A model family, or a part of one, cannot be made recursive."""
+    """A model family, or a part of one, cannot be converted."""
 
 
 class PlanError(RecursifyError):
-    """The asked layout, rank or strategy does not fit the model."""
+    """A layout, rank or strategy does not fit the model."""
 
 
 class TextError(RecursifyError):
@@ -39,23 +39,23 @@ class TextError(RecursifyError):
 
 
 class SettingsError(RecursifyError):
-    """A settings file has an unknown key or a value out of range."""
+    """A setting is unknown, of the wrong type, or out of range."""
 
 
 class OutputError(RecursifyError):
-    """The output cannot be written where it was asked for."""
+    """The output exists, is inside the source, or cannot be written."""
 
 
 class TrainingError(RecursifyError):
-    """A training run cannot start, go on, or be resumed."""
+    """A training run cannot start, continue, or be resumed."""
 
 
 class EngineError(RecursifyError):
-    """A request cannot be answered, or an engine cannot be set up as asked."""
+    """The engine does not support a request or a setting."""
 
 
 class HubError(RecursifyError):
-    """A Hub repository cannot be made, read or written, or a folder is not fit for one."""
+    """A Hub repository cannot be created, read or written, or a folder is unsuitable for one."""
 
 
 class ParityError(RecursifyError):

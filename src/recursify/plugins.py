@@ -1,7 +1,7 @@
-"""Lookup of named parts: the built-in ones, and those that installed packages add as entry points.
+"""Lookup of named parts: built-in ones, and entry points of installed packages.
 
-``[project.entry-points."recursify.stages"]`` in a package's ``pyproject.toml`` adds a stage of uptraining, and so on.
-Our own experiments are registered the same way, so that the core finds them by name and imports none of them.
+``[project.entry-points."recursify.stages"]`` in the ``pyproject.toml`` of a package adds a stage of uptraining, for
+example. Our own experiments are registered in the same way, so the core does not import them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Part = TypeVar("Part")
 
 
 def names(group: str, builtin: Mapping[str, object]) -> list[str]:
-    """Every name in a group, the built-in ones first.
+    """Names in a group, the built-in ones first.
 
     Args:
         group: Entry-point group, ``recursify.stages`` for example.
@@ -28,7 +28,7 @@ def names(group: str, builtin: Mapping[str, object]) -> list[str]:
 def find(
     group: str, name: str, builtin: Mapping[str, Part], *, kind: str, error: Callable[[str], RecursifyError]
 ) -> Part:
-    """The part called ``name``; one that is not built in is imported here.
+    """Part called ``name``; entry points are imported here.
 
     Args:
         group: Entry-point group.

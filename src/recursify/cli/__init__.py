@@ -1,1 +1,1 @@
-"""The command line: one thin file per command, which parses, calls the library once, and prints."""
+"""Command line: one thin module per command, which parses, calls the front door once, and prints."""

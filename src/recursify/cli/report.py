@@ -1,4 +1,4 @@
-"""What commands print: data on stdout, talk on stderr."""
+"""Output of commands: data on stdout, messages on stderr."""
 
 from __future__ import annotations
 
@@ -9,24 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.text import Text
 
+from recursify.progress import Progress
+
 PLAIN_INTERVAL_SECONDS = 10.0
-"""Without a terminal, a stage reports at its ends and this often in between."""
+"""Interval of progress lines where stderr is not a terminal."""
 
 talk = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-"""stderr."""
+"""Console for messages, on stderr."""
 
 
 def print_data(text: str) -> None:
@@ -36,7 +29,7 @@ def print_data(text: str) -> None:
 
 
 def print_styled(text: Text) -> None:
-    """Print a result on stdout, in colours where that is a terminal."""
+    """Print a result on stdout, in colours on a terminal."""
     Console(highlight=False, soft_wrap=True).print(text)
 
 
@@ -45,29 +38,26 @@ def print_json(data: Any) -> None:
     print_data(json.dumps(data, indent=2))
 
 
-class _RateColumn(ProgressColumn):
-    """How many a second, where that is a number worth reading."""
+class _RateColumn(rich_progress.ProgressColumn):
+    """Units per second, if at least one."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: rich_progress.Task) -> Text:
         return Text(f"{task.speed:,.0f}/s" if task.speed and task.speed >= 1 else "")
 
 
 @contextmanager
-def progress_report() -> Iterator[Any]:
-    """A callback ``(stage, done, total)``: bars on a terminal, a plain line now and then elsewhere.
-
-    Both tell how many a second are done, and how long the rest will take.
-    """
+def progress_report() -> Iterator[Progress]:
+    """Yield a progress callback: bars on a terminal, lines elsewhere; both with the rate and the remaining time."""
     if talk.is_terminal:
         columns = (
-            TextColumn("{task.description:<10}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            rich_progress.TextColumn("{task.description:<10}"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
             _RateColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            rich_progress.TimeElapsedColumn(),
+            rich_progress.TimeRemainingColumn(),
         )
-        with Progress(*columns, console=talk, transient=True) as bars:
+        with rich_progress.Progress(*columns, console=talk, transient=True) as bars:
             tasks: dict[str, Any] = {}
 
             def on_bar(stage: str, done: int, total: int) -> None:
@@ -78,31 +68,31 @@ def progress_report() -> Iterator[Any]:
             yield on_bar
         return
 
-    begun: dict[str, tuple[float, int]] = {}
+    first: dict[str, tuple[float, int]] = {}
     last: dict[str, float] = {}
 
     def on_line(stage: str, done: int, total: int) -> None:
         now = time.monotonic()
-        begun.setdefault(stage, (now, done))
+        first.setdefault(stage, (now, done))
         if done == total or now - last.get(stage, now - PLAIN_INTERVAL_SECONDS) >= PLAIN_INTERVAL_SECONDS:
             last[stage] = now
-            since, before = begun[stage]
-            talk.print(f"{stage}: {done}/{total}{_rate_and_rest(now - since, done - before, total - done)}")
+            since, before = first[stage]
+            talk.print(f"{stage}: {done}/{total}{_rate(now - since, done - before, total - done)}")
 
     yield on_line
 
 
-def _rate_and_rest(seconds: float, done: int, left: int) -> str:
-    """``, 95/s, 2:10 left``; nothing before the second report."""
-    if not done or not left or seconds <= 0:
+def _rate(seconds: float, done: int, remaining: int) -> str:
+    """``, 95/s, 2:10 left``; empty for the first report."""
+    if not done or not remaining or seconds <= 0:
         return ""
     rate = done / seconds
-    minutes, rest = divmod(round(left / rate), 60)
+    minutes, rest = divmod(round(remaining / rate), 60)
     return f"{f', {rate:,.0f}/s' if rate >= 1 else ''}, {minutes}:{rest:02} left"
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """A plain table: first column left, the others right."""
+    """Plain table: first column aligned left, the others right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(row: list[str]) -> str:
