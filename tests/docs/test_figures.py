@@ -4,8 +4,8 @@ A block (a paragraph, a list or a table) that states measurements stands behind 
 
     <!-- figures: quality.csv, uptraining.csv -->
 
-Each number in the block has to be a number in those files, rounded as it is written; ``× 100`` where ``%`` follows, and
-in millions where ``M`` follows. With ``by row`` behind a file, the numbers of a table's row have to come from one row of
+Each number in the block has to be a number in those files, rounded as it is written: times 100 before a ``%``, in
+millions before an ``M``. With ``by row`` behind a file, the numbers of a table's row have to come from one row of
 that file. A block with decimal numbers that are no measurements stands behind ``<!-- not measured -->``.
 """
 
