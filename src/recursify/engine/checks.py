@@ -1,4 +1,4 @@
-"""What is checked before an engine runs, and before it takes a request."""
+"""Checks before an engine runs, and before it accepts a request."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ from recursify.modeling.recursive_routing import ROUTED_KV
 
 from .layers.batch import TokenSpan
 from .layers.decoder import DecoderAdapter
+from .layers.kv_cache import KVCache
 from .layers.model_runner import ModelRunner
+from .page_pool import pages_for
 from .request import Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 KV_MODES = (*EXIT_KV, *ROUTED_KV)
-"""Where keys and values of the depths that a token skips come from: of models with exits the first three
-(``recursive_policies.KV_MODES``), of routed models the last two (``recursive_routing.ROUTED_KV``)."""
+"""Sources of the keys and values of depths that a token skips: those of models with exits
+(``recursive_policies.KV_MODES``), then those of routed models (``recursive_routing.ROUTED_KV``)."""
 
 PARITY = {torch.float64: 1e-2, torch.float32: 1e-2}
-"""By how much of the largest logit an engine's may differ from the model's, 0.1 in other dtypes: sums are in another
-order (measured: 1.3e-3 on a random Gemma 2 of eight layers), and a part that is missing is a difference of order 1."""
+"""Parity tolerance relative to the largest logit, 0.1 in other dtypes. The order of sums differs from the model's
+(measured: 1.3e-3 on a random Gemma 2 of eight layers); a missing operation makes a difference of order 1."""
 
 
 def choose_kv(decoder: DecoderAdapter, kv: str | None, *, force: bool) -> str:
-    """The mode of keys and values: ``kv``, else what the model was trained for.
+    """KV mode of the engine: ``kv``, or the mode that the model was trained with.
 
     Raises:
-        EngineError: An unknown one, or one that the model was not trained for.
+        EngineError: ``kv`` is unknown, or not the mode that the model was trained with.
     """
     if kv is not None and kv not in KV_MODES:
         raise EngineError(f"Unknown kv '{kv}'. Use one of: {', '.join(KV_MODES)}.")
@@ -44,20 +46,20 @@ def choose_kv(decoder: DecoderAdapter, kv: str | None, *, force: bool) -> str:
     if kv is None or kv == trained:
         return trained
     if decoder.is_routed or kv in ROUTED_KV:
-        raise EngineError(f"kv '{kv}' is not for this model, whose own is '{trained}'. Leave kv out.")
+        raise EngineError(f"This model does not support kv '{kv}', only its own '{trained}'. Leave kv out.")
     if not force:
         raise EngineError(
-            f"The model was trained with '{trained}' keys and values, and '{kv}' makes others where tokens leave "
-            f"early. Leave kv out, or take what comes of it (force_kv)."
+            f"The model was trained with '{trained}' keys and values; with '{kv}' early exits change its output. "
+            f"Leave kv out, or accept that with force_kv."
         )
     return kv
 
 
 def choose_implementation(implementation: Implementation, decoder: DecoderAdapter) -> Literal["reference", "triton"]:
-    """``triton`` or ``reference``, of the kernels; one warning where a GPU is there that Triton cannot use.
+    """Implementation of the kernels. Warns once about a GPU that Triton does not support.
 
     Raises:
-        EngineError: Triton is asked for, and cannot run there.
+        EngineError: Triton is requested, and cannot run on the device.
     """
     device = decoder.device
     try:
@@ -75,7 +77,7 @@ def _warn_once(message: str) -> None:
 
 
 def loop_obstacle(decoder: DecoderAdapter, *, lockstep: bool) -> str | None:
-    """What keeps new tokens from running in the loop on the device; None if nothing does."""
+    """Description of the property that the device loop does not support; None if there is none."""
     if decoder.is_routed:
         return "models with routers"
     if decoder.head is None:
@@ -84,7 +86,7 @@ def loop_obstacle(decoder: DecoderAdapter, *, lockstep: bool) -> str | None:
 
 
 def eos_tokens(model: Any) -> frozenset[int]:
-    """The tokens with which the model ends a text."""
+    """EOS tokens of the model."""
     eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     eos = model.config.eos_token_id if eos is None else eos
     return frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
@@ -92,41 +94,45 @@ def eos_tokens(model: Any) -> frozenset[int]:
 
 @torch.inference_mode()
 def check_parity(runner: ModelRunner) -> None:
-    """Raises:
-    UnsupportedModelError: What the engine computes of a few tokens at full depth is not what the model does.
+    """Compare the engine's logits at full depth with the model's, for a few tokens.
+
+    Routed models are not compared: the engine routes a token by itself, the model's forward by its sequence.
+
+    Raises:
+        UnsupportedModelError: The logits differ.
     """
-    decoder, pages = runner.decoder, runner.kv_cache
-    count = min(5, pages.context, pages.page_size * pages.pools[0].num_pages)
+    decoder, kv_cache = runner.decoder, runner.kv_cache
     if decoder.is_routed:
-        return  # where its tokens go is its own
+        return
+    count = min(5, kv_cache.context, kv_cache.page_size * kv_cache.pools[0].num_pages)
     ids = torch.arange(3, 3 + count, device=decoder.device) % decoder.config.vocab_size
     expected = decoder.model(ids[None], use_cache=False).logits[0, -1].float()
-    request = Request(ids.tolist(), SamplingParams(), None, len(pages.pools))
-    pages.reserve(request, count)
+    request = Request(ids.tolist(), SamplingParams(), None, len(kv_cache.pools))
+    kv_cache.reserve(request, count)
     with decoder.in_use():
         _, states = runner.enter(ids, [TokenSpan(request, None, range(count))])
         for depth in range(decoder.num_depths):
             states = runner.block([TokenSpan(request, depth, range(count))], states)
         states = runner.coda([TokenSpan(request, None, range(count))], states)
-        found = runner.compute_logits(states)[-1].float()
-    pages.release(request)
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
+        logits = runner.compute_logits(states)[-1].float()
+    kv_cache.release(request)
+    difference = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1))
     if not difference <= PARITY.get(decoder.dtype, 0.1):
         raise UnsupportedModelError(
-            f"The engine does not compute what this {decoder.config.model_type} model does: logits differ by "
-            f"{difference:.2g} of the largest. It does something outside its layers that the engine does not know."
+            f"The engine does not reproduce this {decoder.config.model_type} model: logits differ by {difference:.2g} "
+            f"of the largest. The model does something outside its layers that the engine does not know."
         )
 
 
-def encode(prompt: str | Sequence[int], tokenizer: Any, vocabulary: int) -> list[int]:
+def encode(prompt: str | Sequence[int], tokenizer: Any, vocab_size: int) -> list[int]:
     """Token ids of a prompt.
 
     Raises:
-        EngineError: It has none, they are not in the vocabulary, or it is text and there is no tokenizer.
+        EngineError: The prompt has no tokens or unknown ones, or it is text and there is no tokenizer.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise EngineError("A prompt that is text needs a tokenizer. Give the engine one, or pass token ids.")
+            raise EngineError("A text prompt needs a tokenizer. Give the engine one, or pass token ids.")
         prompt = tokenizer(prompt)["input_ids"]
     try:
         ids = list(map(int, prompt))
@@ -134,22 +140,42 @@ def encode(prompt: str | Sequence[int], tokenizer: Any, vocabulary: int) -> list
         raise EngineError(f"A prompt is text or a list of token ids: {error}.") from error
     if not ids:
         raise EngineError("The prompt has no tokens. Give at least one.")
-    wrong = [token for token in ids if not 0 <= token < vocabulary]
-    if wrong:
-        raise EngineError(f"Token {wrong[0]} of the prompt is not in the vocabulary of {vocabulary}.")
+    unknown = [token for token in ids if not 0 <= token < vocab_size]
+    if unknown:
+        raise EngineError(f"Token {unknown[0]} of the prompt is not in the vocabulary of {vocab_size}.")
     return ids
 
 
-def exit_settings(params: SamplingParams, decoder: DecoderAdapter, kv: str) -> ExitSettings | None:
-    """How tokens of a request leave, in an engine whose mode is ``kv``.
+def check_fits(prompt_length: int, params: SamplingParams, max_model_len: int, kv_cache: KVCache) -> None:
+    """Check that a request fits into the engine's limits.
 
     Raises:
-        EngineError: The model or the engine cannot do that.
+        EngineError: The request has too many tokens, or needs more pages than there are.
+    """
+    longest = prompt_length + params.max_tokens
+    if longest > max_model_len:
+        raise EngineError(
+            f"The prompt has {prompt_length} tokens and max_tokens is {params.max_tokens}: together more than the "
+            f"{max_model_len} that a request can have. Shorten one of them."
+        )
+    needed, available = pages_for(longest, kv_cache.page_size), min(pool.num_pages for pool in kv_cache.pools)
+    if needed > available:
+        raise EngineError(
+            f"The request needs {needed} pages for {longest} tokens, and the engine has {available} in all. Increase "
+            f"num_pages or kv_cache_memory_bytes, or request fewer tokens."
+        )
+
+
+def exit_settings(params: SamplingParams, decoder: DecoderAdapter, kv: str) -> ExitSettings | None:
+    """Exit settings of a request, in an engine with KV mode ``kv``; None for no policy.
+
+    Raises:
+        EngineError: The model or the engine does not support them.
     """
     num_exits = decoder.num_depths - 1
     if params.may_exit_early and (decoder.is_routed or not num_exits):
-        why = "has routers, which say how far a token goes" if decoder.is_routed else "has no exits"
-        raise EngineError(f"The model {why}. Leave exit, max_depth and forced_depths out.")
+        reason = "has routers, which decide how far a token goes" if decoder.is_routed else "has no exits"
+        raise EngineError(f"The model {reason}. Leave exit, max_depth and forced_depths out.")
     if params.exit is None:
         return None
     try:
@@ -161,10 +187,10 @@ def exit_settings(params: SamplingParams, decoder: DecoderAdapter, kv: str) -> E
     if settings.kv != kv:
         raise EngineError(f"The exit settings have kv '{settings.kv}', and the engine '{kv}'. Use one of them.")
     if settings.layers is not None or settings.adapt is not None:
-        raise EngineError("The engine exits at recursion boundaries, at given thresholds: leave layers and adapt out.")
+        raise EngineError("The engine exits after recursions only, at given thresholds. Leave layers and adapt out.")
     if settings.policy.simulated:
         raise EngineError(
-            f"Policy '{settings.policy.name}' is a simulation: it runs all depths to know where it could have stopped. "
+            f"Policy '{settings.policy.name}' is a simulation: it runs all depths to know where it could have exited. "
             f"Use it with recursify generate."
         )
     if settings.policy.needs_head and decoder.model.exit_heads is None:

@@ -1,4 +1,7 @@
-"""What is on its way through the depths: a request's next token, or a chunk of its prompt."""
+"""Scheduled chunk: the next token or prompt chunk of a request, in progress through the recursions.
+
+Shape legend: n tokens, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from .request import Request
 
 @dataclass
 class ExitedTokens:
-    """Tokens that have left the block.
+    """Tokens that exited the block together.
 
     Attributes:
-        positions: Of the tokens.
-        states: ``[n, D]`` as they left.
-        depth: The last that they ran; -1 for none.
+        positions: Positions of the tokens.
+        states: Hidden states ``[n, D]`` at the exit.
+        depth: Last depth that the tokens ran; -1 for none.
     """
 
     positions: list[int]
@@ -26,26 +29,26 @@ class ExitedTokens:
 
 
 class Chunk:
-    """Tokens of one request, entered together. A request has one flight at a time.
+    """Tokens of one request that entered together. A request has one chunk at a time.
 
     Args:
-        request: Whose.
-        count: How many of its tokens, from the first that has not been computed.
+        request: Request of the tokens.
+        count: Number of tokens, starting with the first one that has not been computed.
 
     Attributes:
-        depth: Of the recursion that runs next.
-        positions: Tokens that run it, ascending; those that had been waiting for the depth are among them.
-        states: What enters it, ``[n, D]``.
-        departures: What has left.
-        embedded: Of the last token ``[D]``: what it was before the first layer.
-        entered: What entered the recursion that runs next: of the last token ``[D]``, or in a routed model of all.
-        exit_states: Of the last token ``[D]``, where an exit test has run the coda for it already.
-        exit_logits: Of the last token ``[V]``, likewise.
-        previous_logits: Of the last token ``[V]`` at the exit before, for policies that compare.
-        gates: In a routed model: of the recursion that runs next, ``[n]``.
-        choices: In token choice: the last depth of each token, ``[n]``.
-        weights: In token choice: the gate of each token's last recursion, ``[n]``.
-        first: In token choice: what entered the first recursion, ``[n, D]``.
+        depth: Depth of the next recursion.
+        positions: Ascending positions of the tokens that run it, including deferred tokens that catch up there.
+        states: Input of that recursion, ``[n, D]``.
+        exited: Tokens that exited.
+        embedded: Embedding ``[D]`` of the last token.
+        entered: Input of the next recursion: that of the last token ``[D]``, or in a routed model of all tokens.
+        exit_states: State ``[D]`` of the last token after the coda, if an exit test computed it.
+        exit_logits: Logits ``[V]`` of the last token, if an exit test computed them.
+        previous_logits: Logits ``[V]`` of the last token at the exit before, for policies that compare.
+        gates: Gates ``[n]`` of the next recursion, in a routed model.
+        choices: Last depth ``[n]`` of each token, in token-choice routing.
+        weights: Gate ``[n]`` of each token's last recursion, in token-choice routing.
+        first: Input ``[n, D]`` of the first recursion, in token-choice routing.
     """
 
     def __init__(self, request: Request, count: int) -> None:
@@ -68,35 +71,35 @@ class Chunk:
 
     @property
     def tokens(self) -> list[int]:
-        """Ids of the tokens that entered."""
+        """Token ids of the chunk."""
         return self.request.tokens[self.start : self.stop]
 
     @property
     def samples_token(self) -> bool:
-        """Whether a new token is read from its last one."""
+        """Whether a new token is sampled from the logits of its last token."""
         return self.stop == len(self.request.tokens)
 
     @property
     def is_new(self) -> bool:
-        """Whether it is a new token, of which it is not known where it leaves."""
+        """Whether it is a new token, whose exit has not been decided."""
         return self.start == self.request.prompt_length + len(self.request.exit_depths)
 
     @property
     def is_done(self) -> bool:
-        """Whether all of it has left."""
+        """Whether all of its tokens have exited."""
         return not self.positions
 
     def exit_tokens(self, positions: list[int], states: Tensor, depth: int) -> None:
-        """``positions`` have left after ``depth``."""
+        """Record that the tokens at ``positions`` exited after ``depth`` with ``states [n, D]``."""
         if positions:
             self.exited.append(ExitedTokens(positions, states, depth))
 
     def last_exited(self) -> ExitedTokens:
-        """Of its last token."""
-        return next(each for each in reversed(self.exited) if each.positions[-1] == self.stop - 1)
+        """Exited tokens that include the last token of the chunk."""
+        return next(tokens for tokens in reversed(self.exited) if tokens.positions[-1] == self.stop - 1)
 
 
 def known(tensor: Tensor | None) -> Tensor:
-    """A tensor of a flight that has come far enough to have it."""
+    """Narrow the type of an attribute of a chunk that has been set by now."""
     assert tensor is not None
     return tensor

@@ -1,4 +1,4 @@
-"""Bringing numbers from the device. Each time the host waits until the device has done all that it was given."""
+"""Device-to-host copies. Each one synchronizes with the device."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from torch import Tensor
 
 
 class HostSync:
-    """Fetches decisions when they are needed, and tokens with the next decisions.
+    """Copies exit decisions at once, and sampled tokens together with the next decisions.
 
     Attributes:
-        count: How often the host has waited.
+        count: Number of copies.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self._waiting: Tensor | None = None
-        self._brought: list[int] = []
+        self._pending: Tensor | None = None
+        self._fetched: list[int] = []
 
     @property
     def pending(self) -> Tensor | None:
-        """Tokens that have not been fetched yet, ``[n]``."""
-        return self._waiting
+        """Deferred tokens that have not been copied yet, ``[n]``."""
+        return self._pending
 
     def defer(self, tokens: Tensor) -> None:
-        """Have ``tokens [n]`` come with the next fetch."""
-        assert self._waiting is None
-        self._waiting = tokens
+        """Copy ``tokens [n]`` with the next :meth:`fetch`."""
+        assert self._pending is None
+        self._pending = tokens
 
-    def fetch(self, answers: Tensor) -> list[bool]:
-        """``answers``, bool ``[n]``, and what waits along with them."""
+    def fetch(self, decisions: Tensor) -> list[bool]:
+        """Copy ``decisions``, bool ``[n]``, and the deferred tokens in one transfer."""
         self.count += 1
-        if self._waiting is None:
-            return answers.tolist()
-        numbers = torch.cat([answers.to(self._waiting.dtype), self._waiting]).tolist()
-        self._brought, self._waiting = numbers[len(answers) :], None
-        return [number != 0 for number in numbers[: len(answers)]]
+        if self._pending is None:
+            return decisions.tolist()
+        numbers = torch.cat([decisions.to(self._pending.dtype), self._pending]).tolist()
+        self._fetched, self._pending = numbers[len(decisions) :], None
+        return [number != 0 for number in numbers[: len(decisions)]]
 
     def fetch_tokens(self) -> list[int]:
-        """What was to come later: from the last fetch, or by one of its own."""
-        if self._waiting is not None:
+        """Return the deferred tokens, with a copy of their own unless the last :meth:`fetch` took them."""
+        if self._pending is not None:
             self.count += 1
-            self._brought, self._waiting = self._waiting.tolist(), None
-        brought, self._brought = self._brought, []
-        return brought
+            self._fetched, self._pending = self._pending.tolist(), None
+        tokens, self._fetched = self._fetched, []
+        return tokens

@@ -1,4 +1,4 @@
-"""What is said by tokens that have left: the coda, and logits.
+"""Run the coda and compute logits for tokens that exited.
 
 Shape legend: n tokens, D hidden size, V vocabulary.
 """
@@ -16,7 +16,7 @@ from .layers.model_runner import ModelRunner
 
 
 class LogitsHead:
-    """The end of the model, for flights all of whose tokens have left."""
+    """Coda and LM head for chunks whose tokens have all exited."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
@@ -25,41 +25,41 @@ class LogitsHead:
         self.exits_run_coda, self.exits_share_head = decoder.exits_run_coda, decoder.exits_share_head
 
     def run_coda(self, chunks: Sequence[Chunk]) -> None:
-        """Replace the states of departures by what the coda makes of them, where they run it."""
+        """Replace the states of exited tokens by the coda's output, for those that run it."""
         running: list[tuple[Chunk, ExitedTokens]] = []
         for chunk in chunks:
-            for departure in chunk.exited:
-                if departure.depth < self.last_depth and not self.exits_run_coda:
+            for tokens in chunk.exited:
+                if tokens.depth < self.last_depth and not self.exits_run_coda:
                     continue
-                if chunk.exit_states is not None and len(departure.positions) == 1:
-                    departure.states = chunk.exit_states[None]  # its exit test has run it
+                if chunk.exit_states is not None and len(tokens.positions) == 1:
+                    tokens.states = chunk.exit_states[None]  # the exit test has run the coda
                     continue
-                running.append((chunk, departure))
+                running.append((chunk, tokens))
         if not running or not self.runner.decoder.coda:
             return
-        runs = [TokenSpan(chunk.request, None, departure.positions) for chunk, departure in running]
-        states = self.runner.coda(runs, torch.cat([departure.states for _, departure in running]))
-        sizes = [len(run.positions) for run in runs]
-        for (_, departure), made in zip(running, states.split(sizes), strict=True):
-            departure.states = made
+        spans = [TokenSpan(chunk.request, None, tokens.positions) for chunk, tokens in running]
+        states = self.runner.coda(spans, torch.cat([tokens.states for _, tokens in running]))
+        sizes = [len(span.positions) for span in spans]
+        for (_, tokens), output in zip(running, states.split(sizes), strict=True):
+            tokens.states = output
 
     def logits(self, chunks: Sequence[Chunk]) -> Tensor:
-        """``[n, V]`` of the last token of each."""
-        last = [chunk.last_exited() for chunk in chunks]
-        by_head: dict[int | None, list[int]] = {}
+        """Logits ``[n, V]`` of the last token of each chunk."""
+        exited = [chunk.last_exited() for chunk in chunks]
+        by_head: dict[int | None, list[int]] = {}  # chunks by the depth of their exit head; None for the LM head
         rows: dict[int, Tensor] = {}
-        for number, (chunk, departure) in enumerate(zip(chunks, last, strict=True)):
+        for index, (chunk, tokens) in enumerate(zip(chunks, exited, strict=True)):
             if chunk.exit_logits is not None:
-                rows[number] = chunk.exit_logits
+                rows[index] = chunk.exit_logits
                 continue
-            alike = self.exits_share_head or departure.depth == self.last_depth
-            by_head.setdefault(None if alike else departure.depth, []).append(number)
-        for depth, numbers in by_head.items():
-            states = torch.stack([last[number].states[-1] for number in numbers])
-            made = (
+            uses_lm_head = self.exits_share_head or tokens.depth == self.last_depth
+            by_head.setdefault(None if uses_lm_head else tokens.depth, []).append(index)
+        for depth, indices in by_head.items():
+            states = torch.stack([exited[index].states[-1] for index in indices])
+            logits = (
                 self.runner.compute_logits(states) if depth is None else self.runner.compute_exit_logits(depth, states)
             )
-            if len(numbers) == len(chunks):
-                return made
-            rows.update(zip(numbers, made, strict=True))
-        return torch.stack([rows[number] for number in range(len(chunks))])
+            if len(indices) == len(chunks):
+                return logits
+            rows.update(zip(indices, logits, strict=True))
+        return torch.stack([rows[index] for index in range(len(chunks))])

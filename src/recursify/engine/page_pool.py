@@ -1,7 +1,7 @@
-"""Page numbers: which are free, which are in use, and which hold a prefix that another request can take over.
+"""Pool of KV-cache pages: which are free, in use, or hold a prefix that another request can reuse.
 
 One page holds the keys and values of ``page_size`` tokens, in all layers and at all depths of its stream
-(``kv_pages.py``). Nothing here touches a tensor.
+(``layers/kv_cache.py``). Nothing here touches a tensor.
 """
 
 from __future__ import annotations
@@ -12,34 +12,36 @@ from itertools import islice
 
 
 class PagePool:
-    """The pages of one stream.
+    """Pages of one stream, with reference counts and a prefix cache.
 
-    A page that nobody uses keeps what it holds until it is given out again, so a prefix can be found long after the
-    request that made it is gone. Pages are given out from the one that has been free the longest.
+    A free page keeps its content until it is allocated again, so a prefix can be found long after its request ended.
+    The page that has been free the longest is allocated first.
 
     Args:
-        num_pages: How many there are.
+        num_pages: Number of pages.
         page_size: Tokens per page.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        self._free = dict.fromkeys(range(num_pages))  # ordered, and quick to take one out of
+        self._free = dict.fromkeys(range(num_pages))  # an ordered set
         self._users = [0] * num_pages
         self._key_of: list[bytes | None] = [None] * num_pages
         self._page_of: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
+        """Number of pages without a user."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
+        """Number of pages with a user."""
         return self.num_pages - len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """``count`` pages, whose content is forgotten; the caller has seen to it that there are so many."""
+        """Take ``count`` pages, of which at least that many must be free; their content is forgotten."""
         assert count <= self.num_free
         pages = list(islice(self._free, count))
         for page in pages:
@@ -50,7 +52,7 @@ class PagePool:
         return pages
 
     def release(self, pages: Sequence[int]) -> None:
-        """Give pages back; the last of a prefix is the first to be given out again."""
+        """Drop one user of each page. The last pages of a prefix are allocated again before its first ones."""
         for page in reversed(pages):
             assert self._users[page] > 0
             self._users[page] -= 1
@@ -58,7 +60,7 @@ class PagePool:
                 self._free[page] = None
 
     def find_prefix(self, keys: Sequence[bytes]) -> list[int]:
-        """Pages that hold the longest known prefix of what has these :func:`page_keys`."""
+        """Pages that hold the longest cached prefix of the :func:`page_keys` ``keys``."""
         found = []
         for key in keys:
             page = self._page_of.get(key)
@@ -68,14 +70,14 @@ class PagePool:
         return found
 
     def share(self, pages: Sequence[int]) -> None:
-        """Use pages that :meth:`find_prefix` found."""
+        """Add a user to pages that :meth:`find_prefix` found."""
         for page in pages:
             if self._users[page] == 0:
                 del self._free[page]
             self._users[page] += 1
 
     def cache_full_pages(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
-        """Have it known that ``pages`` hold ``tokens``, from the first one on. Only whole pages count."""
+        """Add the full ones of ``pages``, which hold ``tokens`` from the first token on, to the prefix cache."""
         for key, page in zip(page_keys(tokens, self.page_size), pages, strict=False):
             if key not in self._page_of and self._key_of[page] is None:
                 self._page_of[key] = page
@@ -89,15 +91,15 @@ class PagePool:
 
 
 def page_keys(tokens: Sequence[int], page_size: int) -> list[bytes]:
-    """For every whole page of ``tokens``, a digest of it and of all before it."""
-    keys, before = [], b""
+    """Digest of every full page of ``tokens`` together with all pages before it."""
+    keys, previous = [], b""
     for start in range(0, len(tokens) - page_size + 1, page_size):
         page = ",".join(map(str, tokens[start : start + page_size]))
-        before = hashlib.blake2b(before + page.encode(), digest_size=16).digest()
-        keys.append(before)
+        previous = hashlib.blake2b(previous + page.encode(), digest_size=16).digest()
+        keys.append(previous)
     return keys
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
-    """How many pages ``num_tokens`` take."""
+    """Number of pages that ``num_tokens`` take."""
     return -(-num_tokens // page_size)

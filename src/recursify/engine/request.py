@@ -1,4 +1,4 @@
-"""What is asked of the engine, what it keeps of that while it works, and what it answers."""
+"""Requests: their sampling parameters, their state in the engine, and their output."""
 
 from __future__ import annotations
 
@@ -13,99 +13,118 @@ import torch
 from recursify.errors import EngineError
 from recursify.modeling import ExitSettings
 
+from .detokenizer import Detokenizer
+
 FinishReason = Literal["stop", "length", "cancelled"]
 
 UNREAD = -1
-"""Stands in a request's tokens for one that the host has not seen yet."""
+"""Placeholder for a token id that has not been copied to the host yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How one request is answered.
+    """Sampling parameters and limits of one request.
 
-    Attributes:
-        max_tokens: New tokens at most.
-        temperature: 0 is greedy.
-        top_p: Smallest set of tokens with so much probability; 1 keeps all.
-        top_k: So many tokens; 0 keeps all.
-        seed: Of the request's own draws, which do not depend on what else is in the batch. None draws a seed.
-        stop: Strings at which the text ends; they are not part of it.
-        stop_token_ids: Tokens that end it, besides the model's own.
-        ignore_eos: Go on after the model's own end of text.
-        logprobs: Also return the log-probabilities of so many first choices, and of the token chosen, as the model
-            gives them (before temperature); None for none.
-        exit: Lets tokens leave early: a policy by name, a policy, or :class:`~recursify.modeling.ExitSettings`. Lossy.
-        max_depth: The last recursion that a new token runs; None for all. The prompt runs all of them.
-        forced_depths: For measurements: the depth that new token ``i`` (from the second on; the first comes from the
-            prompt) leaves after, in place of a policy; repeated if it is shorter.
+    Raises:
+        EngineError: A value is out of its range.
     """
 
     max_tokens: int = 64
+    """Maximum number of new tokens."""
+
     temperature: float = 0.0
+    """Sampling temperature; 0 is greedy."""
+
     top_p: float = 1.0
+    """Probability mass of the most likely tokens to sample from; 1 keeps all tokens."""
+
     top_k: int = 0
+    """Number of most likely tokens to sample from; 0 keeps all."""
+
     seed: int | None = None
+    """Seed of the request's own generator, so that its samples do not depend on the batch; None takes a random one."""
+
     stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
+
     stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the text, besides EOS."""
+
     ignore_eos: bool = False
+    """Continue after EOS."""
+
     logprobs: int | None = None
+    """Number of most likely tokens whose log-probabilities to return, with that of the sampled token (before
+    temperature); None returns none."""
+
     exit: Any = None
+    """Early exit, which is lossy: the name of a policy, a policy, or :class:`~recursify.modeling.ExitSettings`."""
+
     max_depth: int | None = None
+    """Last depth that a new token runs; None for all. The prompt runs all of them."""
+
     forced_depths: tuple[int, ...] | None = None
+    """Depths after which the new tokens exit, in place of a policy, for measurements: they start with the second new
+    token (the first one comes from the prompt), and repeat if there are fewer than tokens."""
 
     def __post_init__(self) -> None:
-        """Raises:
-        EngineError: A value outside its range.
-        """
-        whole = {name: getattr(self, name) for name in ("max_tokens", "top_k", "seed", "logprobs", "max_depth")}
-        for name, value in whole.items():
+        for name in ("max_tokens", "top_k", "seed", "logprobs", "max_depth"):
+            value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise EngineError(f"{name} must be a whole number, got {value!r}.")
-        ranges = {
-            "max_tokens": (self.max_tokens, 1, None),
-            "temperature": (self.temperature, 0, None),
-            "top_k": (self.top_k, 0, None),
-            "logprobs": (self.logprobs, 0, 20),
-            "seed": (self.seed, 0, 2**63 - 1),
-            "max_depth": (self.max_depth, 0, None),
-        }
-        for name, (value, lowest, highest) in ranges.items():
+        for name, (lowest, highest) in RANGES.items():
+            value = getattr(self, name)
             if value is not None and not (lowest <= value and (highest is None or value <= highest)):
                 upper = "" if highest is None else f", {highest} at most"
                 raise EngineError(f"{name} must be {lowest} or more{upper}, got {value}.")
         if not 0 < self.top_p <= 1:
             raise EngineError(f"top_p must be above 0 and 1 at most, got {self.top_p}.")
-        if isinstance(self.stop, str) or not all(isinstance(each, str) and each for each in self.stop):
+        if isinstance(self.stop, str) or not all(isinstance(string, str) and string for string in self.stop):
             raise EngineError(f"stop takes a tuple of strings, none of them empty, got {self.stop!r}.")
-        for name, values in (("stop_token_ids", self.stop_token_ids), ("forced_depths", self.forced_depths or (0,))):
-            if not isinstance(values, tuple) or not all(isinstance(each, int) and each >= 0 for each in values):
+        for name in ("stop_token_ids", "forced_depths"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if not isinstance(values, tuple) or not all(isinstance(value, int) and value >= 0 for value in values):
                 raise EngineError(f"{name} takes a tuple of whole numbers, none of them negative, got {values!r}.")
-        others = self.exit is not None or self.max_depth is not None
-        if self.forced_depths is not None and (others or not self.forced_depths):
+        if self.forced_depths is not None and (
+            self.exit is not None or self.max_depth is not None or not self.forced_depths
+        ):
             raise EngineError(
-                "forced_depths stand in place of exit and max_depth, and name at least one depth. Leave the others out."
+                "forced_depths take the place of exit and max_depth, and name at least one depth. Leave the others out."
             )
 
     @property
     def may_exit_early(self) -> bool:
-        """Whether tokens may leave before the last recursion."""
+        """Whether tokens may exit before the last recursion."""
         return self.exit is not None or self.max_depth is not None or self.forced_depths is not None
+
+
+RANGES: dict[str, tuple[int, int | None]] = {
+    "max_tokens": (1, None),
+    "temperature": (0, None),
+    "top_k": (0, None),
+    "logprobs": (0, 20),
+    "seed": (0, 2**63 - 1),
+    "max_depth": (0, None),
+}
+"""Smallest and largest value of sampling parameters."""
 
 
 @dataclass
 class RequestOutput:
-    """An answer, whole or as far as it has come.
+    """Output of a request, complete or so far.
 
     Attributes:
-        request_id: As :meth:`Engine.add` returned it.
-        prompt_ids: Of the prompt.
-        token_ids: New tokens; a token that ended the text is among them.
-        text: Without what a stop string cut off.
-        depths: Per new token, the last recursion of the forward that it was read from.
-        finish_reason: ``stop``, ``length``, ``cancelled``; None while it goes on.
-        logprobs: Per new token ``{token id: log-probability}``, if asked for.
-        cached_tokens: Tokens of the prompt whose keys and values were there already.
-        preemptions: How often the request had to give its pages back and begin again.
+        request_id: Id that :meth:`Engine.add` returned.
+        prompt_ids: Token ids of the prompt.
+        token_ids: Generated tokens, including one that ended the text.
+        text: Generated text, up to a stop string.
+        depths: Last depth that was run for each generated token.
+        finish_reason: ``stop``, ``length`` or ``cancelled``; None while the request runs.
+        logprobs: Mapping from token id to log-probability for each generated token, if requested.
+        cached_tokens: Number of prompt tokens taken from the prefix cache.
+        preemptions: Number of preemptions.
     """
 
     request_id: int
@@ -120,34 +139,49 @@ class RequestOutput:
 
     @property
     def finished(self) -> bool:
-        """Whether no more will come."""
+        """Whether the output is complete."""
         return self.finish_reason is not None
 
 
 class Request:
-    """A request in the engine. Only the scheduler and the engine change it.
+    """State of a request in the engine. Only the scheduler and the engine change it.
+
+    Args:
+        prompt_ids: Token ids of the prompt.
+        params: Sampling parameters.
+        settings: Exit settings; None for no policy.
+        num_streams: Number of streams of the KV cache.
+        detokenizer: Detokenizer of the output; None for token ids only.
 
     Attributes:
-        tokens: Of the prompt, then the new ones.
-        computed: How many of them have been through the model.
-        left: The depth that each new token has left after, by its place among the new ones: what is run again after a
-            preemption leaves where it left.
-        full_until: Positions before this one have run all recursions (``deferred`` keys and values only).
-        waiting: By depth, the positions and states ``[n, D]`` of tokens that left before it, and will run it together
-            with the next token that goes so deep.
-        tables: By stream of keys and values, the request's pages (``kv_pages.py``).
-        packed: By depth, in a routed model, the positions of the tokens that went there.
+        tokens: Token ids of the prompt, then of the output.
+        computed: Number of tokens that have been through the model.
+        exit_depths: Depth after which each new token exited. Tokens that are computed again after a preemption exit
+            after the same depths.
+        full_until: Position before which all tokens have run all recursions (``deferred`` keys and values only).
+        deferred: Mapping from depth to the positions and states ``[n, D]`` of tokens that exited before it, and will
+            run it together with the next token of the request that gets there.
+        tables: Block table of each stream: the request's pages (``layers/kv_cache.py``).
+        packed: Mapping from depth to the positions of the tokens that ran it, in a routed model.
+        prefix_keys: Keys of the prompt's full pages, once they have been looked up in the prefix cache.
     """
 
     _ids = itertools.count()
 
     def __init__(
-        self, prompt_ids: Sequence[int], params: SamplingParams, settings: ExitSettings | None, num_streams: int
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        settings: ExitSettings | None,
+        num_streams: int,
+        detokenizer: Detokenizer | None = None,
     ) -> None:
         self.id = next(self._ids)
         self.prompt_ids = list(prompt_ids)
         self.params = params
         self.settings = settings
+        self.num_streams = num_streams
+        self.detokenizer = detokenizer or Detokenizer(None, ())
         self.tokens = list(prompt_ids)
         self.output = RequestOutput(self.id, self.prompt_ids, logprobs=None if params.logprobs is None else [])
         self.exit_depths: list[int] = []
@@ -156,45 +190,45 @@ class Request:
             self.generator.seed()
         else:
             self.generator.manual_seed(params.seed)
-        self._draws: deque[float] = deque()  # made, and not used yet
+        self._draws: deque[float] = deque()  # random numbers that no token has used yet
         self.full_until = 0
-        self.prefix_keys: list[bytes] | None = None  # of its prompt's pages, once they have been looked for
-        self.num_streams = num_streams
-        self.text: Any = None  # its Detokenizer
+        self.prefix_keys: list[bytes] | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Forget all that has been computed; what has been said stays, and where it left."""
+        """Discard everything computed; the generated tokens and their exit depths remain."""
         self.computed = 0
         self.deferred: dict[int, tuple[list[int], torch.Tensor]] = {}
         self.tables: list[list[int]] = [[] for _ in range(self.num_streams)]
         self.packed: dict[int, list[int]] = {}
 
     def next_draws(self, count: int) -> list[float]:
-        """Numbers from 0 to 1 that the next ``count`` tokens will be drawn by; :meth:`use_draw` says when one is."""
+        """Random numbers in [0, 1) for the next ``count`` tokens; :meth:`use_draw` consumes them one by one."""
         while len(self._draws) < count:
             self._draws.append(float(torch.rand(1, generator=self.generator, dtype=torch.float64)))
         return list(itertools.islice(self._draws, count))
 
     def use_draw(self) -> float:
-        """The number for a token that is said now."""
+        """Consume the random number of the token that is sampled now."""
         self.next_draws(1)
         return self._draws.popleft()
 
     @property
     def prompt_length(self) -> int:
+        """Number of prompt tokens."""
         return len(self.prompt_ids)
 
     @property
     def num_new(self) -> int:
-        """Tokens said so far."""
+        """Number of generated tokens."""
         return len(self.tokens) - len(self.prompt_ids)
 
     @property
     def is_complete(self) -> bool:
-        """Whether it has as many tokens as it may; the host may not have seen the last one yet."""
+        """Whether all of its tokens have been sampled; the last one may not have been copied to the host yet."""
         return self.num_new >= self.params.max_tokens
 
     @property
     def finished(self) -> bool:
+        """Whether the output is complete."""
         return self.output.finished

@@ -1,8 +1,12 @@
-"""Choosing tokens: every request by its own settings and its own generator, whatever else is in the batch."""
+"""Sampling: every request with its own parameters and its own generator, independently of the batch.
+
+Shape legend: n tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,46 +16,61 @@ from recursify.modeling.recursive_decoding import on_device
 from .request import Request
 
 
+@dataclass(frozen=True)
+class SampledToken:
+    """A sampled token, whose id may still be on the device.
+
+    Attributes:
+        request: Request of the token.
+        depth: Depth after which the token that produced it exited.
+        log_p: Log-probabilities by token id, if requested.
+    """
+
+    request: Request
+    depth: int
+    log_p: dict[int, float] | None
+
+
 def sample(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """One token per row of ``logits [n, V]``: ``[n]``."""
+    """Sample one token ``[n]`` per row of ``logits [n, V]``."""
     greedy = logits.argmax(-1)
     rows = [row for row, request in enumerate(requests) if request.params.temperature > 0]
     if not rows:
         return greedy
     index = on_device(rows, logits.device, torch.long)
     params = [requests[row].params for row in rows]
-    # Drawn where the request's generator is, so that a draw is the same on any device.
+    # Random numbers come from the request's own generator on the host, so they are the same for any device.
     temperatures, top_p, draws = on_device(
         [
-            [each.temperature for each in params],
-            [each.top_p for each in params],
+            [row_params.temperature for row_params in params],
+            [row_params.top_p for row_params in params],
             [requests[row].use_draw() for row in rows],
         ],
         logits.device,
         torch.float64,
     )
     top_k = None
-    if any(each.top_k for each in params):
-        top_k = on_device([each.top_k or 0 for each in params], logits.device, torch.long)
-    if all(each.top_p == 1 for each in params):
+    if any(row_params.top_k for row_params in params):
+        top_k = on_device([row_params.top_k or 0 for row_params in params], logits.device, torch.long)
+    if all(row_params.top_p == 1 for row_params in params):
         top_p = None
     return greedy.index_put((index,), choose(logits[index], temperatures, top_k, top_p, draws))
 
 
 def choose(logits: Tensor, temperatures: Tensor, top_k: Tensor | None, top_p: Tensor | None, draws: Tensor) -> Tensor:
-    """The token of each row of ``logits [n, V]`` that its draw falls to, ``[n]``.
+    """Select the token ``[n]`` of each row by inverse transform sampling, without a sync.
 
-    Tokens in the order of their probability take up the range from 0 to 1. Nothing here waits for the device.
+    The tokens divide the range from 0 to 1 in descending order of their probabilities.
 
     Args:
-        logits: As the model makes them.
-        temperatures: ``[n]``.
-        top_k: ``[n]``, 0 for all; None where no row has any.
-        top_p: ``[n]``, 1 for all; likewise.
-        draws: ``[n]``, from 0 to 1.
+        logits: Logits ``[n, V]``.
+        temperatures: Temperatures ``[n]``.
+        top_k: Number of tokens to keep ``[n]``, 0 for all; None if no row limits it.
+        top_p: Probability mass to keep ``[n]``, 1 for all; None if no row limits it.
+        draws: Random numbers ``[n]`` in [0, 1).
     """
     shifted = logits.double()
-    shifted = shifted - shifted.amax(-1, keepdim=True)  # or a tiny temperature makes them infinite
+    shifted = shifted - shifted.amax(-1, keepdim=True)  # a tiny temperature would make them infinite
     scaled = shifted / temperatures[:, None].double().clamp(min=1e-6)
     probabilities, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
@@ -59,21 +78,21 @@ def choose(logits: Tensor, temperatures: Tensor, top_k: Tensor | None, top_p: Te
         probabilities = probabilities.masked_fill((ranks >= top_k[:, None]) & (top_k[:, None] > 0), 0.0)
         probabilities /= probabilities.sum(-1, keepdim=True)
     if top_p is not None:
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill((before >= top_p[:, None]) & (top_p[:, None] < 1), 0.0)
-    cumulated = probabilities.cumsum(-1)
-    place = torch.searchsorted(cumulated, draws[:, None] * cumulated[:, -1:], right=True)
-    return order.gather(-1, place.clamp(max=logits.shape[-1] - 1))[:, 0]
+        mass_before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill((mass_before >= top_p[:, None]) & (top_p[:, None] < 1), 0.0)
+    cumulative = probabilities.cumsum(-1)
+    rank = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
+    return order.gather(-1, rank.clamp(max=logits.shape[-1] - 1))[:, 0]
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[dict[int, float]]:
-    """Per row of ``logits [n, V]``, those of the first choices, as many as ``counts`` has, and of ``tokens [n]``."""
+    """Log-probabilities of the ``counts`` most likely tokens and of ``tokens [n]``, per row of ``logits [n, V]``."""
     log_p = logits.float().log_softmax(-1)
     best = log_p.topk(max(1, *counts), dim=-1)
-    chosen = log_p.gather(-1, tokens[:, None])
-    numbers = torch.cat([best.values, chosen], dim=-1).tolist()
-    ids = torch.cat([best.indices, tokens[:, None]], dim=-1).tolist()
+    sampled = log_p.gather(-1, tokens[:, None])
+    all_values = torch.cat([best.values, sampled], dim=-1).tolist()
+    all_ids = torch.cat([best.indices, tokens[:, None]], dim=-1).tolist()
     return [
-        dict([*list(zip(its_ids, values, strict=True))[:count], (its_ids[-1], values[-1])])
-        for its_ids, values, count in zip(ids, numbers, counts, strict=True)
+        dict([*list(zip(ids, values, strict=True))[:count], (ids[-1], values[-1])])
+        for ids, values, count in zip(all_ids, all_values, counts, strict=True)
     ]

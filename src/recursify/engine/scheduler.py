@@ -1,9 +1,9 @@
-"""Which tokens enter the next iteration. It decides on page numbers and counts alone.
+"""Scheduling: which tokens enter the next iteration. Works on page numbers and counts, never on tensors.
 
-Every request that runs has one flight. Those under way go on; every request without one gets its next token in, or the
-next chunk of its prompt, the oldest first; what room is left goes to requests that wait, in the order of their arrival.
-Where pages run out, the request that began last gives its own back and waits again, in front: the oldest one always
-gets on, and so do all in their turn.
+Every running request has one chunk. Chunks in progress continue; every request without one schedules its next token or
+prompt chunk, oldest request first; the remaining budget goes to waiting requests in order of arrival. When pages run
+out, the request that started last is preempted: it frees its pages and returns to the front of the queue. So the oldest
+request always progresses, and none starves.
 """
 
 from __future__ import annotations
@@ -11,47 +11,33 @@ from __future__ import annotations
 from collections import deque
 
 from .chunk import Chunk
+from .config import EngineConfig
 from .layers.kv_cache import KVCache
 from .page_pool import page_keys
 from .request import Request
 
 
 class Scheduler:
-    """The queues.
+    """Queues of requests, and the chunks that they have in progress.
 
     Args:
-        pages: Of keys and values.
-        max_num_seqs: Requests that run at once.
-        max_num_batched_tokens: Tokens of an iteration, as far as prompts are to blame: new tokens always get in.
-        chunk_size: Tokens of a prompt that enter together.
-        enable_prefix_caching: Take over pages of a known prefix.
-        lockstep: Let new tokens in only when no flight is under way, as engines do that know no depths. A control.
+        kv_cache: KV cache whose pages the requests take.
+        config: Settings of the engine.
 
     Attributes:
-        waiting: In the order in which they will begin.
-        running: In the order in which they began.
-        flights: By request id.
-        residents: Ids of requests that run on the device for now (``residents.py``), and have no flights.
-        preemptions: How often one had to begin again.
+        waiting: Requests that have not started, or were preempted, in the order in which they start.
+        running: Requests in the order in which they started.
+        chunks: Mapping from request id to the chunk in progress.
+        device_requests: Ids of the requests that run in the device loop, and so have no chunks.
+        preemptions: Number of preemptions.
+        cached_tokens: Number of prompt tokens found in the prefix cache.
     """
 
-    def __init__(
-        self,
-        pages: KVCache,
-        *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        chunk_size: int,
-        enable_prefix_caching: bool,
-        lockstep: bool = False,
-    ) -> None:
-        self.kv_cache = pages
-        self.max_num_seqs, self.max_num_batched_tokens, self.chunk_size = (
-            max_num_seqs,
-            max_num_batched_tokens,
-            chunk_size,
-        )
-        self.enable_prefix_caching, self.lockstep = enable_prefix_caching and not pages.is_packed, lockstep
+    def __init__(self, kv_cache: KVCache, config: EngineConfig) -> None:
+        self.kv_cache, self.lockstep = kv_cache, config.lockstep
+        self.max_num_seqs, self.chunk_size = config.max_num_seqs, config.chunk_size
+        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.enable_prefix_caching = config.enable_prefix_caching and not kv_cache.is_packed
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.chunks: dict[int, Chunk] = {}
@@ -61,18 +47,19 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """Whether any request is waiting or running."""
         return bool(self.waiting or self.running)
 
     def schedule(self) -> tuple[list[Chunk], list[Chunk]]:
-        """All flights of the next iteration, and those of them that are new."""
+        """Return all chunks of the next iteration, and those of them that are new."""
         if self.lockstep and self.chunks:
-            return list(self.chunks.values()), []  # none of them new
+            return list(self.chunks.values()), []
         preemptions = self.preemptions
         for request in list(self.running):
             busy = request.id in self.chunks or request.id in self.device_requests
             if not busy and request in self.running and not request.is_complete:
-                self._launch(request)
-        # What has just given its pages back does not take them again at once.
+                self._start_chunk(request)
+        # A request that was just preempted does not take its pages back in the same iteration.
         admits = preemptions == self.preemptions
         while admits and self.waiting and len(self.running) < self.max_num_seqs and self._budget() > 0:
             admits = self._admit(self.waiting[0])
@@ -80,16 +67,16 @@ class Scheduler:
         return chunks, [chunk for chunk in chunks if chunk.embedded is None]
 
     def _budget(self) -> int:
-        """How many more tokens of prompts may enter."""
-        under_way = len(self.device_requests) + sum(len(chunk.positions) for chunk in self.chunks.values())
-        return self.max_num_batched_tokens - under_way
+        """Number of prompt tokens that may still be scheduled."""
+        scheduled = len(self.device_requests) + sum(len(chunk.positions) for chunk in self.chunks.values())
+        return self.max_num_batched_tokens - scheduled
 
-    def _launch(self, request: Request) -> bool:
-        """Let the next tokens of a running request in, if there is room for any."""
-        known = request.prompt_length + len(request.exit_depths)
+    def _start_chunk(self, request: Request) -> bool:
+        """Schedule the next tokens of a running request; return whether budget and pages allowed it."""
+        num_known = request.prompt_length + len(request.exit_depths)
         count = 1
-        if request.computed < known:
-            count = min(known - request.computed, self.chunk_size, self._budget())
+        if request.computed < num_known:
+            count = min(num_known - request.computed, self.chunk_size, self._budget())
             if count < 1:
                 return False
         if not self.make_room(request, count):
@@ -98,35 +85,39 @@ class Scheduler:
         return True
 
     def make_room(self, request: Request, count: int) -> bool:
-        """Pages for ``count`` more tokens of ``request``, if need be those of younger ones; False if it is youngest."""
+        """Reserve pages for ``count`` more tokens, preempting younger requests if needed.
+
+        Returns:
+            Whether there was room; False if ``request`` is the youngest one, and was preempted itself.
+        """
         while not self.kv_cache.reserve(request, count):
-            last = self.running[-1]
-            self.preempt(last)
-            if last is request:
+            youngest = self.running[-1]
+            self.preempt(youngest)
+            if youngest is request:
                 return False
         return True
 
     def move_to_device(self, chunk: Chunk) -> Request:
-        """The request of ``flight``, which has not begun, goes on as a resident."""
+        """Move the request of a chunk that has not entered yet to the device loop."""
         del self.chunks[chunk.request.id]
         self.device_requests.add(chunk.request.id)
         return chunk.request
 
     def _admit(self, request: Request) -> bool:
-        """Begin a waiting request, if there is room for its whole prompt and a token more."""
+        """Start a waiting request, if there is room for its whole prompt and one more token."""
         prefix: list[int] = []
         if self.enable_prefix_caching:
             pool = self.kv_cache.pools[0]
             if request.prefix_keys is None:
-                # Without the last token, which runs in any case: what follows is read from it.
+                # Without the last token, which runs in any case: its logits are needed.
                 request.prefix_keys = page_keys(request.prompt_ids[:-1], pool.page_size)
             prefix = pool.find_prefix(request.prefix_keys)
             pool.share(prefix)
             request.tables[0].extend(prefix)
             request.computed = len(prefix) * self.kv_cache.page_size
-        known = request.prompt_length + len(request.exit_depths)
-        # And for the token after that: without, it would give all back to begin again, as often as it was let in.
-        if not self.kv_cache.has_room(request, known - request.computed + 1):
+        num_known = request.prompt_length + len(request.exit_depths)
+        # One more token, or the request could be preempted at its first new token, start again, and so on forever.
+        if not self.kv_cache.has_room(request, num_known - request.computed + 1):
             self.kv_cache.release(request)
             request.computed = 0
             return False
@@ -135,17 +126,17 @@ class Scheduler:
         if not request.output.preemptions:
             request.output.cached_tokens = request.computed
             self.cached_tokens += request.computed
-        return self._launch(request)
+        return self._start_chunk(request)
 
     def preempt(self, request: Request) -> None:
-        """Take all pages from ``request`` and have it begin again, before all that wait."""
+        """Free all pages of ``request``, and put it at the front of the queue to be computed again."""
         self.preemptions += 1
         request.output.preemptions += 1
         self.remove(request)
         self.waiting.appendleft(request)
 
     def remove(self, request: Request) -> None:
-        """Take ``request`` out, wherever it is, with its flight and its pages."""
+        """Remove ``request`` from its queue, with its chunk and its pages."""
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -156,15 +147,16 @@ class Scheduler:
         request.reset()
 
     def commit(self, chunk: Chunk) -> None:
-        """``flight`` is done: its tokens have been computed."""
+        """Count the tokens of a finished chunk as computed."""
         request = chunk.request
         del self.chunks[request.id]
         request.computed = chunk.stop
         self.kv_cache.trim(request)
 
     def cache_full_pages(self, request: Request) -> None:
-        """Have others find the pages of ``request`` whose keys and values are exact at all depths."""
+        """Add the pages of ``request`` to the prefix cache, as far as their keys and values are exact at all depths."""
         if not self.enable_prefix_caching:
             return
-        stop = min(request.computed, request.prompt_length) if request.params.may_exit_early else request.computed
+        exits_early = request.params.may_exit_early
+        stop = min(request.computed, request.prompt_length) if exits_early else request.computed
         self.kv_cache.pools[0].cache_full_pages(request.tokens[:stop], request.tables[0])
