@@ -115,7 +115,7 @@ def test_models_that_do_more_are_refused():
     model.model.register_forward_hook(
         lambda module, inputs, output: setattr(output, "last_hidden_state", 2 * output[0]) or output
     )
-    with pytest.raises(UnsupportedModelError, match="does not compute what this llama model does"):
+    with pytest.raises(UnsupportedModelError, match="does not reproduce this llama model"):
         Engine(model)
 
 
@@ -407,7 +407,7 @@ def test_requests_that_cannot_be_answered():
 
 def test_requests_without_a_tokenizer():
     engine = small_engine(recursive())
-    with pytest.raises(EngineError, match="text needs a tokenizer"):
+    with pytest.raises(EngineError, match="text prompt needs a tokenizer"):
         engine.add("Once")
     with pytest.raises(EngineError, match="Stop strings need a tokenizer"):
         engine.add([1], SamplingParams(stop=("x",)))
@@ -428,7 +428,7 @@ def test_requests_without_a_tokenizer():
         ({"seed": "x"}, "seed must be a whole number, got 'x'"),
         ({"stop_token_ids": 5}, "stop_token_ids takes a tuple of whole numbers"),
         ({"forced_depths": (-3,)}, "forced_depths takes a tuple of whole numbers, none of them negative"),
-        ({"forced_depths": (0,), "max_depth": 1}, "forced_depths stand in place of exit and max_depth"),
+        ({"forced_depths": (0,), "max_depth": 1}, "forced_depths take the place of exit and max_depth"),
         ({"stop": "x"}, "stop takes a tuple of strings"),
         ({"stop": ("",)}, "none of them empty"),
         ({"forced_depths": ()}, "name at least one depth"),
@@ -451,10 +451,10 @@ def test_sampling_values_out_of_range(values, message):
             {"max_num_batched_tokens": 4, "max_num_seqs": 4},
             r"max_num_batched_tokens \(4\) must be more than max_num_seqs \(4\)",
         ),
-        ({"kv_cache_memory_bytes": 100}, "100 bytes of keys and values hold no page"),
+        ({"kv_cache_memory_bytes": 100}, "100 bytes of KV cache are too few: one page of 16 tokens takes"),
         ({"kv": "best"}, "Unknown kv 'best'. Use one of: deferred"),
-        ({"kv": "copied"}, "was trained with 'deferred' keys and values, and 'copied' makes others"),
-        ({"kv": "shared", "force_kv": True}, "kv 'shared' is not for this model, whose own is 'deferred'"),
+        ({"kv": "copied"}, "was trained with 'deferred' keys and values; with 'copied' early exits change its output"),
+        ({"kv": "shared", "force_kv": True}, "does not support kv 'shared', only its own 'deferred'"),
     ],
 )
 def test_engines_that_cannot_be(arguments, message):
@@ -465,10 +465,10 @@ def test_engines_that_cannot_be(arguments, message):
 def test_modes_of_routed_models():
     """Routers say how far a token goes, and with which keys."""
     model = model_of("llama", "recursion_wise")
-    with pytest.raises(EngineError, match="kv 'shared' is not for this model, whose own is 'recursion_wise'"):
+    with pytest.raises(EngineError, match="does not support kv 'shared', only its own 'recursion_wise'"):
         Engine(model, kv="shared", force_kv=True)
     engine = small_engine(model)
-    with pytest.raises(EngineError, match="has routers, which say how far a token goes"):
+    with pytest.raises(EngineError, match="has routers, which decide how far a token goes"):
         engine.add([1], SamplingParams(max_depth=0))
     with pytest.raises(EngineError, match="has no exits"):
         small_engine(tiny_dense("llama")).add([1], SamplingParams(exit="confidence"))

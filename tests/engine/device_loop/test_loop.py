@@ -556,9 +556,9 @@ def test_bad_settings():
         Engine(model, implementation="triton")
     with pytest.raises(EngineError, match=r"Unknown implementation 'cuda'\. Use one of: auto, reference, triton"):
         Engine(model, implementation="cuda")
-    with pytest.raises(EngineError, match=r"cannot run a lockstep engine\. Leave device_loop out"):
+    with pytest.raises(EngineError, match=r"does not support a lockstep engine\. Leave device_loop out"):
         Engine(model, device_loop=True, lockstep=True)
-    with pytest.raises(EngineError, match="cannot run models with routers"):
+    with pytest.raises(EngineError, match="does not support models with routers"):
         Engine(model_of("llama", "shared"), device_loop=True)
     with pytest.raises(EngineError, match="num_device_steps must be at least 1, got 0"):
         Engine(model, num_device_steps=0)

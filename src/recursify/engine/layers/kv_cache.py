@@ -183,7 +183,8 @@ def pages_that_fit(num_bytes: int, decoder: DecoderAdapter, kv: str, page_size: 
     size = int(2 * page_size * decoder.num_kv_heads * decoder.head_size * decoder.dtype.itemsize * layers)
     if num_bytes < size:
         raise EngineError(
-            f"{num_bytes:,} bytes of keys and values hold no page: one of {page_size} tokens is {size:,}."
+            f"{num_bytes:,} bytes of KV cache are too few: one page of {page_size} tokens takes {size:,} bytes. "
+            f"Increase kv_cache_memory_bytes."
         )
     return num_bytes // size
 
