@@ -14,12 +14,12 @@ from recursify.errors import CheckpointError, EngineError, RecursifyError, Setti
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
-        ({"page_size": -1}, "page_size must be at least 1, got -1"),
-        ({"num_pages": 0}, "num_pages must be at least 1, got 0"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
-        ({"max_model_len": 0}, "max_model_len must be at least 1, got 0"),
-        ({"num_device_steps": 0}, "num_device_steps must be at least 1, got 0"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be a whole number of at least 1, got 0"),
+        ({"page_size": -1}, "page_size must be a whole number of at least 1, got -1"),
+        ({"num_pages": 0}, "num_pages must be a whole number of at least 1, got 0"),
+        ({"chunk_size": 0}, "chunk_size must be a whole number of at least 1, got 0"),
+        ({"max_model_len": 0}, "max_model_len must be a whole number of at least 1, got 0"),
+        ({"num_device_steps": 0}, "num_device_steps must be a whole number of at least 1, got 0"),
         (
             {"max_num_batched_tokens": 4, "max_num_seqs": 4},
             r"max_num_batched_tokens \(4\) must be more than max_num_seqs \(4\)",
@@ -37,7 +37,7 @@ def test_engine_takes_a_config_or_its_fields():
     model = recursive()
     config = EngineConfig(**SMALL)
     assert Engine(model, None, config).config == small_engine(model).config == config
-    with pytest.raises(SettingsError, match="Unknown key 'max_requests' in the options"):
+    with pytest.raises(EngineError, match="Unknown setting 'max_requests'"):
         Engine(model, max_requests=3)
     with pytest.raises(SettingsError, match="Got settings and also page_size"):
         Engine(model, None, config, page_size=4)
@@ -69,7 +69,7 @@ def test_from_pretrained(tmp_path):
     expected = small_engine(model).generate(prompts(5), params)[0].token_ids
     assert engine.generate(prompts(5), params)[0].token_ids == expected
     assert engine.generate(["Once"], params)[0].text
-    with pytest.raises(EngineError, match="page_size must be at least 1"):
+    with pytest.raises(EngineError, match="page_size must be a whole number of at least 1"):
         Engine.from_pretrained(tmp_path, page_size=0)
     with pytest.raises(CheckpointError):
         Engine.from_pretrained(tmp_path / "missing")

@@ -394,7 +394,7 @@ def test_requests_that_cannot_be_answered():
     with pytest.raises(EngineError, match="exit settings have kv 'copied', and the engine 'deferred'"):
         engine.add([1], SamplingParams(exit=ExitSettings(make_policy("confidence"), kv="copied")))
     learned = ExitSettings(make_policy("confidence"), adapt=AdaptiveThresholds(0.9))
-    with pytest.raises(EngineError, match="leave layers and adapt out"):
+    with pytest.raises(EngineError, match=r"exits after recursions only.*Leave layers and adapt out"):
         engine.add([1], SamplingParams(exit=learned))
     with pytest.raises(EngineError, match="There is no exit after depth 3"):
         engine.add([1], SamplingParams(exit=ExitSettings(make_policy("fixed", 3))))
@@ -416,23 +416,34 @@ def test_requests_without_a_tokenizer():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens must be 1 or more, got 0"),
-        ({"temperature": -1.0}, "temperature must be 0 or more, got -1"),
-        ({"top_p": 0.0}, "top_p must be above 0 and 1 at most, got 0"),
-        ({"top_p": 1.5}, "top_p must be above 0 and 1 at most, got 1.5"),
-        ({"top_k": -1}, "top_k must be 0 or more, got -1"),
-        ({"logprobs": 21}, "logprobs must be 0 or more, 20 at most, got 21"),
-        ({"max_depth": -1}, "max_depth must be 0 or more, got -1"),
-        ({"max_tokens": 2.5}, "max_tokens must be a whole number, got 2.5"),
-        ({"seed": 2**70}, "seed must be 0 or more"),
-        ({"seed": "x"}, "seed must be a whole number, got 'x'"),
-        ({"stop_token_ids": 5}, "stop_token_ids takes a tuple of whole numbers"),
-        ({"forced_depths": (-3,)}, "forced_depths takes a tuple of whole numbers, none of them negative"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number of at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must be a number of at least 0, got -1"),
+        ({"top_p": 0.0}, "top_p must be a number above 0 and at most 1, got 0"),
+        ({"top_p": 1.5}, "top_p must be a number above 0 and at most 1, got 1.5"),
+        ({"top_k": -1}, "top_k must be a whole number of at least 0, got -1"),
+        ({"logprobs": 21}, "logprobs must be a whole number of at least 0 and at most 20, got 21"),
+        ({"max_depth": -1}, "max_depth must be a whole number of at least 0, got -1"),
+        ({"max_tokens": 2.5}, "max_tokens must be a whole number of at least 1, got 2.5"),
+        (
+            {"seed": 2**70},
+            "seed must be a whole number of at least 0 and at most 9223372036854775807, got 1180591620717411303424",
+        ),
+        ({"seed": "x"}, "seed must be a whole number of at least 0 and at most .*, got 'x'"),
+        (
+            {"stop_token_ids": 5},
+            "stop_token_ids must be a list whose entries are each a whole number of at least 0, got 5",
+        ),
+        (
+            {"forced_depths": (-3,)},
+            "forced_depths must be a list whose entries are each a whole number of at least 0, got -3",
+        ),
         ({"forced_depths": (0,), "max_depth": 1}, "forced_depths take the place of exit and max_depth"),
-        ({"stop": "x"}, "stop takes a tuple of strings"),
-        ({"stop": ("",)}, "none of them empty"),
+        ({"stop": "x"}, "stop must be a list whose entries are each a non-empty string, got 'x'"),
+        ({"stop": ("",)}, "stop must be a list whose entries are each a non-empty string, got ''"),
+        ({"max_tokens": True}, "max_tokens must be a whole number of at least 1, got True"),
+        ({"max_token": 3}, "Unknown setting 'max_token'. Did you mean 'max_tokens'"),
         ({"forced_depths": ()}, "name at least one depth"),
-        ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
+        ({"temperature": float("nan")}, "temperature must be a number of at least 0, got nan"),
     ],
 )
 def test_sampling_values_out_of_range(values, message):
@@ -443,14 +454,7 @@ def test_sampling_values_out_of_range(values, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
-        ({"num_pages": 0}, "num_pages must be at least 1, got 0"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1"),
-        ({"max_model_len": 0}, "max_model_len must be at least 1, got 0"),
-        (
-            {"max_num_batched_tokens": 4, "max_num_seqs": 4},
-            r"max_num_batched_tokens \(4\) must be more than max_num_seqs \(4\)",
-        ),
+        ({"max_num_seqs": 0}, "max_num_seqs must be a whole number of at least 1, got 0"),
         ({"kv_cache_memory_bytes": 100}, "100 bytes of KV cache are too few: one page of 16 tokens takes"),
         ({"kv": "best"}, "Unknown kv 'best'. Use one of: deferred"),
         ({"kv": "copied"}, "was trained with 'deferred' keys and values; with 'copied' early exits change its output"),

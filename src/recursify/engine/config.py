@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Annotated
+
+from annotated_types import Ge
+from pydantic import Strict
 
 from recursify.errors import EngineError
 from recursify.kernels.dispatch import Implementation
-from recursify.settings import check_keys
+from recursify.settings import Settings
+
+Positive = Annotated[int, Strict(), Ge(1)]
+"""Whole number of at least 1."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(Settings, error=EngineError):
     """Limits and modes of an :class:`~recursify.engine.Engine`.
 
     Raises:
-        EngineError: A value is out of its range.
+        EngineError: A setting is unknown, or its value is out of its range.
     """
 
     kv: str | None = None
@@ -25,25 +29,25 @@ class EngineConfig:
     force_kv: bool = False
     """Allow a ``kv`` that the model was not trained with."""
 
-    max_num_seqs: int = 32
+    max_num_seqs: Positive = 32
     """Maximum number of requests that run at once; the others wait in a queue."""
 
-    page_size: int = 16
+    page_size: Positive = 16
     """Tokens per page of the KV cache."""
 
-    num_pages: int | None = None
+    num_pages: Positive | None = None
     """Number of pages in the KV cache; None takes as many as ``kv_cache_memory_bytes`` hold."""
 
-    kv_cache_memory_bytes: int = 2**30
+    kv_cache_memory_bytes: Positive = 2**30
     """Memory of the KV cache in bytes, unless ``num_pages`` is given."""
 
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: Positive = 2048
     """Upper bound on the prompt tokens scheduled per iteration; new tokens are scheduled in any case."""
 
-    chunk_size: int = 512
+    chunk_size: Positive = 512
     """Maximum number of prompt tokens that a request runs at once (chunked prefill)."""
 
-    max_model_len: int | None = None
+    max_model_len: Positive | None = None
     """Maximum number of tokens of a request, prompt and output together; None takes the model's context."""
 
     enable_prefix_caching: bool = True
@@ -66,39 +70,12 @@ class EngineConfig:
     """Run new tokens in a loop on the device, without host decisions in between, as CUDA graphs on GPUs. None enables
     it for supported models where the kernels are Triton's on a GPU. Disables ``async_output``."""
 
-    num_device_steps: int = 8
+    num_device_steps: Positive = 8
     """Iterations of the device loop between two syncs with the host. More of them cost less and detect EOS later."""
 
     def __post_init__(self) -> None:
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise EngineError(f"{name} must be at least 1, got {value}.")
         if self.max_num_batched_tokens <= self.max_num_seqs:
             raise EngineError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be more than max_num_seqs "
                 f"({self.max_num_seqs}): with all requests running, no prompt could be scheduled. Increase it."
             )
-
-    @classmethod
-    def from_mapping(cls, mapping: dict[str, Any], where: str) -> Self:
-        """Build a config from a mapping.
-
-        Raises:
-            SettingsError: ``mapping`` has an unknown key; the message names the nearest known one.
-            EngineError: A value is out of its range.
-        """
-        check_keys(mapping, [field.name for field in fields(cls)], where)
-        return cls(**mapping)
-
-
-POSITIVE = (
-    "max_num_seqs",
-    "page_size",
-    "num_pages",
-    "max_num_batched_tokens",
-    "chunk_size",
-    "max_model_len",
-    "num_device_steps",
-)
-"""Settings that must be at least 1, or None where the default is None."""

@@ -62,7 +62,7 @@ class Engine:
             time that the host spent in it.
 
     Raises:
-        EngineError: A setting is out of its range or does not fit the model.
+        EngineError: A setting is unknown, out of its range, or does not fit the model.
         UnsupportedModelError: The engine cannot run the model; the message names the reason.
     """
 
@@ -128,13 +128,13 @@ class Engine:
 
         Raises:
             CheckpointError: The model cannot be loaded.
-            EngineError: A setting is out of its range or does not fit the model.
-            SettingsError: ``dtype``, ``device`` or an option is unknown.
+            EngineError: A setting is unknown, out of its range, or does not fit the model.
+            SettingsError: ``dtype`` or ``device`` is unknown.
             UnsupportedModelError: The engine cannot run the model.
         """
         from recursify.checkpoint.loading import load_model
 
-        config = EngineConfig.from_mapping(options, "the options")  # before the model, which takes longer
+        config = EngineConfig(**options)  # before the model, which takes longer
         model, tokenizer = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         return cls(model, tokenizer, config, on_token=on_token)
 

@@ -6,12 +6,15 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import Strict
 
 from recursify.errors import EngineError
 from recursify.modeling import ExitSettings
+from recursify.settings import Settings
 
 from .detokenizer import Detokenizer
 
@@ -21,75 +24,58 @@ UNREAD = -1
 """Placeholder for a token id that has not been copied to the host yet."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
+NonNegative = Annotated[int, Strict(), Ge(0)]
+"""Whole number of at least 0."""
+
+
+class SamplingParams(Settings, error=EngineError):
     """Sampling parameters and limits of one request.
 
     Raises:
-        EngineError: A value is out of its range.
+        EngineError: A parameter is unknown, or its value is out of its range.
     """
 
-    max_tokens: int = 64
+    max_tokens: Annotated[int, Strict(), Ge(1)] = 64
     """Maximum number of new tokens."""
 
-    temperature: float = 0.0
+    temperature: Annotated[float, Ge(0)] = 0.0
     """Sampling temperature; 0 is greedy."""
 
-    top_p: float = 1.0
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     """Probability mass of the most likely tokens to sample from; 1 keeps all tokens."""
 
-    top_k: int = 0
+    top_k: NonNegative = 0
     """Number of most likely tokens to sample from; 0 keeps all."""
 
-    seed: int | None = None
+    seed: Annotated[int, Strict(), Ge(0), Le(2**63 - 1)] | None = None
     """Seed of the request's own generator, so that its samples do not depend on the batch; None takes a random one."""
 
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, MinLen(1), "a non-empty string"], ...] = ()
     """Strings that end the text; they are not part of it."""
 
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[NonNegative, ...] = ()
     """Tokens that end the text, besides EOS."""
 
     ignore_eos: bool = False
     """Continue after EOS."""
 
-    logprobs: int | None = None
+    logprobs: Annotated[int, Strict(), Ge(0), Le(20)] | None = None
     """Number of most likely tokens whose log-probabilities to return, with that of the sampled token (before
     temperature); None returns none."""
 
     exit: Any = None
     """Early exit, which is lossy: the name of a policy, a policy, or :class:`~recursify.modeling.ExitSettings`."""
 
-    max_depth: int | None = None
+    max_depth: NonNegative | None = None
     """Last depth that a new token runs; None for all. The prompt runs all of them."""
 
-    forced_depths: tuple[int, ...] | None = None
+    forced_depths: tuple[NonNegative, ...] | None = None
     """Depths after which the new tokens exit, in place of a policy, for measurements: they start with the second new
     token (the first one comes from the prompt), and repeat if there are fewer than tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k", "seed", "logprobs", "max_depth"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                raise EngineError(f"{name} must be a whole number, got {value!r}.")
-        for name, (lowest, highest) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not (lowest <= value and (highest is None or value <= highest)):
-                upper = "" if highest is None else f", {highest} at most"
-                raise EngineError(f"{name} must be {lowest} or more{upper}, got {value}.")
-        if not 0 < self.top_p <= 1:
-            raise EngineError(f"top_p must be above 0 and 1 at most, got {self.top_p}.")
-        if isinstance(self.stop, str) or not all(isinstance(string, str) and string for string in self.stop):
-            raise EngineError(f"stop takes a tuple of strings, none of them empty, got {self.stop!r}.")
-        for name in ("stop_token_ids", "forced_depths"):
-            values = getattr(self, name)
-            if values is None:
-                continue
-            if not isinstance(values, tuple) or not all(isinstance(value, int) and value >= 0 for value in values):
-                raise EngineError(f"{name} takes a tuple of whole numbers, none of them negative, got {values!r}.")
-        if self.forced_depths is not None and (
-            self.exit is not None or self.max_depth is not None or not self.forced_depths
-        ):
+        others = self.exit is not None or self.max_depth is not None
+        if self.forced_depths is not None and (others or not self.forced_depths):
             raise EngineError(
                 "forced_depths take the place of exit and max_depth, and name at least one depth. Leave the others out."
             )
@@ -98,17 +84,6 @@ class SamplingParams:
     def may_exit_early(self) -> bool:
         """Whether tokens may exit before the last recursion."""
         return self.exit is not None or self.max_depth is not None or self.forced_depths is not None
-
-
-RANGES: dict[str, tuple[int, int | None]] = {
-    "max_tokens": (1, None),
-    "temperature": (0, None),
-    "top_k": (0, None),
-    "logprobs": (0, 20),
-    "seed": (0, 2**63 - 1),
-    "max_depth": (0, None),
-}
-"""Smallest and largest value of sampling parameters."""
 
 
 @dataclass

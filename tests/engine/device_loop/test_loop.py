@@ -560,5 +560,5 @@ def test_bad_settings():
         Engine(model, device_loop=True, lockstep=True)
     with pytest.raises(EngineError, match="does not support models with routers"):
         Engine(model_of("llama", "shared"), device_loop=True)
-    with pytest.raises(EngineError, match="num_device_steps must be at least 1, got 0"):
+    with pytest.raises(EngineError, match="num_device_steps must be a whole number of at least 1, got 0"):
         Engine(model, num_device_steps=0)
