@@ -1,8 +1,8 @@
-"""Compiling Triton kernels for a GPU that is not there, and what they take of it.
+"""Ahead-of-time compilation of Triton kernels for GPUs that are not present, and their resource usage.
 
-A launcher that is called with tensors on the meta device computes nothing, but shows which kernels it would launch,
-with which types, constants and warps. :func:`recorded` writes those launches down, and :func:`compiled` compiles them,
-as the first launch on a GPU would: with the same specializations on sizes that 16 divides.
+A launcher called with tensors on the meta device computes nothing. :func:`recorded` records the launches it would make,
+with types, constants and warps, and :func:`compiled` compiles them as the first launch on a GPU would: with the same
+specialization on sizes divisible by 16.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as it would be launched.
+    """One recorded launch.
 
     Attributes:
-        function: The kernel.
-        arguments: By name.
-        options: ``num_warps``, ``num_stages``.
-        grid: Programs along each axis.
+        function: Kernel.
+        arguments: Arguments by name.
+        options: Compiler options: ``num_warps``, ``num_stages``.
+        grid: Number of programs along each axis.
     """
 
     function: Any
@@ -57,16 +57,16 @@ class Launch:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a program of a compiled kernel takes.
+    """Resource usage of a compiled kernel.
 
     Attributes:
-        kernel: Its name.
-        capability: Of the GPU: 80, 90.
-        num_warps: Per program.
-        registers: Per thread; 255 at most.
+        kernel: Name of the kernel.
+        capability: Compute capability of the GPU, such as 80 or 90.
+        num_warps: Warps per program.
+        registers: Registers per thread, at most 255.
         shared_bytes: Shared memory per program.
-        spill_bytes: Per thread, of registers that did not suffice.
-        tensor_core_ops: Matrix instructions in the code.
+        spill_bytes: Bytes per thread spilled from registers.
+        tensor_core_ops: Number of matrix instructions in the code.
     """
 
     kernel: str
@@ -80,14 +80,14 @@ class Footprint:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """The launches inside this context, none of which happens."""
+    """Record the launches inside this context instead of making them."""
     launches: list[Launch] = []
 
     def record(function, *args, grid, warmup, **kwargs):
         names = [parameter.name for parameter in function.params]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        options = {name: given.pop(name) for name in list(given) if name not in names}
-        launches.append(Launch(function, given, options, tuple(grid)))
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        options = {name: arguments.pop(name) for name in list(arguments) if name not in names}
+        launches.append(Launch(function, arguments, options, tuple(grid)))
 
     run = JITFunction.run
     JITFunction.run = record
@@ -98,10 +98,10 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def compiled(launch: Launch, capability: int) -> Footprint:
-    """Compile ``launch`` for NVIDIA's GPUs of ``capability``.
+    """Compile ``launch`` for NVIDIA GPUs of ``capability``.
 
     Raises:
-        Exception: Triton or ptxas refuses it.
+        Exception: Triton or ptxas cannot compile it.
     """
     signature, constants, attributes = _specialization(launch)
     source = ASTSource(launch.function, signature, constants, attributes)
@@ -119,7 +119,7 @@ def compiled(launch: Launch, capability: int) -> Footprint:
 
 
 def _specialization(launch: Launch) -> tuple[dict[str, str], dict, dict]:
-    """Types by parameter, constants, and which arguments 16 divides, as Triton's just-in-time compiler decides them."""
+    """Types, constants and divisibility by 16 of the parameters, determined as in Triton's just-in-time compiler."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.function.params):
         value = launch.arguments[parameter.name]
@@ -144,13 +144,13 @@ def _type_of(value: Any) -> str:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and spilled bytes per thread, by cuobjdump, which comes with Triton."""
+    """Registers and spilled bytes per thread, from cuobjdump, which Triton ships."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        shown = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", shown.stdout)
-    assert found, shown.stdout
-    # What is spilled lies on the stack, on which none of our kernels has anything else.
+        dump = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", dump.stdout)
+    assert found, dump.stdout
+    # Spilled registers are on the stack, and our kernels put nothing else there.
     return int(found[1]), int(found[2])

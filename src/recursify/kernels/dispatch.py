@@ -1,7 +1,7 @@
-"""Which implementation of a kernel runs where.
+"""Selection of a kernel's implementation by device.
 
-Every kernel has two: ``reference.py`` is its definition in plain PyTorch and runs on any device; ``triton.py`` is one
-launch, or two, on a GPU. Triton is imported when a kernel first uses it, so that none of this needs it installed.
+Every kernel has two: ``reference.py`` defines it in plain PyTorch and runs on any device; ``triton.py`` takes one or
+two launches on a GPU. Triton is imported on first use, so nothing here needs it installed.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 Implementation = Literal["auto", "reference", "triton"]
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
-"""What a kernel's ``implementation=`` may say; ``auto`` takes Triton where it compiles for the device."""
+"""Values of a kernel's ``implementation=``; ``auto`` selects Triton where it can compile for the device."""
 
 OLDEST_CAPABILITY = (8, 0)
-"""Of NVIDIA's GPUs, the first with bfloat16 products, which every kernel here compiles to for bfloat16 inputs."""
+"""First NVIDIA compute capability with bfloat16 matrix instructions, which kernels need for bfloat16 inputs."""
 
 
 def uses_triton(implementation: Implementation, device: torch.device) -> bool:
-    """Whether a kernel asked for as ``implementation`` runs in Triton on ``device``.
+    """True if ``implementation`` runs in Triton on ``device``.
 
     Raises:
         ValueError: ``implementation`` is not one of :data:`IMPLEMENTATIONS`.
-        RuntimeError: Triton is asked for, and cannot run there.
+        RuntimeError: Triton is requested and cannot run there.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"Unknown implementation '{implementation}'. Use one of: {', '.join(IMPLEMENTATIONS)}.")
@@ -41,7 +41,7 @@ def uses_triton(implementation: Implementation, device: torch.device) -> bool:
 
 
 def implementation_on(device: torch.device, implementation: Implementation = "auto") -> Literal["reference", "triton"]:
-    """What ``implementation`` means on ``device``.
+    """Name of the implementation that runs on ``device``.
 
     Raises:
         ValueError, RuntimeError: See :func:`uses_triton`.
@@ -51,10 +51,10 @@ def implementation_on(device: torch.device, implementation: Implementation = "au
 
 @functools.cache
 def why_not_triton(device: torch.device) -> str | None:
-    """Why kernels cannot run in Triton on ``device``; None where they can.
+    """Reason why Triton cannot run on ``device``; None if it can.
 
-    The meta device counts as a GPU, since launches on it are recorded (:mod:`.ahead_of_time`); the CPU does if Triton
-    was told to interpret, by ``TRITON_INTERPRET=1`` in the environment.
+    The meta device counts as a GPU, since launches on it are recorded (:mod:`.ahead_of_time`). The CPU counts as one
+    if ``TRITON_INTERPRET=1`` is set in the environment.
     """
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -70,9 +70,9 @@ def why_not_triton(device: torch.device) -> str | None:
 
 @functools.cache
 def programs_to_fill(device: torch.device) -> int:
-    """How many programs keep ``device`` busy: two per multiprocessor, of 132 where the device is none.
+    """Number of programs that keep ``device`` busy: two per multiprocessor, 132 of them if the device is not a GPU.
 
-    Under the interpreter one is, and more are slow.
+    It is 1 in the interpreter, where each program is slow.
     """
     if device.type == "cpu":
         return 1

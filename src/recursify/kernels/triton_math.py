@@ -1,4 +1,4 @@
-"""What several Triton kernels compute alike. Imported by those alone, since it needs Triton."""
+"""Functions that several Triton kernels share. Only those import it, since it needs Triton."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import triton.language as tl
 def soft_capped(x, CAP: tl.constexpr):
     """``CAP · tanh(x / CAP)``, in float32.
 
-    The interpreter has no tanh. This form is exact to 1e-7 of ``CAP``, and at either end the exponential's infinity or
-    zero gives the right limit.
+    Triton's interpreter has no tanh. This form is exact to 1e-7 of ``CAP``, and its limits are correct where the
+    exponential is infinite or 0.
     """
     return CAP * (1 - 2 / (1 + tl.exp(x * (2 / CAP))))
 
 
 def tile_of(size: int, smallest: int = 1, largest: int = 1 << 20) -> int:
-    """The power of two that covers ``size``, between two bounds."""
+    """Smallest power of two that covers ``size``, within bounds."""
     return max(smallest, min(largest, triton.next_power_of_2(max(1, size))))

@@ -15,7 +15,7 @@ class CudaGraphs:
 
     Args:
         device: Device of the tensors that the functions use.
-        captures: Whether to capture graphs; devices other than CUDA never do.
+        captures: Flag to capture graphs; ignored on devices other than CUDA.
 
     Attributes:
         num_graphs: Number of captured graphs.

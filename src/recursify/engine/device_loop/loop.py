@@ -104,11 +104,11 @@ class DeviceLoop:
 
     @property
     def policy_reads_logits(self) -> bool:
-        """Whether the policy needs logits: then all rows run coda and head, whether they exit or not."""
+        """True if the policy needs logits: all rows then run coda and head, whether they exit or not."""
         return isinstance(self.policy, Confidence | Entropy)
 
     def _runs_deferred(self, shape: LoopShape) -> bool:
-        """Whether deferred tokens run together with later ones of their slot."""
+        """True if deferred tokens run together with later ones of their slot."""
         return self.defers and shape.exits_early
 
     # --- Rows ----------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ HEADROOM = 1.25
 """Rows of prelude and coda relative to the expected number of tokens that exit per iteration."""
 
 SYNC_SLOTS = 4
-"""With at most this many slots, sync with the device after every recursion to skip a coda call without tokens."""
+"""Number of slots up to which the host syncs after every recursion, to skip coda calls without tokens."""
 
 
 class SlotManager:
@@ -83,7 +83,7 @@ class SlotManager:
     # --- Admission -----------------------------------------------------------------------------------------------
 
     def _is_on_device(self, request: Request | None) -> bool:
-        """Whether the scheduler still has ``request`` on the device: it has not ended or been preempted."""
+        """True if the scheduler has ``request`` on the device: it has not ended or been preempted."""
         return request is not None and request.id in self.scheduler.device_requests
 
     @property
@@ -97,7 +97,7 @@ class SlotManager:
         return [depth for depth, request in slots if self._is_on_device(request)]
 
     def can_admit(self, request: Request) -> bool:
-        """Whether a slot is free, and the device can make all decisions for ``request``."""
+        """True if a slot is free and the device can make all decisions for ``request``."""
         params, settings, decoder = request.params, request.settings, self.runner.decoder
         if params.logprobs is not None or None not in self.requests:
             return False
@@ -230,7 +230,7 @@ class SlotManager:
         self.loop.policy = policy
 
     def _any_exiting(self, shape: LoopShape) -> bool:
-        """Whether any token waits for the coda; syncs with the device."""
+        """True if any token waits for the coda; syncs with the device."""
         self.num_syncs += 1
         return bool(self.loop.state.is_exiting[shape.span].any())
 

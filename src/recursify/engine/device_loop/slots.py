@@ -31,9 +31,9 @@ class LoopShape:
         enter_rows: Rows of the prelude.
         block_rows: Rows of the block.
         exit_rows: Rows of the coda and the logits.
-        exits_early: Whether tokens may exit before the last recursion.
-        samples: Whether any request samples, which needs logits in memory.
-        is_greedy: Whether any request is greedy.
+        exits_early: True if tokens may exit before the last recursion.
+        samples: True if any request samples, which needs logits in memory.
+        is_greedy: True if any request is greedy.
     """
 
     num_slots: int

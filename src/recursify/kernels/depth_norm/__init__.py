@@ -1,7 +1,7 @@
 """Residual and RMS norm in one pass, with a weight for each row's depth.
 
-Where recursions have norms of their own, rows at mixed depths would need a gathered weight ``[N, H]``; here a program
-reads its row's weight where it is.
+Recursions may have their own norms. PyTorch would gather the weights of mixed rows into ``[N, H]``; here each program
+reads the weight of its row in place.
 
 Shape legend: N rows, H hidden size, R depths.
 """
@@ -31,16 +31,16 @@ def add_and_norm(
 
     Args:
         states: ``[N, H]``, float.
-        residual: Like ``states``; None for none, and then the sum is ``states`` itself.
+        residual: Like ``states``; None to norm ``states`` itself.
         weight: ``[R, H]``, any float dtype.
         depth: Integers ``[N]``, from 0 to ``R - 1``.
-        eps: Added to the mean square.
-        adds_one: The scale is ``1 + weight`` (Gemma).
-        implementation: See :mod:`recursify.kernels.dispatch`.
+        eps: Constant added to the mean square.
+        adds_one: Flag to scale by ``1 + weight`` (Gemma).
+        implementation: Name of the implementation, see :mod:`recursify.kernels.dispatch`.
 
     Raises:
-        ValueError: Shapes that do not fit one another.
-        RuntimeError: Triton is asked for, and cannot run on this device.
+        ValueError: Shapes do not fit one another.
+        RuntimeError: Triton is requested and cannot run on this device.
     """
     if states.ndim != 2 or weight.ndim != 2 or states.shape[1] != weight.shape[1] or len(depth) != len(states):
         raise ValueError(
@@ -49,8 +49,8 @@ def add_and_norm(
         )
     if residual is not None and (residual.shape != states.shape or residual.dtype != states.dtype):
         raise ValueError(
-            f"residual must be like states, {list(states.shape)} {states.dtype}; got {list(residual.shape)} "
-            f"{residual.dtype}."
+            f"residual must have the shape and dtype of states, {list(states.shape)} {states.dtype}; got "
+            f"{list(residual.shape)} {residual.dtype}."
         )
     if uses_triton(implementation, states.device):
         from . import triton

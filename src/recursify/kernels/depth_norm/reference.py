@@ -14,7 +14,7 @@ def add_and_norm(
 ) -> tuple[Tensor, Tensor]:
     """``s = states + residual`` and ``s / rms(s) · weight[depth]``, both ``[N, H]``.
 
-    The norm is of the sum as it is stored, computed in float32 and rounded once.
+    The norm is that of the sum as stored, computed in float32 and rounded once.
     """
     total = states if residual is None else states + residual
     exact = total.float()

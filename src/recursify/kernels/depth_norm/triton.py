@@ -1,4 +1,4 @@
-"""Residual and norm in one launch: a program per row, which it holds whole.
+"""Residual and RMS norm in one launch, with one program per row.
 
 Shape legend: N rows, H hidden size, R depths. Locals: ``i_`` program, ``o_`` offsets, ``m_`` mask, ``b_`` values;
 ``B*`` tile sizes.
@@ -30,7 +30,7 @@ def add_norm_rows(
     ADDS_ONE: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """Program ``i_n``. ``total`` and ``normed [N, H]``; no ``total`` where there is no residual."""
+    """Program ``i_n``. Writes ``normed [N, H]``, and ``total [N, H]`` if there is a residual."""
     i_n = tl.program_id(0).to(tl.int64)
     o_h = tl.arange(0, BH)
     m_h = o_h < H
@@ -52,9 +52,9 @@ def add_norm_rows(
 def add_and_norm(
     states: Tensor, residual: Tensor | None, weight: Tensor, depth: Tensor, eps: float, adds_one: bool
 ) -> tuple[Tensor, Tensor]:
-    """:func:`recursify.kernels.depth_norm.add_and_norm`, checked there."""
+    """Launch; :func:`recursify.kernels.depth_norm.add_and_norm` has checked the arguments."""
     rows, size = states.shape
-    states, weight = (held if held.stride(1) == 1 else held.contiguous() for held in (states, weight))
+    states, weight = (matrix if matrix.stride(1) == 1 else matrix.contiguous() for matrix in (states, weight))
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
     normed = torch.empty(rows, size, dtype=states.dtype, device=states.device)

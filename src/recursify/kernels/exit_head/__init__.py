@@ -1,9 +1,8 @@
-"""Exit head: what a recursion boundary says, and how sure it is, without writing logits.
+"""Exit head: statistics of the logits at an exit, without writing the logits to memory.
 
-A confidence needs the first and the second logit and the log-sum-exp, an entropy policy one sum more. PyTorch makes
-``[N, V]`` logits in memory for them and reads those several times. The Triton form reads the weight once: programs
-share out the vocabulary, and each keeps a running maximum, second maximum, index and rescaled sums; a second launch
-merges them.
+The confidence policy needs the two highest logits and the log-sum-exp, the entropy policy one more sum. PyTorch writes
+``[N, V]`` logits and reads them several times. The Triton form reads the weight once: each program handles a part of
+the vocabulary and keeps a running maximum, second maximum, argmax and rescaled sums, which a second launch merges.
 
 Shape legend: N rows, H hidden size, V vocabulary.
 """
@@ -29,19 +28,19 @@ def exit_statistics(
     vocabulary: int | None = None,
     implementation: Implementation = "auto",
 ) -> ExitStatistics:
-    """First choice, its logit and the next one's, log-sum-exp and entropy of ``softcap · tanh((W h + b) / softcap)``.
+    """Argmax, two highest values, log-sum-exp and entropy of the logits ``softcap · tanh((W h + b) / softcap)``.
 
     Args:
         states: ``[N, H]``, float, after the final norm.
-        weight: ``[V, H]``, of the head, in the dtype of ``states``.
-        bias: ``[V]``, or none.
-        softcap: None for logits as they are.
-        vocabulary: Judge by so many entries, the first ones; None for all.
-        implementation: See :mod:`recursify.kernels.dispatch`.
+        weight: ``[V, H]``, weight of the head, in the dtype of ``states``.
+        bias: ``[V]``, or None.
+        softcap: Bound of the logits; None for no bound.
+        vocabulary: Number of vocabulary entries to use, counted from the first; None for all.
+        implementation: Name of the implementation, see :mod:`recursify.kernels.dispatch`.
 
     Raises:
-        ValueError: Shapes or dtypes that do not fit one another, or a ``vocabulary`` that ``weight`` does not have.
-        RuntimeError: Triton is asked for, and cannot run on this device.
+        ValueError: Shapes or dtypes do not fit one another, or ``vocabulary`` is out of range.
+        RuntimeError: Triton is requested and cannot run on this device.
     """
     if states.ndim != 2 or weight.ndim != 2 or states.shape[1] != weight.shape[1] or states.dtype != weight.dtype:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What an exit says and how sure it is, in plain PyTorch.
+"""Statistics of the logits at an exit, in plain PyTorch.
 
 Shape legend: N rows, H hidden size, V vocabulary.
 """
@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 class ExitStatistics(NamedTuple):
-    """Of ``N`` rows, each ``[N]``.
+    """Statistics of ``N`` rows of logits, each ``[N]``.
 
     Attributes:
-        choice: Int64, the entry with the highest logit, of equal ones the first.
-        top1: Float32, its logit.
-        top2: Float32, the highest logit of the others; ``-inf`` where there are none.
-        log_sum_exp: Float32, of all logits.
-        entropy: Float32, of their softmax, in nats.
+        choice: Int64, argmax; the first of equal logits.
+        top1: Float32, highest logit.
+        top2: Float32, highest logit of the other entries; ``-inf`` if there are none.
+        log_sum_exp: Float32, log-sum-exp of all logits.
+        entropy: Float32, entropy of the softmax in nats.
     """
 
     choice: Tensor
@@ -31,17 +31,17 @@ class ExitStatistics(NamedTuple):
 
     @property
     def margin(self) -> Tensor:
-        """``[N]``: the first logit less the second."""
+        """``[N]``: highest logit minus the second highest."""
         return self.top1 - self.top2
 
     @property
     def probability_margin(self) -> Tensor:
-        """``[N]``: the first probability less the second."""
+        """``[N]``: highest probability minus the second highest."""
         return (self.top1 - self.log_sum_exp).exp() - (self.top2 - self.log_sum_exp).exp()
 
 
 def exit_statistics(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> ExitStatistics:
-    """Of ``states [N, H]``, ``weight [V, H]`` and ``bias [V]``; logits are made in their dtype, the rest in float32."""
+    """Statistics of ``states [N, H]`` under ``weight [V, H]`` and ``bias [V]``: logits in their dtype, else float32."""
     logits = F.linear(states, weight, bias).float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -50,6 +50,6 @@ def exit_statistics(states: Tensor, weight: Tensor, bias: Tensor | None, softcap
     others = logits.scatter(-1, choice[:, None], -torch.inf)
     log_sum_exp = logits.logsumexp(-1)
     log_p = logits - log_sum_exp[:, None]
-    # Where a logit is -inf its probability is 0, and has no part in the entropy.
+    # A logit of -inf has probability 0 and does not contribute to the entropy.
     entropy = -torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p).sum(-1)
     return ExitStatistics(choice, top1, others.amax(-1), log_sum_exp, entropy)

@@ -1,6 +1,6 @@
-"""The exit head in two launches: parts of the vocabulary, and their merger.
+"""The exit head in two launches: one over parts of the vocabulary, one to merge the parts.
 
-Of logits ``x`` with maximum ``m`` a part hands on ``m``, its index, the second maximum, ``s = Σ exp(x − m)`` and
+For logits ``x`` with maximum ``m``, a part passes on ``m``, its index, the second maximum, ``s = Σ exp(x − m)`` and
 ``t = Σ exp(x − m) (x − m)``; log-sum-exp is ``m + log s`` and entropy ``log s − t / s``.
 
 Shape legend: N rows, H hidden size, V vocabulary, P parts. Locals: ``i_`` program, ``o_`` offsets, ``m_`` mask, ``b_``
@@ -20,7 +20,7 @@ from recursify.kernels.triton_math import soft_capped, tile_of
 from .reference import ExitStatistics
 
 WAVES = 4
-"""Times the programs that a GPU runs at once, so that it ends evenly; the merger holds a row's parts in registers."""
+"""Number of parts per program that runs at once, to balance the load; merging keeps all parts of a row in registers."""
 
 
 @triton.jit
@@ -42,11 +42,11 @@ def read_parts(
     BV: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Program ``(i_n, i_p)``: rows of one tile over ``TILES`` tiles of the vocabulary.
+    """Program ``(i_n, i_p)``: one tile of rows over ``TILES`` tiles of the vocabulary.
 
-    ``tops [P, 2, N]``, ``choices [P, N]``, ``sums [P, 2, N]``.
+    Writes ``tops [P, 2, N]``, ``choices [P, N]``, ``sums [P, 2, N]``.
     """
-    # Rows vary first: programs that read the same weights run side by side, and find them in the L2 cache.
+    # Rows vary fastest: programs that read the same weights run side by side and share them in the L2 cache.
     i_n, i_p = tl.program_id(0), tl.program_id(1)
     o_n = i_n * BN + tl.arange(0, BN)
     m_n = o_n < N
@@ -75,11 +75,11 @@ def read_parts(
         top, place = tl.max(x, axis=1, return_indices=True, return_indices_tie_break_left=True)
         next_top = tl.max(tl.where(tl.arange(0, BV)[None, :] == place[:, None], -float("inf"), x), axis=1)
         second = tl.where(top > first, tl.maximum(first, next_top), tl.maximum(second, top))
-        # Strictly: of equal logits the earlier tile's stays.
+        # Strict: of equal logits, that of the earlier tile is kept.
         index = tl.where(top > first, i_tile * BV + place, index)
         m = tl.maximum(first, top)
         m_safe = tl.where(m == -float("inf"), 0.0, m)
-        # A sum that is empty yet has m = -inf, and -inf times 0 is no number.
+        # An empty sum has m = -inf, and -inf times 0 is NaN.
         old = tl.where(first == -float("inf"), 0.0, first - m_safe)
         shift = tl.where(m_v[None, :] & (x > -float("inf")), x - m_safe[:, None], 0.0)
         e = tl.where(x > -float("inf"), tl.exp(shift), 0.0)
@@ -88,7 +88,7 @@ def read_parts(
         first = m
     tl.store(tops + (i_p * 2) * N + o_n, first, mask=m_n)
     tl.store(tops + (i_p * 2 + 1) * N + o_n, second, mask=m_n)
-    # Where logits are no numbers a maximum may be anywhere, and who embeds the choice must find it.
+    # With NaN logits the maximum may be anywhere; the argmax must still be a valid token id.
     tl.store(choices + i_p * N + o_n, tl.minimum(i_p * TILES * BV + index, V - 1), mask=m_n)
     tl.store(sums + (i_p * 2) * N + o_n, s, mask=m_n)
     tl.store(sums + (i_p * 2 + 1) * N + o_n, t, mask=m_n)
@@ -96,7 +96,7 @@ def read_parts(
 
 @triton.jit
 def merge_parts(tops, choices, sums, choice, readings, N, P, BP: tl.constexpr):
-    """Program ``i_n``: the ``P`` parts of a row. ``readings [4, N]``: first, second, log-sum-exp, entropy."""
+    """Program ``i_n``: the ``P`` parts of a row. ``readings [4, N]``: top-1, top-2, log-sum-exp, entropy."""
     i_n = tl.program_id(0)
     o_p = tl.arange(0, BP)
     m_p = o_p < P
@@ -119,7 +119,7 @@ def merge_parts(tops, choices, sums, choice, readings, N, P, BP: tl.constexpr):
 
 
 def exit_statistics(states: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> ExitStatistics:
-    """:func:`recursify.kernels.exit_head.exit_statistics`, checked there."""
+    """Launch; :func:`recursify.kernels.exit_head.exit_statistics` has checked the arguments."""
     (rows, size), entries = states.shape, len(weight)
     states, weight = _with_unit_stride(states), _with_unit_stride(weight)
     row_tile, entry_tile = tile_of(rows, 16, 64), tile_of(entries, 16, 128)

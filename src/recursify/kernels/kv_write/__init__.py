@@ -36,7 +36,7 @@ def store_keys_and_values(
             negative slot writes nothing. No two rows may share slot and depth.
         depth: Integers ``[N]``, from 0 to ``R - 1``.
         page_offsets: Integers ``[R]``.
-        implementation: See :mod:`recursify.kernels.dispatch`.
+        implementation: Name of the implementation, see :mod:`recursify.kernels.dispatch`.
 
     Raises:
         ValueError: Shapes do not fit one another, or pages are not contiguous.

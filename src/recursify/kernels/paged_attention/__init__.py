@@ -56,7 +56,7 @@ def attend_pages(
         softcap: Bound of the scores; None for no bound.
         key_positions: Integers ``[P, S]``: positions of keys where slots are not positions. Needs ``positions``.
         positions: Integers ``[N]``: positions of the rows.
-        implementation: See :mod:`recursify.kernels.dispatch`.
+        implementation: Name of the implementation, see :mod:`recursify.kernels.dispatch`.
 
     Raises:
         ValueError: Shapes or dtypes do not fit one another, or pages are not contiguous.

@@ -1,10 +1,9 @@
-"""The state machine of depth-wise batching, on the device: what each slot does in the next iteration.
+"""State machine of depth-wise batching on the device: it moves each slot to its next iteration.
 
-A slot goes one recursion deeper, or its token leaves and it starts on the next one. With this the host need not look at
-every iteration: it replays some, and reads the tokens that have left from a ring. In Triton it is one launch, and it
-does not wait for the device.
+A slot goes one recursion deeper, or its token exits and the slot starts the next token. The host can therefore replay
+several iterations and then read the tokens from a ring. In Triton this is one launch without a sync.
 
-Shape legend: S slots, M pages of a slot, E tokens that end a text, C entries of the ring.
+Shape legend: S slots, M pages per slot, E EOS ids, C entries of the ring.
 """
 
 from __future__ import annotations
@@ -35,30 +34,32 @@ def advance_slots(
     ring: OutputRing,
     implementation: Implementation = "auto",
 ) -> None:
-    """Bring ``slots`` and ``ring`` to the next iteration, in place.
+    """Advance ``slots`` and ``ring`` by one iteration, in place.
 
-    An active slot that waits stays as it is, wherever it is. One whose token does not leave is one recursion deeper,
-    all else as it was. One whose token leaves, because ``leaves`` says so or because it was in the last recursion, has
-    an entry in the ring, in the order of slots, and starts at depth 0 with its choice, one position on. It is finished,
-    and not active, if the choice is one of ``ends`` or its position is at ``limits``. A slot whose next position has no
-    page pauses: it is not active, and not finished either; it may go on when the host has given it a page.
+    - An active slot that waits does not change.
+    - A slot whose token does not exit goes one recursion deeper.
+    - A slot whose token exits, by ``leaves`` or after the last recursion, appends an entry to the ring, in slot order,
+      and starts its next token at depth 0 and the next position. It is finished and inactive if that token is in
+      ``ends`` or its position has reached ``limits``.
+    - A slot without a page for its next position becomes inactive without being finished. It can continue when the
+      host has provided a page.
 
     Args:
-        slots: As they were in this iteration; written to.
-        leaves: Bool ``[S]``: what the exit test said.
-        choices: Integers ``[S]``: the token that was drawn, where one leaves.
-        waits: Bool ``[S]``: slots that have no part in this iteration; None for none.
-        limits: Integers ``[S]``: the position that a slot's last token will have.
-        ends: Integers ``[E]``: tokens that end a text; may be none.
-        block_table: Integers ``[S, M]``: page ids; negative where there is none.
+        slots: State of the slots; written in place.
+        leaves: Bool ``[S]``: result of the exit decision.
+        choices: Integers ``[S]``: sampled token, for slots whose token exits.
+        waits: Bool ``[S]``: slots that skip this iteration; None for none.
+        limits: Integers ``[S]``: position of the slot's last token.
+        ends: Integers ``[E]``: EOS ids; may be empty.
+        block_table: Integers ``[S, M]``: page ids; negative for no page.
         page_size: Tokens per page.
-        num_depths: Recursions.
-        ring: Written to. ``C`` is ``S`` at least.
-        implementation: See :mod:`recursify.kernels.dispatch`.
+        num_depths: Number of recursions.
+        ring: Ring that tokens are appended to; ``C`` is at least ``S``.
+        implementation: Name of the implementation, see :mod:`recursify.kernels.dispatch`.
 
     Raises:
-        ValueError: Shapes that do not fit one another, more than 4096 slots, or a ring with fewer entries than slots.
-        RuntimeError: Triton is asked for, and cannot run on this device.
+        ValueError: Shapes do not fit one another, more than 4096 slots, or fewer ring entries than slots.
+        RuntimeError: Triton is requested and cannot run on this device.
     """
     count = len(slots.active)
     per_slot = {"leaves": leaves, "choices": choices, "waits": waits, "limits": limits, "block_table": block_table}
@@ -66,13 +67,15 @@ def advance_slots(
         if values is not None and len(values) != count:
             raise ValueError(f"{name} must have an entry for each of {count} slots, got {len(values)}.")
     if count > MOST_SLOTS:
-        raise ValueError(f"One program has all slots, {MOST_SLOTS} at most; got {count}.")
+        raise ValueError(f"There can be at most {MOST_SLOTS} slots, which one program handles; got {count}.")
     if len(ring.entries) < count:
-        raise ValueError(f"The ring has {len(ring.entries)} entries, and {count} slots may all have a token at once.")
-    given = (slots, leaves, choices, waits, limits, ends, block_table, page_size, num_depths, ring)
+        raise ValueError(
+            f"The ring has {len(ring.entries)} entries, too few for {count} slots. Make it at least that large."
+        )
+    arguments = (slots, leaves, choices, waits, limits, ends, block_table, page_size, num_depths, ring)
     if uses_triton(implementation, slots.active.device):
         from . import triton
 
-        triton.advance(*given)
+        triton.advance(*arguments)
     else:
-        reference.advance(*given)
+        reference.advance(*arguments)

@@ -1,6 +1,6 @@
-"""What every slot does next, in plain PyTorch.
+"""State machine of the slots in plain PyTorch.
 
-Shape legend: S slots, M pages of a slot, E tokens that end a text, C entries of the ring.
+Shape legend: S slots, M pages per slot, E EOS ids, C entries of the ring.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Slots:
-    """What the slots of a batch are doing, on the device; the tensors stay, their contents change.
+    """State of the slots on the device. The tensors keep their addresses, and their contents change.
 
     Attributes:
-        active: Bool ``[S]``: takes part in the next iteration.
-        token: Integers ``[S]``: what goes in.
-        depth: Integers ``[S]``: the recursion it is in.
-        position: Integers ``[S]``: of the token in its sequence.
-        address: Integers ``[S]``: of the token's keys, ``page id · page_size + place``, before the offset of a depth;
-            -1 where the slot is not active.
-        finished: Bool ``[S]``: said its last token.
+        active: Bool ``[S]``: True if the slot takes part in the next iteration.
+        token: Integers ``[S]``: id of the input token.
+        depth: Integers ``[S]``: recursion that the token runs next.
+        position: Integers ``[S]``: position of the token in its sequence.
+        address: Integers ``[S]``: KV slot of the token, ``page id · page_size + index``, before the page offset of its
+            depth; -1 for an inactive slot.
+        finished: Bool ``[S]``: True after the last token.
     """
 
     active: Tensor
@@ -34,7 +34,7 @@ class Slots:
 
     @classmethod
     def empty(cls, count: int, device: torch.device | str | None = None) -> Slots:
-        """``count`` slots, none of them active."""
+        """Make ``count`` inactive slots."""
         flags = (torch.zeros(count, dtype=torch.bool, device=device) for _ in range(2))
         token, depth, position = (torch.zeros(count, dtype=torch.int32, device=device) for _ in range(3))
         address = torch.full((count,), -1, dtype=torch.int64, device=device)
@@ -43,12 +43,11 @@ class Slots:
 
 @dataclass(frozen=True)
 class OutputRing:
-    """Tokens in the order in which they left, for a host that looks now and then.
+    """Ring buffer of generated tokens, in order, which the host reads every few iterations.
 
     Attributes:
-        entries: Int32 ``[C, 4]``: slot, token, depth it left after, iteration. Entry ``n`` is at ``n % C``.
-        counts: Int64 ``[2]``: entries and iterations so far. A host that has read ``n`` finds the others at ``n % C``
-            and on, as long as there are no more than ``C``.
+        entries: Int32 ``[C, 4]``: slot, token, exit depth, iteration. Entry ``n`` is at ``n % C``.
+        counts: Int64 ``[2]``: number of entries and of iterations so far. At most ``C`` entries can be unread.
     """
 
     entries: Tensor
@@ -56,7 +55,7 @@ class OutputRing:
 
     @classmethod
     def empty(cls, capacity: int, device: torch.device | str | None = None) -> OutputRing:
-        """With room for ``capacity`` tokens."""
+        """Make an empty ring of ``capacity`` entries."""
         entries = torch.zeros(capacity, 4, dtype=torch.int32, device=device)
         return cls(entries, torch.zeros(2, dtype=torch.int64, device=device))
 
@@ -73,7 +72,7 @@ def advance(
     num_depths: int,
     ring: OutputRing,
 ) -> None:
-    """As :func:`recursify.kernels.slot_advance.advance_slots` says."""
+    """Reference of :func:`recursify.kernels.slot_advance.advance_slots`."""
     moves = slots.active if waits is None else slots.active & ~waits
     leave = moves & (leaves | (slots.depth == num_depths - 1))
     stay = moves & ~leave
@@ -84,15 +83,16 @@ def advance(
     ended = leave & ((position >= limits) | torch.isin(choices, ends))
     page = (position // page_size).long()
     block = block_table.gather(1, page.clamp(max=block_table.shape[1] - 1)[:, None])[:, 0].long()
-    there = (page < block_table.shape[1]) & (block >= 0)
-    active = slots.active & ~ended & there
+    has_page = (page < block_table.shape[1]) & (block >= 0)
+    active = slots.active & ~ended & has_page
     address = torch.where(active, block * page_size + position % page_size, -1)
     new = Slots(active, token, depth, position, address, slots.finished | ended)
-    for name, held in vars(slots).items():
-        held.copy_(getattr(new, name))
+    for name, tensor in vars(slots).items():
+        tensor.copy_(getattr(new, name))
 
 
 def _write(ring: OutputRing, leave: Tensor, choices: Tensor, depth: Tensor) -> None:
+    """Append an entry for each slot that ``leave [S]`` selects."""
     slot = leave.nonzero()[:, 0]
     at = (ring.counts[0] + torch.arange(len(slot), device=slot.device)) % len(ring.entries)
     columns = (slot, choices[slot], depth[slot], ring.counts[1].expand(len(slot)))

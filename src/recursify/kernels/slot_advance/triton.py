@@ -1,6 +1,6 @@
-"""The state machine of slots in one launch of one program, which reads all there is before it writes.
+"""State machine of the slots in one launch of one program, which finishes reading before it writes.
 
-Shape legend: S slots, M pages of a slot, E tokens that end a text, C entries of the ring. Locals: ``o_`` offsets,
+Shape legend: S slots, M pages per slot, E EOS ids, C entries of the ring. Locals: ``o_`` offsets,
 ``m_`` mask, ``b_`` values; ``BS`` tile size.
 """
 
@@ -40,7 +40,7 @@ def advance_all(
     DEPTHS: tl.constexpr,
     BS: tl.constexpr,
 ):
-    """All slots."""
+    """One program for all slots."""
     o_s = tl.arange(0, BS)
     m_s = o_s < S
     b_active = tl.load(active + o_s, mask=m_s, other=0).to(tl.int32) != 0
@@ -53,7 +53,7 @@ def advance_all(
         b_moves = b_active & (tl.load(waits + o_s, mask=m_s, other=0).to(tl.int32) == 0)
     written = tl.load(counts)
     iteration = tl.load(counts + 1)
-    # What follows writes where this has read, and a warp may be ahead of another.
+    # Stores below overwrite what was read above, and warps are not in step.
     tl.debug_barrier()
 
     m_leave = b_moves & (asked | (b_depth == DEPTHS - 1))
@@ -98,7 +98,7 @@ def advance(
     num_depths: int,
     ring: OutputRing,
 ) -> None:
-    """As :func:`recursify.kernels.slot_advance.advance_slots` says."""
+    """Launch; :func:`recursify.kernels.slot_advance.advance_slots` has checked the arguments."""
     count = len(slots.active)
     if not count:
         return

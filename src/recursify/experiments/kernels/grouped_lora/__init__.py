@@ -1,9 +1,9 @@
 """Low-rank residuals of relaxed recursions, for rows at mixed depths.
 
-Depths are few, so two library forms are exact and fast (:mod:`.reference`): one product over all depths' factors with
-what is not wanted set to 0, and grouped products of sorted rows. The Triton form is one launch, for rows in any order:
-tiles of rows pass over the depths that none of them has. Which is faster on a GPU has not been measured yet;
-``benchmarks/kernel_speed.py`` does.
+There are few depths, so two library forms are exact and fast (:mod:`.reference`): one masked product over the factors
+of all depths, and grouped products of sorted rows. The Triton form is one launch for rows in any order: a tile of rows
+skips the depths that none of its rows has. Which form is faster on a GPU has not been measured;
+``benchmarks/kernel_speed.py`` measures it.
 
 Shape legend: N rows, I and O features, r rank, R depths.
 """
@@ -27,16 +27,17 @@ def add_depth_lora(
     """Add ``(x a[depth]ᵀ) b[depth]ᵀ`` to ``y``, and return it.
 
     Args:
-        y: ``[N, O]``, contiguous; written to.
+        y: ``[N, O]``, contiguous; written in place.
         x: ``[N, I]``.
         a: ``[R, r, I]``, in the dtype of ``x``.
-        b: ``[R, O, r]``, likewise.
-        depth: Integers ``[N]``; negative for a row that gets nothing.
-        implementation: See :mod:`recursify.kernels.dispatch`. ``auto`` keeps to PyTorch above rank 256.
+        b: ``[R, O, r]``, in the dtype of ``x``.
+        depth: Integers ``[N]``; a row with a negative depth does not change.
+        implementation: Name of the implementation, see :mod:`recursify.kernels.dispatch`. ``auto`` uses PyTorch above
+            rank 256.
 
     Raises:
-        ValueError: Shapes or dtypes that do not fit one another.
-        RuntimeError: Triton is asked for, and cannot run on this device.
+        ValueError: Shapes or dtypes do not fit one another, or the rank is too large for Triton.
+        RuntimeError: Triton is requested and cannot run on this device.
     """
     rows, inputs = x.shape
     depths, rank, _ = a.shape
@@ -48,12 +49,14 @@ def add_depth_lora(
     if len(depth) != rows:
         raise ValueError(f"depth must have an entry for each of {rows} rows, got {len(depth)}.")
     if {y.dtype, x.dtype, a.dtype, b.dtype} != {x.dtype}:
-        raise ValueError(f"All must be of one dtype; got {y.dtype}, {x.dtype}, {a.dtype} and {b.dtype}.")
+        raise ValueError(f"y, x, a and b must have one dtype; got {y.dtype}, {x.dtype}, {a.dtype} and {b.dtype}.")
     if not y.is_contiguous():
-        raise ValueError("y is written to, and must be contiguous.")
+        raise ValueError("y must be contiguous, since it is written in place.")
     if rank > LARGEST_RANK:
         if implementation == "triton":
-            raise ValueError(f"The Triton form holds a row's rank whole, {LARGEST_RANK} at most; got {rank}.")
+            raise ValueError(
+                f"The rank must be at most {LARGEST_RANK} in Triton, got {rank}. Use 'auto' or 'reference'."
+            )
         implementation = "reference"
     if uses_triton(implementation, x.device):
         from . import triton

@@ -1,7 +1,7 @@
 """Low-rank residuals by depth, in plain PyTorch: three forms of one sum.
 
-All take ``y [N, O]``, ``x [N, I]``, ``a [R, r, I]``, ``b [R, O, r]`` and ``depth [N]``, and add to ``y``, which they
-return, ``(x a[depth]ᵀ) b[depth]ᵀ``. A row whose depth is negative is left as it is.
+All take ``y [N, O]``, ``x [N, I]``, ``a [R, r, I]``, ``b [R, O, r]`` and ``depth [N]``, add ``(x a[depth]ᵀ) b[depth]ᵀ``
+to ``y`` and return it. A row with a negative depth does not change.
 
 Shape legend: N rows, I and O features, r rank, R depths.
 """
@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FEW_ROWS = 16
-"""Up to so many rows one product over all depths beats one per depth: on a CPU core, 576 features, 3 depths of rank 16
-and 8 rows take 112 µs against 144; 256 rows of rank 64 take 2900 µs against 2200."""
+"""Number of rows up to which one product over all depths is faster than one per depth. On a CPU core with 576 features
+and 3 depths, 8 rows of rank 16 take 112 µs instead of 144; 256 rows of rank 64 take 2900 µs instead of 2200."""
 
 
 def add_depth_lora(y: Tensor, x: Tensor, a: Tensor, b: Tensor, depth: Tensor) -> Tensor:
-    """By the form that suits: on a CPU that depends on the rows, elsewhere slices would wait for the device."""
+    """Add with the faster form: on a CPU it depends on the number of rows; elsewhere slices would sync."""
     if x.device.type != "cpu" or len(x) <= FEW_ROWS:
         return by_masked_concatenation(y, x, a, b, depth)
     return by_slices(y, x, a, b, depth)
 
 
 def by_slices(y: Tensor, x: Tensor, a: Tensor, b: Tensor, depth: Tensor) -> Tensor:
-    """The rows of each depth by themselves."""
+    """Add depth by depth."""
     for level in range(len(a)):
         rows = (depth == level).nonzero()[:, 0]
         if len(rows):
@@ -34,9 +34,9 @@ def by_slices(y: Tensor, x: Tensor, a: Tensor, b: Tensor, depth: Tensor) -> Tens
 
 
 def by_masked_concatenation(y: Tensor, x: Tensor, a: Tensor, b: Tensor, depth: Tensor) -> Tensor:
-    """All rows through all depths' ``a`` side by side, what is not of a row's depth set to 0, and through all ``b``.
+    """Multiply all rows by the ``a`` of all depths, mask the depths that are not a row's own, multiply by all ``b``.
 
-    Shapes do not depend on depths, so it can be captured in a CUDA graph; mixed rows read all factors anyway.
+    Shapes do not depend on depths, so CUDA graphs can capture it; mixed rows read all factors anyway.
     """
     ranks = torch.arange(len(a), device=x.device).repeat_interleave(a.shape[1])
     inner = F.linear(x, a.flatten(0, 1)).masked_fill(ranks != depth[:, None], 0)
@@ -44,9 +44,9 @@ def by_masked_concatenation(y: Tensor, x: Tensor, a: Tensor, b: Tensor, depth: T
 
 
 def by_grouped_products(y: Tensor, x: Tensor, a: Tensor, b: Tensor, depth: Tensor) -> Tensor:
-    """Rows sorted by depth, and PyTorch's grouped products, which on a GPU are of bfloat16."""
+    """Sort rows by depth and use PyTorch's grouped products, which need bfloat16 on a GPU."""
     order = depth.sort(stable=True).indices
-    # Rows of no depth come first, and have no group.
+    # Rows with a negative depth come first and belong to no group.
     counts = torch.bincount(depth.long() + 1, minlength=len(a) + 1)
     order = order[int(counts[0]) :]
     ends = counts[1:].cumsum(0).int()

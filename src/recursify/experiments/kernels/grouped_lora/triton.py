@@ -1,6 +1,6 @@
-"""Low-rank residuals by depth in one launch: a program per tile of rows and of outputs.
+"""Low-rank residuals by depth in one launch, with one program per tile of rows and outputs.
 
-Each makes ``x a[d]ᵀ`` for its rows itself: it is small, and comes from the L2 cache after the first.
+Each program computes ``x a[d]ᵀ`` of its rows: it is small, and its inputs are in the L2 cache after the first program.
 
 Shape legend: N rows, IN and OUT features, Q rank, R depths. Locals: ``i_`` program, ``o_`` offsets, ``m_`` mask,
 ``b_`` values; ``B*`` tile sizes.
@@ -61,12 +61,12 @@ def add_residuals(
 
 
 def add_depth_lora(y: Tensor, x: Tensor, a: Tensor, b: Tensor, depth: Tensor) -> Tensor:
-    """:func:`recursify.experiments.kernels.grouped_lora.add_depth_lora`, checked there."""
+    """Launch; :func:`recursify.experiments.kernels.grouped_lora.add_depth_lora` has checked the arguments."""
     (rows, inputs), outputs, (depths, rank, _) = x.shape, y.shape[1], a.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     if not rows:
         return y
-    # Products of float32 are made of registers: 64 rows of rank 256 spill 4 kB a thread, 16 rows half of that.
+    # float32 products use registers: 64 rows of rank 256 spill 4 kB per thread, 16 rows half of that.
     row_tile, out_tile, rank_tile = tile_of(rows, 16, 64 if x.element_size() == 2 else 16), 64, tile_of(rank, 16)
     add_residuals[(triton.cdiv(outputs, out_tile), triton.cdiv(rows, row_tile))](
         y,
@@ -84,7 +84,7 @@ def add_depth_lora(y: Tensor, x: Tensor, a: Tensor, b: Tensor, depth: Tensor) ->
         BI=64 if rank_tile <= 64 and x.element_size() == 2 else 32,
         BO=out_tile,
         BQ=rank_tile,
-        # 64 rows of rank 64 at 4 warps spill on compute capability 8.0.
+        # With 4 warps, 64 rows of rank 64 spill on compute capability 8.0.
         num_warps=4 if row_tile * rank_tile <= 2048 else 8,
         num_stages=3,
     )

@@ -1,9 +1,9 @@
-"""The two ends of a routed recursion: chosen tokens are taken out and normed, and come back gated.
+"""Gather and scatter of a routed recursion: selected tokens are gathered and normed, and scattered back gated.
 
-Each is one pass over the rows, where PyTorch makes two or three. It pays where there are many rows, in prompts; for the
-rows of a decoding step a launch costs more than the bytes.
+Each is one pass over the rows, where PyTorch makes two or three. It pays for the many rows of a prompt; for the rows of
+a decoding step a launch costs more than the bytes.
 
-Shape legend: T rows of all, N taken rows, H hidden size.
+Shape legend: T rows, N selected rows, H hidden size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from . import reference
 __all__ = ["GATES", "gather_normed", "scatter_gated"]
 
 GATES = ("residual", "mor")
-"""``made + gate · (made − h)``, which at a gate of 0 is what was made, to the last bit; and ``h + gate · made``."""
+"""Gates of a block that turns ``h`` into ``made``: ``residual`` is ``made + gate · (made − h)``, exactly ``made`` at a
+gate of 0; ``mor`` is ``h + gate · made``."""
 
 
 def gather_normed(
@@ -33,14 +34,15 @@ def gather_normed(
 
     Args:
         states: ``[T, H]``, float.
-        rows: Integers ``[N]``; negative ones give 0.
-        weight: ``[H]``, of the norm; None for none, as a router scales what it sees.
-        eps: None for the machine epsilon of the dtype of ``states``, as in ``torch.nn.functional.rms_norm``.
-        implementation: See :mod:`recursify.kernels.dispatch`.
+        rows: Integers ``[N]``: row numbers; a negative one gives 0.
+        weight: ``[H]``, weight of the norm; None for none, as routers norm their input.
+        eps: Constant added to the mean square; None for the machine epsilon of the dtype of ``states``, as in
+            ``torch.nn.functional.rms_norm``.
+        implementation: Name of the implementation, see :mod:`recursify.kernels.dispatch`.
 
     Raises:
-        ValueError: Shapes that do not fit one another.
-        RuntimeError: Triton is asked for, and cannot run on this device.
+        ValueError: Shapes do not fit one another.
+        RuntimeError: Triton is requested and cannot run on this device.
     """
     if states.ndim != 2 or rows.ndim != 1 or (weight is not None and weight.shape != states.shape[1:]):
         raise ValueError(
@@ -64,19 +66,19 @@ def scatter_gated(
     kind: str = "residual",
     implementation: Implementation = "auto",
 ) -> Tensor:
-    """Put what the block ``made`` of ``states[rows]`` back there, and return ``states``.
+    """Write the gated output ``made`` of the block to ``states[rows]``, and return ``states``.
 
     Args:
-        states: ``[T, H]``, float, contiguous rows; written to.
-        made: ``[N, H]``, in the dtype of ``states``, its own residual stream included.
+        states: ``[T, H]``, float, with contiguous rows; written in place.
+        made: ``[N, H]``, in the dtype of ``states``: output of the block, residual stream included.
         gate: ``[N]``, float.
-        rows: Integers ``[N]``, no two alike; negative ones are left out.
-        kind: Of :data:`GATES`.
-        implementation: See :mod:`recursify.kernels.dispatch`.
+        rows: Integers ``[N]``: distinct row numbers; negative ones are skipped.
+        kind: Gate, one of :data:`GATES`.
+        implementation: Name of the implementation, see :mod:`recursify.kernels.dispatch`.
 
     Raises:
-        ValueError: Shapes or dtypes that do not fit one another, or another ``kind``.
-        RuntimeError: Triton is asked for, and cannot run on this device.
+        ValueError: Shapes or dtypes do not fit one another, or ``kind`` is unknown.
+        RuntimeError: Triton is requested and cannot run on this device.
     """
     if kind not in GATES:
         raise ValueError(f"Unknown gate '{kind}'. Use one of: {', '.join(GATES)}.")
@@ -87,7 +89,9 @@ def scatter_gated(
             f"{list(rows.shape)}."
         )
     if states.stride(1) != 1:
-        raise ValueError("states are written to, and must have their columns side by side.")
+        raise ValueError(
+            "The rows of states must be contiguous, since they are written in place. Call contiguous() on it."
+        )
     if uses_triton(implementation, states.device):
         from . import triton
 

@@ -1,6 +1,6 @@
-"""Taking rows out, normed, and putting what was made of them back, gated, in plain PyTorch.
+"""Gather with a norm and gated scatter of a routed recursion, in plain PyTorch.
 
-Shape legend: T rows of all, N taken rows, H hidden size.
+Shape legend: T rows, N selected rows, H hidden size.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from torch import Tensor
 def gather_normed(states: Tensor, rows: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """``g = states[rows]`` and ``g / rms(g) · weight``, both ``[N, H]``; the norm in float32, rounded once.
 
-    Where a row is negative, both are 0.
+    Both are 0 for a negative row number.
     """
-    there = (rows >= 0)[:, None]
-    taken = states[rows.long().clamp(min=0)].masked_fill(~there, 0)
-    exact = taken.float()
+    is_row = (rows >= 0)[:, None]
+    gathered = states[rows.long().clamp(min=0)].masked_fill(~is_row, 0)
+    exact = gathered.float()
     normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         normed = normed * weight.float()
-    return taken, normed.to(states.dtype)
+    return gathered, normed.to(states.dtype)
 
 
 def scatter_gated(states: Tensor, made: Tensor, gate: Tensor, rows: Tensor, kind: str) -> Tensor:
-    """Put into ``states[rows]`` what :func:`gated` makes of it; negative rows are left out."""
-    there = rows >= 0
-    rows, made, gate = rows[there].long(), made[there], gate[there]
+    """Write :func:`gated` outputs to ``states[rows]``; skip negative row numbers."""
+    is_row = rows >= 0
+    rows, made, gate = rows[is_row].long(), made[is_row], gate[is_row]
     states[rows] = gated(states[rows], made, gate, kind)
     return states
 

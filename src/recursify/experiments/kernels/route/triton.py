@@ -1,6 +1,6 @@
-"""Both ends of a routed recursion, a launch each: a program per taken row, which it holds whole.
+"""Gather and scatter of a routed recursion in one launch each, with one program per selected row.
 
-Shape legend: T rows of all, N taken rows, H hidden size. Locals: ``i_`` program, ``o_`` offsets, ``m_`` mask, ``b_``
+Shape legend: T rows, N selected rows, H hidden size. Locals: ``i_`` program, ``o_`` offsets, ``m_`` mask, ``b_``
 values; ``B*`` tile sizes.
 """
 
@@ -16,7 +16,7 @@ from recursify.kernels.triton_math import tile_of
 
 @triton.jit
 def gather_rows(states, rows, weight, taken, normed, H, eps, stride_states, BH: tl.constexpr):
-    """Program ``i_n``. ``taken`` and ``normed [N, H]``."""
+    """Program ``i_n``. Writes ``taken`` and ``normed``, each ``[N, H]``."""
     i_n = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + i_n).to(tl.int64)
     o_h = tl.arange(0, BH)
@@ -50,7 +50,7 @@ def scatter_rows(states, made, gate, rows, H, stride_states, stride_made, RESIDU
 
 
 def gather_normed(states: Tensor, rows: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """:func:`recursify.experiments.kernels.route.gather_normed`, checked there."""
+    """Launch; :func:`recursify.experiments.kernels.route.gather_normed` has checked the arguments."""
     count, size = len(rows), states.shape[1]
     states = states if states.stride(1) == 1 else states.contiguous()
     weight = None if weight is None else weight.contiguous()
@@ -65,7 +65,7 @@ def gather_normed(states: Tensor, rows: Tensor, weight: Tensor | None, eps: floa
 
 
 def scatter_gated(states: Tensor, made: Tensor, gate: Tensor, rows: Tensor, kind: str) -> Tensor:
-    """:func:`recursify.experiments.kernels.route.scatter_gated`, checked there."""
+    """Launch; :func:`recursify.experiments.kernels.route.scatter_gated` has checked the arguments."""
     made = made if made.stride(1) == 1 else made.contiguous()
     if len(rows):
         tile = tile_of(states.shape[1])
