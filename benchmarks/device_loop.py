@@ -34,15 +34,9 @@ from engine import RESULTS, SHAPES, random_model
 from gpu_timing import copy_bandwidth, make_flush
 from keyed_results import markdown_table
 from quality import commit
-from recursify.bench.contestants import (
-    Contestant,
-    Workload,
-    by_engine,
-    choose_clock,
-    forced_table,
-    run_bench,
-    static_batches,
-)
+from recursify.bench.contestants import Contestant, EngineRunner, choose_clock, generate_runner
+from recursify.bench.plan import run_contestants
+from recursify.bench.workload import ForcedExits, Workload
 from recursify.cli.report import progress_report, talk
 from recursify.engine import Engine, SamplingParams
 from recursify.engine.device_loop.loop import DeviceLoop
@@ -127,22 +121,19 @@ def step_bytes(model: Any, slots: int, tokens: float) -> float:
 def contestants(model: Any, compiled: bool, replays: int) -> list[Contestant]:
     """All ways to answer."""
     recursions = model.config.num_recursions
-    table = forced_table(PARTS[recursions], 64, seed=0)
-    turned = {n: table[n % 64 :] + table[: n % 64] for n in range(64)}
-    loop: dict[str, Any] = {"device_loop": True, "num_device_steps": replays, "in_phases": False}
-    leaving = by_engine(
-        model, lambda number: {"forced_depths": turned[number % 64]}, kv="latest", force_kv=True, **loop
-    )
+    exits = ForcedExits.draw(PARTS[recursions], 64)
+    loop: dict[str, Any] = {"device_loop": True, "num_device_steps": replays, "sync_phases": False}
+    leaving = EngineRunner(model, exits.params, kv="latest", force_kv=True, **loop)
     # Graphs are captured, and kernels compiled, for the shapes that a run meets.
     found = [
-        Contestant(HOST, by_engine(model, device_loop=False, in_phases=False)),
-        Contestant(LOOP, by_engine(model, **loop), compiles=True),
+        Contestant(HOST, EngineRunner(model, device_loop=False, sync_phases=False)),
+        Contestant(LOOP, EngineRunner(model, **loop), compiles=True),
         Contestant(FORCED, leaving, compiles=True),
     ]
     if compiled:
         compiling = CompileConfig(fullgraph=False, mode="reduce-overhead")
         compiling._compile_all_devices = True
-        run = static_batches(model, cache_implementation="static", compile_config=compiling)
+        run = generate_runner(model, cache_implementation="static", compile_config=compiling)
         found.append(Contestant(COMPILED, run, compiles=True))
     return found
 
@@ -157,7 +148,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ]
     with progress_report() as progress:
         found = contestants(model, options.compiled, options.replays)
-        rows = run_bench(found, workloads, rounds=options.rounds, progress=progress)
+        rows = run_contestants(found, workloads, rounds=options.rounds, progress=progress)
+    rows = [row.to_dict() for row in rows]
     recursions = model.config.num_recursions
     by_key = {(row["row"], row["concurrency"]): row for row in rows}
     bandwidth = copy_bandwidth(make_flush()) if options.device == "cuda" else None
@@ -166,8 +158,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         full = by_key[LOOP, slots]
         row["over_host"] = row["tokens_per_second"] / by_key[HOST, slots]["tokens_per_second"]
         if row["row"] == FORCED:
-            table = forced_table(PARTS[recursions], 64, seed=0)
-            most = recursions / (sum(table) / len(table) + 1)
+            most = recursions / ForcedExits.draw(PARTS[recursions], 64).mean_recursions
             row["gain"] = row["tokens_per_second"] / full["tokens_per_second"]
             row["efficiency"] = row["gain"] / most
         elif bandwidth is not None:

@@ -27,7 +27,9 @@ from transformers import LlamaConfig
 
 from keyed_results import markdown_table
 from quality import MODEL, commit
-from recursify.bench.plan import FIGURES, BenchPlan, figures_of, ideals_of, name_of
+from recursify.bench.plan import BenchPlan
+from recursify.bench.results import FIGURES, IDEALS, BenchmarkResult
+from recursify.bench.settings import BenchSettings
 from recursify.checkpoint.loading import load_model
 from recursify.cli.report import progress_report, talk
 from recursify.modeling import LayerLayout, RecursiveConfig, RecursiveForCausalLM
@@ -64,56 +66,45 @@ def random_model(shape: str, dtype: torch.dtype, device: str) -> RecursiveForCau
 
 
 def plan_of(arguments: argparse.Namespace) -> BenchPlan:
-    shared = {name: getattr(arguments, name) for name in ("requests", "prompt", "new", "rounds", "compiled")}
-    shared["concurrency"] = tuple(arguments.concurrency)
+    """The benchmark that the arguments describe."""
+    names = ["requests", "prompt", "new", "rounds", "compiled", "kv"]
     if arguments.what == "forced":
         model = random_model(arguments.shape, getattr(torch, arguments.dtype), arguments.device)
-        parts = tuple(arguments.forced)
-        alone = {"dense": None, "even": True, "exit_policy": None, "threshold": None, "oracle": False}
-        return BenchPlan(model, None, forced=parts, kv=arguments.kv, **alone, **shared)
+        forced, concurrency = tuple(arguments.forced), tuple(arguments.concurrency)
+        shared = {name: getattr(arguments, name) for name in names}
+        return BenchPlan(model, None, BenchSettings(forced=forced, concurrency=concurrency, even=True, **shared))
     loading: dict[str, Any] = {"dtype": arguments.dtype, "device": arguments.device}
     model, tokenizer = load_model(arguments.model, **loading)
-    return BenchPlan(
-        model,
-        tokenizer,
-        dense=load_model(arguments.dense, **loading)[0],
-        forced=None,
-        kv=arguments.kv,
-        even=arguments.even,
+    settings = BenchSettings(
+        concurrency=tuple(arguments.concurrency),
         exit_policy=arguments.exit,
-        threshold=arguments.threshold,
-        oracle=arguments.oracle,
-        **shared,
+        **{name: getattr(arguments, name) for name in (*names, "even", "threshold", "oracle")},
     )
+    return BenchPlan(model, tokenizer, settings, dense=load_model(arguments.dense, **loading)[0])
 
 
-def report(facts: dict[str, Any], title: str, what: str, file: Path) -> str:
+def report(result: BenchmarkResult, command: str, title: str, what: str, file: Path) -> str:
     """The table with what a reader must know of it."""
-    head = ["", "at once", *FIGURES, "block calls", "median s", "first s", "G", "G*", "G* per call", "η"]
+    head = ["", "at once", *FIGURES, "block calls", "median s", "first s", *IDEALS]
     lines = []
-    for row in facts["rows"]:
-        calls, first = row.get("block_calls", ""), row.get("median_first_token")
-        seconds = [f"{row['median_latency']:.1f}", "" if first is None else f"{first:.1f}"]
-        lines.append([name_of(row), str(row["concurrency"]), *figures_of(row), str(calls), *seconds, *ideals_of(row)])
-    asked = ", ".join(f"{count} requests of {tokens:,} tokens in all" for count, tokens in _asked(facts))
-    made = (
-        f"Made by `python benchmarks/engine.py {facts['what']}`; all figures, settings and versions in `{file.name}`."
-    )
-    parts = ", ".join(f"{part:.2g}" for part in facts["forced"])
+    for row in result.rows:
+        calls, first = "" if row.stats is None else str(row.stats.block_calls), row.median_first_token
+        seconds = [f"{row.median_latency:.1f}", "" if first is None else f"{first:.1f}"]
+        lines.append([row.label, str(row.concurrency), *row.figures, calls, *seconds, *row.ideals])
+    pairs = zip(result.requests, result.new_tokens, strict=True)
+    asked = ", ".join(f"{count} requests of {tokens:,} tokens in all" for count, tokens in pairs)
+    made = f"Made by `python benchmarks/engine.py {command}`; all figures, settings and versions in `{file.name}`."
+    parts = ", ".join(f"{part:.2g}" for part in result.forced)
     notes = (
-        f"{what} {facts['device']}, {facts['dtype']}, {facts['threads']} thread(s), {facts['clock']}; median of "
-        f"{facts['rounds']} rounds in turns; {asked}. *× generate* is beside transformers' `generate` on batches of as "
+        f"{what} {result.device}, {result.dtype}, {result.threads} thread(s), {result.clock}; median of "
+        f"{result.rounds} rounds in turns; {asked}. *× generate* is beside transformers' `generate` on batches of as "
         f"many as run at once. *rows wait*: lock-step batching; new tokens enter after the deepest row has exited. "
-        f"Forced exits after each recursion have shares {parts}, with kv `{facts['kv']}`. *G* is the gain over the "
+        f"Forced exits after each recursion have shares {parts}, with kv `{result.kv}`. *G* is the gain over the "
         f"engine at full depth, prompts and first tokens left out; *G\\** the theoretical speed-up by the costs of the "
         f"parts, if they follow the number of rows, and *per call*, if they do not (`src/recursify/bench/ideal.py`); "
         f"*η* = G / G\\*."
     )
     return f"# {title}\n\n{made}\n\n{notes}\n\n{markdown_table(head, lines)}\n"
-
-
-def _asked(facts: dict[str, Any]) -> list[tuple[int, int]]:
-    return list(zip(facts["requests"], facts["new_tokens"], strict=True))
 
 
 def main() -> None:
@@ -145,9 +136,9 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output or RESULTS / f"engine_{arguments.what}.csv"
     with progress_report() as progress:
-        facts = plan_of(arguments).run(progress)
+        result = plan_of(arguments).run(progress)
     stamp = {"commit": commit(), "date": datetime.now(UTC).date().isoformat(), "python": platform.python_version()}
-    facts |= {"what": arguments.what, "prompt": arguments.prompt, "new": arguments.new, **stamp}
+    facts = result.to_dict() | {"what": arguments.what, "prompt": arguments.prompt, "new": arguments.new, **stamp}
     if arguments.what == "forced":
         title = "The engine beside what is possible"
         what = f"Random weights of SmolLM2's {arguments.shape} shapes, no prelude, coda or residuals."
@@ -165,7 +156,7 @@ def main() -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(facts["rows"])
-    text = report(facts, title, what, output.with_suffix(".json"))
+    text = report(result, arguments.what, title, what, output.with_suffix(".json"))
     output.with_suffix(".md").write_text(text)
     talk.print(text)
 

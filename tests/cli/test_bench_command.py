@@ -88,7 +88,7 @@ def test_table(models, capsys):
 @pytest.mark.parametrize(
     ("model", "arguments", "code", "message"),
     [
-        ("exits", ("--forced", 0.5), 1, "--forced has 1 parts, and the model 2 recursions"),
+        ("exits", ("--forced", 0.5), 1, "forced has 1 fractions; the model has 2 recursions"),
         ("exits", ("--forced", 0.5, "--forced", 0.6), 1, "must add up to 1"),
         ("exits", ("--exit", "never"), 1, "Unknown exit policy 'never'"),
         ("routed", ("--exit", "confidence"), 1, "The model has no exits"),

@@ -1,31 +1,40 @@
-"""What leaving early can gain at most, from what the parts of an iteration cost.
+"""Theoretical gain of early exit, from the costs of the phases of an iteration.
 
-``p_d`` is the part of the tokens that leave after recursion ``d``, ``D = Σ (d + 1) p_d`` the recursions per token, and
-``R`` all of them. With costs per token of entering (embedding and prelude) ``c_in``, of one recursion ``c_b``, of
-leaving (coda, readout, sampling) ``c_out``, and, where tokens leave early, of tests and of keys and values of skipped
-depths ``c_f``::
+Let ``p_d`` be the fraction of tokens that exit after recursion ``d``, ``D = Σ (d + 1) p_d`` the mean number of
+recursions per token, and ``R`` the number of recursions of the model. With the costs per token of entering (embedding
+and prelude) ``c_in``, of one recursion ``c_b``, of exiting (coda, LM head, sampling) ``c_out`` and, with early exit, of
+exit tests and the keys and values of skipped depths ``c_f``::
 
     G* = (c_in + R c_b + c_out) / (c_in + D c_b + c_f + c_out)
 
-and with free ends ``R / D``. What an engine gains, ``G``, over itself at full depth is measured beside it; ``η = G /
-G*``.
+which is ``R / D`` without the other costs. ``G`` is the measured gain of the engine over itself at full depth, and
+``η = G / G*`` its efficiency.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+from recursify.engine import EngineStats
+
+from .contestants import Runner
+from .workload import Workload
+
+PHASES = ("enter_seconds", "block_seconds", "test_seconds", "exit_seconds", "seconds")
+"""Times in :class:`EngineStats`: the phases of an iteration, and the total."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds per new token; ``block`` per token and recursion.
+    """Seconds per new token.
 
     Attributes:
         enter: Embedding and prelude.
         block: One recursion.
-        leave: Coda, readout and sampling.
-        skip: Exit tests, and keys and values of skipped depths, where tokens leave early.
+        leave: Coda, LM head and sampling.
+        skip: Exit tests, and keys and values of skipped depths.
     """
 
     enter: float
@@ -34,36 +43,98 @@ class Costs:
     skip: float = 0.0
 
 
+@dataclass(frozen=True)
+class Gain:
+    """Gain of early exit over full depth, for new tokens after the first.
+
+    Attributes:
+        gain: Measured gain ``G``.
+        ideal_gain: Theoretical gain ``G*``, if costs follow the number of rows.
+        ideal_gain_per_call: Theoretical gain, if costs follow the number of calls.
+        efficiency: Ratio ``η = G / G*``.
+        recursions_of_new_tokens: Mean number of recursions per token.
+        costs: Costs per token.
+    """
+
+    gain: float
+    ideal_gain: float
+    ideal_gain_per_call: float
+    efficiency: float
+    recursions_of_new_tokens: float
+    costs: Costs
+
+    def to_dict(self) -> dict[str, float]:
+        """Return JSON-ready data, with the costs in milliseconds."""
+        figures = asdict(self)
+        costs = figures.pop("costs")
+        return figures | {f"{name}_milliseconds": 1e3 * seconds for name, seconds in costs.items()}
+
+
 def ideal_gain(costs: Costs, num_recursions: int, mean_recursions: float) -> float:
-    """``G*`` of tokens that run ``mean_recursions`` instead of ``num_recursions``."""
+    """Compute ``G*`` of tokens that run ``mean_recursions`` instead of ``num_recursions``."""
     ends = costs.enter + costs.leave
     return (ends + num_recursions * costs.block) / (ends + mean_recursions * costs.block + costs.skip)
 
 
 def ideal_gain_per_call(costs: Costs, num_recursions: int, mean_recursions: float) -> float:
-    """The same where a call costs as much for few rows as for many, as reading weights does.
+    """Compute ``G*`` if a call costs the same for few rows as for many, as it does when reading weights dominates.
 
-    At full depth rows that began together enter and leave together, so that ``S`` tokens take one call of each end and
-    ``R`` of the block. Leaving early, every call of the block has one of each end beside it, for ``S / D`` tokens::
+    At full depth, rows that start together enter and exit together, so that ``S`` tokens need one call of prelude and
+    coda and ``R`` of the block. With early exit every call of the block needs one of prelude and coda, for ``S / D``
+    tokens::
 
         G*_call = (c_in + R c_b + c_out) / (D (c_in + c_b + c_out) + c_f)
 
-    The costs are those of a token in a full batch, to which those of a call are proportional. Below 1 it says that
-    tokens had better wait for one another.
+    The costs are per token in a full batch, proportional to those of a call. Below 1, lock-step batching is faster.
     """
     ends = costs.enter + costs.leave
     return (ends + num_recursions * costs.block) / (mean_recursions * (ends + costs.block) + costs.skip)
 
 
-def mean_recursions(parts: Mapping[int, float]) -> float:
-    """``D``, of the part of the tokens by the depth that they leave after."""
-    return sum((depth + 1) * part for depth, part in parts.items()) / sum(parts.values())
+def mean_recursions(fractions: Mapping[int, float]) -> float:
+    """Compute ``D`` from the fraction of tokens per exit depth."""
+    return sum((depth + 1) * fraction for depth, fraction in fractions.items()) / sum(fractions.values())
 
 
-def synchronous_recursions(parts: Mapping[int, float], batch: int) -> float:
-    """Recursions per token where ``batch`` rows wait for the deepest of them: the mean of the largest of ``batch``."""
-    total, expected, below = sum(parts.values()), 0.0, 0.0
-    for depth in range(max(parts) + 1):
+def lockstep_recursions(fractions: Mapping[int, float], batch: int) -> float:
+    """Compute the recursions per token of lock-step batching: the mean of the deepest of ``batch`` rows."""
+    total, expected, below = sum(fractions.values()), 0.0, 0.0
+    for depth in range(max(fractions) + 1):
         expected += 1 - (below / total) ** batch
-        below += parts.get(depth, 0.0)
+        below += fractions.get(depth, 0.0)
     return expected
+
+
+def prompt_costs(run: Runner, workload: Workload, rounds: int) -> dict[str, float]:
+    """Measure the seconds per phase for the prompts of ``workload`` alone, with one new token each."""
+    runs = [run(workload.with_new_tokens(1)).stats for _ in range(rounds)]
+    return {name: statistics.median(getattr(stats, name) for stats in runs) for name in PHASES}
+
+
+def measure_gain(
+    full: EngineStats, early: EngineStats, prompts: Mapping[str, float], num_requests: int, num_recursions: int
+) -> Gain:
+    """Compare an engine with early exit to the same engine at full depth.
+
+    Args:
+        full: Statistics at full depth, from which the costs of entering, exiting and a recursion are taken.
+        early: Statistics with early exit, from which the cost of skipping is taken.
+        prompts: Seconds per phase of the prompts with their first tokens.
+        num_requests: Number of requests in a run.
+        num_recursions: Number of recursions of the model.
+    """
+    tokens = max(1, full.new_tokens - num_requests)
+    spent = {name: getattr(full, name) - prompts[name] for name in PHASES}
+    between = spent["test_seconds"] / tokens
+    rest = spent["seconds"] - sum(spent[name] for name in PHASES[:-1])
+    costs = Costs(
+        enter=(spent["enter_seconds"] + rest) / tokens,
+        block=spent["block_seconds"] / (tokens * num_recursions),
+        leave=spent["exit_seconds"] / tokens + between,
+        skip=max(0.0, (early.test_seconds - prompts["test_seconds"]) / tokens - between),
+    )
+    recursions = (early.depth_sum - num_requests * num_recursions) / tokens
+    gain = spent["seconds"] / (early.seconds - prompts["seconds"])
+    ideal = ideal_gain(costs, num_recursions, recursions)
+    per_call = ideal_gain_per_call(costs, num_recursions, recursions)
+    return Gain(gain, ideal, per_call, gain / ideal, recursions, costs)

@@ -1,10 +1,9 @@
-"""Which contestants a bench has, and what it reports."""
+"""Benchmark of a model: throughput and latency of the engine beside transformers and the dense model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,162 +11,190 @@ from typing import Any
 import torch
 from transformers import CompileConfig
 
+from recursify.checkpoint.loading import load_model
 from recursify.errors import EngineError, SettingsError
-from recursify.evaluation.pictures import DARK, SHARED, new_figure, save_figure
 from recursify.evaluation.text import default_text
-from recursify.modeling import make_policy
+from recursify.modeling import ExitSettings
+from recursify.progress import Progress, silent
+from recursify.settings import resolve_settings
 
-from .contestants import (
-    Contestant,
-    Workload,
-    by_engine,
-    choose_clock,
-    continuous_batches,
-    efficiency,
-    forced_table,
-    prompt_costs,
-    run_bench,
-    static_batches,
-)
+from .contestants import BenchRun, Contestant, EngineRunner, choose_clock, generate_batch_runner, generate_runner
+from .ideal import measure_gain, prompt_costs
+from .results import BenchmarkResult, BenchmarkRow, plot_speeds
+from .settings import BenchSettings
+from .workload import ForcedExits, Workload
 
 FULL = "engine, full depth"
 FORCED = "engine, forced exits"
-SYNCHRONOUS = "engine, forced exits, rows wait"
+LOCKSTEP = "engine, forced exits, rows wait"
 GENERATE = "generate"
 
 
-@dataclass(kw_only=True)
-class _Options:
-    dense: Any
-    concurrency: tuple[int, ...]
-    requests: int
-    prompt: int
-    new: int
-    even: bool
-    forced: tuple[float, ...] | None
-    kv: str
-    exit_policy: str | None
-    threshold: float | None
-    oracle: bool
-    compiled: bool
-    rounds: int
+def benchmark_model(
+    model: str | Path,
+    *,
+    settings: BenchSettings | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+    **options: Any,
+) -> BenchmarkResult:
+    """Measure the engine at full depth and with early exit, beside ``generate`` and the dense model.
+
+    Args:
+        model: Folder, ``.gguf`` file or Hub id of a recursive or dense model.
+        settings: Settings; exclusive with ``options``.
+        dtype: Data type of the weights: float32, bfloat16, float16, or auto for the checkpoint's.
+        device: Device to run on: cpu, cuda, cuda:1 or mps.
+        trust_remote_code: Permission to run Python code from the model's folder.
+        progress: Callback for progress.
+        options: Fields of :class:`~recursify.bench.settings.BenchSettings`.
+
+    Raises:
+        SettingsError: An invalid setting.
+        EngineError: Exits that the model does not support.
+        RecursifyError: The model does not load, or the plot cannot be written.
+    """
+    settings = resolve_settings(BenchSettings, settings, options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads or threads)
+    try:
+        loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        loaded, tokenizer = load_model(model, **loading)
+        dense = None if settings.dense is None else load_model(settings.dense, **loading)[0]
+        result = BenchPlan(loaded, tokenizer, settings, dense=dense).run(progress)
+    finally:
+        torch.set_num_threads(threads)
+    if settings.plot is not None:
+        plot_speeds(result, settings.plot)
+    return result
 
 
 class BenchPlan:
-    """A bench of one model.
+    """Benchmark of a loaded model.
 
     Args:
-        model: Recursive or dense.
-        tokenizer: Makes prompts of the held-out text; None takes drawn ids, which say nothing of real exits.
-        options: As the command has them (``recursify bench --help``).
+        model: Recursive or dense model.
+        tokenizer: Tokenizer, for prompts from the held-out text; None uses random token ids, which do not show when
+            real text exits.
+        settings: Settings.
+        dense: Dense model to measure as a control.
 
     Raises:
-        EngineError: A forced table that is not one, or a policy that the model cannot follow.
+        EngineError: Exits that the model does not support.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
-        self.model, self.tokenizer, self.options = model, tokenizer, _Options(**options)
+    def __init__(self, model: Any, tokenizer: Any, settings: BenchSettings, *, dense: Any = None) -> None:
+        self.model, self.tokenizer, self.settings, self.dense = model, tokenizer, settings, dense
         config = model.config
         self.is_recursive = config.model_type == "recursive"
         self.is_routed = self.is_recursive and config.router is not None
-        self.can_leave = self.is_recursive and not self.is_routed and bool(config.exit_depths)
+        self.has_exits = self.is_recursive and not self.is_routed and bool(config.exit_depths)
         self.num_recursions = config.num_recursions if self.is_recursive else 1
-        forced = self.options.forced
-        if forced is not None and (not self.can_leave or len(forced) != self.num_recursions):
+        forced = settings.forced
+        if forced is not None and (not self.has_exits or len(forced) != self.num_recursions):
             raise EngineError(
-                f"--forced has {len(forced)} parts, and the model {self.num_recursions} recursions that tokens can "
-                f"leave after. Give one part for each, or leave it out."
+                f"forced has {len(forced)} fractions; the model has {self.num_recursions} recursions after which "
+                f"tokens can exit. Give one fraction for each, or none."
             )
-        if (self.options.exit_policy or self.options.oracle) and not self.can_leave:
-            raise EngineError("The model has no exits. Leave --exit and --oracle out.")
-        self.parts = forced or (1 / self.num_recursions,) * self.num_recursions
+        if (settings.exit_policy or settings.oracle) and not self.has_exits:
+            raise EngineError("The model has no exits. Remove exit_policy and oracle.")
+        self.fractions = forced or (1 / self.num_recursions,) * self.num_recursions
         self.sources = self._sources()
 
-    def run(self, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
-        """Measure; a dict that JSON can hold, with the ``rows``."""
-        workloads = [self._workload(each) for each in self.options.concurrency]
+    def run(self, progress: Progress = silent) -> BenchmarkResult:
+        """Run all contestants on all workloads."""
+        settings, device = self.settings, self.model.device
+        workloads = [self._workload(concurrency) for concurrency in settings.concurrency]
         contestants = self._contestants(workloads)
-        rows = run_bench(contestants, workloads, rounds=self.options.rounds, progress=progress)
-        self._compare(rows, workloads, {each.name: each for each in contestants})
-        device = self.model.device
-        return {
-            "rows": rows,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "clock": "CPU time" if choose_clock(device).__name__ == "process_time" else "wall time",
-            "rounds": self.options.rounds,
-            "requests": [len(each.prompts) for each in workloads],
-            "new_tokens": [each.total for each in workloads],
-            "even": self.options.even,
-            "forced": list(self.parts),
-            "kv": self.options.kv,
-            "versions": {name: version(name) for name in ("torch", "transformers", "recursify")},
-        }
+        rows = run_contestants(contestants, workloads, rounds=settings.rounds, progress=progress)
+        return BenchmarkResult(
+            rows=tuple(self._compare(rows, workloads, contestants)),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+            clock="CPU time" if choose_clock(device).__name__ == "process_time" else "wall time",
+            rounds=settings.rounds,
+            requests=tuple(len(workload.prompts) for workload in workloads),
+            new_tokens=tuple(workload.total for workload in workloads),
+            even=settings.even,
+            forced=self.fractions,
+            kv=settings.kv,
+            versions={name: version(name) for name in ("torch", "transformers", "recursify")},
+        )
 
     def _sources(self) -> list[list[int]]:
-        """What prompts are the beginnings of."""
-        length = self.options.prompt
+        """Return token sequences whose beginnings are prompts."""
+        length = self.settings.prompt
         if self.tokenizer is not None:
-            found = []
+            sources = []
             for document in default_text("held_out").documents:
                 ids = self.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"][:length]
                 if len(ids) == length:
-                    found.append(ids)
-            if found:
-                return found
+                    sources.append(ids)
+            if sources:
+                return sources
         generator = torch.Generator().manual_seed(0)
         return torch.randint(3, self.model.config.vocab_size, (64, length), generator=generator).tolist()
 
     def _workload(self, concurrency: int) -> Workload:
-        options = self.options
-        count = concurrency * options.requests
-        return Workload.draw(self.sources, concurrency, count, options.new, even=options.even, seed=concurrency)
+        settings = self.settings
+        count = concurrency * settings.requests
+        return Workload.draw(self.sources, concurrency, count, settings.new, even=settings.even, seed=concurrency)
+
+    # --- Contestants ---------------------------------------------------------------------------------------------
 
     def _contestants(self, workloads: Sequence[Workload]) -> list[Contestant]:
-        model, options = self.model, self.options
-        found = [Contestant(GENERATE, static_batches(model)), Contestant("generate_batch", continuous_batches(model))]
-        if self.is_routed:
-            found.pop()  # it has pages of its own kind
-        if options.compiled:
+        model, settings = self.model, self.settings
+        contestants = [Contestant(GENERATE, generate_runner(model))]
+        if not self.is_routed:  # generate_batch does not support a routed model's KV cache
+            contestants.append(Contestant("generate_batch", generate_batch_runner(model)))
+        if settings.compiled:
             compiling = CompileConfig(fullgraph=False)
             compiling._compile_all_devices = True
-            arguments = {"cache_implementation": "static", "compile_config": compiling}
-            run = static_batches(model, **arguments)
-            found.append(Contestant("generate, static cache, compiled", run, compiles=True))
-        found.append(Contestant("engine, routers" if self.is_routed else FULL, by_engine(model)))
-        if self.can_leave:
-            # Skipped keys and values are none of the model's own: the engine is measured, not what it says.
-            table = forced_table(self.parts, 997, seed=0)
-            forced: dict[str, Any] = {
-                "params": lambda number: {"forced_depths": _turned(table, number)},
-                "kv": options.kv,
-            }
-            found.append(Contestant(FORCED, by_engine(model, **forced, force_kv=True)))
-            found.append(Contestant(SYNCHRONOUS, by_engine(model, **forced, force_kv=True, lockstep=True)))
-        if options.exit_policy is not None:
-            found += self._exiting(options.exit_policy)
-        if options.oracle:
-            found.append(self._oracle(workloads))
-        if options.dense is not None:
-            found.append(Contestant("dense, generate", static_batches(options.dense)))
-            found.append(Contestant("dense, engine", by_engine(options.dense)))
-        return found
+            run = generate_runner(model, cache_implementation="static", compile_config=compiling)
+            contestants.append(Contestant("generate, static cache, compiled", run, compiles=True))
+        contestants.append(Contestant("engine, routers" if self.is_routed else FULL, EngineRunner(model)))
+        if self.has_exits:
+            contestants += self._forced_exits()
+        contestants += self._policy_exits()
+        if settings.oracle:
+            contestants.append(self._oracle(workloads))
+        if self.dense is not None:
+            contestants.append(Contestant("dense, generate", generate_runner(self.dense)))
+            contestants.append(Contestant("dense, engine", EngineRunner(self.dense)))
+        return contestants
 
-    def _exiting(self, name: str) -> list[Contestant]:
-        """Trained exits, in static batches and in the engine."""
+    def _forced_exits(self) -> list[Contestant]:
+        """Return the engine with forced exits, continuous and in lockstep.
+
+        The model is not trained for the keys and values of skipped depths: speed is measured, not output.
+        """
+        params = ForcedExits.draw(self.fractions).params
+        options: dict[str, Any] = {"kv": self.settings.kv, "force_kv": True}
+        return [
+            Contestant(FORCED, EngineRunner(self.model, params, **options)),
+            Contestant(LOCKSTEP, EngineRunner(self.model, params, **options, lockstep=True)),
+        ]
+
+    def _policy_exits(self) -> list[Contestant]:
+        """Return ``generate`` and the engine with the exit policy, if there is one."""
+        name = self.settings.exit_policy
         try:
-            policy = make_policy(name, self.options.threshold, self.model.config)
+            exits = ExitSettings.from_options(name, threshold=self.settings.threshold, config=self.model.config)
         except ValueError as error:
             raise SettingsError(str(error)) from error
+        if exits is None:
+            return []
         return [
-            Contestant(f"generate, exits by {name}", static_batches(self.model, exit_policy=policy)),
-            Contestant(f"engine, exits by {name}", by_engine(self.model, lambda number: {"exit": policy})),
+            Contestant(f"generate, exits by {name}", generate_runner(self.model, exit_policy=exits)),
+            Contestant(f"engine, exits by {name}", EngineRunner(self.model, lambda workload, number: {"exit": exits})),
         ]
 
     def _oracle(self, workloads: Sequence[Workload]) -> Contestant:
-        """Leaves at the first exit that says what the last recursion says, known from a run before."""
-        tables: dict[tuple[int, int], tuple[int, ...]] = {}
+        """Return the engine with exits at the first depth that predicts the final token, from a run of ``generate``."""
+        depths: dict[tuple[int, int], tuple[int, ...]] = {}
         for workload in workloads:
             for number, (prompt, new) in enumerate(zip(workload.prompts, workload.new_tokens, strict=True)):
                 output = self.model.generate(
@@ -178,80 +205,51 @@ class BenchPlan:
                     exit_policy="oracle",
                     return_dict_in_generate=True,
                 )
-                depths = output.exit_depths[0, 1:].tolist()
-                tables[workload.concurrency, number] = tuple(depths) or (self.num_recursions - 1,)
-        engines = {each.concurrency: by_engine(self.model, partial(_of_oracle, tables, each)) for each in workloads}
-        return Contestant(
-            "engine, exits by an oracle", lambda workload: engines[workload.concurrency](workload), is_simulation=True
-        )
+                recorded = tuple(output.exit_depths[0, 1:].tolist())
+                depths[workload.concurrency, number] = recorded or (self.num_recursions - 1,)
+
+        def params(workload: Workload, number: int) -> dict[str, Any]:
+            return {"forced_depths": depths[workload.concurrency, number]}
+
+        return Contestant("engine, exits by an oracle", EngineRunner(self.model, params), is_simulation=True)
+
+    # --- Comparison ----------------------------------------------------------------------------------------------
 
     def _compare(
-        self, rows: list[dict[str, Any]], workloads: Sequence[Workload], contestants: dict[str, Contestant]
-    ) -> None:
-        """Add to each row how it stands beside ``generate``, and beside what is possible."""
-        by_key = {(row["row"], row["concurrency"]): row for row in rows}
+        self, rows: Sequence[BenchmarkRow], workloads: Sequence[Workload], contestants: Sequence[Contestant]
+    ) -> list[BenchmarkRow]:
+        """Complete rows with the ratio to ``generate`` and the gain of early exit."""
+        by_key = {(row.contestant, row.concurrency): row for row in rows}
+        compared = []
         for workload in workloads:
-            mine = [row for row in rows if row["concurrency"] == workload.concurrency]
-            for row in mine:
-                row["ratio"] = row["tokens_per_second"] / by_key[GENERATE, workload.concurrency]["tokens_per_second"]
+            base = by_key[GENERATE, workload.concurrency].tokens_per_second
             full = by_key.get((FULL, workload.concurrency))
-            if full is None or not self.can_leave:
-                continue
-            prompts = prompt_costs(contestants[FULL].run, workload, self.options.rounds)
-            for row in mine:
-                if row["row"].startswith("engine") and row is not full:
-                    row |= efficiency(full, row, prompts, len(workload.prompts), self.num_recursions)
+            prompts = None
+            if full is not None and self.has_exits:
+                run = next(contestant.run for contestant in contestants if contestant.name == FULL)
+                prompts = prompt_costs(run, workload, self.settings.rounds)
+            for row in (row for row in rows if row.concurrency == workload.concurrency):
+                gain = None
+                if prompts is not None and row is not full and row.contestant.startswith("engine"):
+                    gain = measure_gain(full.stats, row.stats, prompts, len(workload.prompts), self.num_recursions)
+                compared.append(replace(row, ratio=row.tokens_per_second / base, gain=gain))
+        return compared
 
 
-def _turned(table: tuple[int, ...], number: int) -> tuple[int, ...]:
-    """Another part of the table for every request."""
-    start = 31 * number % len(table)
-    return table[start:] + table[:start]
-
-
-def _of_oracle(tables: dict[tuple[int, int], tuple[int, ...]], workload: Workload, number: int) -> dict[str, Any]:
-    return {"forced_depths": tables[workload.concurrency, number]}
-
-
-FIGURES = ("tokens/s", "× generate", "recursions", "occupancy", "KV MiB")
-IDEALS = ("gain", "ideal_gain", "ideal_gain_per_call", "efficiency")
-
-
-def name_of(row: dict[str, Any]) -> str:
-    """The row's name; a simulation is called one."""
-    return row["row"] + (" (simulation)" if row["is_simulation"] else "")
-
-
-def figures_of(row: dict[str, Any]) -> list[str]:
-    """The :data:`FIGURES` of a row for a table; those of an engine's inside are empty for others."""
-    inside = [""] * 3
-    if "mean_recursions" in row:
-        inside = [f"{row['mean_recursions']:.2f}", f"{row['occupancy']:.0%}", f"{row['kv_bytes'] / 2**20:.1f}"]
-    return [f"{row['tokens_per_second']:.1f}", f"{row['ratio']:.2f}", *inside]
-
-
-def ideals_of(row: dict[str, Any]) -> list[str]:
-    """The :data:`IDEALS` of a row, empty where tokens cannot leave early."""
-    return [f"{row[name]:.2f}" if name in row else "" for name in IDEALS]
-
-
-def draw_speeds(facts: dict[str, Any], file: Path) -> None:
-    """Tokens per second of every row, by requests at once.
-
-    Raises:
-        SettingsError: matplotlib is not installed, or the name of ``file`` is not one of a picture.
-        OutputError: The file cannot be written.
-    """
-    rows = facts["rows"]
-    names = list(dict.fromkeys(row["row"] for row in rows))
-    sizes = list(dict.fromkeys(row["concurrency"] for row in rows))
-    figure = new_figure(8, 1 + 0.35 * len(names) * len(sizes))
-    axes = figure.subplots(len(sizes), 1, squeeze=False)[:, 0]
-    for axis, size in zip(axes, sizes, strict=True):
-        here = {row["row"]: row["tokens_per_second"] for row in rows if row["concurrency"] == size}
-        colours = [SHARED if name.startswith("engine") else DARK for name in names]
-        axis.barh(names, [here[name] for name in names], color=colours)
-        axis.invert_yaxis()
-        axis.set_title(f"{size} at once")
-        axis.set_xlabel("tokens per second")
-    save_figure(figure, file)
+def run_contestants(
+    contestants: Sequence[Contestant], workloads: Sequence[Workload], *, rounds: int, progress: Progress = silent
+) -> list[BenchmarkRow]:
+    """Run every contestant on every workload, ``rounds`` times in turns after a short warm-up."""
+    rows = []
+    total, done = len(workloads) * len(contestants) * (rounds + 1), 0
+    for workload in workloads:
+        runs: dict[str, list[BenchRun]] = {contestant.name: [] for contestant in contestants}
+        for number in range(rounds + 1):
+            for contestant in contestants:
+                run = contestant.run(workload if number or contestant.compiles else workload.with_new_tokens(2))
+                if number:
+                    runs[contestant.name].append(run)
+                done += 1
+                progress("bench", done, total)
+        rows += [BenchmarkRow.of(contestant, workload, runs[contestant.name]) for contestant in contestants]
+    return rows

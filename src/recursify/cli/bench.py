@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+import recursify
+from recursify import BenchSettings
 
-import typer
-
+from .from_settings import options_from_settings
 from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
 from .report import format_table, print_data, print_json, progress_report, talk
 
 HELP = """
-Measure how fast a model answers many requests: by the engine at full depth, with tokens that leave early, with rows
-that wait for one another, by transformers' `generate` and `generate_batch`, and the dense model beside it. All get
-the same requests, in turns, in one process; ratios are what counts.
+Measure the speed of the engine: at full depth, with forced exits, with forced exits in lockstep, and with a policy's
+exits, beside transformers' `generate` and `generate_batch` and a dense model. All of them get the same requests and
+take turns in one process, so that their ratios are reliable.
 
 **Examples**
 
@@ -25,103 +24,38 @@ the same requests, in turns, in one process; ratios are what counts.
 """
 
 
+@options_from_settings
 def command(
     model: ModelArgument,
-    dense: Annotated[
-        str | None, typer.Option("--dense", help="The dense model, as a control.", show_default=False)
-    ] = None,
-    concurrency: Annotated[
-        list[int] | None, typer.Option("--concurrency", help="Requests at once; several times. [default: 1, 8]", min=1)
-    ] = None,
-    requests: Annotated[
-        int, typer.Option("--requests", help="Requests per place: so many times as run at once.", min=1)
-    ] = 3,
-    prompt: Annotated[int, typer.Option("--prompt", help="Tokens of the longest prompt.", min=2)] = 32,
-    new: Annotated[int, typer.Option("--new", help="Tokens of an answer, on average.", min=2)] = 32,
-    even: Annotated[bool, typer.Option("--even", help="All prompts and answers of the same length.")] = False,
-    forced: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--forced",
-            help="Parts of the tokens that leave after each recursion, once per recursion. [default: all parts alike]",
-            show_default=False,
-        ),
-    ] = None,
-    kv: Annotated[
-        str, typer.Option("--kv", help="Keys and values of what forced exits skip: latest, copied, deferred.")
-    ] = "latest",
-    exit_policy: Annotated[
-        str | None, typer.Option("--exit", help="Also let tokens leave by this policy.", show_default=False)
-    ] = None,
-    threshold: Annotated[
-        float | None, typer.Option("--threshold", help="Of that policy. [default: as calibrated]", show_default=False)
-    ] = None,
-    oracle: Annotated[
-        bool, typer.Option("--oracle", help="Also leave where an oracle would, which is a simulation.")
-    ] = False,
-    compiled: Annotated[
-        bool, typer.Option("--compiled", help="Also generate with a static cache and a compiled forward.")
-    ] = False,
-    rounds: Annotated[int, typer.Option("--rounds", help="Runs of each that count.", min=1)] = 3,
-    threads: Annotated[
-        int | None, typer.Option("--threads", help="Threads of the CPU; with 1, its time is measured.", min=1)
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw tokens per second (.png, .svg).", show_default=False)
-    ] = None,
+    settings: BenchSettings,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-    from recursify.bench.plan import BenchPlan, draw_speeds
-    from recursify.checkpoint.loading import load_model
-
-    loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    loaded, tokenizer = load_model(model, **loading)
-    control = None if dense is None else load_model(dense, **loading)[0]
-    plan = BenchPlan(
-        loaded,
-        tokenizer,
-        dense=control,
-        concurrency=tuple(concurrency or (1, 8)),
-        requests=requests,
-        prompt=prompt,
-        new=new,
-        even=even,
-        forced=tuple(forced) if forced else None,
-        kv=kv,
-        exit_policy=exit_policy,
-        threshold=threshold,
-        oracle=oracle,
-        compiled=compiled,
-        rounds=rounds,
-    )
     with progress_report() as progress:
-        facts = plan.run(progress)
-    if plot is not None:
-        draw_speeds(facts, plot)
-        talk.print(f"wrote {plot}")
-    if json:
-        print_json(facts)
-    else:
-        print_data(_table(facts))
+        result = recursify.benchmark_model(
+            model,
+            settings=settings,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if settings.plot is not None:
+        talk.print(f"wrote {settings.plot}")
+    print_json(result.to_dict()) if json else print_data(_table(result))
 
 
-def _table(facts: dict[str, Any]) -> str:
-    from recursify.bench.plan import FIGURES, figures_of, ideals_of, name_of
+def _table(result: recursify.BenchmarkResult) -> str:
+    from recursify.bench.results import FIGURES, IDEALS
 
-    head = ["", "at once", *FIGURES, "G", "G*", "G* per call", "η"]
-    lines = [[name_of(row), str(row["concurrency"]), *figures_of(row), *ideals_of(row)] for row in facts["rows"]]
+    head = ["", "concurrency", *FIGURES, *IDEALS]
+    lines = [[row.label, str(row.concurrency), *row.figures, *row.ideals] for row in result.rows]
     notes = (
-        f"{facts['clock']}; {facts['device']}, {facts['dtype']}, {facts['threads']} threads; median of "
-        f"{facts['rounds']} rounds in turns. × is to generate with as many at once. G is the gain over the engine at "
-        f"full depth without prompts, G* the most that the costs of the parts allow, if they follow the rows, and per "
-        f"call, if they do not; η = G / G*."
+        f"{result.clock}; {result.device}, {result.dtype}, {result.threads} threads; median of {result.rounds} rounds. "
+        f"× generate is relative to generate with the same batch size. G is the gain over the engine at full depth, "
+        f"without prompts; G* is the theoretical gain if costs follow the number of rows, G* per call if they follow "
+        f"the number of calls; η = G / G*."
     )
     return format_table(head, lines) + "\n\n" + notes

@@ -1,0 +1,182 @@
+"""Results of a benchmark: rows, tables and a plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recursify.engine import EngineStats
+from recursify.evaluation.pictures import DARK, SHARED, new_figure, save_figure
+
+from .contestants import BenchRun, Contestant
+from .ideal import Gain
+from .workload import Workload
+
+STATS = (
+    "mean_recursions",
+    "block_calls",
+    "block_rows",
+    "occupancy",
+    "kv_bytes",
+    "enter_seconds",
+    "block_seconds",
+    "test_seconds",
+    "exit_seconds",
+    "seconds",
+    "loop_seconds",
+    "loop_iterations",
+    "graph_replays",
+    "implementation",
+    "new_tokens",
+)
+"""Statistics of the engine that are reported."""
+
+FIGURES = ("tokens/s", "× generate", "recursions", "occupancy", "KV MiB")
+IDEALS = ("G", "G*", "G* per call", "η")
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """Measurements of one contestant at one concurrency; those of a run are of the median run.
+
+    Attributes:
+        contestant: Name of the contestant.
+        concurrency: Maximum number of requests that run at once.
+        tokens_per_second: New tokens per second.
+        slowest: Tokens per second of the slowest round.
+        fastest: Tokens per second of the fastest round.
+        median_latency: Median seconds to the end of a request.
+        longest_latency: Maximum seconds to the end of a request.
+        median_first_token: Median seconds to the first token; None if it is not measured.
+        is_simulation: True if the contestant uses knowledge that a real run does not have.
+        stats: Statistics of the engine; None for other contestants.
+        ratio: Tokens per second relative to ``generate``; None if it was not compared.
+        gain: Gain of early exit; None without early exit.
+    """
+
+    contestant: str
+    concurrency: int
+    tokens_per_second: float
+    slowest: float
+    fastest: float
+    median_latency: float
+    longest_latency: float
+    median_first_token: float | None
+    is_simulation: bool
+    stats: EngineStats | None
+    ratio: float | None = None
+    gain: Gain | None = None
+
+    @classmethod
+    def of(cls, contestant: Contestant, workload: Workload, runs: Sequence[BenchRun]) -> BenchmarkRow:
+        """Summarize the runs of a contestant."""
+        median = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+        return cls(
+            contestant.name,
+            workload.concurrency,
+            tokens_per_second=workload.total / median.seconds,
+            slowest=workload.total / max(run.seconds for run in runs),
+            fastest=workload.total / min(run.seconds for run in runs),
+            median_latency=statistics.median(median.latencies),
+            longest_latency=max(median.latencies),
+            median_first_token=statistics.median(median.first_tokens) if median.first_tokens else None,
+            is_simulation=contestant.is_simulation,
+            stats=median.stats,
+        )
+
+    @property
+    def label(self) -> str:
+        """Name of the contestant in tables, which marks a simulation."""
+        return self.contestant + (" (simulation)" if self.is_simulation else "")
+
+    @property
+    def figures(self) -> list[str]:
+        """Cells of the columns :data:`FIGURES`; those of the engine are empty for other contestants."""
+        cells, stats = [""] * 3, self.stats
+        if stats is not None:
+            cells = [f"{stats.mean_recursions:.2f}", f"{stats.occupancy:.0%}", f"{stats.kv_bytes / 2**20:.1f}"]
+        return [f"{self.tokens_per_second:.1f}", "" if self.ratio is None else f"{self.ratio:.2f}", *cells]
+
+    @property
+    def ideals(self) -> list[str]:
+        """Cells of the columns :data:`IDEALS`, empty without early exit."""
+        gain = self.gain
+        if gain is None:
+            return [""] * len(IDEALS)
+        values = (gain.gain, gain.ideal_gain, gain.ideal_gain_per_call, gain.efficiency)
+        return [f"{value:.2f}" for value in values]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data, without figures that were not measured."""
+        names = ("concurrency", "tokens_per_second", "slowest", "fastest", "median_latency", "longest_latency")
+        row: dict[str, Any] = {"row": self.contestant, **{name: getattr(self, name) for name in names}}
+        row["is_simulation"] = self.is_simulation
+        if (stats := self.stats) is not None:
+            row |= {name: getattr(stats, name) for name in STATS}
+            row |= {"recursions": stats.depth_sum, "fetches_per_iteration": stats.fetches / max(stats.iterations, 1)}
+        for name in ("median_first_token", "ratio"):
+            if getattr(self, name) is not None:
+                row[name] = getattr(self, name)
+        return row if self.gain is None else row | self.gain.to_dict()
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """Result of :func:`~recursify.bench.plan.benchmark_model`.
+
+    Attributes:
+        rows: Measurements per contestant and concurrency.
+        device: Name of the device.
+        dtype: Data type of the weights.
+        threads: Number of CPU threads.
+        clock: Kind of time that was measured: ``CPU time`` or ``wall time``.
+        rounds: Number of measured rounds.
+        requests: Number of requests per concurrency.
+        new_tokens: Number of new tokens per concurrency.
+        even: True if all prompts and completions had the same length.
+        forced: Fractions of tokens that were forced to exit after each recursion.
+        kv: Source of the keys and values that forced exits skipped.
+        versions: Mapping from package names to versions.
+    """
+
+    rows: tuple[BenchmarkRow, ...]
+    device: str
+    dtype: str
+    threads: int
+    clock: str
+    rounds: int
+    requests: tuple[int, ...]
+    new_tokens: tuple[int, ...]
+    even: bool
+    forced: tuple[float, ...]
+    kv: str
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data, as ``recursify bench --json`` prints it."""
+        data = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return data | {"rows": [row.to_dict() for row in self.rows]}
+
+
+def plot_speeds(result: BenchmarkResult, file: Path) -> None:
+    """Plot tokens per second of every contestant and concurrency.
+
+    Raises:
+        SettingsError: matplotlib is not installed, or ``file`` is not the name of an image.
+        OutputError: The file cannot be written.
+    """
+    names = list(dict.fromkeys(row.contestant for row in result.rows))
+    sizes = list(dict.fromkeys(row.concurrency for row in result.rows))
+    figure = new_figure(8, 1 + 0.35 * len(names) * len(sizes))
+    axes = figure.subplots(len(sizes), 1, squeeze=False)[:, 0]
+    for axis, size in zip(axes, sizes, strict=True):
+        speeds = {row.contestant: row.tokens_per_second for row in result.rows if row.concurrency == size}
+        colours = [SHARED if name.startswith("engine") else DARK for name in names]
+        axis.barh(names, [speeds[name] for name in names], color=colours)
+        axis.invert_yaxis()
+        axis.set_title(f"concurrency {size}")
+        axis.set_xlabel("tokens per second")
+    save_figure(figure, file)
