@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 from annotated_types import Ge
+from pydantic import PositiveInt
 
 from recursify.settings import Fractions, Option, Settings
-
-Positive = Annotated[int, Ge(1)]
 
 
 class BenchSettings(Settings):
@@ -18,10 +17,10 @@ class BenchSettings(Settings):
     dense: str | None = None
     """Dense model to measure as a control."""
 
-    concurrency: tuple[Positive, ...] = (1, 8)
+    concurrency: tuple[PositiveInt, ...] = (1, 8)
     """Numbers of concurrent requests; each is measured separately."""
 
-    requests: Positive = 3
+    requests: PositiveInt = 3
     """Total number of requests, as a multiple of the concurrency."""
 
     prompt: Annotated[int, Ge(2)] = 32
@@ -51,10 +50,10 @@ class BenchSettings(Settings):
     compiled: bool = False
     """Measure ``generate`` with a static cache and a compiled forward pass, too."""
 
-    rounds: Positive = 3
+    rounds: PositiveInt = 3
     """Number of measured rounds; the median counts."""
 
-    threads: Positive | None = None
+    threads: PositiveInt | None = None
     """Number of CPU threads; with 1, CPU time is measured instead of wall time."""
 
     plot: Path | None = None

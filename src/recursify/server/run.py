@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def serve_model(
         SettingsError: An invalid setting, or the extra ``serve`` is not installed.
         RecursifyError: The model does not load, or the port is taken.
     """
-    names = [field.name for field in fields(ServerSettings)]
+    names = list(ServerSettings.__dataclass_fields__)
     check_keys(options, [*names, *inspect.signature(Engine).parameters], "the options")
     server_options = {name: options.pop(name) for name in names if name in options}
     if settings is not None and server_options:
