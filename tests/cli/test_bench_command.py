@@ -92,7 +92,12 @@ def test_table(models, capsys):
         ("exits", ("--forced", 0.5, "--forced", 0.6), 1, "must add up to 1"),
         ("exits", ("--exit", "never"), 1, "Unknown exit policy 'never'"),
         ("routed", ("--exit", "confidence"), 1, "The model has no exits"),
-        ("exits", ("--concurrency", 0), 2, "should be greater than or equal to 1"),
+        (
+            "exits",
+            ("--concurrency", 0),
+            1,
+            "--concurrency must be a list whose entries are each a whole number of at least 1",
+        ),
         ("exits", ("--kv", "best"), 1, "Unknown kv 'best'"),
     ],
 )
