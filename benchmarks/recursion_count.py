@@ -35,7 +35,7 @@ from recursify.cli.report import talk
 from recursify.evaluation.perplexity import perplexity
 from recursify.evaluation.text import default_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
-from recursify.modeling.recursive_loops import anderson_mix
+from recursify.modeling.modeling_recursive_anderson import anderson_mix
 
 COLUMNS = (
     "block",

@@ -11,8 +11,8 @@ from helpers.tiny_models import byte_tokenizer, tiny_dense
 from helpers.tolerances import LOGITS
 from recursify.engine import Engine, SamplingParams
 from recursify.errors import EngineError, UnsupportedModelError
+from recursify.experiments.adaptive_thresholds import AdaptiveThresholds
 from recursify.modeling import (
-    AdaptiveThresholds,
     ExitSettings,
     make_policy,
 )

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from recursify.checkpoint.record import read_record, update_record
 from recursify.errors import HubError, ParityError
 from recursify.hub.publication import (
-    TRAVELLING_FILES,
     check_folder,
     check_loading,
     read_card,
@@ -18,6 +17,7 @@ from recursify.hub.publication import (
     stage_publication,
     without_local_paths,
 )
+from recursify.modeling import RecursiveConfig, travelling_files
 
 
 def test_a_model_is_laid_out_with_card_and_record(trained, tmp_path):
@@ -30,7 +30,7 @@ def test_a_model_is_laid_out_with_card_and_record(trained, tmp_path):
     publication = stage_publication(trained, stage, "# Card\n", {"layout.svg": "<svg/>"})
     names = set(publication.sizes)
     assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "README.md", "layout.svg"} <= names
-    assert set(TRAVELLING_FILES) <= names
+    assert set(travelling_files(RecursiveConfig.from_pretrained(trained))) <= names
     assert publication.left_out == ["checkpoints"]
     assert publication.sizes["model.safetensors"] == (trained / "model.safetensors").stat().st_size
     assert publication.difference is not None

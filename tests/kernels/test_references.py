@@ -13,8 +13,9 @@ from recursify.experiments.kernels.route import GATES, scatter_gated
 from recursify.kernels.dispatch import implementation_on, uses_triton, why_not_triton
 from recursify.kernels.exit_head import exit_statistics
 from recursify.kernels.slot_advance import OutputRing, Slots, advance_slots
+from recursify.modeling import ROUTER_GATES
 from recursify.modeling.recursive_policies import Confidence, Entropy
-from recursify.modeling.recursive_routing import ROUTER_GATES, gated
+from recursify.modeling.recursive_routing import gated
 
 CPU = torch.device("cpu")
 

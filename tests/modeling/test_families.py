@@ -15,7 +15,7 @@ from helpers.tiny_models import convert_tiny, random_ids, save_tiny, tiny_dense
 from helpers.tolerances import LOGITS
 from recursify.convert.export import export_model
 from recursify.convert.parity import fold_exactly
-from recursify.modeling.modeling_recursive import CACHE_ARGUMENT
+from recursify.modeling import CACHE_ARGUMENT
 
 TOLERANCE = LOGITS[torch.float32]
 
@@ -111,7 +111,7 @@ def test_generate_batch_equals_generate(converted):
     if before != "sdpa":  # Gemma 2: its softcap has no sdpa form
         model.set_attn_implementation("paged|eager")
     # Small pages: by default most of the machine's memory is taken, and touched.
-    pages = ContinuousBatchingConfig(num_blocks=8, max_num_batched_tokens=64)
+    pages = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
 
     def write(model) -> list[list[int]]:
         outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=pages)

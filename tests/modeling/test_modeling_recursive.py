@@ -18,9 +18,9 @@ from recursify.modeling import (
     RecursiveConfig,
     RecursiveForCausalLM,
     RelaxedLinear,
+    SharedLayer,
     UnsupportedFamily,
 )
-from recursify.modeling.modeling_recursive import SharedLayer
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from transformers import TextStreamer
 from helpers.early_exit import STEPS, Waits, generate, left_padded, tiny_recursive
 from helpers.tiny_models import byte_tokenizer, random_ids
 from helpers.tolerances import LOGITS
+from recursify.experiments.adaptive_thresholds import AdaptiveThresholds
 from recursify.modeling import (
     EXIT_POLICIES,
     KV_MODES,
-    AdaptiveThresholds,
     DepthDecoder,
     ExitLimits,
     ExitSettings,

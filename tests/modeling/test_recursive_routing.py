@@ -13,6 +13,7 @@ from helpers.tiny_models import random_ids, tiny_config
 from helpers.tolerances import LOGITS
 from recursify.evaluation.router_calibration import calibrate_thresholds
 from recursify.modeling import (
+    CACHE_ARGUMENT,
     ROUTED_KV,
     ROUTERS,
     LayerLayout,
@@ -20,7 +21,6 @@ from recursify.modeling import (
     RecursiveForCausalLM,
     RoutedCache,
 )
-from recursify.modeling.modeling_recursive import CACHE_ARGUMENT
 from recursify.modeling.recursive_routing import (
     choose_above,
     choose_depths,

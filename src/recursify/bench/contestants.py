@@ -145,7 +145,7 @@ def _page_options(workload: Workload) -> dict[str, int]:
     options = {
         size: 32,
         "num_blocks": workload.concurrency * (-(-workload.context // 32) + 1),
-        "max_num_batched_tokens": max(workload.concurrency, 256),
+        "max_batch_tokens": max(workload.concurrency, 256),
         "max_requests_per_batch": workload.concurrency,
     }
     return {name: value for name, value in options.items() if name in known}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from recursify.modeling import RecursiveConfig
-from recursify.modeling.modeling_recursive import CACHE_ARGUMENT, DenseFamily
+from recursify.modeling.recursive_layers import CACHE_ARGUMENT, DenseFamily
 
 from .dense_checkpoint import DenseCheckpoint
 

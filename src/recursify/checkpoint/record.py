@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-import recursify.modeling
 from recursify.errors import CheckpointError
-from recursify.modeling import TRAVELLING_FILES, RecursiveConfig
-from recursify.modeling.configuration_recursive import AUTO_MAP
+from recursify.modeling import RecursiveConfig, code_files, copy_travelling_files
 
 RECORD_FILE = "recursify.json"
 """Record of the conversion, uptraining and evaluation, sufficient to repeat them."""
@@ -34,12 +31,23 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def write_model_files(folder: Path, config: RecursiveConfig, record: dict[str, Any]) -> None:
     """Write ``config.json``, ``recursify.json`` and the modeling code that a checkpoint includes."""
-    config.architectures = [AUTO_MAP["AutoModelForCausalLM"].rpartition(".")[2]]
+    config.architectures = ["RecursiveForCausalLM"]
     config.save_pretrained(folder)
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    home = Path(recursify.modeling.__file__).parent
-    for file in TRAVELLING_FILES:
-        shutil.copyfile(home / file, folder / file)
+    copy_travelling_files(config, folder)
+
+
+def travelling_code(folder: Path) -> tuple[str, ...]:
+    """Names of the Python files that ``config.json`` of a folder refers to, with the files that these import.
+
+    Raises:
+        CheckpointError: A damaged config, or a file that is missing.
+    """
+    try:
+        auto_map = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
+        return code_files(auto_map, folder)
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"The modeling code in '{folder}' cannot be read: {error}. Convert again.") from error
 
 
 def update_record(folder: Path, **entries: Any) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import torch
 from recursify.errors import EngineError, UnsupportedModelError
 from recursify.kernels.dispatch import Implementation, implementation_on, why_not_triton
 from recursify.modeling import ExitSettings
+from recursify.modeling.configuration_recursive import ROUTED_KV
 from recursify.modeling.recursive_decoding import check_depths
-from recursify.modeling.recursive_policies import KV_MODES as EXIT_KV
-from recursify.modeling.recursive_routing import ROUTED_KV
+from recursify.modeling.recursive_exits import KV_MODES as EXIT_KV
 
 from .layers.batch import TokenSpan
 from .layers.decoder import DecoderAdapter

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from recursify.modeling import ExitLimits, exits
-from recursify.modeling.recursive_decoding import on_device
+from recursify.modeling.recursive_columns import on_device
 from recursify.modeling.recursive_policies import ExitContext
 
 from .chunk import Chunk, known

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recursify.modeling.recursive_decoding import on_device
+from recursify.modeling.recursive_columns import on_device
 from recursify.modeling.recursive_routing import (
     choose_above,
     depths_and_gates,

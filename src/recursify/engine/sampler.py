@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recursify.modeling.recursive_decoding import on_device
+from recursify.modeling.recursive_columns import on_device
 
 from .request import Request
 

@@ -22,11 +22,10 @@ from typing import Any
 from huggingface_hub import ModelCard
 from yaml import YAMLError
 
-from recursify.checkpoint.record import RECORD_FILE, read_record
+from recursify.checkpoint.record import RECORD_FILE, read_record, travelling_code
 from recursify.checkpoint.shards import INDEX_FILE, shard_files
 from recursify.errors import HubError, ParityError
 from recursify.evaluation.fingerprint import TOLERANCE, Fingerprint, largest_difference
-from recursify.modeling import TRAVELLING_FILES
 
 CARD_FILE = "README.md"
 PICTURE_FILE = "layout.svg"
@@ -34,7 +33,6 @@ PUBLISHED = (
     "config.json",
     RECORD_FILE,
     INDEX_FILE,
-    *TRAVELLING_FILES,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -54,7 +52,7 @@ PUBLISHED = (
     "curves.png",
     "metrics.jsonl",
 )
-"""Files of a model's folder that are uploaded, beside the weights that its index names."""
+"""Files of a model's folder that are uploaded, beside its weights and its code."""
 
 TEMPLATES = "additional_chat_templates"
 """The one folder that belongs to a tokenizer; it holds ``*.jinja``."""
@@ -120,7 +118,7 @@ def check_folder(folder: Path) -> tuple[list[Path], list[str]]:
         HubError: A pickle, or a file that belongs to no model.
         CheckpointError: Weights are missing.
     """
-    weights = set(shard_files(folder).values())
+    expected = {*shard_files(folder).values(), *travelling_code(folder)}
     published, left_out = [], []
     for entry in sorted(folder.iterdir()):
         if entry.name in LEFT_OUT:
@@ -132,7 +130,7 @@ def check_folder(folder: Path) -> tuple[list[Path], list[str]]:
             )
         elif entry.name == TEMPLATES and entry.is_dir():
             published += [_require_template(file) for file in sorted(entry.iterdir())]
-        elif entry.is_file() and (entry.name in weights or any(fnmatch(entry.name, pattern) for pattern in PUBLISHED)):
+        elif entry.is_file() and (entry.name in expected or any(fnmatch(entry.name, pattern) for pattern in PUBLISHED)):
             published.append(entry)
         else:
             raise _stray(entry)

@@ -1,38 +1,40 @@
-"""What a recursive model is. Importing this package registers it with transformers' Auto classes.
+"""The recursive model. Importing this package registers it with transformers' Auto classes.
 
-The files beside this one are copied into every checkpoint, flat, and import nothing of recursify.
+The files beside this one are copied into checkpoints, flat, as far as a checkpoint uses them, and import nothing of
+recursify.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration_recursive import FORMAT_VERSION, RecursiveConfig
-from .modeling_recursive import (
-    DepthView,
-    PerDepth,
-    RecursiveForCausalLM,
-    RecursiveModel,
-    RecursiveOutput,
-    RelaxedLinear,
-    SharedLayer,
-    UnsupportedFamily,
-)
-from .recursive_decoding import DepthDecoder, ExitGenerateOutput
-from .recursive_exits import EXIT_HEADS, ExitHead, ExitKind
-from .recursive_layout import SHARINGS, LayerLayout, LayerRef, LayoutError
-from .recursive_policies import EXIT_POLICIES, KV_MODES, ExitLimits, ExitPolicy, ExitSettings, exits, make_policy
-from .recursive_routed_cache import RoutedCache
-from .recursive_routing import (
+from .complete_model import RecursiveForCausalLM, RecursiveModel, code_files, copy_travelling_files, travelling_files
+from .configuration_recursive import (
+    FORMAT_VERSION,
     ROUTED_KV,
     ROUTER_DECISIONS,
     ROUTER_GATES,
     ROUTER_WIDTHS,
     ROUTERS,
-    RouterKind,
-    Routing,
-    TokenRouter,
+    RecursiveConfig,
 )
+from .modeling_recursive import RecursiveOutput
+from .recursive_decoding import DepthDecoder
+from .recursive_exit_generation import ExitGenerateOutput
+from .recursive_exits import EXIT_HEADS, KV_MODES, ExitHead, ExitKind
+from .recursive_layers import CACHE_ARGUMENT, DepthView, PerDepth, RelaxedLinear, SharedLayer, UnsupportedFamily
+from .recursive_layout import SHARINGS, LayerLayout, LayerRef, LayoutError
+from .recursive_policies import (
+    EXIT_POLICIES,
+    ExitContext,
+    ExitLimits,
+    ExitPolicy,
+    ExitSettings,
+    LearnedThresholds,
+    exits,
+    make_policy,
+)
+from .recursive_routed_cache import RoutedCache
+from .recursive_routing import RouterKind, Routing, TokenRouter
 from .recursive_speculation import SpeculationOutput, SpeculationSettings
-from .recursive_thresholds import AdaptiveThresholds
 
 AutoConfig.register("recursive", RecursiveConfig, exist_ok=True)
 AutoModel.register(RecursiveConfig, RecursiveModel, exist_ok=True)
@@ -41,23 +43,8 @@ AutoModelForCausalLM.register(RecursiveConfig, RecursiveForCausalLM, exist_ok=Tr
 MINIMUM_TRANSFORMERS = "5.17"
 """The oldest transformers that runs the files of this package."""
 
-TRAVELLING_FILES = (
-    "configuration_recursive.py",
-    "recursive_layout.py",
-    "recursive_loops.py",
-    "recursive_exits.py",
-    "recursive_thresholds.py",
-    "recursive_policies.py",
-    "recursive_decoding.py",
-    "recursive_speculation.py",
-    "recursive_routing.py",
-    "recursive_routed_cache.py",
-    "recursive_routed_walk.py",
-    "modeling_recursive.py",
-)
-"""Files of this package that a checkpoint carries, so that it loads where recursify is not installed."""
-
 __all__ = [
+    "CACHE_ARGUMENT",
     "EXIT_HEADS",
     "EXIT_POLICIES",
     "FORMAT_VERSION",
@@ -69,10 +56,9 @@ __all__ = [
     "ROUTER_GATES",
     "ROUTER_WIDTHS",
     "SHARINGS",
-    "TRAVELLING_FILES",
-    "AdaptiveThresholds",
     "DepthDecoder",
     "DepthView",
+    "ExitContext",
     "ExitGenerateOutput",
     "ExitHead",
     "ExitKind",
@@ -82,6 +68,7 @@ __all__ = [
     "LayerLayout",
     "LayerRef",
     "LayoutError",
+    "LearnedThresholds",
     "PerDepth",
     "RecursiveConfig",
     "RecursiveForCausalLM",
@@ -96,6 +83,9 @@ __all__ = [
     "SpeculationSettings",
     "TokenRouter",
     "UnsupportedFamily",
+    "code_files",
+    "copy_travelling_files",
     "exits",
     "make_policy",
+    "travelling_files",
 ]

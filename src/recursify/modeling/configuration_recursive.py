@@ -3,43 +3,53 @@
 Everything that reads a config by field name (caches, vLLM, lm-eval, memory estimators) finds the dense model's true
 values. ``num_hidden_layers`` is the *effective* depth, since every KV cache is sized by it.
 
-This file travels inside every checkpoint: it imports transformers and its neighbours only.
+This file travels inside checkpoints: it imports transformers and its neighbours only.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
-from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .recursive_exits import EXIT_HEADS
+from .recursive_exits import EXIT_HEADS, KV_MODES
 from .recursive_layout import LayerLayout, LayoutError
-from .recursive_loops import spread_depths
-from .recursive_policies import KV_MODES
-from .recursive_routing import check_routers
 
 FORMAT_VERSION = 1
 """Version of the on-disk format. Raised when an older recursify could not read a newer folder."""
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_recursive.RecursiveConfig",
-    "AutoModel": "modeling_recursive.RecursiveModel",
-    "AutoModelForCausalLM": "modeling_recursive.RecursiveForCausalLM",
-}
-# vLLM's Transformers backend builds `AutoModel.from_config`, and `register_for_auto_class` never writes that key.
+ROUTERS = ("expert_choice", "token_choice")
+"""Kinds of routers: every recursion chooses its tokens, or every token the number of its recursions."""
+
+ROUTER_WIDTHS = {"linear": 0, "mlp": 2, "wide_mlp": 4, "random": None}
+"""Router architectures: linear, MLP (multiplier of the hidden size), or random (a control)."""
+
+ROUTER_ACTIVATIONS = ("sigmoid", "softmax")
+
+ROUTER_GATES = ("residual", "mor")
+"""Combinations of a recursion's input and output: ``residual`` is ours (``recursive_routing.gated``), ``mor`` as
+published."""
+
+ROUTED_KV = ("recursion_wise", "shared")
+"""Keys that a recursion attends to: its own, of the tokens that run it; or those of the first recursion, which spares
+the others their key and value projections (MoR, section 2.2.2)."""
+
+ROUTER_DECISIONS = ("own", "auxiliary")
+"""Router that decides at inference: the router itself, taught by an auxiliary loss; or a second one, trained alone on
+detached states (MoR, section 2.2.1)."""
 
 
 class RecursiveConfig(PreTrainedConfig):
-    """Configuration of :class:`RecursiveForCausalLM`.
+    """Configuration of a recursive model.
 
     Args:
         dense_model_type: ``model_type`` of the dense family whose decoder layers this model runs (``"llama"``, ...).
-        num_recursions: How often the shared block is applied, at least 1.
+        num_recursions: Number of applications of the shared block, at least 1.
         num_prelude_layers: Unshared layers before the block.
         num_coda_layers: Unshared layers after the block.
         sharing: ``"cycle"`` (the block, then again) or ``"sequence"`` (each layer repeated in place).
@@ -48,40 +58,38 @@ class RecursiveConfig(PreTrainedConfig):
             A key is a module path inside the shared layer, optionally preceded by the block layer's index; the most
             specific one wins.
         tie_norms: One norm (and bias) for all depths, as in the papers, instead of one per depth.
-        exit_head: What an exit after a recursion reads out with (``EXIT_HEADS``), or None: the model has no exits.
+        exit_head: Kind of the exit heads after the recursions (``EXIT_HEADS``); None for a model without them.
         exit_rank: Rank of a ``low_rank`` exit head.
-        exit_through_coda: A token that exits still runs the coda, as at full depth, instead of being read out where it
-            stopped.
-        exit_kv: Where exits were trained to find keys and values of depths that earlier tokens skipped, of
-            ``recursive_policies.KV_MODES``; ``deferred`` are those of the whole model. The engine keeps to it.
-        exit_policy: The policy that ``exit_thresholds`` are for, of ``recursive_policies.EXIT_POLICIES``.
-        exit_vocabulary: How many entries of the vocabulary that policy judges by; None for all.
-        exit_thresholds: One per exit, which ``generate(exit_policy=…)`` takes where it is given that policy's name.
-        exit_depth: Depth after which every token exits; None runs all recursions. It can be given to
-            ``from_pretrained``, and so to whatever passes arguments on to it (lm-eval's ``--model_args``, a pipeline).
-        residual_scale: What the steps of the shared layers are multiplied by: ``h + residual_scale · (layer(h) - h)``.
-        depth_map: By depth, the depth of the model it was made from (:meth:`with_recursions`) that its own parameters
-            are of; None where the model is as it was made.
-        anderson: How many earlier loops are mixed into one that repeats them (``recursive_loops.py``); 0 for none.
-        router: Who decides which tokens go through a recursion (``recursive_routing.ROUTERS``), or None: all do.
-        router_width: What a router is, of ``recursive_routing.ROUTER_WIDTHS``.
-        router_activation: ``sigmoid`` or ``softmax``; None takes MoR's, by the kind of router.
-        router_temperature: Divides what a router sees.
-        router_alpha: Scales gates; None takes MoR's, 0.1 for ``expert_choice`` and 1 for ``token_choice``.
-        router_gate: How a recursion's result comes back, of ``recursive_routing.ROUTER_GATES``.
-        router_capacities: With ``expert_choice``, the part of the tokens that goes into each recursion, not rising;
-            None takes ``(R − r + 1) / R``.
-        router_kv: Which keys a recursion attends to, of ``recursive_routing.ROUTED_KV``.
-        router_decision: Whose score decides in inference, of ``recursive_routing.ROUTER_DECISIONS``.
-        router_thresholds: The score from which on a token goes in at inference, by depth; None is 0.5, and none where
-            the capacity is 1.
+        exit_through_coda: A token that exits still runs the coda, as at full depth.
+        exit_kv: KV mode that the exits were trained for (``KV_MODES``); the engine uses it.
+        exit_policy: Exit policy that ``exit_thresholds`` were calibrated for.
+        exit_vocabulary: Number of vocabulary entries that this policy scores; None for all.
+        exit_thresholds: Calibrated thresholds, one per exit, for ``generate(exit_policy=…)`` with that policy's name.
+        exit_depth: Depth after which every token exits; None runs all recursions. ``from_pretrained`` takes it, and so
+            does any tool that passes arguments on to it (lm-eval's ``--model_args``, a pipeline).
+        residual_scale: Factor on the steps of the shared layers: ``h + residual_scale · (layer(h) - h)``.
+        depth_map: For a model with another number of recursions (``with_recursions``): the depth of the original model
+            that each depth took its own parameters from.
+        anderson: Number of earlier loops mixed into one that repeats them (``modeling_recursive_anderson.py``).
+        router: Kind of router that decides which tokens run a recursion (``ROUTERS``); None runs all of them.
+        router_width: Architecture of a router (``ROUTER_WIDTHS``).
+        router_activation: ``sigmoid`` or ``softmax``; None takes MoR's for the kind of router.
+        router_temperature: Divisor of a router's input.
+        router_alpha: Factor on gates; None takes MoR's, 0.1 for ``expert_choice`` and 1 for ``token_choice``.
+        router_gate: Combination of a recursion's input and output (``ROUTER_GATES``).
+        router_capacities: Fraction of the tokens in each recursion with ``expert_choice``, not rising; None takes
+            ``(R − r + 1) / R``.
+        router_kv: Keys that a recursion attends to (``ROUTED_KV``).
+        router_decision: Router that decides at inference (``ROUTER_DECISIONS``).
+        router_thresholds: Lowest score of a token that runs a recursion at inference, by depth; None takes 0.5, and no
+            threshold where the capacity is 1.
         format_version: Version of the on-disk format.
-        dense_fields: Every field of the dense family's config, ``num_hidden_layers`` being the effective depth.
+        dense_fields: Fields of the dense family's configuration, ``num_hidden_layers`` being the effective depth.
 
     Raises:
         ValueError: An unknown ``dense_model_type``, a newer ``format_version``, a misspelt field of our own, exits or
-            routers where there is no boundary between recursions, or fields of the loops or routers that do not fit.
-        LayoutError: The effective depth does not fold as the other fields say.
+            routers without a boundary between recursions, or exit, loop or router fields that do not fit.
+        LayoutError: The effective depth does not fold as the other fields require.
     """
 
     model_type = "recursive"
@@ -122,6 +130,7 @@ class RecursiveConfig(PreTrainedConfig):
         format_version: int = FORMAT_VERSION,
         **dense_fields: Any,
     ):
+        own = {name: value for name, value in locals().items() if name in _own_fields()}
         if dense_model_type not in CONFIG_MAPPING:
             raise ValueError(
                 f"Unknown dense_model_type '{dense_model_type}': the installed transformers has no such family."
@@ -131,16 +140,11 @@ class RecursiveConfig(PreTrainedConfig):
                 f"This checkpoint has format_version {format_version}, newer than {FORMAT_VERSION}, the newest this "
                 f"code reads. Upgrade recursify, or load with the code in the checkpoint (trust_remote_code=True)."
             )
-        if sharing not in ("cycle", "sequence"):
-            raise ValueError(f"Unknown sharing '{sharing}' in the config. Use 'cycle' or 'sequence'.")
-        if lora_rank < 0 or any(rank < 0 for rank in (lora_rank_pattern or {}).values()):
-            raise ValueError(f"LoRA ranks cannot be negative, got {lora_rank} and {lora_rank_pattern}.")
         derived = {key: dense_fields.pop(key, None) for key in ("num_unique_layers", "layer_to_block", "block_size")}
         for key in ("model_type", "auto_map"):
             dense_fields.pop(key, None)
-
         dense = CONFIG_MAPPING[dense_model_type](**dense_fields)
-        self._refuse_misspelt(dense_fields, dense)
+        _refuse_misspelt(dense_fields, dense)
         verbatim = {key: value for key, value in dense.to_dict().items() if key not in _NOT_COPIED}
         super().__init__(**verbatim)
         for key, value in verbatim.items():
@@ -148,64 +152,57 @@ class RecursiveConfig(PreTrainedConfig):
             if key not in self.__dict__ and key != "dtype":
                 setattr(self, key, value)
         self._attn_implementation = dense_fields.get("attn_implementation")
-        self.dense_model_type = dense_model_type
-        self.num_recursions = num_recursions
-        self.num_prelude_layers = num_prelude_layers
-        self.num_coda_layers = num_coda_layers
-        self.sharing = sharing
-        self.lora_rank = lora_rank
+        for key, value in own.items():
+            setattr(self, key, value)
         self.lora_rank_pattern = dict(lora_rank_pattern or {})
-        self.tie_norms = tie_norms
-        self.exit_head = exit_head
-        self.exit_rank = exit_rank
-        self.exit_through_coda = exit_through_coda
-        self.exit_kv = exit_kv
-        self.exit_policy = exit_policy
-        self.exit_thresholds = exit_thresholds
-        self.exit_vocabulary = exit_vocabulary
-        self.exit_depth = exit_depth
-        self.residual_scale = residual_scale
-        self.depth_map = depth_map
-        self.anderson = anderson
-        self.router = router
-        self.router_width = router_width
-        self.router_activation = router_activation
-        self.router_temperature = router_temperature
-        self.router_alpha = router_alpha
-        self.router_gate = router_gate
-        self.router_capacities = router_capacities
-        self.router_kv = router_kv
-        self.router_decision = router_decision
-        self.router_thresholds = router_thresholds
-        self.format_version = format_version
-        self.auto_map = dict(AUTO_MAP)
+        self._derive(derived)
+        self.check_fields()
 
+    def _derive(self, given: dict[str, Any]) -> None:
+        """Set the fields that follow from the layout.
+
+        Raises:
+            ValueError: An unknown sharing.
+            LayoutError: The effective depth does not fold, or ``given``, the fields of a file, are others.
+        """
+        if self.sharing not in ("cycle", "sequence"):
+            raise ValueError(f"Unknown sharing '{self.sharing}' in the config. Use 'cycle' or 'sequence'.")
         layout = self.layout
         self.block_size = layout.block_size
         self.num_unique_layers = layout.num_unique_layers
         self.layer_to_block = layout.layer_to_block()
-        for key, given in derived.items():
-            if given is not None and given != getattr(self, key):
+        for key, value in given.items():
+            if value is not None and value != getattr(self, key):
                 raise LayoutError(
-                    f"config.{key} is {given}, but {self.num_hidden_layers} layers with {num_recursions} recursions, a "
-                    f"prelude of {num_prelude_layers}, a coda of {num_coda_layers} and sharing '{sharing}' make it "
-                    f"{getattr(self, key)}. The config was edited by hand: convert again instead."
+                    f"config.{key} is {value}, but {self.num_hidden_layers} layers with {self.num_recursions} "
+                    f"recursions, a prelude of {self.num_prelude_layers}, a coda of {self.num_coda_layers} and sharing "
+                    f"'{self.sharing}' make it {getattr(self, key)}. The config was edited by hand: convert again "
+                    f"instead."
                 )
-        if exit_head is not None:
-            self.check_exits()
-        if exit_thresholds is not None and len(exit_thresholds) != len(self.exit_depths):
+
+    def check_fields(self) -> None:
+        """Check the fields of this class.
+
+        Raises:
+            ValueError: A value outside its range, or fields that do not fit the layout or one another.
+        """
+        if self.lora_rank < 0 or any(rank < 0 for rank in self.lora_rank_pattern.values()):
+            raise ValueError(f"LoRA ranks cannot be negative, got {self.lora_rank} and {self.lora_rank_pattern}.")
+        if self.exit_head is not None:
+            self._check_exits()
+        if self.exit_thresholds is not None and len(self.exit_thresholds) != len(self.exit_depths):
             raise ValueError(
-                f"exit_thresholds has {len(exit_thresholds)} values, and the model {len(self.exit_depths)} exits. "
+                f"exit_thresholds has {len(self.exit_thresholds)} values, and the model {len(self.exit_depths)} exits. "
                 f"Choose them again: recursify calibrate-exits."
             )
-        if router is not None:
-            check_routers(self)
+        if self.router is not None:
+            _check_routers(self)
         self.depth_to_exit_at()
-        self.check_loops()
+        self._check_loops()
 
     @classmethod
     def from_dense(cls, dense: PreTrainedConfig, layout: LayerLayout, **fields: Any) -> RecursiveConfig:
-        """The config of ``dense`` folded by ``layout``; ``fields`` are this class's own (``lora_rank``, ...)."""
+        """Configuration of ``dense`` folded by ``layout``; ``fields`` are this class's own (``lora_rank``, ...)."""
         return cls(
             dense_model_type=dense.model_type,
             num_recursions=layout.num_recursions,
@@ -218,7 +215,7 @@ class RecursiveConfig(PreTrainedConfig):
 
     @property
     def layout(self) -> LayerLayout:
-        """The map between positions, stored layers and depths."""
+        """Map between positions, stored layers and depths."""
         return LayerLayout.fold(
             self.num_hidden_layers,
             self.num_recursions,
@@ -229,10 +226,27 @@ class RecursiveConfig(PreTrainedConfig):
 
     @property
     def exit_depths(self) -> tuple[int, ...]:
-        """Depths after which a token can stop: all but the last; none where recursions have no boundary."""
+        """Depths after which a token can exit: all but the last; none in ``sequence`` sharing."""
         return tuple(range(self.num_recursions - 1)) if self.sharing == "cycle" else ()
 
-    def check_exits(self) -> None:
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """The classes of a checkpoint's own code, which has only the parts that these fields use."""
+        model = causal_model = "modeling_recursive"
+        if self.router is not None:
+            model = causal_model = "modeling_recursive_routed"
+        elif self.anderson:
+            model = causal_model = "modeling_recursive_anderson"
+        elif self.exit_head is not None or self.exit_policy is not None or self.exit_thresholds is not None:
+            causal_model = "modeling_recursive_exits"
+        return {
+            "AutoConfig": "configuration_recursive.RecursiveConfig",
+            # vLLM's Transformers backend builds `AutoModel.from_config`.
+            "AutoModel": f"{model}.RecursiveModel",
+            "AutoModelForCausalLM": f"{causal_model}.RecursiveForCausalLM",
+        }
+
+    def _check_exits(self) -> None:
         """Raises:
         ValueError: The exit fields do not fit the layout or one another.
         """
@@ -250,12 +264,11 @@ class RecursiveConfig(PreTrainedConfig):
 
     @staticmethod
     def router_defaults() -> dict[str, Any]:
-        """The router fields and what they are by default."""
-        parameters = inspect.signature(RecursiveConfig.__init__).parameters
-        return {name: each.default for name, each in parameters.items() if name.partition("_")[0] == "router"}
+        """Router fields with their defaults."""
+        return {name: default for name, default in _own_fields().items() if name.partition("_")[0] == "router"}
 
     def depth_to_exit_at(self, num_recursions: int | None = None, exit_depth: int | None = None) -> int | None:
-        """The depth after which a call exits: ``exit_depth``, else the config's, if it names no ``num_recursions``.
+        """Depth after which a call exits: ``exit_depth``, or the config's if the call names no ``num_recursions``.
 
         Raises:
             ValueError: There is no exit after that depth, or both are given.
@@ -271,28 +284,7 @@ class RecursiveConfig(PreTrainedConfig):
             )
         return exit_depth
 
-    @property
-    def repetitions(self) -> list[int]:
-        """By depth, how many depths right before it run the same map; 0 where another one begins.
-
-        Depths run the same map that have the same parameters and, where layers differ in what is not a weight (window,
-        RoPE or NoPE), the same kinds of layers.
-        """
-        layout = self.layout
-        sources = self.depth_map or list(range(self.num_recursions))
-        if self.tie_norms and not self.lora_rank and not any(self.lora_rank_pattern.values()):
-            sources = [0] * self.num_recursions
-        by_layer = [value for _, value in self._by_layer(self.to_dict())]
-        maps = [
-            (source, [[value[layout.position(index, depth)] for value in by_layer] for index in range(self.block_size)])
-            for depth, source in enumerate(sources)
-        ]
-        counts = [0]
-        for before, here in pairwise(maps):
-            counts.append(counts[-1] + 1 if here == before else 0)
-        return counts
-
-    def check_loops(self) -> None:
+    def _check_loops(self) -> None:
         """Raises:
         ValueError: A scale, map or history that the recursions cannot have.
         """
@@ -301,63 +293,26 @@ class RecursiveConfig(PreTrainedConfig):
         depths = self.depth_map
         if depths is not None and (len(depths) != self.num_recursions or sorted(depths) != depths or depths[0] < 0):
             raise ValueError(
-                f"depth_map {depths} is not one rising depth for each of {self.num_recursions} recursions. It is made "
-                f"by with_recursions."
+                f"depth_map {depths} is not one rising depth for each of {self.num_recursions} recursions. Make it by "
+                f"with_recursions."
             )
         if self.anderson < 0:
             raise ValueError(f"anderson must be a number of loops, 0 for none; got {self.anderson}.")
-        if self.anderson and not any(self.repetitions):
-            raise ValueError(
-                f"anderson={self.anderson} mixes loops that repeat a depth, and of {self.num_recursions} recursions "
-                f"none does. Take more recursions than the model was made with, or leave anderson out."
-            )
 
-    def with_recursions(
-        self, num_recursions: int, *, residual_scale: float | Literal["auto"] = "auto", anderson: int = 0
-    ) -> RecursiveConfig:
-        """The config of ``RecursiveForCausalLM.with_recursions``, which says what the arguments mean.
-
-        Raises:
-            ValueError: Less than one recursion, or a scale or history that they cannot have.
-        """
-        if num_recursions < 1:
-            raise ValueError(f"A model has at least 1 recursion, got {num_recursions}.")
-        if self.router is not None:
-            raise ValueError(
-                f"The model has {self.router} routers, which were trained for {self.num_recursions} recursions at "
-                f"their scale. Change those of a model without routers."
-            )
-        changes: dict[str, Any] = {"num_recursions": num_recursions, "anderson": anderson}
-        changes["residual_scale"] = residual_scale
-        if residual_scale == "auto":
-            changes["residual_scale"] = self.residual_scale * self.num_recursions / num_recursions
-        fields = {key: value for key, value in self.to_dict().items() if key not in _DERIVED}
-        if num_recursions != self.num_recursions:
-            depths = spread_depths(num_recursions, self.num_recursions)
-            positions = self.layout.sources(depths)
-            changes["num_hidden_layers"] = len(positions)
-            changes["depth_map"] = depths if self.depth_map is None else [self.depth_map[depth] for depth in depths]
-            changes |= {key: [value[position] for position in positions] for key, value in self._by_layer(fields)}
-            changes |= {"exit_policy": None, "exit_thresholds": None, "exit_depth": None}
-            if num_recursions == 1:
-                changes["exit_head"] = None
-        return type(self)(**{**fields, **changes, "attn_implementation": self._attn_implementation})
-
-    def _by_layer(self, fields: dict[str, Any]) -> list[tuple[str, list[Any]]]:
-        """The dense family's fields, among ``fields``, that have an entry for every effective layer."""
-        own = set(inspect.signature(RecursiveConfig.__init__).parameters) | _DERIVED | _NOT_COPIED | {"eos_token_id"}
-        return [
-            (key, list(value))
-            for key, value in fields.items()
+    def fields_by_layer(self) -> dict[str, list[Any]]:
+        """Fields of the dense family that have an entry for every effective layer."""
+        own = {*_own_fields(), *_DERIVED, *_NOT_COPIED, "eos_token_id"}
+        return {
+            key: list(value)
+            for key, value in self.to_dict().items()
             if key not in own and isinstance(value, list | tuple) and len(value) == self.num_hidden_layers
-        ]
+        }
 
     def dense_config(self) -> PreTrainedConfig:
-        """The dense family's own config, of the effective depth: what the unrolled model has."""
-        dense_class = CONFIG_MAPPING[self.dense_model_type]
-        own = set(inspect.signature(RecursiveConfig.__init__).parameters) | _DERIVED
-        fields = {key: value for key, value in self.to_dict().items() if key not in own | _NOT_COPIED}
-        return dense_class(**fields)
+        """Configuration of the dense family, with the effective depth."""
+        unwanted = {*_own_fields(), *_DERIVED, *_NOT_COPIED}
+        fields = {key: value for key, value in self.to_dict().items() if key not in unwanted}
+        return CONFIG_MAPPING[self.dense_model_type](**fields)
 
     def rank_of(self, index: int, path: str, in_features: int, out_features: int) -> int:
         """LoRA rank of the shared linear ``path`` (``"self_attn.q_proj"``) in block layer ``index``."""
@@ -368,29 +323,139 @@ class RecursiveConfig(PreTrainedConfig):
         rank = self.lora_rank_pattern.get(f"{index}.{path}", rank)
         return min(rank, in_features, out_features)
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, with the map of classes that these fields need."""
+        return {**super().to_dict(), "auto_map": self.auto_map}
+
     def to_diff_dict(self) -> dict[str, Any]:
         """All fields: readers of ``config.json`` outside transformers do not know the dense family's defaults.
 
-        Except where it was loaded from, which may be a path of this machine.
+        The name it was loaded from, which may be a path of this machine, is left out.
         """
         return {key: value for key, value in self.to_dict().items() if key != "_name_or_path"}
 
-    @staticmethod
-    def _refuse_misspelt(fields: dict[str, Any], dense: PreTrainedConfig) -> None:
-        """transformers keeps any unknown key as an attribute, so a misspelt field of ours would vanish silently."""
-        own = set(inspect.signature(RecursiveConfig.__init__).parameters) - {"self", "dense_fields"}
-        known = set(type(dense)().to_dict())
-        for key in fields.keys() - known:
-            if nearest := difflib.get_close_matches(key, own, n=1, cutoff=0.8):
-                raise ValueError(f"Unknown config key '{key}'. Did you mean '{nearest[0]}'?")
+
+@functools.cache
+def _own_fields() -> dict[str, Any]:
+    """Fields of :class:`RecursiveConfig` that are not the dense family's, with their defaults."""
+    parameters = inspect.signature(RecursiveConfig.__init__).parameters
+    return {name: entry.default for name, entry in parameters.items() if name not in ("self", "dense_fields")}
 
 
-_DERIVED = {"num_unique_layers", "layer_to_block", "block_size", "auto_map"}
-_NOT_COPIED = {
+def _refuse_misspelt(fields: dict[str, Any], dense: PreTrainedConfig) -> None:
+    """Refuse a misspelt field: transformers keeps any unknown key as an attribute, so it would vanish silently."""
+    known = set(type(dense)().to_dict())
+    for key in fields.keys() - known:
+        if nearest := difflib.get_close_matches(key, _own_fields(), n=1, cutoff=0.8):
+            raise ValueError(f"Unknown config key '{key}'. Did you mean '{nearest[0]}'?")
+
+
+_DERIVED = ("num_unique_layers", "layer_to_block", "block_size", "auto_map")
+_NOT_COPIED = (
     "model_type",
     "architectures",
     "transformers_version",
     "auto_map",
     "quantization_config",
     "_name_or_path",
-}
+)
+
+
+def _check_routers(config: Any) -> None:
+    """Raises:
+    ValueError: The router fields of ``config`` do not fit the layout or one another.
+    """
+    choices = {
+        "router": ROUTERS,
+        "router_width": tuple(ROUTER_WIDTHS),
+        "router_gate": ROUTER_GATES,
+        "router_kv": ROUTED_KV,
+        "router_decision": ROUTER_DECISIONS,
+    }
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"Unknown {name} '{getattr(config, name)}'. Use one of: {', '.join(known)}.")
+    if config.sharing != "cycle" or config.num_recursions < 2:
+        raise ValueError(
+            f"A model with {config.num_recursions} recursions in {config.sharing} sharing has no boundary between "
+            f"recursions, so there is nothing to route tokens to. Routers need cycle sharing and at least 2 recursions."
+        )
+    if config.anderson:
+        raise ValueError(
+            f"anderson={config.anderson} mixes loops of all tokens, and routers keep some out of a loop. Leave one out."
+        )
+    if config.router_temperature <= 0:
+        raise ValueError(f"router_temperature must be above 0, got {config.router_temperature:g}.")
+    _check_activation(config)
+    _check_capacities(config)
+    _check_thresholds(config)
+    if config.router == "token_choice" and (config.router_width == "random" or config.router_decision != "own"):
+        raise ValueError(
+            "A random router and an auxiliary one are for expert_choice: a token-choice router decides alike in "
+            "training and inference. Leave router_width and router_decision at their defaults."
+        )
+    if config.router_kv == "shared":
+        _check_same_layers(config)
+
+
+def _check_activation(config: Any) -> None:
+    activation = config.router_activation
+    if activation not in (None, *ROUTER_ACTIVATIONS):
+        raise ValueError(f"Unknown router_activation '{activation}'. Use one of: {', '.join(ROUTER_ACTIVATIONS)}.")
+    if config.router == "expert_choice" and activation == "softmax":
+        raise ValueError(
+            "An expert-choice router cannot have a softmax: over the tokens of a sequence it would look at later ones. "
+            "Use router_activation sigmoid."
+        )
+
+
+def _check_capacities(config: Any) -> None:
+    given = config.router_capacities
+    if given is None:
+        return
+    if config.router == "token_choice":
+        raise ValueError(
+            f"router_capacities {given} are for expert_choice: in token_choice every token chooses. Leave them out."
+        )
+    if len(given) != config.num_recursions:
+        raise ValueError(
+            f"router_capacities has {len(given)} values, and the model {config.num_recursions} recursions."
+        )
+    for depth, capacity in enumerate(given):
+        if not 0 < capacity <= 1:
+            raise ValueError(
+                f"router_capacities {given}: {capacity:g} at depth {depth} leaves "
+                f"{'no token' if capacity <= 0 else 'more tokens than there are'}. A capacity is the part of the "
+                f"tokens that goes into a recursion: above 0, and 1 at most."
+            )
+        if depth and capacity > given[depth - 1]:
+            raise ValueError(
+                f"router_capacities {given} rise from {given[depth - 1]:g} to {capacity:g} at depth {depth}, but only "
+                f"tokens of the recursion before can go into one. Give capacities that fall or stay."
+            )
+
+
+def _check_thresholds(config: Any) -> None:
+    given = config.router_thresholds
+    if given is None:
+        return
+    if config.router == "token_choice":
+        raise ValueError("router_thresholds are for expert_choice: token_choice has no threshold. Leave them out.")
+    if len(given) != config.num_recursions:
+        raise ValueError(
+            f"router_thresholds has {len(given)} values, and the model {config.num_recursions} recursions."
+        )
+    if not all(0 <= threshold <= 1 for threshold in given):
+        raise ValueError(f"router_thresholds {given} must be between 0 and 1: a router's score is a probability.")
+
+
+def _check_same_layers(config: Any) -> None:
+    """Require equal attention at all depths: keys of one depth are read at another."""
+    kinds, layout = getattr(config, "layer_types", None) or {}, config.layout
+    for index in range(layout.block_size if kinds else 0):
+        found = {kinds[position] for position in layout.positions(index)}
+        if len(found) > 1:
+            raise ValueError(
+                f"router_kv 'shared' has layer {index} of the block read the first recursion's keys, but its positions "
+                f"{layout.positions(index)} attend in different ways ({', '.join(sorted(found))}). Use recursion_wise."
+            )

@@ -1,41 +1,49 @@
-"""Exit heads: what a recursive model says at the boundary after a recursion, and whether to stop there.
+"""Exit heads: logits after each recursion, and a classifier that decides whether to exit.
 
 Shape legend: D hidden size, V vocabulary, r rank.
 
-This file travels inside every checkpoint: it imports torch only.
+This file travels inside checkpoints: it imports torch and transformers only.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 ExitKind = Literal["shared", "norm", "low_rank", "full"]
 
 EXIT_HEADS = ("shared", "norm", "low_rank", "full")
-"""What an exit reads out with: the model's own final norm and LM head; a norm of its own; that, and a low-rank residual
-on the LM head; a norm and a head of its own."""
+"""Kinds of exit heads: the model's own final norm and LM head; a norm of its own; that, and a low-rank residual on the
+LM head; a norm and a head of its own."""
+
+
+KV_MODES = ("deferred", "copied", "latest")
+"""Sources of the keys and values of depths that a token skips. ``deferred``: computed exactly, together, when a later
+token of the row needs them (FREE's synchronized parallel decoding). ``copied``: projected at once from the state at the
+exit (CALM's state copying). ``latest``: those of the deepest depth that ran. The last two are approximate."""
 
 
 class ExitHead(nn.Module):
-    """The readout after one recursion, and the test that decides whether it is worth stopping there.
+    """Norm and LM head of the exit after one recursion, and the test that decides whether to exit.
 
     ``logits = W n + B (A n)`` with ``n = norm(h)``: norm and ``W`` are the model's own final norm and LM head
     (Relaxed Recursive Transformers, arXiv 2410.20672, section 2.3) unless ``kind`` gives this exit its own.
 
     The test is one linear map from the hidden state at the boundary, scaled to unit root mean square, to the log-odds
-    that this exit's first choice is also that of the last recursion. It costs ``D`` products; asking the distribution
-    costs ``D·V``, on a small model as much as several layers.
+    that this exit and the last recursion have the same top-1 token. It costs ``D`` products; logits cost ``D·V``, on a
+    small model as much as several layers.
 
     Args:
-        kind: One of :data:`EXIT_HEADS`.
-        norm: The model's final norm, of which a copy is taken where ``kind`` needs one.
-        lm_head: The model's LM head, likewise.
-        rank: ``r`` of a low-rank head.
+        kind: Kind of head, one of :data:`EXIT_HEADS`.
+        norm: Final norm of the model, copied if ``kind`` needs one of its own.
+        lm_head: LM head of the model, likewise.
+        rank: Rank ``r`` of a low-rank head.
 
     Parameters: ``test.weight [1, D]``, ``test.bias [1]``, and by kind those of ``norm``, ``lora_a [r, D]`` and
     ``lora_b [V, r]``, or of ``head``.
@@ -57,34 +65,44 @@ class ExitHead(nn.Module):
     ) -> Tensor:
         """Logits ``[..., V]`` of ``[..., D]`` hidden states, given the model's own norm and head.
 
-        With ``vocabulary``, those of its first so many entries.
+        With ``vocabulary``, those of that number of first entries.
         """
         normed = (self.norm or norm)(hidden_states)
-        logits = read_vocabulary(self.head or lm_head, normed, vocabulary)
+        logits = vocabulary_logits(self.head or lm_head, normed, vocabulary)
         if self.lora_a is not None and self.lora_b is not None:
             logits = logits + F.linear(F.linear(normed, self.lora_a), self.lora_b[:vocabulary])
         return logits
 
     def agreement(self, boundary_states: Tensor) -> Tensor:
-        """Log-odds ``[...]`` that this exit and the last recursion agree, of ``[..., D]`` states at the boundary."""
+        """Log-odds ``[...]`` that this exit and the last recursion agree, for ``[..., D]`` states at the boundary."""
         return self.test(F.rms_norm(boundary_states, boundary_states.shape[-1:])).squeeze(-1)
 
     @torch.no_grad()
     def copy_from(self, norm: nn.Module, lm_head: nn.Module) -> None:
-        """Take the weights of the model's own norm and head where this exit has its own."""
+        """Copy the weights of the model's norm and head to this exit's own."""
         if self.norm is not None:
             self.norm.load_state_dict(norm.state_dict())
         if self.head is not None:
             self.head.load_state_dict(lm_head.state_dict())
 
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialize the residual to zero (A as ``nn.Linear``, B zero) and the test to even odds."""
+        if self.lora_a is not None and self.lora_b is not None:
+            bound = 1 / math.sqrt(self.lora_a.shape[-1])
+            init.uniform_(self.lora_a, -bound, bound)
+            init.zeros_(self.lora_b)
+        init.zeros_(self.test.weight)
+        init.zeros_(self.test.bias)
+
     def extra_repr(self) -> str:
         return f"kind={self.kind}"
 
 
-def read_vocabulary(head: nn.Module, normed: Tensor, vocabulary: int | None) -> Tensor:
-    """What ``head`` says of ``normed [..., D]``: logits ``[..., V]``, or of the first ``vocabulary`` entries only.
+def vocabulary_logits(head: nn.Module, normed: Tensor, vocabulary: int | None) -> Tensor:
+    """Logits ``[..., V]`` of ``normed [..., D]`` by ``head``, or of the first ``vocabulary`` entries only.
 
-    A head that is not torch's own (a quantized one) reads out all of them first.
+    A head that is not torch's own (a quantized one) computes all of them first.
     """
     if vocabulary is None:
         return head(normed)

@@ -1,11 +1,11 @@
-"""Exit policies: whether a token that has come to an exit is sure enough to stop there.
+"""Exit policies: the confidence of a token at an exit, and the rule that decides whether it exits there.
 
 A policy gives every token a confidence, and a token exits where that is *strictly* above the threshold (FREE, arXiv
-2310.05424). An early exit is lossy: what it says is not what the whole model would have said.
+2310.05424). An early exit is lossy: its logits are not those of the whole model.
 
 Shape legend: s tokens at an exit, one per row; D hidden size; V vocabulary.
 
-This file travels inside every checkpoint: it imports torch and its neighbours only.
+This file travels inside checkpoints that have exits: it imports torch and its neighbours only.
 """
 
 from __future__ import annotations
@@ -15,32 +15,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, cast, overload
+from typing import Any, ClassVar, NamedTuple, Protocol, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .recursive_thresholds import AdaptiveThresholds
-
-KV_MODES = ("deferred", "copied", "latest")
-"""Where keys and values of the depths that a token skips come from. ``deferred``: computed exactly, together, when a
-later token of the row needs them (FREE's synchronized parallel decoding). ``copied``: projected at once from the state
-at the exit (CALM's state copying). ``latest``: those of the deepest depth that ran. The last two are approximate."""
+from .recursive_exits import KV_MODES
 
 
 class ExitContext:
-    """What a policy can look at when ``s`` tokens have come to an exit.
+    """Input of a policy: ``s`` tokens at an exit.
 
     Args:
-        depth: Of the exit, 0 being the first.
-        states: Hidden states ``[s, D]`` there.
+        depth: Depth of the exit, 0 being the first.
+        states: Hidden states ``[s, D]`` at the exit.
         previous: Hidden states ``[s, D]`` at the exit before; at the first, the embeddings.
-        arrive: Makes of the states what the exit reads out, ``[s, D]``: runs the coda, where exits do.
-        read: Makes logits ``[s, V]`` of that, of the first entries of the vocabulary only if it is given their number.
-        previous_logits: ``logits`` at the exit before; None at the first, and if the policy does not need them.
-        test: Makes the trained log-odds ``[s]`` that the exit says what the last recursion says; None without a head.
-        vocabulary: How many entries a policy looks at; None for all.
+        arrive: Function that computes the input ``[s, D]`` of the exit head: it runs the coda where exits do.
+        read: Function that computes logits ``[s, V]`` of that input, or of a number of first vocabulary entries.
+        previous_logits: Logits at the exit before; None at the first, and if the policy does not need them.
+        test: Function that computes the trained log-odds ``[s]`` of agreement with the last recursion; None without
+            exit heads.
+        vocabulary: Number of vocabulary entries that the policy scores; None for all.
     """
 
     def __init__(
@@ -65,14 +61,14 @@ class ExitContext:
 
     @cached_property
     def exit_states(self) -> Tensor:
-        """``[s, D]``: what the exit reads out, made when first asked for."""
+        """Input ``[s, D]`` of the exit head, computed on first use."""
         return self._arrive()
 
     @cached_property
     def logits(self) -> Tensor:
-        """``[s, V]`` to judge by, read out when first asked for: on a small model that costs as much as several layers.
+        """Logits ``[s, V]`` to score, computed on first use: on a small model they cost as much as several layers.
 
-        Of the first entries of the vocabulary only, if the policy has a number of them.
+        With a ``vocabulary``, those of that number of first entries.
         """
         if self._vocabulary is None:
             return self.all_logits
@@ -80,16 +76,16 @@ class ExitContext:
 
     @cached_property
     def all_logits(self) -> Tensor:
-        """``[s, V]`` of the whole vocabulary."""
+        """Logits ``[s, V]`` of the whole vocabulary."""
         return self._read(self.exit_states, None)
 
     def known(self, name: str) -> Tensor | None:
-        """``exit_states``, ``logits`` or ``all_logits``, if they were asked for."""
+        """``exit_states``, ``logits`` or ``all_logits`` if they have been computed, else None."""
         return vars(self).get(name)
 
     @cached_property
     def log_odds(self) -> Tensor:
-        """``[s]``, of the trained test."""
+        """Log-odds ``[s]`` of the trained test."""
         assert self._test is not None, "policies that need heads are refused without them"
         return self._test()
 
@@ -130,17 +126,18 @@ def exits(confidence: Any, limits: ExitLimits) -> Any:
 
 @dataclass(frozen=True)
 class ExitPolicy(ABC):
-    """Decides by a confidence.
+    """Base of exit policies.
 
     Attributes:
-        threshold: A token exits where its confidence is above. One number, or one per exit.
-        vocabulary: Judge by so many entries of the vocabulary, the first ones, instead of all. In byte-pair encodings
-            those are the most frequent. The readout of the others is saved where a token goes on.
-        lowest, highest: The range that a threshold may have. No confidence is above ``highest``.
-        reads_logits: Whether it looks at logits, so that ``vocabulary`` means something.
-        needs_head: Whether the model needs trained exit heads.
-        needs_previous_logits: Whether it compares distributions; every exit is then read out.
-        simulated: Whether it looks at what the last recursion says, which costs all that an exit saves.
+        threshold: Confidence above which a token exits, one number or one per exit.
+        vocabulary: Number of first vocabulary entries to score instead of all; in byte-pair encodings those are the
+            most frequent. It saves the logits of the others where a token does not exit.
+        lowest, highest: Range of thresholds. No confidence is above ``highest``.
+        default: Threshold of an uncalibrated model.
+        reads_logits: Flag for policies that use logits, and so support ``vocabulary``.
+        needs_head: Flag for policies that need trained exit heads.
+        needs_previous_logits: Flag for policies that compare distributions, which need the logits of every exit.
+        simulated: Flag for policies that use the last recursion's output, which costs all that an exit saves.
     """
 
     threshold: float | tuple[float, ...]
@@ -161,34 +158,34 @@ class ExitPolicy(ABC):
                     f"'{self.name}'. A token exits where its confidence is above."
                 )
         if self.vocabulary is not None and not self.reads_logits:
-            raise ValueError(f"Policy '{self.name}' looks at no logits. Leave vocabulary={self.vocabulary} out.")
+            raise ValueError(f"Policy '{self.name}' does not use logits. Leave vocabulary={self.vocabulary} out.")
         if self.vocabulary is not None and self.vocabulary < 2:
-            raise ValueError(f"A policy needs 2 entries of the vocabulary at least, got vocabulary={self.vocabulary}.")
+            raise ValueError(f"A policy needs at least 2 entries of the vocabulary, got vocabulary={self.vocabulary}.")
 
     def check_vocabulary(self, size: int) -> None:
         """Raises:
-        ValueError: The policy judges by more entries than a model has, which are ``size``.
+        ValueError: The policy scores more vocabulary entries than ``size``, the model's number.
         """
         if self.vocabulary is not None and self.vocabulary > size:
-            raise ValueError(f"vocabulary={self.vocabulary} is more than the model has: {size}.")
+            raise ValueError(f"vocabulary={self.vocabulary} is more than the model has: {size}. Give fewer entries.")
 
     @property
     def name(self) -> str:
-        """As :data:`EXIT_POLICIES` has it."""
+        """Name of the policy in :data:`EXIT_POLICIES`."""
         named = (name for name, kind in EXIT_POLICIES.items() if kind is type(self))
         return next(named, type(self).__name__)
 
     def thresholds(self, num_exits: int) -> tuple[float, ...]:
-        """One per exit."""
+        """Thresholds, one per exit."""
         return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * num_exits
 
     @abstractmethod
     def confidence(self, boundary: ExitContext) -> Tensor:
-        """``[s]``, the higher the surer."""
+        """Confidence ``[s]``; a token above the threshold exits."""
 
 
 class Fixed(ExitPolicy):
-    """Every token exits after the depth that ``threshold`` names."""
+    """Fixed depth: every token exits after the depth ``threshold``."""
 
     lowest: ClassVar[float] = 0
     highest: ClassVar[float] = math.inf
@@ -199,7 +196,7 @@ class Fixed(ExitPolicy):
 
 
 class Confidence(ExitPolicy):
-    """Probability of the first choice less that of the second."""
+    """Probability of the top-1 token minus that of the second."""
 
     reads_logits: ClassVar[bool] = True
 
@@ -209,7 +206,7 @@ class Confidence(ExitPolicy):
 
 
 class Entropy(ExitPolicy):
-    """1 less the entropy over that of a uniform distribution."""
+    """1 minus the entropy relative to a uniform distribution."""
 
     reads_logits: ClassVar[bool] = True
 
@@ -224,12 +221,12 @@ class Saturation(ExitPolicy):
     default: ClassVar[float] = 0.98
 
     def confidence(self, boundary: ExitContext) -> Tensor:
-        # Rounding takes the cosine of a vector with itself above 1.
+        # Rounding can put the cosine of a vector with itself above 1.
         return F.cosine_similarity(boundary.states.float(), boundary.previous.float(), dim=-1).clamp(max=1)
 
 
 class Convergence(ExitPolicy):
-    """How little hidden states changed since the exit before: ``1 − |h − h'| / |h|``, 0 at least."""
+    """Relative change of hidden states since the exit before: ``1 − |h − h'| / |h|``, at least 0."""
 
     default: ClassVar[float] = 0.97
 
@@ -240,7 +237,7 @@ class Convergence(ExitPolicy):
 
 
 class Divergence(ExitPolicy):
-    """How little the distribution changed since the exit before: ``exp(−KL(here ‖ before))``; 0 at the first exit."""
+    """Change of the distribution since the exit before: ``exp(−KL(here ‖ before))``; 0 at the first exit."""
 
     default: ClassVar[float] = 0.9995
     reads_logits: ClassVar[bool] = True
@@ -255,7 +252,7 @@ class Divergence(ExitPolicy):
 
 
 class Head(ExitPolicy):
-    """Probability, by the trained test, that the exit says what the last recursion says. It needs no logits."""
+    """Probability, by the trained test, that exit and last recursion agree. It needs no logits."""
 
     needs_head: ClassVar[bool] = True
     default: ClassVar[float] = 0.8
@@ -265,7 +262,7 @@ class Head(ExitPolicy):
 
 
 class Oracle(ExitPolicy):
-    """A simulation: exits at the first depth that says what the last one says, which it has to run to know."""
+    """Simulation: exits at the first depth that agrees with the last one, which has to run to know."""
 
     simulated: ClassVar[bool] = True
     default: ClassVar[float] = 0.5
@@ -284,7 +281,7 @@ EXIT_POLICIES: dict[str, type[ExitPolicy]] = {
     "fixed": Fixed,
     "oracle": Oracle,
 }
-"""By name. An entry of one's own is known to ``generate`` and the command line at once."""
+"""Policies by name. ``generate`` and the command line find an entry that you add."""
 
 
 def make_policy(
@@ -297,14 +294,14 @@ def make_policy(
     """The policy ``name`` with a threshold, or one per exit.
 
     Args:
-        name: Of :data:`EXIT_POLICIES`.
-        threshold: None takes what ``config`` has for this policy, with the vocabulary that it was chosen for, else the
-            policy's default.
-        config: Of the model.
-        vocabulary: Judge by so many entries of the vocabulary.
+        name: Name in :data:`EXIT_POLICIES`.
+        threshold: Threshold, one or one per exit; None takes the calibrated one of ``config`` with the vocabulary that
+            it was calibrated for, else the policy's default.
+        config: Configuration of the model.
+        vocabulary: Number of vocabulary entries to score.
 
     Raises:
-        ValueError: Unknown name, a threshold outside its range, or a vocabulary for a policy that reads none.
+        ValueError: Unknown name, a threshold outside its range, or a vocabulary for a policy without logits.
     """
     if name not in EXIT_POLICIES:
         raise ValueError(f"Unknown exit policy '{name}'. Use one of: {', '.join(EXIT_POLICIES)}.")
@@ -317,21 +314,38 @@ def make_policy(
     return kind(tuple(map(float, threshold)) if isinstance(threshold, Sequence) else float(threshold), vocabulary)
 
 
+class LearnedThresholds(Protocol):
+    """Thresholds that change in use, as ``recursify.experiments.adaptive_thresholds`` has them."""
+
+    @property
+    def learning(self) -> bool:
+        """Flag for thresholds that still learn."""
+
+    def threshold(self, depth: int) -> float:
+        """Threshold of the exit after ``depth``."""
+
+    def begin(self, num_sequences: int) -> None:
+        """Prepare for ``num_sequences`` new sequences."""
+
+    def learn(self, depth: int, confidence: Tensor, agrees: Tensor, counted: Tensor) -> None:
+        """Record the confidence of tokens and their agreement with the whole model, where ``counted``."""
+
+
 @dataclass(frozen=True)
 class ExitSettings:
-    """How a call of ``generate`` exits early.
+    """Settings of early exit for one call of ``generate`` or one request.
 
     Attributes:
-        policy: When.
-        kv: Of :data:`KV_MODES`.
-        min_depth: The first depth after which a token may exit.
-        max_pending: With ``deferred``: how many tokens of a row may wait for their deeper keys and values; one more
-            runs all depths, and the waiting ones with it. Bounds what a step costs.
+        policy: Policy that decides.
+        kv: KV mode, one of :data:`KV_MODES`.
+        min_depth: First depth after which a token may exit.
+        max_pending: With ``deferred``: maximum number of tokens of a row whose deeper keys and values are deferred; one
+            more runs all depths, with the deferred ones. It bounds the cost of a step.
         decay: CALM's ``τ``: step ``t`` of ``N`` has the threshold ``0.9 λ + 0.1 λ exp(−τ t / N)``, more careful at the
             start; 0 keeps ``λ``.
-        layers: Exit after so many layers instead of at recursion boundaries, read out with the model's own norm and
-            head: FREE, also of a model with one recursion.
-        adapt: Thresholds that are learned in use, in place of the policy's. One object for all rows and calls.
+        layers: Numbers of layers to exit after instead of at recursion boundaries, with the model's own norm and head
+            (FREE); also for a model with one recursion.
+        adapt: Thresholds learned in use, in place of the policy's; one object for all rows and calls.
     """
 
     policy: ExitPolicy
@@ -340,7 +354,7 @@ class ExitSettings:
     max_pending: int = 64
     decay: float = 0.0
     layers: tuple[int, ...] | None = None
-    adapt: AdaptiveThresholds | None = None
+    adapt: LearnedThresholds | None = None
 
     def __post_init__(self) -> None:
         if self.kv not in KV_MODES:
@@ -351,8 +365,8 @@ class ExitSettings:
             raise ValueError(f"min_depth and decay cannot be negative, got {self.min_depth} and {self.decay:g}.")
         if self.adapt is not None and (self.kv != "deferred" or self.policy.simulated or self.policy.name == "fixed"):
             raise ValueError(
-                f"Thresholds are learned from tokens that left early and ran deeper later, by their confidence: policy "
-                f"'{self.policy.name}' with kv '{self.kv}' has no such. Use kv 'deferred' and a policy with a "
+                f"Adaptive thresholds learn from tokens that exited and ran deeper later, by their confidence: policy "
+                f"'{self.policy.name}' with kv '{self.kv}' does not have these. Use kv 'deferred' and a policy with a "
                 f"confidence, or leave adapt out."
             )
 
@@ -417,7 +431,7 @@ class ExitSettings:
         return cls(policy, kv=kv, **options)
 
     def threshold_at(self, depth: int, num_exits: int, step: int, num_steps: int) -> float:
-        """The threshold of an exit at a 0-based step of ``num_steps``."""
+        """Threshold of an exit at a 0-based step of ``num_steps``."""
         policy, adapt = self.policy, self.adapt
         threshold = policy.thresholds(num_exits)[depth] if adapt is None else adapt.threshold(depth)
         if not self.decay:

@@ -12,14 +12,14 @@ This file travels inside every checkpoint: it imports torch and transformers onl
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .recursive_decoding import ATTENTION
+from .modeling_recursive import LayerWalk
+from .recursive_layers import MASKED_ATTENTION
 from .recursive_routed_cache import Packing, RoutedCache, pack
 from .recursive_routing import (
     Routing,
@@ -56,43 +56,34 @@ def drop_key_projections(block: nn.ModuleList) -> None:
                     view.set_submodule(path, NoProjection(stored.linear.out_features))
 
 
-class RoutedWalk:
-    """One forward of a routed model: called with each position in turn, as the plain one is.
+class RoutedWalk(LayerWalk):
+    """One forward of a routed model.
 
     Args:
         model: A ``RecursiveModel`` with routers.
-        plain: Runs the layer at a position on ``[B, T, D]``.
-        states: What enters the first layer, ``[B, T, D]``.
-        attention_mask: As the model got it; a ``[B, past + T]`` one tells padding.
-        masks: What transformers made of it, one or by layer type.
+        states: Input ``[B, T, D]`` of the first layer.
+        attention_mask: Mask as given to the model; a ``[B, past + T]`` one marks padding.
+        masks: Attention masks as transformers made them, one or by layer type.
         position_ids: ``[B, T]`` or ``[1, T]``.
         cache: A :class:`RoutedCache`, or None.
         arguments: Further arguments of every layer.
 
     Attributes:
-        routing: What the routers decide, as they do.
+        routing: Decisions of the routers so far.
 
     Raises:
         ValueError: Another kind of cache or attention, or activation checkpointing with shared keys.
     """
 
     def __init__(
-        self,
-        model: Any,
-        plain: Callable[[int, Tensor], Tensor],
-        states: Tensor,
-        *,
-        attention_mask: Any,
-        masks: Any,
-        position_ids: Tensor,
-        cache: Cache | None,
-        arguments: dict[str, Any],
-    ):
+        self, model: Any, states: Tensor, *, attention_mask: Any, position_ids: Tensor, cache: Cache | None, **call: Any
+    ) -> None:
         _check_call(model, cache)
-        self.model, self.plain, self.masks, self.arguments = model, plain, masks, arguments
-        self.config, self.layout = model.config, model.layout
+        super().__init__(model, states, position_ids=position_ids, cache=cache, **call)
+        self.config = model.config
+        self.routers, self.auxiliary_routers = model.routers, model.auxiliary_routers
         self.num_rows, self.num_tokens, _ = states.shape
-        self.position_ids = position_ids.expand(self.num_rows, -1)
+        self.position_by_row = position_ids.expand(self.num_rows, -1)
         self.chooses_top_k = model.training and cache is None
         self.capacities = capacities_of(self.config)
         if self.chooses_top_k and model.training_capacities is not None:
@@ -110,11 +101,11 @@ class RoutedWalk:
     def __call__(self, position: int, states: Tensor) -> Tensor:
         """Run the layer at ``position``.
 
-        Inside a recursion what goes in and comes out are its tokens, ``[s, n, D]``; before and after, ``[B, T, D]``.
+        Inside a recursion input and output are those of its tokens, ``[s, n, D]``; before and after, ``[B, T, D]``.
         """
         slot = self.layout.layer_ref(position)
         if slot.part != "block":
-            return self.plain(position, states)
+            return self.run_layer(position, states)
         if slot.index == 0:
             states = self._enter(slot.depth, states)
         if self._packing is not None:
@@ -143,18 +134,18 @@ class RoutedWalk:
         if self.store is not None:
             self.store.aim(depth, self._packing, self.past, selected)
         self._entered = self._packing.take(states)
-        self._made_for: dict[str | None, Any] = {}
-        self._positions = self._packing.take(self.position_ids)
-        self._rotations = self.model.rotations(self._entered, self._positions)
+        self._masks: dict[str | None, Any] = {}
+        self._positions = self._packing.take(self.position_by_row)
+        self._packed_rotations = self.model.rotations(self._entered, self._positions)
         return self._entered
 
     def _choose_experts(self, depth: int, states: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
         """Which tokens the router of ``depth`` takes, and their gates, each ``[B, T]``."""
-        router = self.model.routers[depth]
+        router = self.routers[depth]
         logits = router(states)
         deciding = logits[..., 0]
-        if self.model.auxiliary_routers is not None:
-            deciding = self.model.auxiliary_routers[depth](states.detach())[..., 0]
+        if self.auxiliary_routers is not None:
+            deciding = self.auxiliary_routers[depth](states.detach())[..., 0]
             self.routing.deciding.append(deciding)
         self.routing.logits.append(logits[..., 0])
         if self.chooses_top_k:
@@ -166,9 +157,9 @@ class RoutedWalk:
     def _choose_by_token(self, depth: int, states: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
         """Which tokens go as far as ``depth``, and their gates, which only their last recursion has."""
         if depth == 0:
-            logits = self.model.routers[0](states)
+            logits = self.routers[0](states)
             self.routing.logits.append(logits)
-            self._depths, self._scores = depths_and_gates(self.config, self.model.routers[0], logits)
+            self._depths, self._scores = depths_and_gates(self.config, self.routers[0], logits)
         is_last = self._depths == depth
         return candidates & (self._depths >= depth), self._scores * is_last
 
@@ -197,18 +188,17 @@ class RoutedWalk:
         return self.past if self.store.home(depth) == depth else self.past + self.num_tokens
 
     def _run(self, position: int, states: Tensor) -> Tensor:
-        kind = self.model.layer_type(position)
-        if kind not in self._made_for:
-            self._made_for[kind] = self._mask(kind, states)
+        kind, rotations = self.model.layer_type(position), self._packed_rotations
+        if kind not in self._masks:
+            self._masks[kind] = self._mask(kind, states)
+        arguments = {**self.arguments, "use_cache": self.store is not None, self.model.cache_argument: self.store}
         return self.model.run_slot(
             self.layout.layer_ref(position),
             states,
-            attention_mask=self._made_for[kind],
-            position_embeddings=self._rotations[kind] if isinstance(self._rotations, dict) else self._rotations,
+            attention_mask=self._masks[kind],
+            position_embeddings=rotations[kind] if isinstance(rotations, dict) else rotations,
             position_ids=self._positions,
-            use_cache=self.store is not None,
-            **{self.model.cache_argument: self.store},
-            **self.arguments,
+            **arguments,
         )
 
     def _mask(self, kind: str | None, states: Tensor) -> Any:
@@ -258,9 +248,9 @@ def _check_call(model: Any, cache: Cache | None) -> None:
             f"A routed model keeps keys and values in a RoutedCache, and got a {type(cache).__name__}. Leave the cache "
             f"out (generate makes the right one), or pass RoutedCache(model.config)."
         )
-    if config._attn_implementation not in ATTENTION:
+    if config._attn_implementation not in MASKED_ATTENTION:
         raise ValueError(
-            f"Routers need attention that takes any mask ({' or '.join(ATTENTION)}), and the model's is "
+            f"Routers need attention that takes any mask ({' or '.join(MASKED_ATTENTION)}), and the model's is "
             f"'{config._attn_implementation}'. Load it with attn_implementation='sdpa'."
         )
     checkpoints = model.training and getattr(model.block[0].views[0], "gradient_checkpointing", False)

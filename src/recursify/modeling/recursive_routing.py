@@ -19,27 +19,11 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_recursive import ROUTER_WIDTHS
 
 RouterKind = Literal["expert_choice", "token_choice"]
-
-ROUTERS = ("expert_choice", "token_choice")
-"""Who chooses: every recursion its tokens, or every token the number of its recursions."""
-
-ROUTER_WIDTHS = {"linear": 0, "mlp": 2, "wide_mlp": 4, "random": None}
-"""What a router is: a linear map; one with a hidden layer of so many times the hidden size; or chance, as a control."""
-
-ROUTER_ACTIVATIONS = ("sigmoid", "softmax")
-
-ROUTER_GATES = ("residual", "mor")
-"""How what the block makes of a token comes back: ``residual`` is ours, see :func:`gated`; ``mor`` as published."""
-
-ROUTED_KV = ("recursion_wise", "shared")
-"""Which keys a recursion attends to: those of the tokens that go into it, its own; or those of the first recursion,
-which no other one then makes any (MoR, section 2.2.2)."""
-
-ROUTER_DECISIONS = ("own", "auxiliary")
-"""Whose score decides in inference: that of the router itself, taught by an auxiliary loss; or that of a second router
-which is taught alone, on detached states (MoR, section 2.2.1)."""
 
 
 def default_capacities(num_recursions: int) -> list[float]:
@@ -84,106 +68,6 @@ def inference_threshold(config: Any, depth: int) -> float | None:
     return None if capacities[depth] == 1 else 0.5
 
 
-def check_routers(config: Any) -> None:
-    """Raises:
-    ValueError: The router fields of ``config`` do not fit the layout or one another.
-    """
-    choices = {
-        "router": ROUTERS,
-        "router_width": tuple(ROUTER_WIDTHS),
-        "router_gate": ROUTER_GATES,
-        "router_kv": ROUTED_KV,
-        "router_decision": ROUTER_DECISIONS,
-    }
-    for name, known in choices.items():
-        if getattr(config, name) not in known:
-            raise ValueError(f"Unknown {name} '{getattr(config, name)}'. Use one of: {', '.join(known)}.")
-    if config.sharing != "cycle" or config.num_recursions < 2:
-        raise ValueError(
-            f"A model with {config.num_recursions} recursions in {config.sharing} sharing has no boundary between "
-            f"recursions, so there is nothing to route tokens to. Routers need cycle sharing and at least 2 recursions."
-        )
-    if config.anderson:
-        raise ValueError(
-            f"anderson={config.anderson} mixes loops of all tokens, and routers keep some out of a loop. Leave one out."
-        )
-    if config.router_temperature <= 0:
-        raise ValueError(f"router_temperature must be above 0, got {config.router_temperature:g}.")
-    _check_activation(config)
-    _check_capacities(config)
-    _check_thresholds(config)
-    if config.router == "token_choice" and (config.router_width == "random" or config.router_decision != "own"):
-        raise ValueError(
-            "A random router and an auxiliary one are for expert_choice: a token-choice router decides alike in "
-            "training and inference. Leave router_width and router_decision at their defaults."
-        )
-    if config.router_kv == "shared":
-        _check_same_layers(config)
-
-
-def _check_activation(config: Any) -> None:
-    activation = activation_of(config)
-    if activation not in ROUTER_ACTIVATIONS:
-        raise ValueError(f"Unknown router_activation '{activation}'. Use one of: {', '.join(ROUTER_ACTIVATIONS)}.")
-    if config.router == "expert_choice" and activation == "softmax":
-        raise ValueError(
-            "An expert-choice router cannot have a softmax: over the tokens of a sequence it would look at later ones. "
-            "Use router_activation sigmoid."
-        )
-
-
-def _check_capacities(config: Any) -> None:
-    given = config.router_capacities
-    if given is None:
-        return
-    if config.router == "token_choice":
-        raise ValueError(
-            f"router_capacities {given} are for expert_choice: in token_choice every token chooses. Leave them out."
-        )
-    if len(given) != config.num_recursions:
-        raise ValueError(
-            f"router_capacities has {len(given)} values, and the model {config.num_recursions} recursions."
-        )
-    for depth, capacity in enumerate(given):
-        if not 0 < capacity <= 1:
-            raise ValueError(
-                f"router_capacities {given}: {capacity:g} at depth {depth} leaves "
-                f"{'no token' if capacity <= 0 else 'more tokens than there are'}. A capacity is the part of the "
-                f"tokens that goes into a recursion: above 0, and 1 at most."
-            )
-        if depth and capacity > given[depth - 1]:
-            raise ValueError(
-                f"router_capacities {given} rise from {given[depth - 1]:g} to {capacity:g} at depth {depth}, but only "
-                f"tokens of the recursion before can go into one. Give capacities that fall or stay."
-            )
-
-
-def _check_thresholds(config: Any) -> None:
-    given = config.router_thresholds
-    if given is None:
-        return
-    if config.router == "token_choice":
-        raise ValueError("router_thresholds are for expert_choice: token_choice has no threshold. Leave them out.")
-    if len(given) != config.num_recursions:
-        raise ValueError(
-            f"router_thresholds has {len(given)} values, and the model {config.num_recursions} recursions."
-        )
-    if not all(0 <= threshold <= 1 for threshold in given):
-        raise ValueError(f"router_thresholds {given} must be between 0 and 1: a router's score is a probability.")
-
-
-def _check_same_layers(config: Any) -> None:
-    """Keys made at one depth and read at another have to be made alike."""
-    kinds, layout = getattr(config, "layer_types", None) or {}, config.layout
-    for index in range(layout.block_size if kinds else 0):
-        found = {kinds[position] for position in layout.positions(index)}
-        if len(found) > 1:
-            raise ValueError(
-                f"router_kv 'shared' has layer {index} of the block read the first recursion's keys, but its positions "
-                f"{layout.positions(index)} attend in different ways ({', '.join(sorted(found))}). Use recursion_wise."
-            )
-
-
 class TokenRouter(nn.Module):
     """Scores tokens, of hidden states scaled to unit root mean square: those of pretrained models grow with depth.
 
@@ -223,6 +107,15 @@ class TokenRouter(nn.Module):
         if self.inner is not None:
             seen = F.gelu(F.linear(seen, self.inner))
         return F.linear(seen, self.weight).float()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialize to even scores."""
+        if self.inner is not None:
+            init.normal_(self.inner, std=self.inner.shape[1] ** -0.5)
+        for zero in (self.weight, *self.buffers()):
+            if zero is not None:
+                init.zeros_(zero)
 
     def extra_repr(self) -> str:
         return f"{self.width}, options={self.num_options}"

@@ -1,14 +1,14 @@
-"""Self-speculation: the first recursions draft, the whole model checks, and what comes out is what it alone would say.
+"""Self-speculation: the first recursions draft, the whole model verifies, and the output is that of the whole model.
 
-A round drafts ``m`` tokens by an exit, then runs the deeper layers over all of them in one call, from the states at the
-exit, which drafting has left there (keys and values, too): nothing is computed twice. The whole model's choices settle
-the round: under greedy decoding drafts are kept up to the first that differs; under sampling a draft ``x`` is kept with
-probability ``min(1, p(x) / q(x))`` and replaced by a draw from ``max(p − q, 0)`` otherwise, which leaves the whole
-model's distribution ``p`` as it is (Leviathan et al., arXiv 2211.17192). Either way its next choice comes on top.
+A round drafts ``m`` tokens with an exit, then runs the deeper layers over all of them in one call, from the states and
+KV cache that drafting computed: nothing is computed twice. Under greedy decoding drafts are accepted up to the first
+that differs from the whole model's token; under sampling a draft ``x`` is accepted with probability
+``min(1, p(x) / q(x))`` and replaced by a sample of ``max(p − q, 0)`` otherwise, which preserves the whole model's
+distribution ``p`` (Leviathan et al., arXiv 2211.17192). Either way the whole model adds one more token.
 
-It needs no training; how much it gains is how often the exit is right.
+It needs no training; the gain depends on the acceptance rate of the exit.
 
-This file travels inside every checkpoint: it imports torch and transformers only.
+This file travels inside checkpoints that have exits: it imports torch, transformers and its neighbours only.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .recursive_decoding import DepthDecoder, on_device, pick
+from .recursive_columns import on_device, pick
+from .recursive_decoding import DepthDecoder
 from .recursive_policies import ExitSettings, make_policy
 
 
 @dataclass(frozen=True)
 class SpeculationSettings:
-    """How a call of ``generate`` speculates.
+    """Settings of speculation for one call of ``generate``.
 
     Attributes:
-        depth: The exit that drafts.
-        num_drafts: Drafted tokens per round, at first.
-        adaptive: Draft as many as pay, see :class:`DraftLength`; none, where the exit is seldom right.
-        max_drafts: Drafted tokens per round at most.
-        layers: Draft after so many layers instead, read out by the model's own norm and head.
+        depth: Depth of the exit that drafts.
+        num_drafts: Number of drafted tokens per round at the beginning.
+        adaptive: Flag to adapt that number, see :class:`DraftLength`, down to none where the exit is seldom right.
+        max_drafts: Maximum number of drafted tokens per round.
+        layers: Number of layers to draft after instead, with the model's own norm and head.
     """
 
     depth: int = 0
@@ -51,26 +52,26 @@ class SpeculationSettings:
 
     @classmethod
     def of(cls, given: Any) -> SpeculationSettings:
-        """Settings, or ``True`` for those by default."""
+        """Settings themselves, or the default ones for ``True``."""
         return cls() if given is True else given
 
 
 class DraftLength:
-    """How many tokens of a row to draft next, learned from how many were kept.
+    """Number of tokens of a row to draft next, learned from the accepted ones.
 
-    A draft costs ``r`` of what a step of the whole model costs, and saves one if it is kept. Where each is kept with
-    probability ``α`` if those before it are, the ``m``-th is with ``α^m``: drafts pay while that is above ``r``. If not
-    even the first does, none is drafted but one in some rounds, to notice when the text becomes easier.
+    A draft costs the fraction ``r`` of a step of the whole model, and saves one step if it is accepted. If each draft
+    is accepted with probability ``α`` given those before it, the ``m``-th is with ``α^m``: drafts pay while that is
+    above ``r``. If not even the first pays, one token is drafted now and then, to notice when the text becomes easier.
 
     Args:
-        settings: Where to begin, and how far to go.
-        cost: ``r``.
+        settings: Initial and maximum number.
+        cost: Relative cost ``r`` of a draft.
     """
 
     DECAY = 0.9
-    """Of what was seen, per round that drafts."""
+    """Decay of the counts, per round that drafts."""
     PAUSES = (8, 64)
-    """Rounds without drafts before another is tried: at first, and at most; twice as many after each that fails."""
+    """Rounds without drafts before another is tried: first and maximum number; doubled after each that fails."""
 
     def __init__(self, settings: SpeculationSettings, cost: float) -> None:
         self.settings, self.cost = settings, cost
@@ -79,14 +80,14 @@ class DraftLength:
         self.pause = self.left = self.PAUSES[0]
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """After a round that drafted so many tokens, of which so many were kept."""
+        """Update after a round of ``drafted`` tokens, ``accepted`` of which were accepted."""
         if not self.settings.adaptive:
             return
         if not drafted:
             self.left -= 1
             self.length = int(self.left <= 0)
             return
-        # Drafts after the first that was refused were not put to the test.
+        # Drafts after the first rejected one were not tested.
         self.kept = self.DECAY * self.kept + accepted
         self.tried = self.DECAY * self.tried + min(accepted + 1, drafted)
         rate = self.kept / self.tried
@@ -99,12 +100,12 @@ class DraftLength:
 
 @dataclass
 class SpeculationOutput(GenerateDecoderOnlyOutput):
-    """What ``generate(speculate=…, return_dict_in_generate=True)`` returns.
+    """Output of ``generate(speculate=…, return_dict_in_generate=True)``.
 
     Attributes:
-        drafted: ``[B]``: tokens drafted.
-        accepted: ``[B]``: drafts that were kept.
-        rounds: ``[B]``: calls of the deeper layers.
+        drafted: Number of drafted tokens ``[B]``.
+        accepted: Number of accepted drafts ``[B]``.
+        rounds: Number of calls of the deeper layers ``[B]``.
     """
 
     drafted: Tensor | None = None
@@ -113,14 +114,14 @@ class SpeculationOutput(GenerateDecoderOnlyOutput):
 
 
 class Speculator:
-    """One call of ``generate`` that speculates; rows go on independently.
+    """Speculation in one call of ``generate``; rows proceed independently.
 
     Args:
         model: A ``RecursiveForCausalLM``.
-        settings: For all rows.
-        attention_mask: ``[B, T]`` of the prompt.
-        logits_processor: transformers', called with a row's text so far.
-        generation_config: transformers', for ``do_sample`` and ``max_length``.
+        settings: Settings for all rows.
+        attention_mask: Mask ``[B, T]`` of the prompt.
+        logits_processor: Logits processor of transformers, called with a row's tokens so far.
+        generation_config: Configuration of transformers, for ``do_sample`` and ``max_length``.
     """
 
     def __init__(
@@ -151,25 +152,25 @@ class Speculator:
         """Next tokens ``[s]`` and their distributions ``[s, V]``; unscaled when greedy.
 
         Args:
-            rows: The row of each text; it may come more than once.
-            texts: The ids before the token.
-            logits: ``[s, V]``.
+            rows: Row of each text; a row may occur more than once.
+            texts: Token ids before the token.
+            logits: Logits ``[s, V]``.
         """
         scores = logits.float()
         if self.processor:
-            scores = torch.stack([self._process(*each) for each in zip(rows, texts, scores, strict=True)])
+            scores = torch.stack([self._process(*entry) for entry in zip(rows, texts, scores, strict=True)])
         if not self.samples:
             return scores.argmax(-1), scores
         p = scores.softmax(-1)
         return torch.multinomial(p, 1)[:, 0], p
 
     def _process(self, row: int, text: Tensor, scores: Tensor) -> Tensor:
-        """Scores ``[V]`` after ``text``, put in the row's place: processors may know of the whole batch."""
+        """Processed scores ``[V]`` after ``text``, in the row's place: processors may know the whole batch."""
         size = len(self.lengths)
         return self.processor(text.expand(size, -1), scores.expand(size, -1))[row]
 
     def round(self, texts: list[Tensor], rows: list[int]) -> list[Tensor]:
-        """Tokens that ``rows`` get, at least one each; ``texts`` by row, of which the last token has not run yet."""
+        """Generate tokens for ``rows``, at least one each; the last token of each of ``texts`` has not run yet."""
         decoder = self.decoder
         room = {row: self.max_length - len(texts[row]) - 1 for row in rows}
         wanted = {row: min(self.lengths[row].length, room[row]) for row in rows}
@@ -201,24 +202,24 @@ class Speculator:
             prefixes = [tried[row][: start[row] + n] for n in range(count + 1)]
             choices, p = self.choose([row] * (count + 1), prefixes, logits)
             settled.append(self._settle(tried[row][start[row] :], q[row], choices, p))
-        # All rows' in one: every fetch waits for the device.
+        # One copy for all rows: every device-to-host copy synchronizes.
         accepted = torch.stack([count for _, count in settled]).tolist()
         for row, count in zip(rows, accepted, strict=True):
             self._take_back(row, len(q[row]), count)
         return [tokens[: count + 1] for (tokens, _), count in zip(settled, accepted, strict=True)]
 
     def _settle(self, drafts: Tensor, q: list[Tensor], choices: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens ``[m + 1]`` that begin with the drafts kept and the one after them, and how many of ``[m]`` are kept.
+        """Tokens ``[m + 1]`` that begin with the accepted drafts and the one after them, and the accepted number.
 
         Args:
-            drafts: Drafted tokens.
-            q: Their distributions.
-            choices: ``[m + 1]``, the whole model's.
-            p: ``[m + 1, V]``, its distributions.
+            drafts: Drafted tokens ``[m]``.
+            q: Distributions of the drafts.
+            choices: Tokens ``[m + 1]`` of the whole model.
+            p: Distributions ``[m + 1, V]`` of the whole model.
         """
         if not self.samples:
             return choices, (drafts == choices[: len(drafts)]).long().cumprod(0).sum()
-        # After the last draft there is nothing to take off, and the draw is from p itself.
+        # After the last draft there is nothing to subtract: the sample is of p itself.
         q_all = torch.cat([torch.stack(q), torch.zeros_like(p[:1])]) if q else torch.zeros_like(p)
         place = torch.arange(len(drafts), device=p.device)
         keeps = torch.rand(len(drafts), device=p.device) * q_all[place, drafts] < p[place, drafts]
@@ -230,7 +231,7 @@ class Speculator:
         return torch.where(everywhere < count, torch.cat([drafts, after[-1:]]), after), count
 
     def _take_back(self, row: int, drafted: int, accepted: int) -> None:
-        """Forget the drafts after the first ``accepted``, and learn how many to try next."""
+        """Drop the drafts after the first ``accepted`` ones, and update the number to draft next."""
         decoder = self.decoder
         decoder.rewind(row, drafted - accepted)
         self.drafted[row] += drafted
@@ -239,7 +240,7 @@ class Speculator:
         self.lengths[row].learn(drafted, accepted)
 
     def _draft_cost(self, model: Any) -> float:
-        """What a draft costs of a step of the whole model, by the weights that each reads."""
+        """Cost of a draft relative to a step of the whole model, by the weights that each reads."""
         layer = sum(weight.numel() for weight in model.model.block[0].parameters() if weight.ndim == 2)
         head, layers = model.lm_head.weight.numel(), sum(map(len, self.decoder.segments))
         drafting = sum(map(len, self.decoder.segments[: self.settings.depth + 1]))
@@ -260,13 +261,13 @@ def generate_speculatively(
     attention_mask: Tensor | None = None,
     **_: Any,
 ) -> Any:
-    """The decoding loop behind ``generate(speculate=…)``, called by it with all that it has prepared.
+    """Decode for ``generate(speculate=…)``, which passes everything that it has prepared.
 
     Returns:
         Token ids ``[B, T]``, or :class:`SpeculationOutput` if the generation config asks for one.
 
     Raises:
-        ValueError: Beams, an exit that is not there, or right padding.
+        ValueError: Beams, an exit that the model does not have, or right padding.
     """
     if generation_config.num_beams > 1:
         raise ValueError(

@@ -5,7 +5,7 @@ import torch
 
 from helpers.tolerances import LOGITS
 from recursify.engine.layers.mixed_depth import DepthContext, MixedDepthLinear, MixedDepthNorm
-from recursify.modeling.modeling_recursive import PerDepth, RelaxedLinear
+from recursify.modeling import PerDepth, RelaxedLinear
 
 
 def relaxed(rank: int, biases: int, dtype: torch.dtype) -> RelaxedLinear:

@@ -18,7 +18,7 @@ from recursify.engine.layers.model_runner import ModelRunner
 from recursify.engine.request import Request
 from recursify.engine.scheduler import Scheduler
 from recursify.kernels.dispatch import Implementation
-from recursify.modeling.recursive_decoding import on_device
+from recursify.modeling.recursive_columns import on_device
 from recursify.modeling.recursive_policies import Confidence, Entropy, ExitPolicy
 
 from .cuda_graphs import CudaGraphs

@@ -18,7 +18,7 @@ from torch import Tensor
 from recursify.engine.request import Request
 from recursify.kernels.kv_write import store_keys_and_values
 from recursify.kernels.paged_attention import attend_pages
-from recursify.modeling.recursive_decoding import on_device
+from recursify.modeling.recursive_columns import on_device
 
 from .decoder import PagedLayer
 from .kv_cache import KVCache

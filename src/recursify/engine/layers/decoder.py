@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from recursify.errors import UnsupportedModelError
-from recursify.modeling.recursive_decoding import window_of
+from recursify.modeling.recursive_columns import window_of
 from recursify.modeling.recursive_routing import capacities_of
 
 from .mixed_depth import DepthContext, mixed_layer

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from recursify.errors import UnsupportedModelError
 from recursify.kernels.depth_norm import add_and_norm
-from recursify.modeling.modeling_recursive import DepthView, PerDepth, RelaxedLinear, SharedLayer
+from recursify.modeling import DepthView, PerDepth, RelaxedLinear, SharedLayer
 
 MASKED_ROWS = 64
 """Up to so many rows on a GPU residuals are one masked product: shapes do not depend on where rows are, and reading the
@@ -159,7 +159,7 @@ def _can_group(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
 
 
 class MixedDepthNorm(nn.Module):
-    """:class:`~recursify.modeling.modeling_recursive.PerDepth` with a depth per row.
+    """:class:`~recursify.modeling.PerDepth` with a depth per row.
 
     Attributes:
         kernel_adds: In fixed shapes, look weights up in a kernel, which adds so much to them; None for without one.

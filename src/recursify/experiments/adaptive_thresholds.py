@@ -1,15 +1,15 @@
-"""Thresholds that are learned in use, from what exits said and what the whole model says of the same tokens.
+"""Exit thresholds learned in use, by comparing exits with the whole model on the same tokens.
 
-With exact keys and values every token that left early runs all layers in the end, so it becomes known whether the exit
-was right. Confidences of tokens where exit and whole model agree are taken to have one Beta distribution, those of the
-others another (FREE, arXiv 2310.05424, section 3.3); the threshold is where they part.
+With exact keys and values every token that exited runs all layers in the end, which shows whether the exit was right.
+Confidences of tokens where exit and whole model agree are modelled by one Beta distribution, those of the others by
+another (FREE, arXiv 2310.05424, section 3.3); the threshold separates them.
 
 Two estimators of it: FREE's as released, which compares densities as if both classes were equally frequent, and can end
 at 0.3 or 0.9 whatever the text; and a guarded one, which aims at an agreement and needs samples of both classes.
 
-Shape legend: n samples of one exit.
+``ExitSettings(adapt=AdaptiveThresholds(0.95))`` uses them.
 
-This file travels inside every checkpoint: it imports torch only.
+Shape legend: n samples of one exit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 EDGE = 1e-4
-"""Confidences are kept so far from 0 and 1, where densities are infinite."""
+"""Distance of confidences from 0 and 1, where densities are infinite."""
 
 FREE_GRID = (0.3, 0.9, 10)
 FREE_TARGET = 0.4
@@ -36,7 +36,7 @@ def fit_beta(confidence: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """
     weights = weights / weights.sum()
     mean = (weights * confidence).sum()
-    # All alike would have a density of one point.
+    # Equal samples would have a density of one point.
     variance = (weights * (confidence - mean) ** 2).sum().clamp(min=1e-8)
     alpha = mean * (mean * (1 - mean) / variance - 1)
     return alpha, alpha * (1 - mean) / mean
@@ -49,19 +49,19 @@ def beta_density(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
 
 
 def free_threshold(confidence: Tensor, agrees: Tensor, target: float = FREE_TARGET) -> float:
-    """FREE's estimator as released: where, on a grid, the agreeing class has more than ``target`` of both densities.
+    """Estimate as FREE's released code: where, on a grid, the agreeing class has over ``target`` of both densities.
 
     Args:
-        confidence: ``[n]``; none gives what the released starting values give.
-        agrees: ``[n]``, bool.
-        target: ``ζ``.
+        confidence: Confidences ``[n]``; without any, the released starting values are used.
+        agrees: Agreement ``[n]``, bool.
+        target: Share ``ζ`` of the densities.
     """
     x = confidence.double().clamp(EDGE, 1 - EDGE)
     if len(x):
         fits = [fit_beta(x, torch.where(agrees == kind, 1.0, FREE_OTHER_CLASS)) for kind in (False, True)]
     else:
         fits = [(x.new_tensor(1.0), x.new_tensor(2.0)), (x.new_tensor(2.0), x.new_tensor(1.0))]
-    # It takes the class with the larger mean for the agreeing one.
+    # The class with the larger mean is taken for the agreeing one.
     lower, upper = sorted(fits, key=lambda fit: float(fit[0] / (fit[0] + fit[1])))
     grid = torch.linspace(*FREE_GRID, dtype=torch.float64)
     share = beta_density(grid, *upper) / (beta_density(grid, *upper) + beta_density(grid, *lower))
@@ -70,15 +70,15 @@ def free_threshold(confidence: Tensor, agrees: Tensor, target: float = FREE_TARG
 
 
 def guarded_threshold(confidence: Tensor, agrees: Tensor, target: float = GUARDED_TARGET) -> float:
-    """The lowest threshold above which a part ``target`` of tokens agrees, by two Betas and how frequent each class is.
+    """Lowest threshold above which a fraction ``target`` of tokens agrees, by two Betas and the class frequencies.
 
-    ``P(agree | c > λ) = π₊ S₊(λ) / (π₊ S₊(λ) + π₋ S₋(λ))``, with ``S`` the mass above. 1, where no token leaves, if
-    there is no such threshold.
+    ``P(agree | c > λ) = π₊ S₊(λ) / (π₊ S₊(λ) + π₋ S₋(λ))``, with ``S`` the mass above. Without such a threshold it is
+    1, above which no token exits.
 
     Args:
-        confidence: ``[n]``, of both classes.
-        agrees: ``[n]``, bool.
-        target: Agreement of the tokens that leave.
+        confidence: Confidences ``[n]`` of both classes.
+        agrees: Agreement ``[n]``, bool.
+        target: Agreement of the tokens that exit.
     """
     x = confidence.double().clamp(EDGE, 1 - EDGE)
     prior = agrees.double().mean()
@@ -95,19 +95,19 @@ def guarded_threshold(confidence: Tensor, agrees: Tensor, target: float = GUARDE
 
 
 class AdaptiveThresholds:
-    """One threshold per exit, fitted anew when a generation begins; share one object between calls.
+    """One threshold per exit, refitted when a generation begins; share one object between calls.
 
     Args:
-        target: ``ζ``. Guarded: the agreement with the whole model of the tokens that leave. Compatible: FREE's share.
-        initial: Threshold until there is a fit.
-        minimum: Samples of each class that the guarded estimator needs; with fewer, ``initial`` stands.
-        window: How many of the newest samples of an exit count.
-        compatible: FREE's estimator as released: all samples, no minimum, ``target`` 0.4, nothing learned after 300
-            sequences.
-        num_sequences: Learn from so many sequences, and stay; None goes on.
+        target: Agreement of the tokens that exit with the whole model; in ``compatible`` mode FREE's share ``ζ``.
+        initial: Threshold before the first fit.
+        minimum: Number of samples of each class that the guarded estimator needs; with fewer, ``initial`` is used.
+        window: Number of newest samples of an exit to fit to.
+        compatible: Flag for FREE's estimator as released: all samples, no minimum, ``target`` 0.4, nothing learned
+            after 300 sequences.
+        num_sequences: Number of sequences to learn from; None never stops.
 
     Raises:
-        ValueError: A target that is no part, or no samples at all.
+        ValueError: A target outside (0, 1), or too few samples.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class AdaptiveThresholds:
         self._new: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     def threshold(self, depth: int) -> float:
-        """Of the exit after ``depth``."""
+        """Threshold of the exit after ``depth``."""
         return self._fitted.get(depth, self.initial)
 
     def samples(self, depth: int) -> tuple[Tensor, Tensor]:
@@ -148,26 +148,26 @@ class AdaptiveThresholds:
 
     @property
     def learning(self) -> bool:
-        """Whether samples are still wanted."""
+        """Flag for thresholds that still learn."""
         return self.num_sequences is None or self.seen <= self.num_sequences
 
     def learn(self, depth: int, confidence: Tensor, agrees: Tensor, counted: Tensor) -> None:
-        """Take note of tokens that ran all layers; tensors of one shape, left on their device until the next fit.
+        """Record tokens that ran all layers; tensors of one shape, which stay on their device until the next fit.
 
         Args:
-            depth: Of the exit.
-            confidence: What it had.
-            agrees: Whether its first choice is the whole model's.
-            counted: Which entries are tokens that came by this exit.
+            depth: Depth of the exit.
+            confidence: Confidences at the exit.
+            agrees: Mask of tokens with the same top-1 token at the exit and in the whole model.
+            counted: Mask of the entries that are tokens.
         """
         self._new.append((depth, confidence, agrees, counted))
 
     def begin(self, num_sequences: int) -> None:
-        """Fit thresholds to what was learned, as so many sequences begin."""
+        """Fit the thresholds, at the beginning of ``num_sequences`` sequences."""
         if not self.learning:
             return
         for depth, *found in self._new:
-            confidence, agrees, counted = (each.flatten().cpu() for each in found)
+            confidence, agrees, counted = (values.flatten().cpu() for values in found)
             old = self.samples(depth)
             self._samples[depth] = (
                 torch.cat([old[0], confidence[counted].float()]),

@@ -12,7 +12,8 @@ from helpers.tolerances import LOGITS
 from recursify.convert.export import FORMATS, export_model
 from recursify.errors import PlanError
 from recursify.modeling import LayerLayout, RecursiveConfig, RecursiveForCausalLM, make_policy
-from recursify.modeling.recursive_loops import LoopMixing, anderson_mix, spread_depths, spread_exits
+from recursify.modeling.modeling_recursive_anderson import LoopMixing, anderson_mix, repetitions
+from recursify.modeling.recursion_count import spread_depths, spread_exits
 
 TOLERANCE = LOGITS[torch.float32]
 STEPS = 64
@@ -258,7 +259,7 @@ def test_saved_and_loaded(family, count, anderson, tmp_path):
     assert torch.equal(logits(loaded, ids), logits(model, ids))
     assert loaded.config.anderson == anderson
     assert loaded.config.depth_map == spread_depths(count, 2)
-    assert (tmp_path / "recursive_loops.py").exists()
+    assert (tmp_path / "modeling_recursive_anderson.py").exists() == (anderson > 0)
 
 
 def test_exits_and_speculation_go_on():
@@ -370,7 +371,7 @@ def test_a_model_mixes_the_loops_that_repeat(sharing):
     """As an explicit loop: anew where another depth begins, and in a sequence for every layer."""
     model = tiny_recursive(sharing=sharing, recursions=2).with_recursions(6, residual_scale=1)
     mixed = model.with_recursions(6, residual_scale=1, anderson=2)
-    assert mixed.config.repetitions == [0, 1, 2, 0, 1, 2]
+    assert repetitions(mixed.config) == [0, 1, 2, 0, 1, 2]
     ids, length = random_ids(1, 9), 9
     base = model.model
     mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
@@ -408,12 +409,12 @@ def test_history_is_as_long_as_asked():
 def test_depths_without_parameters_of_their_own_are_one_map():
     """Rank 0 and tied norms: all recursions repeat, unless their layers are of other kinds."""
     bare = {"lora_rank": 0, "tie_norms": True}
-    assert tiny_recursive("llama", "cycle", 3, **bare).config.repetitions == [0, 1, 2]
-    assert tiny_recursive("llama", "cycle", 3).config.repetitions == [0, 0, 0]
-    assert tiny_recursive("llama", "cycle", 3, lora_rank=0).config.repetitions == [0, 0, 0]
+    assert repetitions(tiny_recursive("llama", "cycle", 3, **bare).config) == [0, 1, 2]
+    assert repetitions(tiny_recursive("llama", "cycle", 3).config) == [0, 0, 0]
+    assert repetitions(tiny_recursive("llama", "cycle", 3, lora_rank=0).config) == [0, 0, 0]
     # Windows of every second layer: a block of three layers meets them at other places in every recursion.
-    assert tiny_recursive("gemma3_text", "cycle", 2, **bare).config.repetitions == [0, 0]
-    assert tiny_recursive("gemma3_text", "cycle", 3, **bare).config.repetitions == [0, 1, 2]
+    assert repetitions(tiny_recursive("gemma3_text", "cycle", 2, **bare).config) == [0, 0]
+    assert repetitions(tiny_recursive("gemma3_text", "cycle", 3, **bare).config) == [0, 1, 2]
 
 
 def test_mixing_compiles_in_one_graph():

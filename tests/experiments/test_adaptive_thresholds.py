@@ -8,14 +8,15 @@ import torch
 from torch.testing import assert_close
 
 from helpers.early_exit import STEPS, generate, left_padded, tiny_recursive
-from recursify.modeling import AdaptiveThresholds, ExitSettings, make_policy
-from recursify.modeling.recursive_thresholds import (
+from recursify.experiments.adaptive_thresholds import (
     FREE_OTHER_CLASS,
+    AdaptiveThresholds,
     beta_density,
     fit_beta,
     free_threshold,
     guarded_threshold,
 )
+from recursify.modeling import ExitSettings, make_policy
 
 
 def two_classes(positive, negative, *, count=1000, share=0.8, seed=0):

@@ -1,0 +1,91 @@
+"""The recursive model of an installed recursify: every part, for every configuration.
+
+A checkpoint carries only the classes that its configuration uses (``RecursiveConfig.auto_map``); these here load all
+checkpoints. This file stays in the package.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from . import modeling_recursive_anderson, modeling_recursive_exits, modeling_recursive_routed
+from .configuration_recursive import RecursiveConfig
+from .modeling_recursive import RecursiveModel as PlainModel
+from .recursion_count import with_recursions
+
+
+def code_files(auto_map: Mapping[str, str], folder: Path) -> tuple[str, ...]:
+    """Files in ``folder`` with the classes of ``auto_map``, and the files that these import.
+
+    Raises:
+        OSError: One of them cannot be read.
+    """
+    entries = [folder / f"{module}.py" for module in {name.partition(".")[0] for name in auto_map.values()}]
+    imports = [file for entry in entries for file in get_relative_import_files(entry)]
+    return tuple(sorted({Path(file).name for file in (*entries, *imports)}))
+
+
+def travelling_files(config: RecursiveConfig) -> tuple[str, ...]:
+    """Files of this package that a checkpoint of ``config`` carries, to load where recursify is not installed."""
+    return code_files(config.auto_map, Path(__file__).parent)
+
+
+def copy_travelling_files(config: RecursiveConfig, folder: str | os.PathLike[str]) -> None:
+    """Copy the files that a checkpoint of ``config`` carries into ``folder``."""
+    for file in travelling_files(config):
+        shutil.copyfile(Path(__file__).with_name(file), Path(folder) / file)
+
+
+class RecursiveModel(modeling_recursive_anderson.RecursiveModel, modeling_recursive_routed.RecursiveModel):
+    """Embedding, prelude, shared block, coda and final norm: ``input_ids [B, T] -> last_hidden_state [B, T, D]``."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **kwargs: Any) -> None:
+        """Save the model with the code that its configuration uses; arguments are those of transformers."""
+        super().save_pretrained(save_directory, *arguments, **kwargs)
+        copy_travelling_files(self.config, save_directory)
+
+
+class RecursiveForCausalLM(
+    modeling_recursive_routed.RecursiveForCausalLM,
+    modeling_recursive_exits.RecursiveForCausalLM,
+    modeling_recursive_anderson.RecursiveForCausalLM,
+):
+    """A recursive model with its language-modelling head."""
+
+    base_model_class: ClassVar[type[PlainModel]] = RecursiveModel
+    publish: ClassVar[Callable[..., Any] | None] = None
+    """Function that checks and uploads a saved model, set by the package that has it."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **kwargs: Any) -> None:
+        """Save the model with the code that its configuration uses; arguments are those of transformers."""
+        super().save_pretrained(save_directory, *arguments, **kwargs)
+        copy_travelling_files(self.config, save_directory)
+
+    def with_recursions(
+        self, num_recursions: int, *, residual_scale: float | Literal["auto"] = "auto", anderson: int = 0
+    ) -> Self:
+        """A model that applies the shared block ``num_recursions`` times, fewer or more than this one does.
+
+        It has the same shared weights, in the same memory: an in-place change of one model changes both. Depth ``i`` of
+        ``n`` takes copies of the parameters of depth ``i · R // n`` here (residuals, norms, biases, window or RoPE),
+        and an exit the head of the exit at which its time ends. Thresholds and ``exit_depth``, which were chosen for
+        other exits, are dropped unless ``n`` is ``R``.
+
+        Args:
+            num_recursions: Number ``n`` of recursions, at least 1. With ``R`` the logits are equal, to the bit.
+            residual_scale: Factor on the steps of the shared layers. ``"auto"`` is ``R / n``, a longer or shorter step
+                of the same equation (arXiv 2310.12818); 1 keeps the layers as they are.
+            anderson: Number of earlier loops mixed into each that repeats a depth, 0 for none. For a block that
+                converges; exit policies and speculation refuse it. Recorded ``hidden_states`` are those before mixing.
+
+        Raises:
+            ValueError: Fewer than one recursion, routers, a scale that is not positive, or a history where nothing
+                repeats.
+        """
+        return with_recursions(self, num_recursions, residual_scale=residual_scale, anderson=anderson)
