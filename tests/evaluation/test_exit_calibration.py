@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.command_line import run
-from helpers.early_exit import tiny_recursive
+from helpers.early_exit import tiny_exits
 from helpers.tiny_models import byte_tokenizer, random_ids
 from recursify.errors import SettingsError, TextError
 from recursify.evaluation.exit_calibration import calibrate_on_windows
@@ -64,7 +64,7 @@ def test_exits_share_the_budget():
 @torch.inference_mode()
 def test_boundaries_have_what_the_exits_and_the_whole_model_say():
     """Logits of a fixed depth, and of all recursions, at every token that another follows."""
-    model = tiny_recursive(recursions=4)
+    model = tiny_exits(recursions=4)
     windows = random_ids(2, 12)
     boundaries, last_states = exit_contexts(model, windows)
     assert [each.depth for each in boundaries] == [0, 1, 2]
@@ -79,7 +79,7 @@ def test_boundaries_have_what_the_exits_and_the_whole_model_say():
 )
 def test_a_text_is_read_as_decoding_reads_it(policy, vocabulary):
     """Without the coda, confidences over a text are those that decoding has at the same tokens."""
-    model = tiny_recursive(recursions=4, through_coda=False)
+    model = tiny_exits(recursions=4, through_coda=False)
     windows = random_ids(2, 12)
     read = predict_at_exits(model, windows, make_policy(policy, vocabulary=vocabulary))
     assert torch.equal(read.agrees, predict_at_exits(model, windows, make_policy(policy)).agrees)
@@ -105,7 +105,7 @@ def test_a_text_is_read_as_decoding_reads_it(policy, vocabulary):
 
 def test_agreement_is_that_of_the_last_recursion():
     """At every exit, and a target is met on the tokens that thresholds were chosen by."""
-    model = tiny_recursive(recursions=4)
+    model = tiny_exits(recursions=4)
     windows = random_ids(8, 80)
     read = predict_at_exits(model, windows, make_policy("confidence"))
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_agreement_is_that_of_the_last_recursion():
 
 def test_the_command_writes_what_generate_takes(tmp_path, capsys):
     """Into config.json and recursify.json; a policy's name then means those thresholds."""
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("the cat sat on the mat, and the dog ran. " * 60, encoding="utf-8")
@@ -173,12 +173,12 @@ def test_the_command_writes_what_generate_takes(tmp_path, capsys):
 def test_what_cannot_be_calibrated_is_refused(policy, target, message):
     """One clear error each."""
     with pytest.raises(SettingsError, match=message):
-        calibrate_on_windows(tiny_recursive(recursions=2, heads=False), random_ids(8, 80), policy, target)
+        calibrate_on_windows(tiny_exits(recursions=2, heads=False), random_ids(8, 80), policy, target)
 
 
 def test_too_little_text_and_thresholds_that_do_not_fit_are_refused():
     """Half of the tokens are for trying thresholds; a config has one per exit."""
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     with pytest.raises(TextError, match=r"has 38 tokens to predict, and 512 are needed"):
         calibrate_on_windows(model, random_ids(2, 20), "confidence", 0.9)
     fields = {**model.config.to_dict(), "exit_policy": "confidence", "exit_thresholds": [0.5, 0.6]}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers.early_exit import STEPS, generate, left_padded, tiny_recursive
+from helpers.early_exit import STEPS, generate, left_padded, tiny_exits
 from recursify.experiments.adaptive_thresholds import (
     FREE_OTHER_CLASS,
     AdaptiveThresholds,
@@ -142,7 +142,7 @@ def test_learning_ends_after_so_many_sequences():
 @pytest.mark.parametrize("recursions", [2, 4])
 def test_decoding_learns_what_the_whole_model_says(recursions, layers):
     """Every token that ran all layers counts once per exit that it came by, with the label of one full forward."""
-    model = tiny_recursive(recursions=recursions)
+    model = tiny_exits(recursions=recursions)
     thresholds = AdaptiveThresholds(initial=0.02, minimum=2)
     settings = ExitSettings(make_policy("confidence"), adapt=thresholds, max_pending=5, layers=layers)
     ids, mask = left_padded((9, 4, 7))
@@ -175,7 +175,7 @@ def test_decoding_learns_what_the_whole_model_says(recursions, layers):
 
 def test_learning_changes_no_token_of_the_call():
     """Thresholds move between calls only, and reading out more than before moves nothing."""
-    model = tiny_recursive()
+    model = tiny_exits()
     ids, mask = left_padded((9, 4))
     fixed = generate(model, ids, mask, exit_policy=ExitSettings(make_policy("head", 0.5)))
     learning = ExitSettings(make_policy("head"), adapt=AdaptiveThresholds(initial=0.5))
@@ -184,7 +184,7 @@ def test_learning_changes_no_token_of_the_call():
 
 def test_rows_share_what_they_learn():
     """A batch feeds the same estimate as its rows one by one."""
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     ids, mask = left_padded((9, 4))
     together, apart = (AdaptiveThresholds(initial=0.02, minimum=2) for _ in range(2))
     generate(model, ids, mask, exit_policy=ExitSettings(make_policy("confidence"), adapt=together))
@@ -211,7 +211,7 @@ def test_bad_settings_are_one_clear_error():
         ExitSettings(make_policy("confidence"), kv="copied", adapt=AdaptiveThresholds())
     with pytest.raises(ValueError, match="policy 'fixed'"):
         ExitSettings(make_policy("fixed"), adapt=AdaptiveThresholds())
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     ids, mask = left_padded((5, 4))
     unlike = [ExitSettings(make_policy("confidence"), adapt=AdaptiveThresholds()) for _ in range(2)]
     with pytest.raises(ValueError, match="share one kind of policy, vocabulary, kv, layers and adapt"):

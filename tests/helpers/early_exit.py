@@ -5,19 +5,17 @@ from __future__ import annotations
 import torch
 from torch.overrides import TorchFunctionMode
 
-from helpers.tiny_models import random_ids, tiny_config
-from recursify.modeling import LayerLayout, RecursiveConfig, RecursiveForCausalLM
+from helpers.tiny_models import random_ids, tiny_recursive
+from recursify.modeling import RecursiveForCausalLM
 
 STEPS = 64
 
 
-def tiny_recursive(
+def tiny_exits(
     family: str = "llama", recursions: int = 4, *, through_coda: bool = True, heads: bool = True
 ) -> RecursiveForCausalLM:
-    """A random recursive model of six layers whose exits differ from its end, and whose tests have opinions."""
-    torch.manual_seed(0)
-    layout = LayerLayout.fold(6, recursions, "middle_cycle" if recursions > 1 else "cycle")
-    model = RecursiveForCausalLM(RecursiveConfig.from_dense(tiny_config(family), layout, lora_rank=2)).eval()
+    """A random recursive model with exit heads that differ from its end and tests that disagree."""
+    model = tiny_recursive(family, recursions)
     if heads:
         model.add_exit_heads("norm", through_coda=through_coda)
         with torch.no_grad():

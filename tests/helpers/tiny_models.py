@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from recursify.convert.pipeline import convert_model
-from recursify.modeling import RecursiveForCausalLM
+from recursify.modeling import LayerLayout, RecursiveConfig, RecursiveForCausalLM
 
 SMALL = {
     "vocab_size": 260,
@@ -69,6 +69,37 @@ def tiny_dense(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
             if parameter.ndim == 1:
                 parameter.data.add_(0.2 * torch.randn_like(parameter))
     return model.float().eval()
+
+
+def tiny_recursive(
+    family: str = "llama",
+    recursions: int = 2,
+    sharing: str | None = None,
+    *,
+    varied: bool = False,
+    seed: int = 0,
+    **fields,
+) -> RecursiveForCausalLM:
+    """A random recursive model of six layers in eval mode.
+
+    Args:
+        family: Dense family.
+        recursions: Number of recursions.
+        sharing: Sharing scheme; None takes ``middle_cycle`` where the inner layers divide, else ``cycle``.
+        varied: Flag to give depths different residuals, norms and biases.
+        seed: Seed of the weights.
+        fields: Fields of the configuration; the LoRA rank is 2.
+    """
+    sharing = sharing or ("middle_cycle" if recursions in (2, 4) else "cycle")
+    layout = LayerLayout.fold(SMALL["num_hidden_layers"], recursions, sharing)
+    torch.manual_seed(seed)
+    config = RecursiveConfig.from_dense(tiny_config(family), layout, **{"lora_rank": 2, **fields})
+    model = RecursiveForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters() if varied else ():
+            if parameter.ndim != 2:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
 
 
 def random_ids(batch: int, length: int, seed: int = 0, vocab_size: int = SMALL["vocab_size"]) -> torch.Tensor:

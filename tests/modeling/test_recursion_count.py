@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from helpers.tiny_models import FAMILIES, random_ids, tiny_config
+from helpers.tiny_models import FAMILIES, random_ids, tiny_config, tiny_recursive
 from helpers.tolerances import LOGITS
 from recursify.convert.export import FORMATS, export_model
 from recursify.errors import PlanError
@@ -17,23 +17,6 @@ from recursify.modeling.recursion_count import spread_depths, spread_exits
 
 TOLERANCE = LOGITS[torch.float32]
 STEPS = 64
-
-
-def tiny_recursive(
-    family: str = "llama", sharing: str = "middle_cycle", recursions: int = 2, *, seed: int = 0, **fields
-) -> RecursiveForCausalLM:
-    """A random recursive model of six layers whose depths differ in residuals, norms and biases."""
-    config = RecursiveConfig.from_dense(
-        tiny_config(family), LayerLayout.fold(6, recursions, sharing), **{"lora_rank": 2, **fields}
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = RecursiveForCausalLM(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim != 2:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def logits(model: nn.Module, ids: torch.Tensor, **more) -> torch.Tensor:
@@ -65,7 +48,7 @@ def test_depths_are_spread_over_those_there_are():
 @pytest.mark.parametrize("sharing", ["cycle", "sequence", "middle_cycle", "middle_sequence"])
 def test_as_many_recursions_are_the_same_model(family, sharing):
     """To the bit, with as many parameters and the same config."""
-    model = tiny_recursive(family, sharing)
+    model = tiny_recursive(family, sharing=sharing, varied=True)
     same = model.with_recursions(2)
     ids = random_ids(2, 19)
     assert torch.equal(logits(same, ids), logits(model, ids))
@@ -77,7 +60,7 @@ def test_as_many_recursions_are_the_same_model(family, sharing):
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_each_depth_takes_what_its_old_one_had(family, sharing, count):
     """The layer at a position equals the old one's at the position that it stands for: weights, window, RoPE, index."""
-    model = tiny_recursive(family, sharing, seed=1)
+    model = tiny_recursive(family, sharing=sharing, seed=1, varied=True)
     other = model.with_recursions(count, residual_scale=1)
     layout, depths = other.config.layout, spread_depths(count, 2)
     states, ids = torch.randn(1, 11, 32), torch.arange(11)[None]
@@ -101,7 +84,7 @@ def test_each_depth_takes_what_its_old_one_had(family, sharing, count):
 @pytest.mark.parametrize("count", [1, 4])
 def test_shared_weights_are_the_same_memory(count, tie_norms):
     """Only what a depth has of its own is copied, and no parameter has two names."""
-    model = tiny_recursive("qwen2", tie_norms=tie_norms)
+    model = tiny_recursive("qwen2", tie_norms=tie_norms, varied=True)
     other = model.with_recursions(count)
     before, after = own_parameters(model), own_parameters(other)
     shared = {name for name in after if name in before and after[name].data_ptr() == before[name].data_ptr()}
@@ -121,7 +104,7 @@ def test_shared_weights_are_the_same_memory(count, tie_norms):
 
 def test_tied_embeddings_stay_one_parameter():
     """Gemma's head is its embedding, in the new model, too."""
-    other = tiny_recursive("gemma").with_recursions(3)
+    other = tiny_recursive("gemma", varied=True).with_recursions(3)
     assert other.lm_head.weight is other.model.embed_tokens.weight
 
 
@@ -153,7 +136,7 @@ def explicitly(model: RecursiveForCausalLM, ids: torch.Tensor, depths: list[int]
 )
 def test_automatic_scale_is_the_euler_step(count, depths, scale):
     """``h + R/n · (layer(h) - h)`` for every shared layer, and for no other (2310.12818)."""
-    model = tiny_recursive()
+    model = tiny_recursive(varied=True)
     other = model.with_recursions(count)
     assert other.config.residual_scale == scale
     ids = random_ids(2, 9)
@@ -168,14 +151,14 @@ def test_automatic_scale_is_the_euler_step(count, depths, scale):
 
 def test_a_step_of_nearly_nothing_leaves_the_states():
     """A scale of 1e-6: the block passes on what it is given."""
-    model = tiny_recursive(residual_scale=1e-6)
+    model = tiny_recursive(residual_scale=1e-6, varied=True)
     states = model.model(random_ids(1, 9), return_layer_states=True).layer_states
     torch.testing.assert_close(states[4], states[0], atol=1e-4, rtol=0)
 
 
 def test_recorded_hidden_states_are_scaled():
     """What transformers records is what goes on to the next layer."""
-    model = tiny_recursive().with_recursions(4)
+    model = tiny_recursive(varied=True).with_recursions(4)
     ids = random_ids(1, 9)
     with torch.inference_mode():
         recorded = model(ids, output_hidden_states=True).hidden_states
@@ -185,7 +168,7 @@ def test_recorded_hidden_states_are_scaled():
 
 def test_going_on_from_another_number_keeps_the_time():
     """From 4 to 2 to 1: depths and scale are those of going at once."""
-    model = tiny_recursive(recursions=4)
+    model = tiny_recursive(recursions=4, varied=True)
     detour, at_once = model.with_recursions(2).with_recursions(1), model.with_recursions(1)
     assert detour.config.to_dict() == at_once.config.to_dict()
     assert detour.config.depth_map == [0]
@@ -199,7 +182,7 @@ def test_gradients_with_checkpointing_are_those_without(count):
     """A scaled step is recomputed as it was."""
     gradients = []
     for checkpointed in (False, True):
-        model = tiny_recursive().with_recursions(count).train()
+        model = tiny_recursive(varied=True).with_recursions(count).train()
         if checkpointed:
             model.gradient_checkpointing_enable()
         ids = random_ids(2, 9)
@@ -224,7 +207,7 @@ VARIANTS = [
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "smollm3", "gpt_neox"])
 def test_cached_and_padded_decoding(family, sharing, count, anderson):
     """64 greedy steps: with a cache as without, and every row of a left-padded batch as alone."""
-    model = tiny_recursive(family, sharing).with_recursions(count, anderson=anderson)
+    model = tiny_recursive(family, sharing=sharing, varied=True).with_recursions(count, anderson=anderson)
     lengths = (9, 4, 7)
     ids = random_ids(3, 9)
     mask = (torch.arange(9) >= 9 - torch.tensor(lengths)[:, None]).long()
@@ -238,7 +221,7 @@ def test_cached_and_padded_decoding(family, sharing, count, anderson):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_cached_logits(family, anderson):
     """Over several steps, past the sliding windows, in every family."""
-    model = tiny_recursive(family).with_recursions(6, residual_scale=1, anderson=anderson)
+    model = tiny_recursive(family, varied=True).with_recursions(6, residual_scale=1, anderson=anderson)
     ids = random_ids(2, 17)
     whole = logits(model, ids)
     with torch.inference_mode():
@@ -252,7 +235,7 @@ def test_cached_logits(family, anderson):
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "smollm3", "gpt_neox"])
 def test_saved_and_loaded(family, count, anderson, tmp_path):
     """The same logits, from a folder that holds every tensor once."""
-    model = tiny_recursive(family).with_recursions(count, anderson=anderson)
+    model = tiny_recursive(family, varied=True).with_recursions(count, anderson=anderson)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids = random_ids(2, 12)
@@ -264,7 +247,7 @@ def test_saved_and_loaded(family, count, anderson, tmp_path):
 
 def test_exits_and_speculation_go_on():
     """Exit heads follow, thresholds that were chosen for other exits do not; drafts and checks agree."""
-    model = tiny_recursive(recursions=4)
+    model = tiny_recursive(recursions=4, varied=True)
     model.add_exit_heads("norm")
     with torch.no_grad():
         for number, head in enumerate(model.exit_heads):
@@ -286,7 +269,7 @@ def test_exits_and_speculation_go_on():
 
 def test_unscaled_recursions_export(tmp_path):
     """A dense model of as many layers as run."""
-    tiny_recursive().with_recursions(4, residual_scale=1).save_pretrained(tmp_path / "four")
+    tiny_recursive(varied=True).with_recursions(4, residual_scale=1).save_pretrained(tmp_path / "four")
     assert export_model(tmp_path / "four", tmp_path / "dense").max_logit_difference < TOLERANCE
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "dense").config.num_hidden_layers == 10
 
@@ -357,7 +340,7 @@ def test_no_token_sees_another():
 
 def test_later_tokens_do_not_change_earlier_ones():
     """Mixing is causal."""
-    model = tiny_recursive().with_recursions(6, anderson=2)
+    model = tiny_recursive(varied=True).with_recursions(6, anderson=2)
     ids = random_ids(1, 12)
     before = logits(model, ids)
     ids[0, 8] = (ids[0, 8] + 1) % 200 + 2
@@ -369,7 +352,7 @@ def test_later_tokens_do_not_change_earlier_ones():
 @pytest.mark.parametrize("sharing", ["cycle", "sequence"])
 def test_a_model_mixes_the_loops_that_repeat(sharing):
     """As an explicit loop: anew where another depth begins, and in a sequence for every layer."""
-    model = tiny_recursive(sharing=sharing, recursions=2).with_recursions(6, residual_scale=1)
+    model = tiny_recursive(sharing=sharing, recursions=2, varied=True).with_recursions(6, residual_scale=1)
     mixed = model.with_recursions(6, residual_scale=1, anderson=2)
     assert repetitions(mixed.config) == [0, 1, 2, 0, 1, 2]
     ids, length = random_ids(1, 9), 9
@@ -409,17 +392,17 @@ def test_history_is_as_long_as_asked():
 def test_depths_without_parameters_of_their_own_are_one_map():
     """Rank 0 and tied norms: all recursions repeat, unless their layers are of other kinds."""
     bare = {"lora_rank": 0, "tie_norms": True}
-    assert repetitions(tiny_recursive("llama", "cycle", 3, **bare).config) == [0, 1, 2]
-    assert repetitions(tiny_recursive("llama", "cycle", 3).config) == [0, 0, 0]
-    assert repetitions(tiny_recursive("llama", "cycle", 3, lora_rank=0).config) == [0, 0, 0]
+    assert repetitions(tiny_recursive("llama", 3, "cycle", varied=True, **bare).config) == [0, 1, 2]
+    assert repetitions(tiny_recursive("llama", 3, "cycle", varied=True).config) == [0, 0, 0]
+    assert repetitions(tiny_recursive("llama", 3, "cycle", lora_rank=0, varied=True).config) == [0, 0, 0]
     # Windows of every second layer: a block of three layers meets them at other places in every recursion.
-    assert repetitions(tiny_recursive("gemma3_text", "cycle", 2, **bare).config) == [0, 0]
-    assert repetitions(tiny_recursive("gemma3_text", "cycle", 3, **bare).config) == [0, 1, 2]
+    assert repetitions(tiny_recursive("gemma3_text", 2, "cycle", varied=True, **bare).config) == [0, 0]
+    assert repetitions(tiny_recursive("gemma3_text", 3, "cycle", varied=True, **bare).config) == [0, 1, 2]
 
 
 def test_mixing_compiles_in_one_graph():
     """No graph break, with the same logits."""
-    model = tiny_recursive().with_recursions(4, anderson=2)
+    model = tiny_recursive(varied=True).with_recursions(4, anderson=2)
     torch._dynamo.reset()
     ids = random_ids(2, 9)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -446,7 +429,7 @@ def test_mixing_compiles_in_one_graph():
 )
 def test_wrong_values(arguments, message):
     """One clear error each, and the model is as it was."""
-    model = tiny_recursive()
+    model = tiny_recursive(varied=True)
     before = model.config.to_dict()
     with pytest.raises(ValueError, match=message):
         model.with_recursions(**arguments)
@@ -462,7 +445,7 @@ def test_a_map_edited_by_hand(depth_map):
 
 def test_mixing_refuses_what_stops_between_loops():
     """Exit policies and speculation."""
-    model = tiny_recursive().with_recursions(4, anderson=2)
+    model = tiny_recursive(varied=True).with_recursions(4, anderson=2)
     for shortcut in ({"exit_policy": "confidence"}, {"speculate": True}):
         with pytest.raises(ValueError, match=r"mixes loops \(anderson=2\).*with_recursions\(\.\.\., anderson=0"):
             greedy(model, random_ids(1, 5), **shortcut)
@@ -481,7 +464,7 @@ def test_mixing_refuses_what_stops_between_loops():
 )
 def test_stock_layers_neither_scale_nor_mix(tmp_path, export, arguments, message):
     """The export says so and writes nothing."""
-    tiny_recursive(sharing="cycle").with_recursions(**arguments).save_pretrained(tmp_path / "model")
+    tiny_recursive(sharing="cycle", varied=True).with_recursions(**arguments).save_pretrained(tmp_path / "model")
     with pytest.raises(PlanError, match=message):
         export_model(tmp_path / "model", tmp_path / "out", format=export)
     assert not (tmp_path / "out").exists()

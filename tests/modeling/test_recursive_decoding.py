@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TextStreamer
 
-from helpers.early_exit import STEPS, Waits, generate, left_padded, tiny_recursive
+from helpers.early_exit import STEPS, Waits, generate, left_padded, tiny_exits
 from helpers.tiny_models import byte_tokenizer, random_ids
 from helpers.tolerances import LOGITS
 from recursify.experiments.adaptive_thresholds import AdaptiveThresholds
@@ -52,7 +52,7 @@ def alone_and_together(model: RecursiveForCausalLM, settings: ExitSettings, leng
 @pytest.mark.parametrize("policy", EXIT_POLICIES)
 def test_batched_is_one_by_one(policy, kv):
     """Every policy with every source of skipped keys and values, 64 steps, prompts of unlike lengths."""
-    model = tiny_recursive()
+    model = tiny_exits()
     counts = alone_and_together(model, ExitSettings(make_policy(policy, THRESHOLDS[policy]), kv=kv))
     assert sum(count > 0 for count in counts) > 1, f"{counts}: or the test would say nothing about rows that part"
 
@@ -60,13 +60,13 @@ def test_batched_is_one_by_one(policy, kv):
 @pytest.mark.parametrize("through_coda", [True, False])
 def test_batched_is_one_by_one_in_every_family(family, through_coda):
     """Sliding windows, several RoPE bases, parallel residuals, fused projections."""
-    model = tiny_recursive(family, recursions=2, through_coda=through_coda)
+    model = tiny_exits(family, recursions=2, through_coda=through_coda)
     alone_and_together(model, ExitSettings(make_policy("confidence", 0.02)))
 
 
 def test_no_exit_is_greedy_decoding(family):
     """A threshold of 1: the same tokens as generate without a policy, from the same number of layers."""
-    model = tiny_recursive(family, recursions=2)
+    model = tiny_exits(family, recursions=2)
     ids, mask = left_padded((9, 4))
     found = generate(model, ids, mask, exit_policy=make_policy("confidence", 1.0), return_dict_in_generate=True)
     assert torch.equal(found.sequences, generate(model, ids, mask))
@@ -77,7 +77,7 @@ def test_no_exit_is_greedy_decoding(family):
 
 def test_every_exit_is_static_shallow_decoding():
     """A threshold below 0: after the first token, which is the prompt's, the model run at its first exit."""
-    model = tiny_recursive(recursions=2, through_coda=False)
+    model = tiny_exits(recursions=2, through_coda=False)
     ids = random_ids(2, 7)
     found = generate(
         model,
@@ -108,7 +108,7 @@ def decoder_after(model: RecursiveForCausalLM, settings: ExitSettings, steps: in
 @pytest.mark.parametrize("through_coda", [True, False])
 def test_deferred_keys_and_values_are_those_of_a_full_forward(through_coda):
     """After a row's flush; before it, deeper layers are as far as they say. Counters follow the block average."""
-    model = tiny_recursive(recursions=2, through_coda=through_coda)
+    model = tiny_exits(recursions=2, through_coda=through_coda)
     settings = ExitSettings(make_policy("confidence", 0.03))
     decoder, ids, mask, exits = decoder_after(model, settings, steps=20)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_deferred_keys_and_values_are_those_of_a_full_forward(through_coda):
 
 def test_copied_and_latest_keys_are_what_they_say():
     """Projected from the state at the exit; or those of the same layer at the depth before. Both differ from exact."""
-    model = tiny_recursive(recursions=2, through_coda=False)
+    model = tiny_exits(recursions=2, through_coda=False)
     always = make_policy("confidence", -1.0)
     exact, ids, _, _ = decoder_after(model, ExitSettings(make_policy("confidence", 1.0)), steps=1)
     copied, *_ = decoder_after(model, ExitSettings(always, kv="copied"), steps=1)
@@ -160,7 +160,7 @@ def test_copied_and_latest_keys_are_what_they_say():
 @pytest.mark.parametrize("kv", KV_MODES)
 def test_an_exit_through_the_coda_says_what_the_coda_makes_of_its_state(kv):
     """By hand, on the decoder's own keys and values: the coda's layer on the state at the exit, norm and head."""
-    model = tiny_recursive(recursions=4)
+    model = tiny_exits(recursions=4)
     decoder, ids, _, exits = decoder_after(model, ExitSettings(make_policy("fixed", 1), kv=kv), steps=6)
     assert exits.eq(1).all()
     last = ids.shape[1] - 1
@@ -188,7 +188,7 @@ def test_an_exit_through_the_coda_says_what_the_coda_makes_of_its_state(kv):
 
 def test_latest_keys_are_those_of_the_deepest_depth_that_ran():
     """With four recursions, after an exit at depth 1: depths 2 and 3 have what depth 1 has, and not depth 0."""
-    model = tiny_recursive(recursions=4)
+    model = tiny_exits(recursions=4)
     decoder, ids, *_ = decoder_after(model, ExitSettings(make_policy("fixed", 1), kv="latest"), steps=3)
     last, layout = ids.shape[1] - 1, model.config.layout
     at = [decoder.cache.values[layout.position(0, depth)][:, :, last] for depth in range(4)]
@@ -199,7 +199,7 @@ def test_latest_keys_are_those_of_the_deepest_depth_that_ran():
 
 def test_what_waits_is_bounded():
     """With max_pending 3 every fourth token at the latest runs all layers."""
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     settings = ExitSettings(make_policy("confidence", -1.0), max_pending=3)
     found = generate(model, random_ids(2, 5), exit_policy=settings, return_dict_in_generate=True)
     assert found.exit_depths[0, 1:].tolist() == ([0, 0, 0, 1] * STEPS)[: STEPS - 1]
@@ -208,7 +208,7 @@ def test_what_waits_is_bounded():
 
 def test_an_oracle_says_what_the_whole_model_says():
     """Its tokens are those of full depth, at full cost; its exits agree with them."""
-    model = tiny_recursive()
+    model = tiny_exits()
     ids, mask = left_padded((9, 4))
     found = generate(model, ids, mask, exit_policy="oracle", return_dict_in_generate=True)
     assert torch.equal(found.sequences, generate(model, ids, mask))
@@ -218,7 +218,7 @@ def test_an_oracle_says_what_the_whole_model_says():
 
 def test_exits_after_any_layer_of_a_dense_model():
     """FREE on a model of one recursion, read out by its own norm and head after a third of its layers."""
-    model = tiny_recursive(recursions=1, heads=False)
+    model = tiny_exits(recursions=1, heads=False)
     settings = ExitSettings(make_policy("confidence", 0.02), layers=(2,))
     counts = alone_and_together(model, settings)
     assert min(counts[:2]) > 0
@@ -229,20 +229,20 @@ def test_exits_after_any_layer_of_a_dense_model():
 
 def test_requests_have_settings_of_their_own():
     """One row never exits, one always does, in one batch."""
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     never, always = (ExitSettings(make_policy("confidence", value), max_pending=1000) for value in (1.0, -1.0))
     ids = random_ids(2, 7)
     found = generate(model, ids, exit_policy=[never, always], return_dict_in_generate=True)
     assert found.exit_depths[:, 1:].unique(dim=1).tolist() == [[1], [0]]
     assert torch.equal(found.sequences[0], generate(model, ids[:1])[0])
     late = ExitSettings(make_policy("confidence", -1.0), min_depth=1)
-    found = generate(tiny_recursive(), ids, exit_policy=late, return_dict_in_generate=True)
+    found = generate(tiny_exits(), ids, exit_policy=late, return_dict_in_generate=True)
     assert int(found.exit_depths.min()) == 1
 
 
 def test_a_fixed_depth_for_each_request():
     """And one per prompt where a prompt has several rows."""
-    model, ids = tiny_recursive(), random_ids(2, 5)
+    model, ids = tiny_exits(), random_ids(2, 5)
     first, last = (ExitSettings(make_policy("fixed", depth)) for depth in (0, 2))
     for order in ([first, last], [last, first]):
         found = generate(model, ids, exit_policy=order, return_dict_in_generate=True, max_new_tokens=5)
@@ -279,13 +279,13 @@ def test_a_fixed_depth_for_each_request():
 def test_settings_that_rows_cannot_have_are_refused(policies, message):
     """Their number, their kinds, and exits that are not there."""
     with pytest.raises(ValueError, match=message):
-        generate(tiny_recursive(), random_ids(2, 5), exit_policy=policies)
+        generate(tiny_exits(), random_ids(2, 5), exit_policy=policies)
 
 
 @pytest.mark.parametrize("how", [{"exit_policy": "confidence"}, {"speculate": True}])
 def test_prompts_and_arguments_that_would_be_ignored_are_refused(how):
     """Embeddings, an assistant, a number of recursions, a mask with a hole, an empty prompt."""
-    model, ids = tiny_recursive(recursions=2), random_ids(2, 4)
+    model, ids = tiny_exits(recursions=2), random_ids(2, 4)
     embeddings = model.get_input_embeddings()(ids)
     with pytest.raises(ValueError, match="inputs_embeds works neither"):
         model.generate(inputs_embeds=embeddings, max_new_tokens=2, **how)
@@ -299,7 +299,7 @@ def test_prompts_and_arguments_that_would_be_ignored_are_refused(how):
 
 def test_logits_are_returned_and_criteria_see_scores():
     """As generate does without a policy."""
-    model, ids = tiny_recursive(recursions=2), random_ids(2, 4)
+    model, ids = tiny_exits(recursions=2), random_ids(2, 4)
     seen = []
 
     def criterion(input_ids, scores, **_):
@@ -326,7 +326,7 @@ def test_the_decaying_threshold_is_calms():
 
 def test_generate_keeps_its_other_arguments(capsys):
     """End of text by row, processors, stopping, sampling by seed, a streamer: as without a policy when nobody exits."""
-    model, never = tiny_recursive(recursions=2), make_policy("confidence", 1.0)
+    model, never = tiny_exits(recursions=2), make_policy("confidence", 1.0)
     ids, mask = left_padded((9, 4, 6))
     plain = generate(model, ids, mask)
     stop = int(plain[1, 9 + 5])
@@ -353,7 +353,7 @@ def test_generate_keeps_its_other_arguments(capsys):
 
 def test_rows_that_finish_leave_the_others_alone():
     """With exits and an end of text, every row is what it is alone, and cost is counted to its end only."""
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     settings = ExitSettings(make_policy("confidence", 0.02))
     ids, mask = left_padded((9, 4, 6))
     stop = int(generate(model, ids, mask, exit_policy=settings)[1, 9 + 8])
@@ -370,7 +370,7 @@ def test_rows_that_finish_leave_the_others_alone():
 
 def test_half_precision():
     """bfloat16 runs and says nothing but finite logits; exits there may part from float32's."""
-    model = tiny_recursive(recursions=2).to(torch.bfloat16)
+    model = tiny_exits(recursions=2).to(torch.bfloat16)
     found = generate(
         model, random_ids(2, 5), exit_policy="confidence", output_scores=True, return_dict_in_generate=True
     )
@@ -380,7 +380,7 @@ def test_half_precision():
 
 def test_a_prompt_is_read_as_generate_reads_it():
     """Logits after a left-padded prompt, on odd lengths."""
-    model = tiny_recursive("gemma3_text", recursions=2)
+    model = tiny_exits("gemma3_text", recursions=2)
     ids, mask = left_padded((11, 3))
     decoder = DepthDecoder(model, [ExitSettings.from_options("confidence")] * 2, mask, max_length=12)
     with torch.no_grad():
@@ -407,7 +407,7 @@ def test_a_prompt_is_read_as_generate_reads_it():
 )
 def test_what_does_not_go_together_is_refused(arguments, message):
     """One clear error each."""
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     with pytest.raises(ValueError, match=message):
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, pad_token_id=0, **arguments)
 
@@ -416,14 +416,14 @@ def test_models_that_cannot_exit_are_refused():
     """No heads for their policy, no boundaries, a fixed depth, an attention that takes no mask."""
     ids = random_ids(1, 3)
     with pytest.raises(ValueError, match="Policy 'head' needs exit heads, and the model has none"):
-        tiny_recursive(recursions=2, heads=False).generate(ids, exit_policy="head")
+        tiny_exits(recursions=2, heads=False).generate(ids, exit_policy="head")
     with pytest.raises(ValueError, match="1 recursions in cycle sharing has no boundary to exit at"):
-        tiny_recursive(recursions=1, heads=False).generate(ids, exit_policy="confidence")
-    model = tiny_recursive(recursions=2)
+        tiny_exits(recursions=1, heads=False).generate(ids, exit_policy="confidence")
+    model = tiny_exits(recursions=2)
     model.config.exit_depth = 0
     with pytest.raises(ValueError, match="set to exit after depth 0 always"):
         model.generate(ids, exit_policy="confidence")
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="and the model's is 'flex_attention'"):
         model.generate(ids, exit_policy="confidence")
@@ -451,7 +451,7 @@ def test_settings_out_of_range_are_refused(make, message):
 @pytest.mark.parametrize("policy", ["confidence", "entropy", "divergence"])
 def test_a_reduced_vocabulary_decides_and_the_whole_one_speaks(policy, kind):
     """Confidence is that of the first entries alone; what a token says is of all, and a batch is one by one."""
-    model = tiny_recursive(heads=False)
+    model = tiny_exits(heads=False)
     model.add_exit_heads(kind)
     with torch.no_grad():
         for head in model.exit_heads:
@@ -472,7 +472,7 @@ def test_a_reduced_vocabulary_decides_and_the_whole_one_speaks(policy, kind):
 
 def test_a_reduced_vocabulary_saves_the_readout_of_tokens_that_go_on():
     """No exit reads the whole head but for tokens that leave by it."""
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     read = []
     hook = model.lm_head.register_forward_hook(
         lambda module, inputs, output: read.append(len(inputs[0].flatten(0, -2)))
@@ -488,14 +488,14 @@ def test_a_vocabulary_that_means_nothing_is_refused():
         make_policy("head", vocabulary=50)
     with pytest.raises(ValueError, match="2 entries of the vocabulary at least, got vocabulary=1"):
         make_policy("confidence", vocabulary=1)
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     with pytest.raises(ValueError, match="vocabulary=100000 is more than the model has"):
         generate(model, random_ids(1, 4), exit_policy=make_policy("confidence", vocabulary=100_000))
 
 
 def test_thresholds_of_the_config_come_with_the_vocabulary_that_they_were_chosen_for():
     """Given by name; a threshold or a vocabulary of one's own stands alone."""
-    config = tiny_recursive(recursions=2).config
+    config = tiny_exits(recursions=2).config
     config.exit_policy, config.exit_thresholds, config.exit_vocabulary = "confidence", [0.3], 50
     assert make_policy("confidence", config=config) == make_policy("confidence", [0.3], vocabulary=50)
     assert make_policy("confidence", config=config, vocabulary=50) == make_policy("confidence", [0.3], vocabulary=50)
@@ -508,7 +508,7 @@ def test_thresholds_of_the_config_come_with_the_vocabulary_that_they_were_chosen
 @pytest.mark.parametrize("policy", EXIT_POLICIES)
 def test_a_step_waits_for_the_device_once_per_exit(policy, kv):
     """Decisions of all rows come over together, with which of them have ended; nothing else does."""
-    model = tiny_recursive()
+    model = tiny_exits()
     ids, mask = left_padded((9, 4, 7))
     decoder = DepthDecoder(model, [ExitSettings(make_policy(policy, THRESHOLDS[policy]), kv=kv)] * 3, mask, 100)
     tokens, goes_on = decoder.prefill(ids).argmax(-1), torch.ones(3, dtype=torch.bool)
@@ -524,7 +524,7 @@ def test_a_step_waits_for_the_device_once_per_exit(policy, kv):
 
 def test_learning_thresholds_waits_for_nothing_more():
     """Samples stay on the device until the next generation begins."""
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     ids, mask = left_padded((9, 4, 7))
     settings = ExitSettings(make_policy("confidence"), adapt=AdaptiveThresholds(initial=0.02, minimum=2))
     decoder = DepthDecoder(model, [settings] * 3, mask, 100)
@@ -536,7 +536,7 @@ def test_learning_thresholds_waits_for_nothing_more():
 
 
 def test_settings_are_made_from_options():
-    config = tiny_recursive().config
+    config = tiny_exits().config
     settings = ExitSettings.from_options(
         "entropy", threshold=0.7, vocabulary=8, min_depth=1, kv="copied", config=config
     )
@@ -597,7 +597,7 @@ def test_the_exit_rule_is_one_for_numbers_and_tensors():
 
 def test_generate_exits_by_the_one_rule(monkeypatch):
     """The engine's two paths: tests/engine/test_exit_rule.py."""
-    model, inputs = tiny_recursive(), torch.tensor([[5, 6, 7]])
+    model, inputs = tiny_exits(), torch.tensor([[5, 6, 7]])
     settings = ExitSettings(make_policy("confidence", 1.0))
     found = model.generate(inputs, exit_policy=settings, max_new_tokens=5, return_dict_in_generate=True)
     assert set(found.exit_depths[0, 1:].tolist()) == {3}

@@ -6,18 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.tiny_models import random_ids, tiny_config
+from helpers.tiny_models import random_ids, tiny_config, tiny_recursive
 from helpers.tolerances import LOGITS
 from recursify.modeling import EXIT_HEADS, ExitHead, LayerLayout, RecursiveConfig, RecursiveForCausalLM
-
-
-def tiny_recursive(family: str = "llama", recursions: int = 2, sharing: str = "middle_cycle") -> RecursiveForCausalLM:
-    """A random recursive model of six layers."""
-    torch.manual_seed(0)
-    config = RecursiveConfig.from_dense(
-        tiny_config(family), LayerLayout.fold(6, recursions, sharing), lora_rank=2, tie_norms=False
-    )
-    return RecursiveForCausalLM(config).eval()
 
 
 def exits(model: RecursiveForCausalLM, ids: torch.Tensor, **arguments):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from helpers.tiny_models import random_ids, tiny_config
+from helpers.tiny_models import random_ids, tiny_config, tiny_recursive
 from helpers.tolerances import LOGITS
 from recursify.evaluation.router_calibration import calibrate_thresholds
 from recursify.modeling import (
@@ -34,14 +34,6 @@ from recursify.modeling.recursive_routing import (
 STEPS = 64
 TRIALS = 100
 MODES = [(kind, kv) for kind in ROUTERS for kv in ROUTED_KV]
-
-
-def tiny_recursive(family: str = "llama", recursions: int = 2) -> RecursiveForCausalLM:
-    """A random recursive model of six layers."""
-    torch.manual_seed(0)
-    sharing = "cycle" if recursions in (3, 6) else "middle_cycle"
-    layout = LayerLayout.fold(6, recursions, sharing)
-    return RecursiveForCausalLM(RecursiveConfig.from_dense(tiny_config(family), layout, lora_rank=2)).eval()
 
 
 def tiny_routed(family: str = "llama", kind: str = "expert_choice", recursions: int = 2, **fields):

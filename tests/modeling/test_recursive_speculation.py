@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, TextStreamer
 
-from helpers.early_exit import STEPS, Waits, generate, left_padded, tiny_recursive
+from helpers.early_exit import STEPS, Waits, generate, left_padded, tiny_exits
 from helpers.tiny_models import byte_tokenizer, random_ids
 from recursify.modeling import SpeculationSettings
 from recursify.modeling.recursive_speculation import DraftLength, Speculator
@@ -17,7 +17,7 @@ from recursify.modeling.recursive_speculation import DraftLength, Speculator
 @pytest.mark.parametrize("through_coda", [True, False])
 def test_output_is_greedy_output_in_every_family(family, through_coda):
     """Prompts of unlike lengths in one batch, whose rows keep different numbers of drafts; 64 steps."""
-    model = tiny_recursive(family, recursions=2, through_coda=through_coda)
+    model = tiny_exits(family, recursions=2, through_coda=through_coda)
     ids, mask = left_padded((9, 4, 7))
     found = generate(model, ids, mask, speculate=True, return_dict_in_generate=True)
     assert torch.equal(found.sequences, generate(model, ids, mask))
@@ -37,7 +37,7 @@ def test_output_is_greedy_output_in_every_family(family, through_coda):
 )
 def test_output_is_greedy_output_with_any_settings(settings):
     """One draft or many, a later exit, an exit inside the block."""
-    model = tiny_recursive()
+    model = tiny_exits()
     ids, mask = left_padded((9, 4))
     found = generate(model, ids, mask, speculate=settings, return_dict_in_generate=True)
     assert torch.equal(found.sequences, generate(model, ids, mask))
@@ -47,14 +47,14 @@ def test_output_is_greedy_output_with_any_settings(settings):
 
 def test_a_model_of_one_recursion_drafts_after_some_of_its_layers():
     """FREE's shallow part as the draft of a plain dense model."""
-    model = tiny_recursive(recursions=1, heads=False)
+    model = tiny_exits(recursions=1, heads=False)
     ids = random_ids(2, 7)
     assert torch.equal(generate(model, ids, speculate=SpeculationSettings(layers=2)), generate(model, ids))
 
 
 def test_an_exit_that_is_right_saves_calls():
     """Deeper layers that change nothing: every draft is kept, and drafts grow longer."""
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     with torch.no_grad():
         # What a layer adds to its input goes through these two maps.
         for layer in model.model.block:
@@ -72,7 +72,7 @@ def test_an_exit_that_is_right_saves_calls():
 
 def test_generate_keeps_its_other_arguments(capsys):
     """End of text by row, processors that read the text, a minimum, a streamer."""
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     ids, mask = left_padded((9, 4, 6))
     stop = int(generate(model, ids, mask)[1, 9 + 5])
     for more in (
@@ -94,7 +94,7 @@ def test_generate_keeps_its_other_arguments(capsys):
 
 def test_sampling_keeps_the_distribution():
     """Drafts from one distribution, checked against another: what is kept or drawn anew follows the other."""
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     settings, mask = SpeculationSettings(num_drafts=1, adaptive=False), torch.ones(1, 4, dtype=torch.long)
     config = GenerationConfig(do_sample=True, max_length=10)
     speculator = Speculator(model, settings, mask, LogitsProcessorList(), config)
@@ -113,7 +113,7 @@ def test_sampling_keeps_the_distribution():
 
 def test_sampling_follows_the_seed():
     """And its processors: a temperature near 0 is greedy."""
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     ids, mask = left_padded((9, 4))
     sampled = []
     for _ in range(2):
@@ -137,7 +137,7 @@ def test_sampling_follows_the_seed():
 def test_what_does_not_go_together_is_refused(arguments, message):
     """One clear error each."""
     with pytest.raises(ValueError, match=message):
-        tiny_recursive(recursions=2).generate(random_ids(1, 3), max_new_tokens=4, pad_token_id=0, **arguments)
+        tiny_exits(recursions=2).generate(random_ids(1, 3), max_new_tokens=4, pad_token_id=0, **arguments)
 
 
 def test_settings_out_of_range_are_refused():
@@ -148,7 +148,7 @@ def test_settings_out_of_range_are_refused():
 
 def test_a_round_waits_for_the_device_once_for_all_rows():
     """How many drafts of each row are kept comes over together, sampled or not."""
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     ids, mask = left_padded((9, 4, 7))
     for sampled in (False, True):
         config = GenerationConfig(do_sample=sampled, max_length=100)
@@ -199,7 +199,7 @@ def test_drafts_are_as_many_as_pay():
 @pytest.mark.parametrize("through_coda", [True, False])
 def test_what_a_draft_costs_is_counted_in_weights(through_coda):
     """Three layers of six, the coda's one where exits run it, and the head, which both read."""
-    model = tiny_recursive(recursions=2, through_coda=through_coda)
+    model = tiny_exits(recursions=2, through_coda=through_coda)
     mask = torch.ones(1, 4, dtype=torch.long)
     config = GenerationConfig(max_length=10)
     speculator = Speculator(model, SpeculationSettings(), mask, LogitsProcessorList(), config)
@@ -211,7 +211,7 @@ def test_what_a_draft_costs_is_counted_in_weights(through_coda):
 
 def test_seldom_kept_drafts_are_hardly_made():
     """An exit that is never right costs a few drafts, and no token."""
-    model = tiny_recursive(recursions=2)
+    model = tiny_exits(recursions=2)
     with torch.no_grad():
         model.exit_heads[0].norm.weight.neg_()
     ids = random_ids(2, 5)

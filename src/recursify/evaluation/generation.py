@@ -11,8 +11,7 @@ import torch
 
 from recursify.checkpoint.loading import load_model, require_recursive_model
 from recursify.errors import SettingsError
-from recursify.modeling import ExitSettings, RoutedCache
-from recursify.modeling.modeling_recursive import CACHE_ARGUMENT
+from recursify.modeling import CACHE_ARGUMENT, ExitSettings, RoutedCache
 
 from .exits import ExitStatistics, draw_histogram, exit_statistics
 
