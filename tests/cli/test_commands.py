@@ -112,8 +112,8 @@ def test_settings_file_and_flags(models, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--recursions", 4, "--sharing", "cycle"], "Cannot fold 6 layers into 4 recursions.*--recursions 3"),
-        (["--recursions", 0], "--recursions must be a whole number of at least 1, got '0'"),
-        (["--lora-rank", "-1"], "--lora-rank must be a whole number of at least 0, or 'full', got '-1'"),
+        (["--recursions", 0], "--recursions must be a whole number of at least 1, got 0"),
+        (["--lora-rank", "-1"], "--lora-rank must be a whole number of at least 0, or 'full', got -1"),
         (["--lora-rank", "many"], "--lora-rank must be a whole number of at least 0, or 'full', got 'many'"),
         (["--sharing", "spiral"], "Unknown --sharing 'spiral'. Use one of: cycle, sequence"),
         (
@@ -126,7 +126,7 @@ def test_settings_file_and_flags(models, tmp_path, capsys):
         (["--dtype", "int4"], "Unknown --dtype 'int4'. Use one of: auto, float32"),
         (["--device", "warp"], "Cannot run on 'warp'"),
         (["--prelude", 3, "--coda", 3], "6 layers less a prelude of 3 and a coda of 3 leave 0"),
-        (["--prelude", "-1"], "--prelude must be a whole number of at least 0, got '-1'"),
+        (["--prelude", "-1"], "--prelude must be a whole number of at least 0, got -1"),
         (["--calibration-data", "nowhere.txt"], "There is no text at 'nowhere.txt'"),
         (["--init", "calibrated", "--calibration-data", "none"], "need text to calibrate on"),
     ],

@@ -160,6 +160,11 @@ class BenchmarkResult:
         data = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         return data | {"rows": [row.to_dict() for row in self.rows]}
 
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of a table, as ``recursify bench`` prints it."""
+        rows = [[row.label, str(row.concurrency), *row.figures, *row.ideals] for row in self.rows]
+        return ["", "concurrency", *FIGURES, *IDEALS], rows
+
 
 def plot_speeds(result: BenchmarkResult, file: Path) -> None:
     """Plot tokens per second of every contestant and concurrency.

@@ -48,14 +48,10 @@ def command(
 
 
 def _table(result: recursify.BenchmarkResult) -> str:
-    from recursify.bench.results import FIGURES, IDEALS
-
-    head = ["", "concurrency", *FIGURES, *IDEALS]
-    lines = [[row.label, str(row.concurrency), *row.figures, *row.ideals] for row in result.rows]
     notes = (
         f"{result.clock}; {result.device}, {result.dtype}, {result.threads} threads; median of {result.rounds} rounds. "
         f"× generate is relative to generate with the same batch size. G is the gain over the engine at full depth, "
         f"without prompts; G* is the theoretical gain if costs follow the number of rows, G* per call if they follow "
         f"the number of calls; η = G / G*."
     )
-    return format_table(head, lines) + "\n\n" + notes
+    return format_table(*result.table()) + "\n\n" + notes

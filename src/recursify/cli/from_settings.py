@@ -157,4 +157,18 @@ def _value(name: str, field: FieldInfo, value: Any) -> Any:
         if malformed := [key for key, sign, _ in pairs if not (key and sign)]:
             raise SettingsError(f"{option_names(name, field)[0]} takes KEY=VALUE, got '{malformed[0]}'.")
         return {key: yaml.safe_load(text) for key, _, text in pairs}
-    return None if value == "none" and type(None) in typing.get_args(field.annotation) else value
+    if value == "none" and type(None) in typing.get_args(field.annotation):
+        return None
+    kind, _ = constraints(field.annotation, field.metadata)
+    if _base(field) is tuple:
+        kind, _ = constraints(typing.get_args(kind)[0])
+        return [_number(kind, text) for text in value]
+    return _number(kind, value)
+
+
+def _number(kind: Any, text: Any) -> Any:
+    """Number that ``text`` stands for if ``kind`` is a number; other text is left to the settings class."""
+    try:
+        return kind(text) if kind in (int, float) and isinstance(text, str) else text
+    except ValueError:
+        return text

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import recursify
-from recursify import ServerSettings
+from recursify import EngineConfig, ServerSettings
 
 from .from_settings import options_from_settings
 from .options import DeviceOption, DtypeOption, ModelArgument, TrustOption
@@ -29,19 +29,13 @@ Serve a recursive (or dense) model over OpenAI's API, with a page to try it. Nee
 def command(
     model: ModelArgument,
     settings: ServerSettings,
+    engine: EngineConfig,
     host: Annotated[
         str, typer.Option("--host", help="Address to listen on; the default accepts this machine only.")
     ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", help="Port to listen on; 0 chooses a free one.", min=0, max=65535)
     ] = 8000,
-    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", help="Maximum number of requests at once.")] = 32,
-    kv_cache_memory_bytes: Annotated[
-        int, typer.Option("--kv-cache-memory-bytes", help="Memory of the KV cache in bytes.", min=1)
-    ] = 2**30,
-    max_model_len: Annotated[
-        int | None, typer.Option("--max-model-len", help="Maximum number of tokens of a request.", min=2)
-    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     trust_remote_code: TrustOption = False,
@@ -54,7 +48,5 @@ def command(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
-        max_num_seqs=max_num_seqs,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        max_model_len=max_model_len,
+        **vars(engine),
     )

@@ -1,9 +1,27 @@
 """Inference engine: many requests at once, every token at its own depth."""
 
-from .checks import KV_MODES
-from .config import EngineConfig
-from .engine import Engine
-from .request import RequestOutput, SamplingParams
-from .stats import EngineStats
+from typing import TYPE_CHECKING
+
+from recursify.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .checks import KV_MODES
+    from .config import EngineConfig
+    from .engine import Engine
+    from .request import RequestOutput, SamplingParams
+    from .stats import EngineStats
 
 __all__ = ["KV_MODES", "Engine", "EngineConfig", "EngineStats", "RequestOutput", "SamplingParams"]
+
+# The command line imports EngineConfig for --help, which must not load torch.
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "KV_MODES": f"{__name__}.checks",
+        "Engine": f"{__name__}.engine",
+        "EngineConfig": f"{__name__}.config",
+        "EngineStats": f"{__name__}.stats",
+        "RequestOutput": f"{__name__}.request",
+        "SamplingParams": f"{__name__}.request",
+    },
+)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge
 from pydantic import Strict
 
 from recursify.errors import EngineError
-from recursify.kernels.dispatch import Implementation
 from recursify.settings import Settings
 
 Positive = Annotated[int, Strict(), Ge(1)]
@@ -22,12 +22,14 @@ class EngineConfig(Settings, error=EngineError):
         EngineError: A setting is unknown, or its value is out of its range.
     """
 
+    panels: ClassVar[Mapping[str, str]] = {"kv": "Engine"}
+
     kv: str | None = None
-    """Source of the keys and values of depths that a token skips, one of :data:`~recursify.engine.KV_MODES`; None uses
-    the mode that the model was trained with."""
+    """Source of the keys and values of depths that a token skips: deferred, copied or latest. Without it, the mode that
+    the model was trained with."""
 
     force_kv: bool = False
-    """Allow a ``kv`` that the model was not trained with."""
+    """Allow a KV mode that the model was not trained with."""
 
     max_num_seqs: Positive = 32
     """Maximum number of requests that run at once; the others wait in a queue."""
@@ -36,10 +38,10 @@ class EngineConfig(Settings, error=EngineError):
     """Tokens per page of the KV cache."""
 
     num_pages: Positive | None = None
-    """Number of pages in the KV cache; None takes as many as ``kv_cache_memory_bytes`` hold."""
+    """Number of pages in the KV cache. Without it, as many as fit into its memory."""
 
     kv_cache_memory_bytes: Positive = 2**30
-    """Memory of the KV cache in bytes, unless ``num_pages`` is given."""
+    """Memory of the KV cache in bytes, unless the number of pages is given."""
 
     max_num_batched_tokens: Positive = 2048
     """Upper bound on the prompt tokens scheduled per iteration; new tokens are scheduled in any case."""
@@ -48,7 +50,7 @@ class EngineConfig(Settings, error=EngineError):
     """Maximum number of prompt tokens that a request runs at once (chunked prefill)."""
 
     max_model_len: Positive | None = None
-    """Maximum number of tokens of a request, prompt and output together; None takes the model's context."""
+    """Maximum number of tokens of a request, prompt and output together. Without it, the model's context."""
 
     enable_prefix_caching: bool = True
     """Reuse the KV-cache pages of a prompt prefix that was computed before, in whole pages. Routed models do not
@@ -60,15 +62,14 @@ class EngineConfig(Settings, error=EngineError):
 
     async_output: bool | None = None
     """Copy sampled tokens to the host together with the next iteration's exit decisions: one sync per iteration instead
-    of two, at the cost of a wasted token after EOS. None enables it on devices other than CPUs."""
+    of two, at the cost of a wasted token after EOS. Without it, enabled on devices other than CPUs."""
 
-    implementation: Implementation = "auto"
-    """Implementation of the kernels: ``triton``, ``reference`` (PyTorch) or ``auto``, which takes Triton on GPUs with
-    bfloat16."""
+    implementation: Literal["auto", "reference", "triton"] = "auto"
+    """Implementation of the kernels: triton, reference (PyTorch), or auto, which is Triton on GPUs with bfloat16."""
 
     device_loop: bool | None = None
-    """Run new tokens in a loop on the device, without host decisions in between, as CUDA graphs on GPUs. None enables
-    it for supported models where the kernels are Triton's on a GPU. Disables ``async_output``."""
+    """Run new tokens in a loop on the device, without host decisions in between, as CUDA graphs on GPUs; turns
+    asynchronous output off. Without it, enabled for supported models where the kernels are Triton's on a GPU."""
 
     num_device_steps: Positive = 8
     """Iterations of the device loop between two syncs with the host. More of them cost less and detect EOS later."""
