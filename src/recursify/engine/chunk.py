@@ -76,17 +76,17 @@ class Chunk:
 
     @property
     def samples_token(self) -> bool:
-        """Whether a new token is sampled from the logits of its last token."""
+        """True if a new token is sampled from the logits of its last token."""
         return self.stop == len(self.request.tokens)
 
     @property
     def is_new(self) -> bool:
-        """Whether it is a new token, whose exit has not been decided."""
+        """True if it is a new token, whose exit has not been decided."""
         return self.start == self.request.prompt_length + len(self.request.exit_depths)
 
     @property
     def is_done(self) -> bool:
-        """Whether all of its tokens have exited."""
+        """True if all of its tokens have exited."""
         return not self.positions
 
     def exit_tokens(self, positions: list[int], states: Tensor, depth: int) -> None:

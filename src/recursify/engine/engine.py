@@ -122,7 +122,7 @@ class Engine:
             source: Folder of a recursive or dense model, ``.gguf`` file, or Hub id.
             dtype: Data type of the weights: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the stored one.
             device: Device of the model.
-            trust_remote_code: Whether a dense model may run code from its repository.
+            trust_remote_code: Permission to run code from a dense model's repository.
             on_token: Callback invoked with the :class:`RequestOutput` after every new token and at the end.
             **options: Fields of :class:`EngineConfig`.
 
@@ -162,7 +162,7 @@ class Engine:
 
     @property
     def async_output(self) -> bool:
-        """Whether sampled tokens are copied to the host an iteration later, with its exit decisions."""
+        """True if sampled tokens are copied to the host an iteration later, with its exit decisions."""
         if self.slot_manager is not None:
             return False
         chosen = self.config.async_output
@@ -228,7 +228,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is unfinished."""
+        """True if any request is unfinished."""
         return self.scheduler.has_work
 
     @property

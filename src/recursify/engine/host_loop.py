@@ -30,7 +30,7 @@ class HostLoop:
         stage: Stage between two recursions.
         scheduler: Scheduler of the chunks.
         host_sync: Device-to-host copies.
-        async_output: Whether sampled tokens are copied to the host an iteration later, with its exit decisions.
+        async_output: True to copy sampled tokens to the host an iteration later, with its exit decisions.
         deliver: Callback that takes sampled tokens and their ids.
     """
 

@@ -82,7 +82,7 @@ class SamplingParams(Settings, error=EngineError):
 
     @property
     def may_exit_early(self) -> bool:
-        """Whether tokens may exit before the last recursion."""
+        """True if tokens may exit before the last recursion."""
         return self.exit is not None or self.max_depth is not None or self.forced_depths is not None
 
 
@@ -114,7 +114,7 @@ class RequestOutput:
 
     @property
     def finished(self) -> bool:
-        """Whether the output is complete."""
+        """True if the output is complete."""
         return self.finish_reason is not None
 
 
@@ -200,10 +200,10 @@ class Request:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all of its tokens have been sampled; the last one may not have been copied to the host yet."""
+        """True if all of its tokens have been sampled; the last one may not have been copied to the host yet."""
         return self.num_new >= self.params.max_tokens
 
     @property
     def finished(self) -> bool:
-        """Whether the output is complete."""
+        """True if the output is complete."""
         return self.output.finished

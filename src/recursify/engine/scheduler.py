@@ -47,7 +47,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is waiting or running."""
+        """True if any request is waiting or running."""
         return bool(self.waiting or self.running)
 
     def schedule(self) -> tuple[list[Chunk], list[Chunk]]:

@@ -156,9 +156,9 @@ class DeviceLoop:
             depths=torch.zeros_like(positions) if depths is None else torch.where(is_used, depths, 0),
             slots=torch.where(is_used & (page >= 0), page * self.page_size + positions % self.page_size, -1),
             lengths=torch.where(is_used, positions + 1, 0),
-            tables=tables,
-            offsets=self._no_offset if depths is None else self._page_offsets,
-            reaches=self._windows,
+            block_tables=tables,
+            page_offsets=self._no_offset if depths is None else self._page_offsets,
+            windows=self._windows,
             implementation=self.implementation,
             only_writes=only_writes,
         )

@@ -1,1 +1,1 @@
-"""Model execution: the KV cache, batches of rows at mixed depths, and the layers that run them."""
+"""Model execution: KV cache, attention batches of rows at mixed depths, and the layers that run them."""

@@ -1,8 +1,8 @@
-"""The rows of one call of some layers: where each token stands, what it sees, and where its keys and values go.
+"""Attention batch: positions, block tables, masks and KV slots of the rows of one call.
 
-Everything here is made once per call and used by every layer in it.
+It is built once per call and used by every layer in it.
 
-Shape legend: N rows, n rows in a group, L keys.
+Shape legend: N rows, n rows in a group, L keys, H query heads, K key heads, D head size.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .decoder import PagedLayer
 from .kv_cache import KVCache
 from .paged_attention import attend_chunk, attend_singles
 
-FEW = 4
-"""Runs of so many tokens or fewer are rows of their own, each of which gathers its keys; longer ones share theirs."""
+MAX_SINGLE_ROWS = 4
+"""Spans up to this length are attended row by row; longer ones (prompt chunks) gather their keys once."""
 
 
 @dataclass
 class TokenSpan:
-    """Tokens of one request that go through the same layers at the same depth.
+    """Tokens of one request that run the same layers at the same depth.
 
     Attributes:
-        request: Whose they are.
-        depth: Of the block; None in prelude and coda.
-        positions: Of the tokens, ascending.
+        request: Request of the tokens.
+        depth: Depth of the block; None in prelude and coda.
+        positions: Ascending positions of the tokens.
     """
 
     request: Request
@@ -44,190 +44,193 @@ class TokenSpan:
 
 
 class AttentionBatch:
-    """Makes rows of ``runs``, which are sorted by depth.
+    """Rows of ``spans``, which are sorted by depth.
 
     Args:
-        runs: What goes through the layers.
-        pages: Where keys and values are.
-        kernels: Have Triton write keys, and attend to them where a row has pages of its own.
-        only_writes: End every layer when its keys and values are written.
+        spans: Tokens that run the layers.
+        kv_cache: KV cache of the layers.
+        kernels: Use Triton for KV-cache writes, and for attention of rows with a block table of their own.
+        only_writes: End every layer after its KV-cache write.
 
     Attributes:
-        positions: ``[N]``.
-        depths: ``[N]``; 0 in prelude and coda.
-        writers: The rows that write keys and values; None for all. With ``shared`` keys only those at depth 0 do.
-        slots: Where they write, ``[N]`` or as many as ``writers`` names.
-        singles: The rows that have a table of their own, if there are any.
-        chunks: The other rows.
+        positions: Positions ``[N]``.
+        depths: Depths ``[N]``; 0 in prelude and coda.
+        writers: Rows that write keys and values; None for all. With ``shared`` keys only those at depth 0 do.
+        slots: KV slots of the writers.
+        singles: Rows with a block table of their own; None if there are none.
+        chunks: Groups of the other rows, one per span.
     """
 
     def __init__(
-        self, runs: Sequence[TokenSpan], pages: KVCache, *, kernels: bool = False, only_writes: bool = False
+        self, spans: Sequence[TokenSpan], kv_cache: KVCache, *, kernels: bool = False, only_writes: bool = False
     ) -> None:
         self.kernels, self.only_writes = kernels, only_writes
-        device = pages.decoder.device
+        device, page_size = kv_cache.decoder.device, kv_cache.page_size
         positions: list[int] = []
         depths: list[int] = []
         writers: list[int] = []
         slots: list[int] = []
         singles: list[int] = []
         tables: list[list[int]] = []
-        seen_by_singles: list[int] = []
+        single_lengths: list[int] = []
         chunks: list[tuple[slice, list[int], list[int]]] = []
-        for run in runs:
+        for span in spans:
             start = len(positions)
-            positions.extend(run.positions)
-            depths.extend([run.depth or 0] * len(run.positions))
-            table = pages.physical_table(run.request, run.depth)
-            places, seen = _places(run, pages)
-            if places is not None:
+            positions.extend(span.positions)
+            depths.extend([span.depth or 0] * len(span.positions))
+            table = kv_cache.block_table(span.request, span.depth)
+            indices, lengths = _key_indices(span, kv_cache)
+            if indices is not None:
                 writers.extend(range(start, len(positions)))
-                slots.extend(table[at // pages.page_size] * pages.page_size + at % pages.page_size for at in places)
-            if len(run.positions) <= FEW:
+                slots.extend(table[index // page_size] * page_size + index % page_size for index in indices)
+            if len(span.positions) <= MAX_SINGLE_ROWS:
                 singles.extend(range(start, len(positions)))
-                tables.extend([table] * len(run.positions))
-                seen_by_singles.extend(seen)
+                tables.extend([table] * len(span.positions))
+                single_lengths.extend(lengths)
             else:
-                chunks.append((slice(start, len(positions)), table, seen))
+                chunks.append((slice(start, len(positions)), table, lengths))
         self.positions, self.depths = on_device([positions, depths], device)
         self.writers = None if len(writers) == len(positions) else on_device(writers, device, torch.long)
         self.slots = on_device(slots, device, torch.long)
-        packed = pages.positions if pages.is_packed and runs[0].depth is not None else None
-        if packed is not None:
-            packed.view(-1)[self.slots] = self.positions if self.writers is None else self.positions[self.writers]
-        self.singles: Group | None = None
+        key_positions = kv_cache.positions if kv_cache.is_packed and spans[0].depth is not None else None
+        if key_positions is not None:
+            written = self.positions if self.writers is None else self.positions[self.writers]
+            key_positions.view(-1)[self.slots] = written
+        self.singles: AttentionGroup | None = None
         if singles:
-            index = on_device(singles, device, torch.long) if chunks else None
-            self.singles = Group(self, index, tables, seen_by_singles, pages.page_size, packed)
-        self.chunks = [Group(self, rows, [table], seen, pages.page_size, packed) for rows, table, seen in chunks]
-        # Tables name pages in the layers' tensors, so to a kernel all rows are at a depth without an offset.
+            rows = on_device(singles, device, torch.long) if chunks else None
+            self.singles = AttentionGroup(self, rows, tables, single_lengths, page_size, key_positions)
+        self.chunks = [
+            AttentionGroup(self, rows, [table], lengths, page_size, key_positions) for rows, table, lengths in chunks
+        ]
+        # Block tables already contain the depths' offsets, so for a kernel all rows are at a depth without one.
         self.no_depth = torch.zeros_like(self.depths) if kernels else self.depths
 
     def store(self, layer: PagedLayer, key: Tensor, value: Tensor) -> None:
-        """Write ``key`` and ``value [N, K, D]`` to the rows' slots."""
+        """Write ``key`` and ``value [N, K, D]`` to the rows' KV slots."""
         if self.writers is not None:
             key, value = key[self.writers], value[self.writers]
         if self.kernels:
-            none = self.no_depth[: len(key)]
+            depths = self.no_depth[: len(key)]
             store_keys_and_values(
-                key, value, layer.keys, layer.values, self.slots, none, self.no_depth[:1], implementation="triton"
+                key, value, layer.keys, layer.values, self.slots, depths, self.no_depth[:1], implementation="triton"
             )
             return
-        for held, new in ((layer.keys, key), (layer.values, value)):
-            held.view(-1, *held.shape[2:]).index_copy_(0, self.slots, new.to(held.dtype))
+        for cache, new in ((layer.keys, key), (layer.values, value)):
+            cache.view(-1, *cache.shape[2:]).index_copy_(0, self.slots, new.to(cache.dtype))
 
     def attend(self, layer: PagedLayer, query: Tensor, scale: float, softcap: float | None) -> Tensor:
-        """``query [N, H, D]`` over the keys that the rows see: ``[N, H, D]``."""
+        """Attend with ``query [N, H, D]`` to the rows' visible keys: ``[N, H, D]``."""
         if self.singles is not None and not self.chunks:
             return self._attend_singles(layer, self.singles, query, scale, softcap)
         out = torch.empty_like(query)
         if self.singles is not None:
-            here = self.singles.rows
-            out[here] = self._attend_singles(layer, self.singles, query[here], scale, softcap)
+            rows = self.singles.rows
+            out[rows] = self._attend_singles(layer, self.singles, query[rows], scale, softcap)
         for chunk in self.chunks:
             out[chunk.rows] = attend_chunk(layer, chunk, query[chunk.rows], scale, softcap)
         return out
 
     def _attend_singles(
-        self, layer: PagedLayer, group: Group, query: Tensor, scale: float, softcap: float | None
+        self, layer: PagedLayer, group: AttentionGroup, query: Tensor, scale: float, softcap: float | None
     ) -> Tensor:
         if not self.kernels:
             return attend_singles(layer, group, query, scale, softcap)
-        none = self.no_depth[: len(query)]
+        depths = self.no_depth[: len(query)]
         return attend_pages(
             query,
             layer.keys,
             layer.values,
             group.tables,
-            none,
-            none[:1],
-            group.seen,
+            depths,
+            depths[:1],
+            group.lengths,
             scale=scale,
-            window=group.reach(layer.windows),
+            window=group.window(layer.windows),
             softcap=softcap,
-            key_positions=group.packed,
-            positions=None if group.packed is None else group.positions,
+            key_positions=group.key_positions,
+            positions=None if group.key_positions is None else group.positions,
             implementation="triton",
         )
 
 
-class Group:
-    """Rows that are attended to in one call: each over pages of its own, or all over the same.
+class AttentionGroup:
+    """Rows that attend in one call: each over its own pages, or all over the same ones.
 
     Args:
-        call: The rows of the call.
-        rows: Which of them; None for all.
-        tables: Physical pages, per row or one list for all.
-        seen: How many keys each row sees, the first ones of its pages.
+        batch: Batch of the rows.
+        rows: Rows of the batch; None for all.
+        tables: Block table of each row, or a single one for all rows.
+        lengths: Number of visible keys of each row, counted from the start of its pages.
         page_size: Tokens per page.
-        packed: See the attribute.
+        key_positions: Positions of the keys, where KV slots are not positions: ``[pages, page_size]``.
 
     Attributes:
-        positions: Of the rows, ``[n]``.
-        packed: By page and slot, the positions of keys, where slots are none: ``[pages, page_size]``.
-        tables: ``[n, pages]`` or ``[1, pages]``; cut to what is seen, and filled up with page 0.
-        pages: The same in one row.
-        seen: ``[n]``.
+        positions: Positions ``[n]`` of the rows.
+        tables: Block tables ``[n, pages]`` or ``[1, pages]``, cut to the visible keys and padded with page 0.
+        pages: Flattened ``tables``.
+        lengths: Numbers of visible keys ``[n]``.
     """
 
     def __init__(
         self,
-        call: AttentionBatch,
+        batch: AttentionBatch,
         rows: Tensor | slice | None,
         tables: list[list[int]],
-        seen: list[int],
+        lengths: list[int],
         page_size: int,
-        packed: Tensor | None,
+        key_positions: Tensor | None,
     ) -> None:
         self.rows = rows
-        every = slice(None) if rows is None else rows
-        device = call.positions.device
-        self.positions, self._depths, self.packed = call.positions[every], call.depths[every], packed
-        width = -(-max(seen) // page_size)
+        selected = slice(None) if rows is None else rows
+        device = batch.positions.device
+        self.positions, self._depths = batch.positions[selected], batch.depths[selected]
+        self.key_positions = key_positions
+        width = -(-max(lengths) // page_size)
         self.tables = on_device([(table + [0] * width)[:width] for table in tables], device, torch.long)
         self.pages = self.tables.flatten()
         self._index = torch.arange(width * page_size, device=device)
-        self.seen = on_device(seen, device, torch.long)
+        self.lengths = on_device(lengths, device, torch.long)
         self._masks: dict[Any, Tensor] = {}
-        self._reaches: dict[Any, Tensor | None] = {}
+        self._windows: dict[Any, Tensor | None] = {}
 
     def visible(self, windows: tuple[int | None, ...]) -> Tensor:
-        """Which keys each row sees in a layer whose windows are, by depth, ``windows``: bool ``[n, L]``."""
+        """Mask of the keys that each row sees in a layer with these ``windows`` by depth: bool ``[n, L]``."""
         if windows not in self._masks:
-            mask = self._index < self.seen[:, None]
-            reach = self.reach(windows)
-            if reach is not None:
-                columns = self._index if self.packed is None else self.packed[self.tables].flatten(1)
-                mask = mask & ((self.positions[:, None] - columns < reach[:, None]) | (reach[:, None] == 0))
+            mask = self._index < self.lengths[:, None]
+            window = self.window(windows)
+            if window is not None:
+                columns = self._index if self.key_positions is None else self.key_positions[self.tables].flatten(1)
+                mask = mask & ((self.positions[:, None] - columns < window[:, None]) | (window[:, None] == 0))
             self._masks[windows] = mask
         return self._masks[windows]
 
-    def reach(self, windows: tuple[int | None, ...]) -> Tensor | None:
-        """How many positions each row sees in such a layer, ``[n]``, 0 for all; None where all rows see all."""
-        if windows not in self._reaches:
-            self._reaches[windows] = window_per_row(windows, self._depths)
-        return self._reaches[windows]
+    def window(self, windows: tuple[int | None, ...]) -> Tensor | None:
+        """Window of each row in such a layer, ``[n]``, 0 for none; None if no row has one."""
+        if windows not in self._windows:
+            self._windows[windows] = window_per_row(windows, self._depths)
+        return self._windows[windows]
 
 
 def window_per_row(windows: tuple[int | None, ...], depths: Tensor) -> Tensor | None:
-    """By row, how many positions it sees where windows are, by depth, ``windows``: ``[N]``, 0 for all; None if all do.
+    """Window of each row, ``[N]``, 0 for none; None if no row has one.
 
     Args:
-        windows: One for all depths, or one for each.
-        depths: Of the rows ``[N]``.
+        windows: Window of each depth, or a single one for all depths.
+        depths: Depths ``[N]`` of the rows.
     """
     if not any(windows):
         return None
-    reach = on_device([window or 0 for window in windows], depths.device, torch.long)
-    return reach[depths] if len(windows) > 1 else reach.repeat(len(depths))
+    by_depth = on_device([window or 0 for window in windows], depths.device, torch.long)
+    return by_depth[depths] if len(windows) > 1 else by_depth.repeat(len(depths))
 
 
-def _places(run: TokenSpan, pages: KVCache) -> tuple[Sequence[int] | None, list[int]]:
-    """Where a run's keys go in its stream, None if it makes none; and how many keys each of its tokens sees."""
-    depth = run.depth
-    if depth is None or not pages.is_packed:
-        return run.positions, [position + 1 for position in run.positions]
-    home = 0 if pages.kv == "shared" else depth
-    there = run.request.packed[home]
-    seen = [bisect_right(there, position) for position in run.positions]
-    return ([count - 1 for count in seen] if home == depth else None), seen
+def _key_indices(span: TokenSpan, kv_cache: KVCache) -> tuple[Sequence[int] | None, list[int]]:
+    """Indices of a span's keys in its stream, None if it writes none, and the number of keys that each token sees."""
+    depth = span.depth
+    if depth is None or not kv_cache.is_packed:
+        return span.positions, [position + 1 for position in span.positions]
+    home = 0 if kv_cache.kv == "shared" else depth
+    packed = span.request.packed[home]
+    lengths = [bisect_right(packed, position) for position in span.positions]
+    return ([length - 1 for length in lengths] if home == depth else None), lengths

@@ -1,13 +1,14 @@
-"""A decoder taken apart into what an iteration of the engine calls: a recursive one, or any dense one as one recursion.
+"""Decoder adapter: the modules of a recursive model, or of a dense one as one recursion, as the engine calls them.
 
-transformers' layers do the physics. What the engine adds is a registered attention function (``attention.py``), and,
-for layers that run at several depths, linear maps and norms that take a depth per row (``mixed_layers.py``).
+The layers are transformers' own decoder layers. The engine adds a registered attention function
+(``paged_attention.py``) and, for layers that run at several depths, linear maps and norms that take a depth per row
+(``mixed_depth.py``).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,15 +26,15 @@ from .paged_attention import ATTENTION_NAME
 
 @dataclass(eq=False)
 class PagedLayer:
-    """One stored layer.
+    """A stored layer with its keys and values in pages.
 
     Attributes:
-        module: transformers' layer; one of the block takes rows of all depths.
-        part: Where it stands.
-        kinds: By depth, the layer's attention type, where the family has several; else None.
-        windows: By depth, how far back it looks; None for all the way.
-        ropes: By depth, whether queries and keys are rotated.
-        keys, values: ``[pages, page_size, heads, head size]``.
+        module: transformers' decoder layer; those of the block take rows of all depths.
+        part: Part of the model that contains it.
+        kinds: Attention type at each depth, in families with several types; else None.
+        windows: Sliding window at each depth; None for full attention.
+        ropes: True for each depth that rotates queries and keys.
+        keys, values: Tensors ``[pages, page_size, heads, head size]`` of the KV cache.
     """
 
     module: nn.Module
@@ -47,17 +48,18 @@ class PagedLayer:
 
 @dataclass(eq=False)
 class DecoderAdapter:
-    """What the engine runs.
+    """Modules of a decoder.
 
     Attributes:
-        model: The whole model.
-        num_depths: Recursions; 1 where there is no boundary between any.
-        prelude, block, coda: Layers in their order.
-        spans: The depths of the rows in the call, which mixed layers read.
-        embed: Token ids ``[N]`` to states ``[N, D]``.
-        rotate: States and positions ``[N, 1]`` to RoPE's cosines and sines, or a dict of those by layer type.
-        norm: The last one.
-        compute_logits: Normed states ``[N, D]`` to logits ``[N, V]``.
+        model: The complete model.
+        num_depths: Number of recursions; 1 if tokens cannot exit between them.
+        prelude, block, coda: Layers in order.
+        depth_context: Depths of the rows in the current call, which mixed-depth layers read.
+        embed: Function from token ids ``[N]`` to states ``[N, D]``.
+        rotate: Function from states and positions ``[N, 1]`` to RoPE cosines and sines, or a dict of those by layer
+            type.
+        norm: Final norm.
+        compute_logits: Function from normed states ``[N, D]`` to logits ``[N, V]``.
     """
 
     model: Any
@@ -83,100 +85,98 @@ class DecoderAdapter:
 
     @property
     def head(self) -> nn.Linear | None:
-        """What makes logits of normed states, before ``softcap``; None where that is not torch's own linear map."""
+        """LM head, before ``softcap``; None if it is not a plain ``nn.Linear``."""
         head = self.model.get_output_embeddings()
         return head if type(head) is nn.Linear else None
 
     @property
     def exits_run_coda(self) -> bool:
-        """Whether tokens that leave early go through the coda."""
+        """True if tokens that exit early run the coda."""
         return self.is_routed or getattr(self.config, "exit_through_coda", True)
 
     @property
     def exits_share_head(self) -> bool:
-        """Whether all exits read out with the model's own norm and head."""
+        """True if all exits use the model's own norm and LM head."""
         return self.is_routed or getattr(self.config, "exit_head", None) in (None, "shared")
 
     @property
     def rotates_by_length(self) -> bool:
-        """Whether RoPE's frequencies depend on how long a text is, which the host has to ask the device."""
+        """True if RoPE frequencies depend on the sequence length, which takes a sync with the device."""
         return any("dynamic" in str(getattr(module, "rope_type", "")) for module in self.model.modules())
 
     @property
     def layers(self) -> list[PagedLayer]:
+        """All layers in order."""
         return [*self.prelude, *self.block, *self.coda]
 
     @property
     def is_routed(self) -> bool:
+        """True if routers decide how deep a token goes."""
         return getattr(self.config, "router", None) is not None
 
     @property
     def capacities(self) -> list[float]:
-        """Of the routers, by depth; 1 in token choice, which has none."""
+        """Capacity of the router at each depth; 1 in token choice, which has no capacities."""
         if self.config.router != "expert_choice":
             return [1.0] * self.num_depths
         return list(capacities_of(self.config))
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Have the layers call the engine's attention; outside, the model is as it was.
+        """Make the layers call the engine's attention, and restore the model's own afterwards.
 
-        It is one model: another thread that calls it meanwhile meets that attention.
+        Another thread that calls the model meanwhile gets the engine's attention too.
         """
-        before = self.config._attn_implementation
+        attention = self.config._attn_implementation
         self.config._attn_implementation = ATTENTION_NAME
-        # Triton launches on the current GPU, whichever its tensors are on.
+        # Triton launches on the current GPU, not on that of its tensors.
         on_gpu = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         try:
             with on_gpu:
                 yield
         finally:
-            self.config._attn_implementation = before
+            self.config._attn_implementation = attention
 
 
 def adapt_decoder(model: Any) -> DecoderAdapter:
-    """The parts of a causal language model.
+    """Adapt a causal language model for the engine.
 
     Raises:
-        UnsupportedModelError: It is not built as the engine needs it; the message names what is in the way.
+        UnsupportedModelError: The engine cannot run the model; the message names the reason.
     """
-    if model.config.model_type == "recursive":
-        return _recursive_parts(model)
-    return _dense_parts(model)
+    return _adapt_recursive(model) if model.config.model_type == "recursive" else _adapt_dense(model)
 
 
-def _recursive_parts(model: Any) -> DecoderAdapter:
+def _adapt_recursive(model: Any) -> DecoderAdapter:
     config, base, layout = model.config, model.model, model.config.layout
     if config.anderson:
         raise UnsupportedModelError(
-            f"The model mixes loops (anderson={config.anderson}), which rows at unlike depths cannot take part in. "
-            f"Make it with_recursions(..., anderson=0) for the engine."
+            f"The model mixes loops (anderson={config.anderson}), which rows at different depths do not support. Load "
+            f"it with_recursions(..., anderson=0) for the engine."
         )
     if config.exit_depth is not None:
         raise UnsupportedModelError(
             f"The model is set to exit after depth {config.exit_depth} always (config.exit_depth). Set it to None, and "
-            f"give requests max_depth={config.exit_depth}."
+            f"use max_depth={config.exit_depth} in the requests."
         )
     depth_context = DepthContext()
 
-    def layer(module: nn.Module, part: Any, positions: list[int]) -> PagedLayer:
+    def layer(module: nn.Module, part: Any, positions: Sequence[int], ropes: tuple[bool, ...] = (True,)) -> PagedLayer:
         kinds = tuple(base.layer_type(position) for position in positions)
-        return PagedLayer(module, part, kinds, tuple(window_of(config, position) for position in positions))
+        return PagedLayer(module, part, kinds, tuple(window_of(config, position) for position in positions), ropes)
 
     prelude = [layer(module, "prelude", [index]) for index, module in enumerate(base.prelude)]
-    coda = [layer(module, "coda", [at]) for module, at in zip(base.coda, layout.coda_positions, strict=True)]
+    coda = [layer(module, "coda", [index]) for module, index in zip(base.coda, layout.coda_positions, strict=True)]
     if layout.order == "cycle":
         block = []
         for index, shared in enumerate(base.block):
             module, ropes = mixed_layer(shared, depth_context, f"layer {index} of the shared block")
-            found = layer(module, "block", layout.positions(index))
-            found.ropes = ropes
-            block.append(found)
+            block.append(layer(module, "block", layout.positions(index), ropes))
     else:
-        # No boundary between recursions: the layers one after the other, each at its depth, are one recursion.
+        # Tokens cannot exit in the middle of a sequence: all layers in order, each at its depth, are one recursion.
         inner = range(layout.num_prelude_layers, layout.coda_positions.start)
-        slots = {position: layout.layer_ref(position) for position in inner}
-        block = [layer(base.block[slot.index].views[slot.depth], "block", [at]) for at, slot in slots.items()]
+        refs = {position: layout.layer_ref(position) for position in inner}
+        block = [layer(base.block[ref.index].views[ref.depth], "block", [position]) for position, ref in refs.items()]
     return DecoderAdapter(
         model=model,
         num_depths=layout.num_recursions if layout.order == "cycle" else 1,
@@ -191,15 +191,15 @@ def _recursive_parts(model: Any) -> DecoderAdapter:
     )
 
 
-def _dense_parts(model: Any) -> DecoderAdapter:
+def _adapt_dense(model: Any) -> DecoderAdapter:
     config, base = model.config, model.base_model
     children = dict(base.named_children())
     layers = children.get("layers")
     norms = [name for name in ("norm", "final_layer_norm", "final_layernorm") if name in children]
     if layers is None or not norms or "rotary_emb" not in children or len(layers) != config.num_hidden_layers:
         raise UnsupportedModelError(
-            f"A {config.model_type} model is not built as embedding, RoPE, decoder layers, final norm: it has "
-            f"{', '.join(children)}. The engine cannot run it."
+            f"The engine needs a model of embedding, RoPE, decoder layers and final norm; this {config.model_type} "
+            f"model has {', '.join(children)}. Use transformers' generate instead."
         )
     rotary = children["rotary_emb"]
     by_layer_type = "layer_type" in inspect.signature(rotary.forward).parameters

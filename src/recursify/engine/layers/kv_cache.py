@@ -1,15 +1,15 @@
-"""Keys and values of all requests, in pages.
+"""Paged KV cache of all requests.
 
-A physical layer's keys are one tensor ``[pages, page_size, heads, head size]`` for all depths at which it runs. A page
-id is good for all layers, and at depth ``d`` it names the page ``id + offset[d]``, so rows of different depths are read
-and written in one call.
+A stored layer's keys are one tensor ``[pages, page_size, heads, head size]`` for all depths at which it runs. A page id
+is valid for all layers, and names the page ``id + offset[d]`` at depth ``d``, so one call reads and writes rows of
+different depths.
 
 A *stream* is a set of layers and depths that hold the same tokens, and so share page ids:
 
 - a model whose tokens all have keys everywhere has one stream; ``offset[d] = d · num_pages``;
-- a routed model (``recursion_wise``) has one for prelude and coda, and one for every depth of the block, which holds
-  the tokens that go there, packed; the deeper ones have fewer pages, by the capacities of the routers;
-- with ``shared`` keys it has two: all depths read what depth 0 wrote, ``offset[d] = 0``.
+- a routed model (``recursion_wise``) has one for prelude and coda, and one per depth of the block, which holds the
+  tokens that run that depth, packed; deeper streams have fewer pages, by the capacities of the routers;
+- with ``shared`` keys it has two: all depths read the keys of depth 0, ``offset[d] = 0``.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from recursify.errors import EngineError
 
 from .decoder import DecoderAdapter, PagedLayer
 
-SPARE = 1.1
-"""A routed model's deeper pools are so much larger than its capacities say: loads of inference vary around those."""
+HEADROOM = 1.1
+"""Head-room of the per-depth page pools over the routers' capacities, because the load varies at inference."""
 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Which stream and offset a depth has.
+    """Streams and page offsets of the depths.
 
     Attributes:
-        num_pages: Per stream.
-        stream_of: By depth; prelude and coda are in stream 0.
-        offsets: By depth.
-        block_pages: Pages in a block layer's tensor.
+        num_pages: Number of pages of each stream.
+        stream_of: Stream of each depth; prelude and coda are in stream 0.
+        offsets: Page offset of each depth.
+        block_pages: Number of pages in a block layer's tensor.
     """
 
     num_pages: tuple[int, ...]
@@ -49,20 +49,20 @@ class PageLayout:
 
     @classmethod
     def plan(cls, decoder: DecoderAdapter, kv: str, num_pages: int, longest: int) -> PageLayout:
-        """The layout of ``kv`` (:data:`~.engine.KV_MODES`) for ``num_pages`` of whole tokens.
+        """Lay out pages for a KV mode.
 
         Args:
-            parts: The model.
-            kv: The mode.
-            num_pages: Of stream 0.
-            longest: Pages that a routed model's every stream has at least: one whole request.
+            decoder: Decoder of the model.
+            kv: KV mode, one of :data:`~recursify.engine.KV_MODES`.
+            num_pages: Number of pages of stream 0.
+            longest: Minimum number of pages of a routed model's streams: those of the longest request.
         """
         depths = decoder.num_depths
         if kv == "shared":
             return cls((num_pages, num_pages), (1,) * depths, (0,) * depths, num_pages)
         if kv == "recursion_wise":
             sizes = [
-                min(num_pages, max(longest, round(num_pages * capacity * (SPARE if capacity < 1 else 1))))
+                min(num_pages, max(longest, round(num_pages * capacity * (HEADROOM if capacity < 1 else 1))))
                 for capacity in decoder.capacities
             ]
             offsets = tuple(accumulate(sizes[:-1], initial=0))
@@ -71,14 +71,18 @@ class PageLayout:
 
 
 class KVCache:
-    """The pools of page ids, and the tensors.
+    """Page pools, and the tensors of the layers.
 
     Args:
-        decoder: The model.
-        kv: The mode of keys and values.
+        decoder: Decoder of the model.
+        kv: KV mode.
         page_size: Tokens per page.
-        num_pages: Of whole tokens.
-        context: Tokens of the longest request.
+        num_pages: Number of pages of stream 0, which holds all tokens.
+        context: Number of tokens of the longest request.
+
+    Attributes:
+        is_packed: True if streams hold only the tokens that run their depth, so that a slot is not a position.
+        positions: Positions of packed keys, ``[pages, page_size]``, which windows need.
     """
 
     def __init__(self, decoder: DecoderAdapter, kv: str, page_size: int, num_pages: int, context: int) -> None:
@@ -91,16 +95,15 @@ class KVCache:
             shape = (count, page_size, decoder.num_kv_heads, decoder.head_size)
             layer.keys = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
             layer.values = torch.zeros_like(layer.keys)
-        # Slots of packed streams are not positions, which windows need.
         self.positions = torch.zeros(self.layout.block_pages, page_size, dtype=torch.long, device=decoder.device)
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """Number of bytes of all keys and values."""
         return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.decoder.layers)
 
     def bytes_used(self) -> int:
-        """Of the pages that are given out."""
+        """Number of bytes of the pages in use."""
         per_page = [0] * len(self.pools)
         size = 2 * self.page_size * self.decoder.num_kv_heads * self.decoder.head_size * self.decoder.dtype.itemsize
         for layer in self.decoder.layers:
@@ -109,39 +112,40 @@ class KVCache:
                 streams = streams[:1]
             for stream in streams:
                 per_page[stream] += size
-        return sum(pool.num_used * each for pool, each in zip(self.pools, per_page, strict=True))
+        return sum(pool.num_used * num_bytes for pool, num_bytes in zip(self.pools, per_page, strict=True))
 
     @property
     def num_used(self) -> int:
+        """Number of pages in use, summed over streams."""
         return sum(pool.num_used for pool in self.pools)
 
     def missing(self, request: Request, count: int) -> list[int]:
-        """Per stream, how many pages ``request`` lacks for ``count`` more tokens, should all go everywhere."""
-        held = [request.computed] + [len(request.packed.get(depth, ())) for depth in range(len(self.pools) - 1)]
+        """Pages that ``request`` lacks in each stream for ``count`` more tokens, if all of them ran everywhere."""
+        lengths = [request.computed] + [len(request.packed.get(depth, ())) for depth in range(len(self.pools) - 1)]
         return [
-            max(0, pages_for(tokens + count, self.page_size) - len(table))
-            for tokens, table in zip(held, request.tables, strict=True)
+            max(0, pages_for(length + count, self.page_size) - len(table))
+            for length, table in zip(lengths, request.tables, strict=True)
         ]
 
     def has_room(self, request: Request, count: int) -> bool:
-        """Whether ``count`` more tokens of ``request`` find pages."""
+        """True if there are pages for ``count`` more tokens of ``request``."""
         return self._are_free(self.missing(request, count))
 
     def _are_free(self, counts: list[int]) -> bool:
-        """Whether every stream has so many pages to give."""
+        """True if every stream has this many free pages."""
         return all(count <= pool.num_free for count, pool in zip(counts, self.pools, strict=True))
 
     def reserve(self, request: Request, count: int) -> bool:
-        """Give ``request`` pages for ``count`` more tokens; False, and nothing given, if there are not enough."""
+        """Give ``request`` pages for ``count`` more tokens; return False, and give none, if there are not enough."""
         missing = self.missing(request, count)
         if not self._are_free(missing):
             return False
-        for lack, pool, table in zip(missing, self.pools, request.tables, strict=True):
-            table.extend(pool.allocate(lack))
+        for num_missing, pool, table in zip(missing, self.pools, request.tables, strict=True):
+            table.extend(pool.allocate(num_missing))
         return True
 
     def trim(self, request: Request) -> None:
-        """Take back the pages that tokens of a routed model did not go to."""
+        """Free the pages of a routed model that were reserved for tokens that did not run a depth."""
         if not self.is_packed:
             return
         for depth, (pool, table) in enumerate(zip(self.pools[1:], request.tables[1:], strict=True)):
@@ -150,29 +154,29 @@ class KVCache:
             del table[needed:]
 
     def release(self, request: Request) -> None:
-        """Take back all pages of ``request``."""
+        """Free all pages of ``request``."""
         for pool, table in zip(self.pools, request.tables, strict=True):
             pool.release(table)
             table.clear()
 
-    def physical_table(self, request: Request, depth: int | None) -> list[int]:
-        """The pages of ``request`` in the tensors of block layers at ``depth``; of prelude and coda for None."""
+    def block_table(self, request: Request, depth: int | None) -> list[int]:
+        """Pages of ``request`` in the tensors of block layers at ``depth``, or of prelude and coda for None."""
         if depth is None:
             return request.tables[0]
         offset = self.layout.offsets[depth]
         return [page + offset for page in request.tables[self.layout.stream_of[depth]]]
 
     def slots(self, request: Request, depth: int, positions: Sequence[int]) -> list[int]:
-        """Where tokens lie in flattened pages of block layers, in a model whose tokens have keys everywhere."""
-        table, size = self.physical_table(request, depth), self.page_size
+        """KV slots of tokens in block layers at ``depth``, in a model whose tokens have keys everywhere."""
+        table, size = self.block_table(request, depth), self.page_size
         return [table[position // size] * size + position % size for position in positions]
 
 
 def pages_that_fit(num_bytes: int, decoder: DecoderAdapter, kv: str, page_size: int) -> int:
-    """How many pages of whole tokens ``num_bytes`` hold.
+    """Number of pages that ``num_bytes`` hold, at all layers and depths.
 
     Raises:
-        EngineError: Not one.
+        EngineError: Not even one page fits.
     """
     depths = float(decoder.num_depths)
     if kv == "shared":
@@ -190,8 +194,8 @@ def pages_that_fit(num_bytes: int, decoder: DecoderAdapter, kv: str, page_size: 
 
 
 def copy_slots(layers: Sequence[PagedLayer], sources: Tensor, targets: Tensor) -> None:
-    """Have the ``targets`` slots ``[n]`` of block layers hold what ``sources [n]`` do."""
+    """Copy keys and values of block layers from the slots ``sources [n]`` to the slots ``targets [n]``."""
     for layer in layers:
-        for held in (layer.keys, layer.values):
-            flat = held.flatten(0, 1)
+        for cache in (layer.keys, layer.values):
+            flat = cache.flatten(0, 1)
             flat[targets] = flat[sources]

@@ -1,14 +1,13 @@
-"""Layers of the shared block whose rows are at different depths.
+"""Layers of the shared block for rows at different depths.
 
-The shared weight is one product for all rows. The residual of each depth is one for its rows, by library products:
-where rows are few, both factors of all depths at once, masked (the same bytes are read, since rows of all depths are
-there); where they are many, ``grouped_mm``. Norms and biases of a depth are applied to its rows.
+The shared weight is one matrix product for all rows. The low-rank residuals are products per depth: for few rows, a
+masked product with the factors of all depths at once (it reads the same bytes, since rows of all depths are present);
+for many rows, ``grouped_mm``. Norms and biases are applied to the rows of their depth.
 
-In an iteration whose shapes are fixed (``device_loop.py``) the host does not know which rows are at which depth. There
-the depths are a tensor: residuals are the masked product, biases are looked up, and norms are a kernel, or those of all
-depths, of which each row takes its own.
+In the device loop shapes are static, and the host does not know the depths of the rows, which are a tensor. There
+residuals are the masked product, biases are looked up, and norms are a kernel, or a selection from those of all depths.
 
-Rows are the first axis of everything that a layer computes, so a norm of heads meets them where a norm of states does.
+Rows are the first axis of everything that a layer computes, so norms of heads select rows as norms of states do.
 
 Shape legend: N rows, sorted by depth; I/O in/out features; R depths; r LoRA rank.
 """
@@ -28,25 +27,29 @@ from recursify.kernels.depth_norm import add_and_norm
 from recursify.modeling import DepthView, PerDepth, RelaxedLinear, SharedLayer
 
 MASKED_ROWS = 64
-"""Up to so many rows on a GPU residuals are one masked product: shapes do not depend on where rows are, and reading the
-factors costs more than multiplying them."""
+"""Maximum number of rows for the masked product on a GPU: its shapes are static, and reading the factors costs more
+than multiplying them."""
 
 HANDLED = {"depth", "layer_idx", "layer_type", "attention_type", "is_sliding", "sliding_window", "use_rope"}
-"""What may differ between the depths of a layer: weights are looked up by row, the engine makes masks and rotations."""
+"""Attributes that may differ between the depths of a layer: the engine selects weights by row, and provides masks and
+rotations."""
 
 
 class DepthContext:
-    """Which rows of the call are at which depth: the state that mixed layers share.
+    """Depths of the rows in the current call, which mixed-depth layers share. It is set before each call.
 
     Attributes:
-        depths: Of the rows ``[N]``, in any order, where only the device knows them; else None.
+        depths: Depths ``[N]`` of the rows in any order, in static shapes; None if the host knows the depths.
+        counts: Depths of the rows in order, with the number of rows at each.
+        slices: Depths with the slice of their rows.
+        num_rows: Number of rows.
     """
 
     def __init__(self) -> None:
         self.set([(0, 0)], torch.device("cpu"))
 
     def set(self, counts: list[tuple[int, int]], device: torch.device) -> None:
-        """``counts`` has the depths of the rows in their order, and how many there are of each."""
+        """Set the depths of the rows in order, with the number of rows at each."""
         self.depths: Tensor | None = None
         self.counts = counts
         self.slices = []
@@ -58,13 +61,13 @@ class DepthContext:
         self.device = device
         self._groups: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def set_on_device(self, depths: Tensor) -> None:
-        """``depths`` has the depth of every row."""
+    def set_static(self, depths: Tensor) -> None:
+        """Set the depth ``[N]`` of every row."""
         self.depths = depths
         self._masks: dict[int, Tensor] = {}
 
     def mask(self, num_depths: int) -> Tensor:
-        """Which rows are at which depth: bool ``[N, R]``."""
+        """One-hot depth of every row, bool ``[N, R]``."""
         if self.depths is None:
             return self.by_group(num_depths)[1]
         if num_depths not in self._masks:
@@ -73,13 +76,13 @@ class DepthContext:
 
     @property
     def only_depth(self) -> int | None:
-        """The depth of all rows, if the host knows that they have but one."""
+        """Depth of all rows, if the host knows that it is the same for all."""
         if self.depths is not None:
             return None
         return self.counts[0][0] if len(self.counts) == 1 else None
 
     def by_group(self, num_depths: int) -> tuple[Tensor, Tensor]:
-        """Where each depth's rows end, int32 ``[R]``, and a mask ``[N, R]``."""
+        """End of each depth's rows, int32 ``[R]``, and one-hot depths ``[N, R]``."""
         if num_depths not in self._groups:
             counts = [0] * num_depths
             for depth, count in self.counts:
@@ -102,7 +105,7 @@ class MixedDepthLinear(nn.Module):
         self.depth_context = depth_context
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, ..., I] -> [N, ..., O]``."""
+        """Apply the linear map of each row's depth, ``[N, ..., I] -> [N, ..., O]``."""
         stored, depth = self.stored, self.depth_context.only_depth
         if depth is not None:
             return stored(x, depth)
@@ -122,7 +125,7 @@ class MixedDepthLinear(nn.Module):
         return y
 
     def _residuals(self, x: Tensor) -> Tensor:
-        """``[N, I] -> [N, O]``."""
+        """Low-rank residuals, ``[N, I] -> [N, O]``."""
         assert self.stored.lora_a is not None
         assert self.stored.lora_b is not None
         is_fixed = self.depth_context.depths is not None or (x.is_cuda and len(x) <= MASKED_ROWS)
@@ -131,7 +134,7 @@ class MixedDepthLinear(nn.Module):
         return self.grouped(x)
 
     def masked(self, x: Tensor) -> Tensor:
-        """Residuals ``[N, O]`` as products with the factors of all depths, whose shapes do not depend on the rows."""
+        """Residuals ``[N, O]`` as products with the factors of all depths, in static shapes."""
         lora_a, lora_b = self.stored.lora_a, self.stored.lora_b
         assert lora_a is not None
         assert lora_b is not None
@@ -143,7 +146,7 @@ class MixedDepthLinear(nn.Module):
         return y
 
     def grouped(self, x: Tensor) -> Tensor:
-        """Residuals ``[N, O]`` as a product for every depth that has rows."""
+        """Residuals ``[N, O]`` as one product per depth with rows."""
         lora_a, lora_b = self.stored.lora_a, self.stored.lora_b
         assert lora_a is not None
         assert lora_b is not None
@@ -153,7 +156,7 @@ class MixedDepthLinear(nn.Module):
 
 
 def _can_group(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
-    """``grouped_mm`` wants rows of whole 16 bytes, and has no float64."""
+    """True if ``grouped_mm`` supports the shapes: rows of a multiple of 16 bytes, no float64."""
     sizes = (x.shape[-1], lora_a.shape[1], lora_b.shape[1])
     return x.dtype != torch.float64 and all(size * x.element_size() % 16 == 0 for size in sizes)
 
@@ -162,7 +165,7 @@ class MixedDepthNorm(nn.Module):
     """:class:`~recursify.modeling.PerDepth` with a depth per row.
 
     Attributes:
-        kernel_adds: In fixed shapes, look weights up in a kernel, which adds so much to them; None for without one.
+        kernel_adds: Constant that the kernel for static shapes adds to the weights; None runs without the kernel.
     """
 
     stored: PerDepth
@@ -175,7 +178,7 @@ class MixedDepthNorm(nn.Module):
         self._weight: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, ...] -> [N, ...]``."""
+        """Apply the norm of each row's depth, ``[N, ...] -> [N, ...]``."""
         depth, copies = self.depth_context.only_depth, self.stored.copies
         if depth is not None or len(copies) == 1:
             return self.stored(x, depth or 0)
@@ -185,8 +188,8 @@ class MixedDepthNorm(nn.Module):
             return self._by_kernel(x, self.depth_context.depths, bool(self.kernel_adds))
         y = copies[0](x)
         for depth in range(1, len(copies)):
-            here = (self.depth_context.depths == depth).view(-1, *(1,) * (x.ndim - 1))
-            y = torch.where(here, copies[depth](x), y)
+            is_here = (self.depth_context.depths == depth).view(-1, *(1,) * (x.ndim - 1))
+            y = torch.where(is_here, copies[depth](x), y)
         return y
 
     def _by_kernel(self, x: Tensor, depths: Tensor, adds_one: bool) -> Tensor:
@@ -194,14 +197,14 @@ class MixedDepthNorm(nn.Module):
         depths = depths.repeat_interleave(len(rows) // len(x), output_size=len(rows))
         norm: Any = self.stored.copies[0]
         if self._weight is None:
-            self._weight = torch.stack([each.weight for each in self.stored.copies])  # type: ignore[misc]
+            self._weight = torch.stack([stored.weight for stored in self.stored.copies])  # type: ignore[misc]
         eps = getattr(norm, "variance_epsilon", None) or norm.eps
         _, normed = add_and_norm(rows, None, self._weight, depths, eps=eps, adds_one=adds_one, implementation="triton")
         return normed.view_as(x)
 
 
 def use_norm_kernel(layers: Iterable[nn.Module]) -> None:
-    """Have the norms of mixed ``layers`` run in a kernel, where they are what it computes."""
+    """Use the kernel for those norms of mixed-depth ``layers`` that it can compute."""
     for layer in layers:
         for module in layer.modules():
             if isinstance(module, MixedDepthNorm):
@@ -210,33 +213,36 @@ def use_norm_kernel(layers: Iterable[nn.Module]) -> None:
 
 @torch.no_grad()
 def rms_norm_adds(norm: nn.Module) -> int | None:
-    """Which ``c`` makes ``norm`` compute ``x / √(mean(x²) + eps) · (c + weight)``: 0, in Gemma 1; None if neither does.
+    """Constant ``c`` for which ``norm`` is ``x / √(mean(x²) + eps) · (c + weight)``: 0, or 1 in Gemma; None if neither.
 
-    A copy of it is asked, since families write the same norm under many names.
+    A copy of the norm is evaluated, because families have the same norm under many names.
     """
     weight = getattr(norm, "weight", None)
     eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
     if weight is None or weight.ndim != 1 or not isinstance(eps, float) or len(list(norm.parameters())) > 1:
         return None
-    asked: Any = copy.deepcopy(norm).to_empty(device="cpu").float()
+    probe: Any = copy.deepcopy(norm).to_empty(device="cpu").float()
     x = torch.linspace(-2, 3, 2 * len(weight)).view(2, -1)
-    asked.weight.copy_(torch.linspace(-1, 2, len(weight)))
+    probe.weight.copy_(torch.linspace(-1, 2, len(weight)))
     for adds in (0, 1):
-        expected = F.rms_norm(x, x.shape[-1:], asked.weight + adds, eps)
-        if torch.allclose(asked(x), expected, rtol=1e-4, atol=1e-5):
+        expected = F.rms_norm(x, x.shape[-1:], probe.weight + adds, eps)
+        if torch.allclose(probe(x), expected, rtol=1e-4, atol=1e-5):
             return adds
     return None
 
 
 def mixed_layer(shared: SharedLayer, depth_context: DepthContext, name: str) -> tuple[nn.Module, tuple[bool, ...]]:
-    """The family's layer with a depth per row, and by depth whether it rotates queries and keys.
+    """Build the family's layer with a depth per row.
+
+    Returns:
+        The layer, and for each depth whether it rotates queries and keys.
 
     Raises:
-        UnsupportedModelError: The depths of the layer differ in more than their weights, windows and rotations.
+        UnsupportedModelError: The depths of the layer differ in more than weights, windows and rotations.
     """
     views = list(shared.views)
     _check_alike(views, name)
-    # What the layer only refers to stays one object: the stored weights, and the config that attention asks.
+    # The copy shares the stored weights, and the config from which layers look up their attention function.
     memo: dict[int, Any] = {}
     for module in views[0].modules():
         for referred in (getattr(module, "config", None), getattr(module, "stored", None)):
@@ -251,7 +257,7 @@ def mixed_layer(shared: SharedLayer, depth_context: DepthContext, name: str) -> 
     ropes = tuple(all(getattr(module, "use_rope", True) for module in view.modules()) for view in views)
     for module in layer.modules():
         if hasattr(module, "use_rope"):
-            vars(module)["use_rope"] = True  # a rotation by nothing, where a depth has none
+            vars(module)["use_rope"] = True  # depths without RoPE get cosines of 1 and sines of 0
     return layer, ropes
 
 
@@ -261,11 +267,11 @@ def _check_alike(views: list[nn.Module], name: str) -> None:
         if isinstance(module, DepthView):
             continue
         for other in views[1:]:
-            there = vars(other.get_submodule(path))
+            counterpart = vars(other.get_submodule(path))
             for key, value in vars(module).items():
-                if key not in HANDLED and isinstance(value, plain) and there.get(key) != value:
+                if key not in HANDLED and isinstance(value, plain) and counterpart.get(key) != value:
                     raise UnsupportedModelError(
-                        f"The engine runs rows of all depths in one call, and {name} is not the same layer at all of "
-                        f"them: '{path}.{key}' is {value} and {there.get(key)}. Export the model instead: recursify "
+                        f"The engine runs rows of all depths in one call, but {name} differs between depths: "
+                        f"'{path}.{key}' is {value} and {counterpart.get(key)}. Export the model instead: recursify "
                         f"export --format dense."
                     )

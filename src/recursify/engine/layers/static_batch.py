@@ -1,9 +1,9 @@
-"""Rows of which the host knows only how many there can be: who they are, where, and how deep, the device knows.
+"""Attention batch with static shapes, whose contents only the device knows.
 
-The same for a call's layers as :class:`~.batch.AttentionBatch`, with shapes that do not depend on what there is to do,
-so that a call can be captured in a CUDA graph. Nothing here waits for the device.
+It has the interface of :class:`~.batch.AttentionBatch`, but its shapes do not depend on the requests, so a CUDA graph
+can capture the call. Nothing here synchronizes with the device.
 
-Shape legend: N rows, some of which may not be there; M pages of a request; R depths.
+Shape legend: N rows, some of them unused; M pages of a request; R depths; H query heads; K key heads; D head size.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from .decoder import PagedLayer
 
 @dataclass(frozen=True)
 class StaticAttentionBatch:
-    """Of one call.
+    """Rows of one call.
 
     Attributes:
-        positions: ``[N]``; 0 where there is no row.
-        depths: ``[N]``; 0 where there is no row, and in prelude and coda.
-        slots: ``[N]``, where keys go: ``page id · page size + place``, before the offset of a depth; -1 for nowhere.
-        lengths: ``[N]``, how many keys a row sees; 0 where there is no row.
-        tables: ``[N, M]``, page ids before the offset of a depth.
-        offsets: ``[R]``, of the depths, in pages; ``[0]`` in prelude and coda.
-        reaches: By a layer's windows, how far it looks back at each depth, ``[R]``, 0 for all the way; made beforehand,
-            since numbers cannot be brought to a device while a graph is captured.
-        implementation: Of the kernels.
-        only_writes: End every layer when its keys and values are written.
+        positions: Positions ``[N]``; 0 for unused rows.
+        depths: Depths ``[N]``; 0 for unused rows, and in prelude and coda.
+        slots: KV slots ``[N]``, page id · page size + index in the page, before a depth's offset; -1 for none.
+        lengths: Numbers of visible keys ``[N]``; 0 for unused rows.
+        block_tables: Page ids ``[N, M]`` before a depth's offset.
+        page_offsets: Offset of each depth in pages, ``[R]``; ``[0]`` in prelude and coda.
+        windows: Mapping from a layer's windows to a tensor ``[R]`` of them, 0 for none; None if no depth has one.
+            Built in advance, because capturing a CUDA graph forbids host-to-device copies.
+        implementation: Implementation of the kernels.
+        only_writes: True to end every layer after its KV-cache write.
     """
 
     positions: Tensor
     depths: Tensor
     slots: Tensor
     lengths: Tensor
-    tables: Tensor
-    offsets: Tensor
-    reaches: dict[tuple[int | None, ...], Tensor | None]
+    block_tables: Tensor
+    page_offsets: Tensor
+    windows: dict[tuple[int | None, ...], Tensor | None]
     implementation: Implementation
     only_writes: bool = False
-    _windows: dict[tuple[int | None, ...], Tensor | None] = field(default_factory=dict, repr=False)
+    _row_windows: dict[tuple[int | None, ...], Tensor | None] = field(default_factory=dict, repr=False)
 
     def store(self, layer: PagedLayer, key: Tensor, value: Tensor) -> None:
-        """Write ``key`` and ``value [N, K, D]`` to the rows' slots."""
+        """Write ``key`` and ``value [N, K, D]`` to the rows' KV slots."""
         store_keys_and_values(
             key,
             value,
@@ -56,19 +56,19 @@ class StaticAttentionBatch:
             layer.values,
             self.slots,
             self.depths,
-            self.offsets,
+            self.page_offsets,
             implementation=self.implementation,
         )
 
     def attend(self, layer: PagedLayer, query: Tensor, scale: float, softcap: float | None) -> Tensor:
-        """``query [N, H, D]`` over the keys that the rows see: ``[N, H, D]``; 0 where there is no row."""
+        """Attend with ``query [N, H, D]`` to the rows' visible keys: ``[N, H, D]``, 0 for unused rows."""
         return attend_pages(
             query,
             layer.keys,
             layer.values,
-            self.tables,
+            self.block_tables,
             self.depths,
-            self.offsets,
+            self.page_offsets,
             self.lengths,
             scale=scale,
             window=self._window(layer.windows),
@@ -77,8 +77,10 @@ class StaticAttentionBatch:
         )
 
     def _window(self, windows: tuple[int | None, ...]) -> Tensor | None:
-        """By row, ``[N]``."""
-        if windows not in self._windows:
-            reach = self.reaches[windows]
-            self._windows[windows] = None if reach is None else reach[self.depths.clamp(max=len(reach) - 1)]
-        return self._windows[windows]
+        """Window of each row, ``[N]``."""
+        if windows not in self._row_windows:
+            by_depth = self.windows[windows]
+            self._row_windows[windows] = (
+                None if by_depth is None else by_depth[self.depths.clamp(max=len(by_depth) - 1)]
+            )
+        return self._row_windows[windows]
