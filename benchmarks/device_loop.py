@@ -1,18 +1,18 @@
-"""What the loop on the device saves: launches per iteration, and on a GPU how near new tokens come to the floor.
+"""Benchmark of the device loop: launches per iteration, and on a GPU the throughput relative to the memory bound.
 
 ::
 
-    python benchmarks/device_loop.py --shape 135M                                        # launches, and a CPU's times
+    python benchmarks/device_loop.py --shape 135M                                        # launches, and times on a CPU
     python benchmarks/device_loop.py --shape 1.7B --device cuda --dtype bfloat16 --slots 1 64
 
-Random weights of a model without prelude and coda, so that an iteration is one call of the block, a readout and the
-state machine. The engine writes answers of one length with the host deciding in every iteration, with the loop, and
-with the loop where tokens leave after each recursion in parts .5, .3 and .2 (or .5 and .5), as a table says, not the
-states. Beside them stand the floor, which is the bytes that a step must read over the bandwidth of a copy in the same
-run, and transformers' compiled loop over a static cache.
+Random weights of a model without prelude and coda: an iteration is one block call, the logits and the state machine.
+The engine generates completions of one length with the host loop, with the device loop, and with the device loop and
+forced exits: a table makes fractions .5, .3 and .2 (or .5 and .5) of the tokens exit after each recursion. They are
+compared with the memory bound (the bytes that a step must read, divided by the bandwidth of a copy in the same run)
+and with transformers' compiled loop over a static cache.
 
-*Launches* are calls of PyTorch that compute, and of Triton's kernels: of the loop those that are recorded on a device
-that computes nothing. A replayed graph is launched once.
+*Launches* are PyTorch calls that compute something and Triton kernels; those of the device loop are recorded on the
+meta device. Replaying a graph is one launch.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ from recursify.engine.layers.model_runner import ModelRunner
 from recursify.kernels.ahead_of_time import recorded
 
 HOST, LOOP, FORCED, COMPILED = (
-    "engine, host decides",
-    "engine, loop on the device",
-    "engine, loop, forced exits",
+    "engine, host loop",
+    "engine, device loop",
+    "engine, device loop, forced exits",
     "transformers, compiled loop",
 )
 PARTS = {2: (0.5, 0.5), 3: (0.5, 0.3, 0.2)}
 
 
 class Counted(TorchDispatchMode):
-    """Counts calls that compute something: views only look at what is there."""
+    """Counter of calls that compute something; views do not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,46 +70,45 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(shape: str, slots: int, *, leaves: bool) -> dict[str, int]:
-    """Of one iteration with ``slots`` new tokens at mixed depths, by who decides."""
+def launches(shape: str, slots: int, *, exits_early: bool) -> dict[str, int]:
+    """Number of launches of one iteration with ``slots`` new tokens at mixed depths, by loop and implementation."""
     model = random_model(shape, torch.float32, "cpu")
     recursions = model.config.num_recursions
     engine = Engine(model, max_num_seqs=slots, num_pages=slots * 4, max_model_len=64, kv="latest", force_kv=True)
     for number in range(slots):
-        forced = (number % recursions, 0, 1) if leaves else None
+        forced = (number % recursions, 0, 1) if exits_early else None
         engine.add([5 + number, 6], SamplingParams(max_tokens=40, ignore_eos=True, forced_depths=forced))
         engine.step()
     with Counted() as host:
         for _ in range(recursions):
             engine.step()
-    once = -(-5 * slots // (4 * recursions)) if leaves else slots
-    shape_of_loop = LoopShape(slots, once, slots, once, exits_early=leaves)
-    parts = adapt_decoder(model)
-    with torch.inference_mode(), parts.in_use(), Counted() as forms:
-        loop = DeviceLoop(
-            ModelRunner(parts, KVCache(parts, "latest", 16, slots * 4, 64)), "latest", slots, 1, "reference"
-        )
-        before = forms.calls.total()
+    once = -(-5 * slots // (4 * recursions)) if exits_early else slots
+    shape_of_loop = LoopShape(slots, once, slots, once, exits_early=exits_early)
+    decoder = adapt_decoder(model)
+    with torch.inference_mode(), decoder.in_use(), Counted() as references:
+        runner = ModelRunner(decoder, KVCache(decoder, "latest", 16, slots * 4, 64))
+        loop = DeviceLoop(runner, "latest", slots, 1, "reference")
+        before = references.calls.total()
         for part in (loop.enter, loop.block, loop.exit):
             part(shape_of_loop)
-        in_pytorch = forms.calls.total() - before
-    parts = adapt_decoder(model.to("meta"))
-    with torch.inference_mode(), parts.in_use(), recorded() as kernels, Counted() as own:
-        pages = KVCache(parts, "latest", 16, slots * 4, 64)
-        loop = DeviceLoop(ModelRunner(parts, pages, kernels=True), "latest", slots, 1, "triton")
-        before, kernels_before = own.calls.total(), len(kernels)
+        in_pytorch = references.calls.total() - before
+    decoder = adapt_decoder(model.to("meta"))
+    with torch.inference_mode(), decoder.in_use(), recorded() as kernels, Counted() as device:
+        runner = ModelRunner(decoder, KVCache(decoder, "latest", 16, slots * 4, 64), kernels=True)
+        loop = DeviceLoop(runner, "latest", slots, 1, "triton")
+        before, kernels_before = device.calls.total(), len(kernels)
         for part in (loop.enter, loop.block, loop.exit):
             part(shape_of_loop)
     return {
         "host": round(host.calls.total() / recursions),
         "loop_in_pytorch": in_pytorch,
-        "loop_pytorch": own.calls.total() - before,
+        "loop_pytorch": device.calls.total() - before,
         "loop_triton": len(kernels) - kernels_before,
     }
 
 
 def step_bytes(model: Any, slots: int, tokens: float) -> float:
-    """That a step of ``slots`` sequences of ``tokens`` must read at full depth: weights as often as they run, keys."""
+    """Bytes that a full-depth step of ``slots`` sequences of ``tokens`` reads: weights per use, keys and values."""
     config, size = model.config, model.dtype.itemsize
     block = sum(parameter.numel() for parameter in model.model.block.parameters())
     head = model.get_output_embeddings().weight.numel()
@@ -119,16 +118,16 @@ def step_bytes(model: Any, slots: int, tokens: float) -> float:
 
 
 def contestants(model: Any, compiled: bool, replays: int) -> list[Contestant]:
-    """All ways to answer."""
+    """Engine configurations and baselines."""
     recursions = model.config.num_recursions
     exits = ForcedExits.draw(PARTS[recursions], 64)
     loop: dict[str, Any] = {"device_loop": True, "num_device_steps": replays, "sync_phases": False}
-    leaving = EngineRunner(model, exits.params, kv="latest", force_kv=True, **loop)
-    # Graphs are captured, and kernels compiled, for the shapes that a run meets.
+    forced = EngineRunner(model, exits.params, kv="latest", force_kv=True, **loop)
+    # Graphs are captured and kernels compiled for the shapes that a run uses.
     found = [
         Contestant(HOST, EngineRunner(model, device_loop=False, sync_phases=False)),
         Contestant(LOOP, EngineRunner(model, **loop), compiles=True),
-        Contestant(FORCED, leaving, compiles=True),
+        Contestant(FORCED, forced, compiles=True),
     ]
     if compiled:
         compiling = CompileConfig(fullgraph=False, mode="reduce-overhead")
@@ -139,7 +138,7 @@ def contestants(model: Any, compiled: bool, replays: int) -> list[Contestant]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All figures."""
+    """Run the benchmark."""
     model = random_model(options.shape, getattr(torch, options.dtype), options.device)
     prompt = list(range(7, 7 + options.prompt))
     workloads = [
@@ -176,7 +175,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(facts: dict[str, Any]) -> str:
-    """The table with what a reader must know of it."""
+    """Markdown report."""
     setup = facts["setup"]
     columns = ("over_host", "over_compiled", "of_floor", "gain", "efficiency")
     lines = [
@@ -188,13 +187,13 @@ def report(facts: dict[str, Any]) -> str:
         ]
         for row in facts["rows"]
     ]
-    head = ["", "at once", "tokens/s", "× host decides", "× compiled", "of the floor", "G", "η"]
+    head = ["", "concurrency", "tokens/s", "× host loop", "× compiled", "of the bound", "G", "η"]
     device = facts["device"] if setup["device"] == "cuda" else f"CPU, {facts['threads']} thread(s)"
     notes = (
         f"Random weights of the {setup['shape']} shapes in {facts['recursions']} recursions, {device}, "
-        f"{setup['dtype']}; median of {setup['rounds']} rounds in turns, {setup['new']} new tokens after a prompt of "
-        f"{setup['prompt']}. *G*: forced exits over the loop at full depth; *η* = G / (R / D), with D recursions per "
-        f"token; *of the floor*: of the speed at which the bytes of a step can be read."
+        f"{setup['dtype']}; median of {setup['rounds']} interleaved rounds, {setup['new']} new tokens after a prompt "
+        f"of {setup['prompt']}. *G*: speed-up of forced exits over the device loop at full depth; *η* = G / (R / D), "
+        f"with D recursions per token; *of the bound*: fraction of the speed at which the bytes of a step can be read."
     )
     made = "Made by `python benchmarks/device_loop.py`; all figures, settings and versions in the JSON beside it."
     text = f"# {facts['title']}\n\n{made}\n\n{notes}\n\n{markdown_table(head, lines)}\n"
@@ -202,23 +201,23 @@ def report(facts: dict[str, Any]) -> str:
 
 
 def count_table(counted: dict[str, dict[str, int]]) -> str:
-    """Launches, with what they are of."""
-    head = ["launches of an iteration", "host decides", "loop", "loop, kernels", "of which Triton", "graphs of it"]
+    """Markdown table of launches."""
+    head = ["launches per iteration", "host loop", "device loop", "with kernels", "of which Triton", "as graphs"]
     lines = [
         [
             name,
-            *(str(each[column]) for column in ("host", "loop_in_pytorch")),
-            str(each["loop_pytorch"] + each["loop_triton"]),
-            str(each["loop_triton"]),
+            *(str(counts[column]) for column in ("host", "loop_in_pytorch")),
+            str(counts["loop_pytorch"] + counts["loop_triton"]),
+            str(counts["loop_triton"]),
             "3",
         ]
-        for name, each in counted.items()
+        for name, counts in counted.items()
     ]
-    what = (
-        "An iteration has 64 new tokens at mixed depths here, in the 135M shapes, with keys of kv `latest`. The first "
-        "two columns are PyTorch's forms, the third has Triton's kernels; the graphs are enter, block and exit."
+    notes = (
+        "An iteration has 64 new tokens at mixed depths, in the 135M shapes, with kv `latest`. The first two columns "
+        "use PyTorch's implementations, the third Triton kernels; the three graphs are enter, block and exit."
     )
-    return f"\n{what}\n\n{markdown_table(head, lines)}\n"
+    return f"\n{notes}\n\n{markdown_table(head, lines)}\n"
 
 
 def main() -> None:
@@ -231,20 +230,20 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--new", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--replays", type=int, default=8, help="iterations per decision of the host")
-    parser.add_argument("--compiled", action="store_true", help="transformers' compiled loop beside it")
-    parser.add_argument("--output", type=Path, default=None, help="Markdown; JSON is written beside it")
+    parser.add_argument("--replays", type=int, default=8, help="iterations between two reads by the host")
+    parser.add_argument("--compiled", action="store_true", help="also run transformers' compiled loop")
+    parser.add_argument("--output", type=Path, default=None, help="Markdown file; JSON is written beside it")
     options = parser.parse_args()
     facts = measure(options)
     name = "device_loop" if options.device == "cpu" else f"device_loop_{options.shape}".replace(".", "_")
     output = options.output or RESULTS / f"{name}.md"
-    title = "The loop on the device"
+    title = "The device loop"
     if options.device != "cpu":
-        title = f"The loop on a GPU: {options.shape}" + (" beside a compiled loop" if options.compiled else "")
+        title = f"The device loop on a GPU: {options.shape}" + (", with a compiled loop" if options.compiled else "")
     else:
         facts["launches"] = {
-            "all tokens run all depths": launches("135M", 64, leaves=False),
-            "tokens leave early": launches("135M", 64, leaves=True),
+            "all tokens run all depths": launches("135M", 64, exits_early=False),
+            "tokens exit early": launches("135M", 64, exits_early=True),
         }
     facts |= {
         "title": title,

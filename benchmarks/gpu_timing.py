@@ -1,4 +1,4 @@
-"""Times on a GPU: of captured graphs, with a cold L2 cache, and the floors that they stand beside."""
+"""GPU timing of captured graphs with a cold L2 cache, and the bandwidth and matrix rates to compare with."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 FLUSH_BYTES = 256 * 2**20
-"""More than the L2 cache of any GPU at hand: what a call reads is then in memory, as between two layers."""
+"""Number of bytes that exceeds any L2 cache: a call then reads from memory, as it does between two layers."""
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """``call`` as a CUDA graph, so that a launch costs what it costs in the engine."""
+    """Capture ``call`` in a CUDA graph, so that a launch costs as much as in the engine."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -28,7 +28,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def seconds(call: Callable[[], Any], *, flush: torch.Tensor, rounds: int = 30) -> float:
-    """Median of one call on the device."""
+    """Median duration of one call on the device."""
     for _ in range(3):
         call()
     times = []
@@ -44,18 +44,18 @@ def seconds(call: Callable[[], Any], *, flush: torch.Tensor, rounds: int = 30) -
 
 
 def make_flush() -> torch.Tensor:
-    """What :func:`seconds` writes between calls."""
+    """Buffer that :func:`seconds` overwrites between calls to flush the cache."""
     return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
 
 def copy_bandwidth(flush: torch.Tensor) -> float:
-    """Bytes read and written per second by a copy of 1 GiB."""
+    """Bytes that a copy of 1 GiB reads and writes per second."""
     source = torch.ones(2**30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds(lambda: target.copy_(source), flush=flush)
 
 
 def product_rate(flush: torch.Tensor, size: int = 8192) -> float:
-    """Operations per second of a large bfloat16 product."""
+    """Floating-point operations per second of a large bfloat16 product."""
     left, right = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     return 2 * size**3 / seconds(lambda: left @ right, flush=flush)

@@ -1,15 +1,15 @@
-"""How near kernels come to what the machine can do, and what they take of a GPU that is not there.
+"""Speed of the kernels relative to the hardware's limits, and their resource usage compiled without a GPU.
 
     python benchmarks/kernel_speed.py
 
-On a GPU, every call of ``kernel_specimens.py`` is timed as a CUDA graph with a cold cache, beside the same in PyTorch,
-in PyTorch compiled, and by a library where there is one; and beside the floor that the bytes and operations set, by a
-copy and a large product of the same run: ``results/kernels.*``. Without a GPU nothing is timed, and it says so.
+On a GPU, every call of ``kernel_specimens.py`` is timed as a CUDA graph with a cold cache, and so are PyTorch, compiled
+PyTorch and a library where there is one. The bound is set by the bytes and operations of the call, with the rates of a
+copy and a large product of the same run: ``results/kernels.*``. Without a GPU nothing is timed.
 
-Where Triton is installed, every kernel is compiled ahead of time for compute capabilities 8.0 and 9.0, for the calls of
-``kernel_specimens.py``, without a GPU: ``results/kernels_aot.*``. Tests hold the spills to that table.
+If Triton is installed, the same calls are compiled ahead of time for compute capabilities 8.0 and 9.0, without a GPU:
+``results/kernels_aot.*``. Tests compare register spills with that table.
 
-(It is not called ``kernels.py``: on the path of the benchmarks that would stand in for Hugging Face's package.)
+(The name ``kernels.py`` would shadow Hugging Face's package of that name.)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ AOT_COLUMNS = (
 
 
 def compile_all() -> list[dict[str, Any]]:
-    """A row per specimen, launch and capability."""
+    """Compile all specimens; one row per specimen, launch and capability."""
     import triton
 
     from recursify.kernels.ahead_of_time import compiled, recorded
@@ -50,19 +50,19 @@ def compile_all() -> list[dict[str, Any]]:
             specimen.build(torch.device("meta"))["triton"]()
         for launch in launches:
             for capability in CAPABILITIES:
-                found = compiled(launch, capability)
+                footprint = compiled(launch, capability)
                 rows.append(
                     {
                         "specimen": specimen.case,
                         "kernel": specimen.kernel,
-                        "launched": found.kernel,
+                        "launched": footprint.kernel,
                         "capability": capability,
                         "grid": "×".join(map(str, launch.grid)),
-                        "warps": found.num_warps,
-                        "registers": found.registers,
-                        "shared_bytes": found.shared_bytes,
-                        "spill_bytes": found.spill_bytes,
-                        "tensor_core_ops": found.tensor_core_ops,
+                        "warps": footprint.num_warps,
+                        "registers": footprint.registers,
+                        "shared_bytes": footprint.shared_bytes,
+                        "spill_bytes": footprint.spill_bytes,
+                        "tensor_core_ops": footprint.tensor_core_ops,
                         "triton": triton.__version__,
                     }
                 )
@@ -70,7 +70,7 @@ def compile_all() -> list[dict[str, Any]]:
 
 
 def write_aot(rows: list[dict[str, Any]], output: Path) -> None:
-    """The table as CSV, and for reading beside it."""
+    """Write the table as CSV and Markdown."""
     write_csv(rows, AOT_COLUMNS, output)
     lines = [
         [
@@ -86,10 +86,10 @@ def write_aot(rows: list[dict[str, Any]], output: Path) -> None:
 
 Made by `python benchmarks/kernel_speed.py` with Triton {rows[0]["triton"]}; figures in `kernels_aot.csv`.
 
-Each launch of `benchmarks/kernel_specimens.py`, in bfloat16, compiled for NVIDIA's compute capabilities 8.0 (A100) and
+Each launch of `benchmarks/kernel_specimens.py` in bfloat16, compiled for NVIDIA's compute capabilities 8.0 (A100) and
 9.0 (H100) as its first call there would compile it. *Registers* and *spilled bytes* are per thread, *shared bytes* per
-program; *mma* counts matrix instructions in the code. It says that the kernels compile, fit, and use tensor cores. It
-says nothing of speed: they have not run on a GPU yet.
+program; *mma* counts matrix instructions in the code. The table shows that the kernels compile, fit and use tensor
+cores. It does not show their speed: they have not run on a GPU yet.
 
 {markdown_table(head, lines)}
 """
@@ -97,7 +97,7 @@ says nothing of speed: they have not run on a GPU yet.
 
 
 def time_all() -> Iterator[dict[str, Any]]:
-    """A row per specimen: microseconds by form, and its floor."""
+    """Time all specimens; one row per specimen with microseconds per form and the bound."""
     flush = gpu_timing.make_flush()
     bandwidth, rate = gpu_timing.copy_bandwidth(flush), gpu_timing.product_rate(flush)
     about = {
@@ -117,8 +117,8 @@ def time_all() -> Iterator[dict[str, Any]]:
         for name, form in forms.items():
             graphed = name == "triton" or not specimen.waits
             times[name] = time_of(form, graphed, flush)
-        floor = max(specimen.moved / bandwidth, specimen.operations / rate)
-        row = {"kernel": specimen.kernel, "specimen": specimen.case, "floor_us": round(floor * 1e6, 2)}
+        bound = max(specimen.moved / bandwidth, specimen.operations / rate)
+        row = {"kernel": specimen.kernel, "specimen": specimen.case, "bound_us": round(bound * 1e6, 2)}
         row |= {f"{name}_us": times.get(name, "") for name in FORMS}
         print(row, flush=True)
         yield row | {"torch_graphed": not specimen.waits} | about
@@ -127,7 +127,7 @@ def time_all() -> Iterator[dict[str, Any]]:
 
 
 def time_of(form: Callable[[], Any], graphed: bool, flush: torch.Tensor) -> float | str:
-    """Microseconds; or, of a form that the machine cannot run, why."""
+    """Microseconds of a form, or the reason why it cannot run here."""
     try:
         call = gpu_timing.captured(form) if graphed else form
         return round(gpu_timing.seconds(call, flush=flush) * 1e6, 2)
@@ -136,31 +136,30 @@ def time_of(form: Callable[[], Any], graphed: bool, flush: torch.Tensor) -> floa
 
 
 def write_speed(rows: list[dict[str, Any]], output: Path) -> None:
-    """The table as CSV, and for reading beside it."""
+    """Write the table as CSV and Markdown."""
     write_csv(rows, list(rows[0]), output)
     about = rows[0]
     lines = [
         [
             f"`{row['kernel']}`",
             row["specimen"],
-            f"{row['floor_us']:.1f}",
+            f"{row['bound_us']:.1f}",
             *(f"{row[f'{name}_us']:.1f}" if isinstance(row[f"{name}_us"], float) else "–" for name in FORMS),
-            f"{row['floor_us'] / row['triton_us']:.0%}" if isinstance(row["triton_us"], float) else "–",
+            f"{row['bound_us'] / row['triton_us']:.0%}" if isinstance(row["triton_us"], float) else "–",
         ]
         for row in rows
     ]
-    head = ["kernel", "call", "floor", "Triton", "PyTorch", "compiled", "library", "of the floor"]
+    head = ["kernel", "call", "bound", "Triton", "PyTorch", "compiled", "library", "of the bound"]
     text = f"""# Speed of kernels
 
 Made by `python benchmarks/kernel_speed.py` on {about["gpu"]} with torch {about["torch"]}, Triton {about["triton"]},
 commit {about["commit"]}; figures in `kernels.csv`.
 
-Microseconds, median of 30 calls, each a CUDA graph of one call in bfloat16 on a cold L2 cache. *Floor*: the bytes that
-have to be moved at the speed of a copy ({about["copy_GB_per_s"]:,} GB/s in this run), or the products at that of a
-large one ({about["product_TFLOP_per_s"]:,} TFLOP/s), whichever is longer. *Of the floor*: what Triton reaches.
-*Library*: PyTorch's attention over pages, its grouped products. *PyTorch*: the kernel's reference; of a prompt, causal
-attention without pages. That of `slot_advance` waits for the device and is no graph. Under ten microseconds, much of a
-time is the launch.
+Microseconds, median of 30 calls, each a CUDA graph of one call in bfloat16 with a cold L2 cache. *Bound*: time to move
+the bytes at the speed of a copy ({about["copy_GB_per_s"]:,} GB/s in this run) or to compute the products at that of a
+large one ({about["product_TFLOP_per_s"]:,} TFLOP/s), whichever is longer. *Of the bound*: fraction that Triton reaches.
+*Library*: PyTorch's paged attention and grouped products. *PyTorch*: the kernel's reference; that of `slot_advance`
+syncs with the device and is not a graph. Below ten microseconds most of the time is the launch.
 
 {markdown_table(head, lines)}
 """
@@ -176,29 +175,29 @@ def write_csv(rows: list[dict[str, Any]], columns: list[str], output: Path) -> N
 
 
 def commit() -> str:
-    """The commit checked out, marked where the tree differs from it; empty outside of Git."""
+    """Name of the commit, marked if the tree differs from it; empty outside of Git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the tables")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the tables")
     parts = parser.add_mutually_exclusive_group()
-    parts.add_argument("--compile-only", action="store_true", help="time nothing")
-    parts.add_argument("--time-only", action="store_true", help="compile nothing ahead of time")
+    parts.add_argument("--compile-only", action="store_true", help="compile only, time nothing")
+    parts.add_argument("--time-only", action="store_true", help="time only, compile nothing ahead of time")
     options = parser.parse_args()
     if importlib.util.find_spec("triton") is None:
-        raise SystemExit("Triton is not installed: there is nothing to compile. Run: pip install triton")
+        raise SystemExit("Triton is not installed, so nothing can be compiled. Run: pip install triton")
     if not options.time_only:
         write_aot(compile_all(), options.output / "kernels_aot.csv")
     if options.compile_only:
         return
     if not torch.cuda.is_available():
-        print("There is no GPU: no kernel has been timed.")
+        print("No GPU found: kernels were not timed.")
         return
     rows = []
-    for row in time_all():  # written one by one: a run that is cut short has said something
+    for row in time_all():  # written row by row, to keep the rows of an interrupted run
         rows.append(row)
         write_speed(rows, options.output / "kernels.csv")
 
