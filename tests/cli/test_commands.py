@@ -387,7 +387,7 @@ def test_generate_with_early_exits(models, tmp_path, capsys):
     capsys.readouterr()
     assert f"{exits['mean_layers']:.1f} of 6 layers per token" in drawn.read_text(encoding="utf-8")
     assert run(*prompt, "--exit", "confidence", "--plot", tmp_path / "exits.xyz") == 1
-    assert "has no name of a picture" in capsys.readouterr().err
+    assert "is not a supported image file name" in capsys.readouterr().err
     assert run(*prompt, "--plot", drawn) == 2
     assert run(*prompt, "--threshold", 0.5) == 2
     assert run(*prompt, "--exit", "oracle", "--stats") == 0

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from recursify.checkpoint.description import inspect_model
 from recursify.checkpoint.origin import Origin, origin_of_folder
 from recursify.checkpoint.record import read_record, update_record
-from recursify.hub.card import licence_warnings, write_card
+from recursify.hub.card import license_warnings, write_card
 from recursify.hub.publication import without_local_paths
 from recursify.modeling import MINIMUM_TRANSFORMERS, RecursiveForCausalLM
 
@@ -57,7 +57,7 @@ def test_an_uptrained_model_with_exits(trained):
     card, _ = card_of(trained)
     assert "Uptrained (heal) on 30,000 tokens of notes, peak learning rate 0.0001." in card.text
     assert "| perplexity, held-out part of the training text | all | 17.25 | 12.18 | |" in card.text
-    assert "| same first choice as the last recursion | 0 | 25.0% | | |" in card.text
+    assert "| same argmax as the full model | 0 | 25.0% | | |" in card.text
     assert "trust_remote_code=True, exit_depth=0)" in card.text
     assert "An early exit is lossy" in card.text
     assert card.data.to_dict()["datasets"] == ["owner/stories"]
@@ -89,11 +89,11 @@ def test_what_an_older_version_did_not_record_is_left_out(folder):
     """An empty record: no figure is invented, and the licence is asked for."""
     (folder / "recursify.json").write_text("{}", encoding="utf-8")
     card, warnings = card_of(folder)
-    assert "Nothing has been measured of this model." in card.text
+    assert "This model has not been evaluated." in card.text
     assert card.text.count("not recorded") == 3
     assert card.data.eval_results is None
     assert "license" not in card.data.to_dict()
-    assert warnings == ["The licence of the dense model is not recorded. Look it up, and give it with --license."]
+    assert warnings == ["The license of the dense model is not recorded. Look it up, and pass it with --license."]
 
 
 def test_cards_of_dense_models_are_read_as_they_are_written(tmp_path):
@@ -115,13 +115,13 @@ def test_cards_of_dense_models_are_read_as_they_are_written(tmp_path):
         (Origin(license="llama3.2"), ["'Built with Llama'"]),
         (
             Origin(license="other", license_name="acme", license_link="https://x"),
-            [r"acme (https://x), is one of its own"],
+            ["acme (https://x), is a custom one"],
         ),
     ],
 )
-def test_licences_that_ask_for_something_are_warned_of(origin, messages):
+def test_license_warnings(origin, messages):
     """By the Hub's identifiers."""
-    found = licence_warnings(origin)
+    found = license_warnings(origin)
     assert len(found) == len(messages)
     assert all(message in warning for message, warning in zip(messages, found, strict=True))
 

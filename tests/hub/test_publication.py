@@ -1,4 +1,4 @@
-"""What may go to the Hub: a model that loads and says what it said, and nothing else."""
+"""Checks of a folder before it is uploaded: it loads, reproduces its fingerprint, and contains nothing else."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_a_model_is_laid_out_with_card_and_record(trained, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pytorch_model.bin", "is a pickle, which can run any code .* move it out"),
-        ("notes.docx", "is no part of a recursive model, so it was not meant to be uploaded"),
-        ("tokenizer_backup.zip", "is no part of a recursive model"),
-        ("optimizer.safetensors", "is no part of a recursive model"),
-        ("additional_chat_templates/id_rsa", "is no part of a recursive model"),
-        ("LICENSE/secrets.env", "is no part of a recursive model"),
+        ("pytorch_model.bin", "is a pickle, which can run any code when it is loaded.* move it out"),
+        ("notes.docx", "is not part of a recursive model. Move it out of the folder"),
+        ("tokenizer_backup.zip", "is not part of a recursive model"),
+        ("optimizer.safetensors", "is not part of a recursive model"),
+        ("additional_chat_templates/id_rsa", "is not part of a recursive model"),
+        ("LICENSE/secrets.env", "is not part of a recursive model"),
     ],
 )
 def test_what_belongs_to_no_model_is_refused(folder, name, message):
@@ -63,12 +63,12 @@ def test_what_belongs_to_no_model_is_refused(folder, name, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("token: hf_" + "a" * 34, r"line 1 holds what looks like a secret \('hf_aaaaa…'\).*revoke it"),
+        ("token: hf_" + "a" * 34, r"line 1 contains a likely secret \('hf_aaaaa…'\).*revoke it"),
         ("github_pat_" + "a" * 40, "secret"),
         ("AIza" + "a" * 35, "secret"),
         ("-----BEGIN RSA PRIVATE KEY-----", "secret"),
-        ("ok\nsee /home/me/models/llama\n", r"line 2 holds a path of this machine \('/home/me'\)"),
-        (r"from C:\Users\me\models", r"holds a path of this machine \('C:\\Users\\me'\)"),
+        ("ok\nsee /home/me/models/llama\n", r"line 2 contains a path of this machine \('/home/me'\)"),
+        (r"from C:\Users\me\models", r"contains a path of this machine \('C:\\Users\\me'\)"),
     ],
 )
 def test_secrets_and_homes_are_refused(tmp_path, text, message):
@@ -82,7 +82,7 @@ def test_a_card_of_ones_own_is_searched_too(folder, tmp_path):
     """It is not in the folder."""
     stage = tmp_path / "stage"
     stage.mkdir()
-    with pytest.raises(HubError, match=r"'README\.md' line 3 holds what looks like a secret"):
+    with pytest.raises(HubError, match=r"'README\.md' line 3 contains a likely secret"):
         stage_publication(folder, stage, "# Mine\n\nhf_" + "c" * 34, {})
 
 
@@ -133,7 +133,7 @@ def test_a_changed_weight_is_found(folder):
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"] * 1.1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ParityError, match=r"does not say what it said when it was made: .* differ by .* nats"):
+    with pytest.raises(ParityError, match=r"does not reproduce its fingerprint: .* differ by .* nats"):
         check_loading(folder, read_record(folder))
 
 
@@ -149,7 +149,9 @@ def test_a_model_without_a_fingerprint_is_loaded_all_the_same(folder):
     update_record(folder, fingerprint=None)
     assert check_loading(folder, read_record(folder)) is None
     (folder / "modeling_recursive.py").write_text("import recursify.errors\n", encoding="utf-8")
-    with pytest.raises(ParityError, match="does not load in a fresh process without recursify, as others will"):
+    with pytest.raises(
+        ParityError, match=r"does not load in a fresh process without recursify: .* Nothing was uploaded"
+    ):
         check_loading(folder, read_record(folder))
 
 

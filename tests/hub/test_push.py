@@ -244,7 +244,7 @@ def test_a_folder_that_fails_its_own_parity_is_not_pushed(hub, folder, tmp_path)
     config["rms_norm_eps"] = 0.5
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     done = recursify(hub, tmp_path, "push", str(folder), REPO, code=1)
-    assert "does not say what it said when it was made" in done.stderr
+    assert "does not reproduce its fingerprint" in done.stderr
     assert hub.requests == []
 
 

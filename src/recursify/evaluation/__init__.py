@@ -1,1 +1,1 @@
-"""Text to measure on, and what is measured: used by every command, below all of them."""
+"""Evaluation: text, perplexity, tasks, exit statistics and the calibration of thresholds."""

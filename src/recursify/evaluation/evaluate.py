@@ -98,7 +98,7 @@ def evaluate_model(
         anderson: Anderson acceleration depth for repeated recursions.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's.
         device: Device to run on, for instance ``cpu`` or ``cuda:1``.
-        trust_remote_code: Whether Python code of the checkpoints may run.
+        trust_remote_code: Permission to run Python code of the checkpoints.
         progress: Callback for the number of measured batches.
 
     Raises:

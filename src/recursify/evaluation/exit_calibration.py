@@ -102,7 +102,7 @@ def calibrate_exits(
         vocabulary: Number of vocabulary entries, the first ones, that the policy scores; None scores all.
         length: Tokens per window.
         max_tokens: Number of tokens to stop after.
-        dry_run: Whether the folder is left unchanged.
+        dry_run: Leave the folder unchanged.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's.
         device: Device to run on, for instance ``cpu`` or ``cuda:1``.
         progress: Callback for the number of batches read.

@@ -1,4 +1,4 @@
-"""Pictures of measurements, where matplotlib is installed."""
+"""Figures of measurements, drawn by matplotlib."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHARED, DARK = "#c77f0a", "#1f2937"
-"""Colours of the shared block, and of what stands out."""
+"""Colors of the shared block, and of highlights."""
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches.
+    """Make an empty figure of ``width`` by ``height`` inches.
 
     Raises:
         SettingsError: matplotlib is not installed.
@@ -27,17 +27,17 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Figure, file: Path) -> None:
-    """Write the kind of picture that the name of ``file`` asks for (png, svg, pdf).
+def save_figure(figure: Figure, file: str | Path) -> None:
+    """Write ``figure`` in the format of the suffix of ``file`` (png, svg, pdf).
 
     Raises:
-        SettingsError: It asks for none.
+        SettingsError: The format is not supported.
         OutputError: The file cannot be written.
     """
     try:
         figure.savefig(file, dpi=150)
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise SettingsError(f"'{file}' has no name of a picture: {reason} Use .png or .svg.") from error
+        raise SettingsError(f"'{file}' is not a supported image file name: {reason} Use .png or .svg.") from error
     except OSError as error:
-        raise OutputError(f"'{file}' cannot be written: {error}.") from error
+        raise OutputError(f"'{file}' cannot be written: {error}. Choose another file.") from error

@@ -1,7 +1,7 @@
-"""Thresholds of expert-choice routers that have each recursion take the part of the tokens it was trained for.
+"""Thresholds of expert-choice routers, so that each recursion processes the fraction of tokens it was trained for.
 
-In training a router takes the best ``k`` of a sequence; in inference it judges each token by itself, and its load is
-what comes of that. A threshold per depth, chosen on text, brings the load to a target.
+In training a router selects the top ``k`` tokens of a sequence; at inference it decides token by token, so its load
+varies. A threshold per depth, chosen on text, brings the load to the capacity.
 """
 
 from __future__ import annotations
@@ -20,42 +20,39 @@ from recursify.modeling.recursive_routing import capacities_of, tokens_of
 def calibrate_thresholds(
     model: RecursiveForCausalLM, sequences: Iterable[Tensor], capacities: list[float] | None = None
 ) -> list[float]:
-    """Set ``config.router_thresholds`` so that over ``sequences`` the loads are ``capacities``, as near as whole tokens
-    allow.
+    """Set ``config.router_thresholds`` so that the loads over ``sequences`` equal ``capacities``, up to whole tokens.
 
-    Depth after depth, since a threshold changes what the next recursion sees: ``R`` passes over the text.
+    A threshold changes the input of the next recursion, so this takes one pass over the text per recursion.
 
     Args:
-        model: With expert-choice routers, in eval mode.
-        sequences: Token ids ``[B, T]``, without padding.
-        capacities: By depth; None takes the model's.
+        model: Model with expert-choice routers, in eval mode.
+        sequences: Batches of token ids ``[B, T]`` without padding.
+        capacities: Fraction of tokens per depth; None takes the model's.
 
     Returns:
-        The thresholds, by depth.
+        One threshold per depth.
 
     Raises:
-        SettingsError: The model has no expert-choice routers, or there is no text.
+        SettingsError: The model has no expert-choice routers or is in training mode, or there is no text.
     """
     config = model.config
     if config.router != "expert_choice":
         raise SettingsError(
-            f"Thresholds are for expert_choice routers, and the model's router is {config.router or 'none'}. Train "
-            f"some: recursify uptrain --stage routers."
+            f"Thresholds need expert_choice routers, and the model's router is {config.router or 'none'}. Train "
+            f"routers: recursify uptrain --stage routers."
         )
-    texts = list(sequences)
-    if not texts or model.training:
-        raise SettingsError(
-            "Thresholds need some text, and a model in eval mode. Give sequences and call model.eval()."
-        )
-    wanted = capacities or capacities_of(config)
+    batches = list(sequences)
+    if not batches or model.training:
+        raise SettingsError("Thresholds need text and a model in eval mode. Pass sequences, and call model.eval().")
+    targets = capacities or capacities_of(config)
     thresholds = [0.0] * config.num_recursions
-    for depth, capacity in enumerate(wanted):
+    for depth, capacity in enumerate(targets):
         if capacity == 1:
             continue
         config.router_thresholds = list(thresholds)
         scores, tokens = [], 0
-        for ids in texts:
-            # Inside the model's forward: where it is sharded, the weights are together there.
+        for ids in batches:
+            # Inside the model's forward, where the weights of a sharded model are gathered.
             routing = model(ids.to(model.device), use_cache=False, objective=lambda _, outputs: outputs.routing)
             scores.append(_deciding(routing, depth)[routing.candidates[depth]].sigmoid())
             tokens += ids.numel()
@@ -69,7 +66,7 @@ def _deciding(routing: Routing, depth: int) -> Tensor:
 
 
 def _threshold_for(scores: Tensor, count: int) -> float:
-    """Between the ``count``-th best score and the next."""
+    """Midpoint between the ``count``-th highest score and the next."""
     ranked = scores.double().sort(descending=True).values
     if count >= len(ranked):
         return 0.0

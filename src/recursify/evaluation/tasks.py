@@ -108,8 +108,8 @@ def evaluate_tasks(
         num_fewshot: Number of solved examples in the prompt; None takes each task's own.
         limit: Maximum number of samples per task.
         batch_size: Number of sequences per batch.
-        control: Whether the dense model that was converted is scored, too.
-        save: Whether the scores are written into ``recursify.json``.
+        control: Score the dense model that was converted, too.
+        save: Write the scores into ``recursify.json``.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's.
         device: Device to run on, for instance ``cpu`` or ``cuda:1``.
         progress: Callback for the number of scored models and depths.

@@ -1,1 +1,1 @@
-"""Sharing a recursive model: what is checked, the model card, the upload."""
+"""Upload to the Hub: checks of the folder, the model card, the upload."""

@@ -1,7 +1,7 @@
-"""The model card, written from what was recorded and measured, and from nothing else.
+"""Model card, written from the record and the headers of the weights.
 
-Every figure in it stands in ``recursify.json`` or in the headers of the weights. What is not recorded, for instance by
-an older recursify, is left out, never guessed.
+Every figure is in ``recursify.json`` or in those headers. A figure that is not recorded, for instance by an older
+recursify, is omitted, never guessed.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ TAGS = ["recursify", "recursive", "parameter-sharing", "relaxed-recursive-transf
 NO_DERIVATIVES = "nd"
 NON_COMMERCIAL = "nc"
 CONDITIONS = {
-    "llama2": "asks derivatives to carry its text and notice",
-    "llama3": "asks names of derivatives to begin with 'Llama 3', and 'Built with Meta Llama 3' to be shown",
-    "llama3.1": "asks names of derivatives to begin with 'Llama', and 'Built with Llama' to be shown",
-    "llama3.2": "asks names of derivatives to begin with 'Llama', and 'Built with Llama' to be shown",
-    "llama3.3": "asks names of derivatives to begin with 'Llama', and 'Built with Llama' to be shown",
-    "llama4": "asks names of derivatives to begin with 'Llama', and 'Built with Llama' to be shown",
-    "gemma": "passes its use restrictions on to whoever gets a derivative",
-    "other": "is one of its own",
+    "llama2": "requires derivatives to include its text and notice",
+    "llama3": "requires names of derivatives to begin with 'Llama 3', and 'Built with Meta Llama 3' to be displayed",
+    "llama3.1": "requires names of derivatives to begin with 'Llama', and 'Built with Llama' to be displayed",
+    "llama3.2": "requires names of derivatives to begin with 'Llama', and 'Built with Llama' to be displayed",
+    "llama3.3": "requires names of derivatives to begin with 'Llama', and 'Built with Llama' to be displayed",
+    "llama4": "requires names of derivatives to begin with 'Llama', and 'Built with Llama' to be displayed",
+    "gemma": "requires its use restrictions to be passed on with a derivative",
+    "other": "is a custom one",
 }
-"""Licences (by the Hub's identifiers) that ask something of whoever shares a derivative."""
+"""Conditions of licenses, by the Hub's identifiers, on sharing a derivative."""
 
 TEXT_METRICS = {
     "perplexity": ("perplexity", "Perplexity"),
-    "top1_agreement": ("accuracy", "Same first choice as the dense model"),
+    "top1_agreement": ("accuracy", "Same argmax as the dense model"),
     "kl": ("kl_divergence", "KL from the dense model, nats per token"),
 }
-"""Figure of a text evaluation -> type and name in the model index."""
+"""Type and name in the model index, per figure of a text evaluation."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A model card and what its author should know before it is shared.
+    """Model card, with warnings for its author.
 
     Attributes:
         text: Front matter and body.
-        warnings: About the licence.
+        warnings: Warnings about the license.
     """
 
     text: str
@@ -69,12 +69,12 @@ def write_card(
     """Write the card of a recursive model.
 
     Args:
-        description: Facts from the headers of the weights.
-        record: ``recursify.json``, without paths of this machine.
-        repo_id: Where the model will lie.
-        base_model: Hub id of the dense model, where the record does not have it.
-        license: The licence, where the record does not have it or the author has another.
-        picture: File name of a picture of the layout that lies beside the card.
+        description: Description of the model's folder.
+        record: Content of ``recursify.json`` without local paths.
+        repo_id: Repository of the model, ``owner/name``.
+        base_model: Hub id of the dense model; None takes the recorded one.
+        license: License of the model; None takes the recorded one of the dense model.
+        picture: File name of a picture of the layout, beside the card.
     """
     origin = Origin.from_mapping(record.get("base") or {})
     origin = replace(origin, hub_id=base_model or origin.hub_id)
@@ -106,29 +106,31 @@ def write_card(
         _limits(description),
     ]
     body = "\n\n".join(section for section in sections if section)
-    return Card(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")), licence_warnings(origin))
+    return Card(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")), license_warnings(origin))
 
 
-def licence_warnings(origin: Origin) -> list[str]:
-    """What a licence asks of whoever shares a derivative, as far as its identifier tells."""
+def license_warnings(origin: Origin) -> list[str]:
+    """Warnings about the license of the dense model, as far as its identifier tells."""
     if origin.license is None:
-        return ["The licence of the dense model is not recorded. Look it up, and give it with --license."]
+        return ["The license of the dense model is not recorded. Look it up, and pass it with --license."]
     parts = origin.license.split("-")
-    found = []
+    warnings = []
     if NO_DERIVATIVES in parts:
-        found.append(f"The dense model's licence, {origin.license}, forbids sharing derivatives. This is one.")
+        warnings.append(
+            f"The dense model's license, {origin.license}, forbids sharing derivatives, and this is a derivative."
+        )
     if NON_COMMERCIAL in parts:
-        found.append(f"The dense model's licence, {origin.license}, forbids commercial use, of derivatives too.")
+        warnings.append(f"The dense model's license, {origin.license}, forbids commercial use, also of derivatives.")
     if condition := CONDITIONS.get(origin.license):
         where = f" ({origin.license_link})" if origin.license_link else ""
-        found.append(
-            f"The dense model's licence, {origin.license_name or origin.license}{where}, {condition}. Read it."
+        warnings.append(
+            f"The dense model's license, {origin.license_name or origin.license}{where}, {condition}. Read it."
         )
-    return found
+    return warnings
 
 
 def model_index(record: dict[str, Any]) -> list[EvalResult]:
-    """Everything measured of the model as it is, at full depth."""
+    """Evaluation results at full depth."""
     results = []
     for entry in record.get("evaluation", []):
         if entry.get("depth") is not None:
@@ -154,7 +156,7 @@ def model_index(record: dict[str, Any]) -> list[EvalResult]:
 
 
 def _hub_datasets(record: dict[str, Any]) -> list[str]:
-    """Hub names among what the model was uptrained on, as uptraining recorded them."""
+    """Hub ids of the datasets that the model was uptrained on."""
     return sorted({name for run in record.get("history", []) for name in run.get("hub_datasets", [])})
 
 
@@ -174,11 +176,11 @@ def _layout(description: ModelDescription, picture: str | None) -> str:
 
 
 def _residuals(description: ModelDescription) -> str:
-    norms = "One set of norms serves all depths." if description.tie_norms else "Every depth keeps its own norms."
+    norms = "All depths share one set of norms." if description.tie_norms else "Every depth has its own norms."
     if not description.parameters.residuals:
         return f"Depths share their linear maps without residuals. {norms}"
     own = len(description.lora_rank_pattern)
-    further = f", {own} maps having ranks of their own" if own else ""
+    further = f"; {own} maps have ranks of their own" if own else ""
     return (
         f"Every depth adds a low-rank residual (rank {description.lora_rank}{further}) to each shared linear map. "
         f"{norms}"
@@ -207,13 +209,13 @@ def _evaluation(record: dict[str, Any], description: ModelDescription) -> str:
     runs = [run for run in record.get("history", []) if "perplexity" in run.get("after", {})]
     rows += _training_rows(runs[-1]) if runs else []
     if not rows:
-        return "## Evaluation\n\nNothing has been measured of this model."
+        return "## Evaluation\n\nThis model has not been evaluated."
     table = ["| | depth | this model | dense | n |", "|---|---|--:|--:|--:|", *rows]
     return "\n".join(
         [
             "## Evaluation",
             "",
-            "Measured by recursify, a dense figure being of the same run; ± is one standard error.",
+            "Measured by recursify, the dense figures in the same run; ± is one standard error.",
             "",
             *table,
         ]
@@ -227,18 +229,20 @@ def _evaluation_rows(entry: dict[str, Any]) -> list[str]:
         dense = f"{entry['dense_perplexity']:,.2f}" if "dense_perplexity" in entry else ""
         rows = [f"| perplexity, {entry['name']} | {depth} | {entry['perplexity']:,.2f} | {dense} | {tokens} |"]
         if "top1_agreement" in entry:
-            rows.append(f"| same first choice as dense | {depth} | {entry['top1_agreement']:.1%} | | {tokens} |")
+            rows.append(f"| same argmax as dense | {depth} | {entry['top1_agreement']:.1%} | | {tokens} |")
         if "kl" in entry:
             rows.append(f"| KL from dense, nats per token | {depth} | {entry['kl']:.3f} | | {tokens} |")
         return rows
-    mine, theirs = format_score(entry["value"], entry.get("stderr")), ""
+    value, dense_value = format_score(entry["value"], entry.get("stderr")), ""
     if entry.get("dense_value") is not None:
-        theirs = format_score(entry["dense_value"], entry.get("dense_stderr"))
-    return [f"| {entry['name']}, {entry['metric']} | {depth} | {mine} | {theirs} | {entry.get('num_samples') or ''} |"]
+        dense_value = format_score(entry["dense_value"], entry.get("dense_stderr"))
+    return [
+        f"| {entry['name']}, {entry['metric']} | {depth} | {value} | {dense_value} | {entry.get('num_samples') or ''} |"
+    ]
 
 
 def _training_rows(run: dict[str, Any]) -> list[str]:
-    """Held-out figures at the end of the last uptraining."""
+    """Table rows of the held-out evaluation at the end of the last uptraining run."""
     after = run["after"]
     dense = f"{math.exp(after['dense_ce']):,.2f}" if "dense_ce" in after else ""
     rows = [f"| perplexity, held-out part of the training text | all | {after['perplexity']:,.2f} | {dense} | |"]
@@ -247,7 +251,7 @@ def _training_rows(run: dict[str, Any]) -> list[str]:
         rows.append(f"| the same | {depth} | {after[f'perplexity_depth_{depth}']:,.2f} | | |")
         agreement = after.get(f"agreement_depth_{depth}")
         if agreement is not None:
-            rows.append(f"| same first choice as the last recursion | {depth} | {agreement:.1%} | | |")
+            rows.append(f"| same argmax as the full model | {depth} | {agreement:.1%} | | |")
         depth += 1
     return rows
 
@@ -256,7 +260,7 @@ def _how_to_load(description: ModelDescription, repo_id: str) -> str:
     lines = [
         "## How to load",
         "",
-        f"transformers ≥ {MINIMUM_TRANSFORMERS} runs it with the code in this repository; read that code first.",
+        f"transformers ≥ {MINIMUM_TRANSFORMERS} runs it with the code in this repository, which you should read first.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -266,7 +270,7 @@ def _how_to_load(description: ModelDescription, repo_id: str) -> str:
         "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
         "```",
         "",
-        "Where recursify is installed, `import recursify.modeling` does instead of `trust_remote_code=True`, and "
+        "With recursify installed, `import recursify` replaces `trust_remote_code=True`, and "
         f"`recursify export {repo_id.rpartition('/')[2]} -o DIR --format dense` writes a downloaded copy as a stock "
         f"checkpoint of the {description.family} family for other servers.",
     ]
@@ -274,8 +278,8 @@ def _how_to_load(description: ModelDescription, repo_id: str) -> str:
     if depths:
         lines += [
             "",
-            f"It has trained exits after depth {', '.join(map(str, depths))}: every token then stops there, which is "
-            f"faster and says something else than the whole model.",
+            f"It has trained exits after depth {', '.join(map(str, depths))}. With `exit_depth`, every token exits "
+            f"there, which is faster and changes the output.",
             "",
             "```python",
             f"model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, exit_depth={depths[0]})",
@@ -302,9 +306,9 @@ def _how_it_was_made(record: dict[str, Any], name: str) -> str:
         )
         lines.append(f"Uptrained ({stage}) on {tokens} tokens of {data}{at}.")
     if not record.get("history"):
-        lines.append("It has not been uptrained: it is a starting point, not a replacement for the dense model.")
-    if made := record.get("recursify_version"):
-        lines.append(f"recursify {made}; `recursify.json` holds all settings.")
+        lines.append("It has not been uptrained, so it is a starting point, not a replacement for the dense model.")
+    if version := record.get("recursify_version"):
+        lines.append(f"Written by recursify {version}; `recursify.json` has all settings.")
     return "\n".join(lines)
 
 
@@ -313,9 +317,9 @@ def _limits(description: ModelDescription) -> str:
         "## Limits",
         "",
         "- The KV cache is as large as the dense model's: every effective layer keeps its own keys and values.",
-        "- At full depth it computes as much as the dense model, so it is smaller and not faster.",
-        "- Perplexity returns before abilities do: try your own task before you rely on it.",
+        "- At full depth it computes as much as the dense model, so it is smaller, not faster.",
+        "- Perplexity recovers before task accuracy does: evaluate your own task before you rely on it.",
     ]
     if description.exits:
-        lines.append("- An early exit is lossy: what it says is not what the whole model says.")
+        lines.append("- An early exit is lossy: its output differs from the full model's.")
     return "\n".join(lines)

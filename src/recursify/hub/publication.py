@@ -1,7 +1,7 @@
-"""What goes to the Hub, once it is certain that it may: nothing stray, no secret, and a model that loads.
+"""Checks of a model's folder before an upload, and the staging folder that is uploaded.
 
-A publication is a folder of links beside the model's own: the weights as they are, ``recursify.json`` without the paths
-of this machine, and a model card. It is what is uploaded.
+The staging folder contains links to the weights, ``recursify.json`` without local paths, and a model card. The folder
+is refused if it contains unknown files, pickles or secrets, or if the model does not load elsewhere.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ PUBLISHED = (
     "curves.png",
     "metrics.jsonl",
 )
-"""Files of a model's folder that are uploaded, beside its weights and its code."""
+"""Files that are uploaded, besides the weights and the modeling code."""
 
 TEMPLATES = "additional_chat_templates"
-"""The one folder that belongs to a tokenizer; it holds ``*.jinja``."""
+"""Subfolder of a tokenizer, with ``*.jinja`` files."""
 
 LEFT_OUT = ("checkpoints", ".cache", ".git", ".gitattributes", "__pycache__", ".DS_Store")
-"""What may lie in it and is not: the checkpoints of its training, and what tools leave behind."""
+"""Names that are skipped: training checkpoints, and files that tools create."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
 
@@ -66,7 +66,7 @@ BINARIES = ("*.safetensors", "*.png", "*.model")
 """Files that are not searched for secrets and paths."""
 
 VOCABULARIES = ("tokenizer.json", "vocab.*", "merges.txt", "added_tokens.json")
-"""Of the others, files in which a path is a word and not a place."""
+"""Text files in which a path is a vocabulary entry."""
 
 SECRETS = re.compile(
     r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{32,}|\b[sr]k_live_[A-Za-z0-9]{20,}"
@@ -79,29 +79,29 @@ LOCAL_PATHS = re.compile(
     r"|srv|nfs|fsx|gpfs|lustre|raid|storage|projects|cluster|Volumes|kaggle)(?=/))(?:/[\w.+@~-]+)+"
     r"|\b[A-Za-z]:[\\/](?:Users|Documents and Settings)(?:[\\/][\w.+@~-]+)+"
 )
-"""Paths of a machine inside a longer text; what a Hub id or a URL is, it is not."""
+"""Local paths inside a longer text, but not Hub ids and URLs."""
 
 HOMES = re.compile(r"(?:/home|/Users|\b[A-Za-z]:[\\/]Users)[\\/][\w.+@-]+|(?<!\w)/root/")
-"""Paths that name a person, or their place on a machine: in a text for readers, only these are refused."""
+"""Paths that contain a user name: the only ones that are refused in text for readers."""
 
 ORIGINS = ("name_or_path", "_name_or_path", "special_tokens_map_file", "tokenizer_file")
-"""Fields in which transformers keeps where something was loaded from."""
+"""Config fields in which transformers stores the path that a file was loaded from."""
 
 WHOLE_PATH = re.compile(r"(?:file://)?(?:/|~/|\.\.?[\\/]|[A-Za-z]:[\\/]|\\\\).+", re.DOTALL)
-"""A value that is a path, whatever is in it."""
+"""A value that is a path as a whole."""
 
 
 @dataclass(frozen=True)
 class Publication:
-    """A folder ready for upload.
+    """Staging folder that is ready for upload.
 
     Attributes:
-        stage: The folder of links.
-        sizes: Files in it, with their bytes; links followed.
-        hashes: SHA-256 of every file, as they were before the checks.
+        stage: Path of the staging folder.
+        sizes: Size in bytes of every file, links followed.
+        hashes: SHA-256 of every file, computed before the checks.
         left_out: Names in the model's folder that are not uploaded.
-        difference: How far log-probabilities in a fresh process are from the recorded ones; None where nothing is
-            recorded.
+        difference: Largest difference of log-probabilities, in nats, between a fresh process and the recorded
+            fingerprint; None without a fingerprint.
     """
 
     stage: Path
@@ -112,10 +112,10 @@ class Publication:
 
 
 def check_folder(folder: Path) -> tuple[list[Path], list[str]]:
-    """The files of ``folder`` that are published, and the names that are left out.
+    """List the files of ``folder`` to upload, and the names that are left out.
 
     Raises:
-        HubError: A pickle, or a file that belongs to no model.
+        HubError: There is a pickle, or a file that does not belong to a model.
         CheckpointError: Weights are missing.
     """
     expected = {*shard_files(folder).values(), *travelling_code(folder)}
@@ -125,7 +125,7 @@ def check_folder(folder: Path) -> tuple[list[Path], list[str]]:
             left_out.append(entry.name)
         elif any(fnmatch(entry.name, pattern) for pattern in PICKLES):
             raise HubError(
-                f"'{entry}' is a pickle, which can run any code where it is loaded. The weights are in *.safetensors: "
+                f"'{entry}' is a pickle, which can run any code when it is loaded. The weights are in *.safetensors: "
                 f"delete it, or move it out of the folder."
             )
         elif entry.name == TEMPLATES and entry.is_dir():
@@ -145,33 +145,34 @@ def _require_template(file: Path) -> Path:
 
 def _stray(entry: Path) -> HubError:
     return HubError(
-        f"'{entry}' is no part of a recursive model, so it was not meant to be uploaded. Move it out of the folder, or "
-        f"upload it yourself afterwards (hf upload)."
+        f"'{entry}' is not part of a recursive model. Move it out of the folder, or upload it separately afterwards "
+        f"(hf upload)."
     )
 
 
 def refuse_private(file: Path) -> None:
-    """Raises:
-    HubError: ``file`` holds what looks like a secret, or a path that names a person.
+    """Check that ``file`` contains nothing private.
+
+    Raises:
+        HubError: It contains a likely secret, or a path with a user name.
     """
     if any(fnmatch(file.name, pattern) for pattern in BINARIES):
         return
-    has_words = any(fnmatch(file.name, pattern) for pattern in VOCABULARIES)
+    is_vocabulary = any(fnmatch(file.name, pattern) for pattern in VOCABULARIES)
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         if found := SECRETS.search(line):
             raise HubError(
-                f"'{file.name}' line {number} holds what looks like a secret ('{found.group()[:8]}…'). Take it out, "
-                f"and revoke it: it may have been read already."
+                f"'{file.name}' line {number} contains a likely secret ('{found.group()[:8]}…'). Remove it and "
+                f"revoke it: it may have been read already."
             )
-        if not has_words and (found := HOMES.search(line)):
+        if not is_vocabulary and (found := HOMES.search(line)):
             raise HubError(
-                f"'{file.name}' line {number} holds a path of this machine ('{found.group()}'), which tells others "
-                f"about it and leads nowhere for them. Take it out."
+                f"'{file.name}' line {number} contains a path of this machine ('{found.group()}'). Remove it."
             )
 
 
 def without_local_paths(value: Any) -> Any:
-    """JSON-ready data in which a path of this machine is the name at its end."""
+    """Replace local paths in JSON data by their last component."""
     if isinstance(value, dict):
         return {key: without_local_paths(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -184,7 +185,7 @@ def without_local_paths(value: Any) -> Any:
 
 
 def _last_name(path: str) -> str:
-    """The name at the end of a path; of a home, which is a person's, nothing."""
+    """Last component of a path; a placeholder for a home folder, whose name is a user's."""
     names = [name for name in re.split(r"[/\\]", path.removeprefix("file://")) if name]
     if not names or (len(names) <= 3 and len(names) >= 2 and names[-2] in ("home", "Users")):
         return "a local folder"
@@ -192,24 +193,24 @@ def _last_name(path: str) -> str:
 
 
 def check_loading(folder: Path, record: dict[str, Any]) -> float | None:
-    """Load ``folder`` in a fresh process that has no recursify, and compare what it says with the record.
+    """Load ``folder`` in a fresh process without recursify, and compare its predictions with the fingerprint.
 
     Returns:
-        The largest difference of log-probabilities, or None where the record has no fingerprint.
+        Largest difference of log-probabilities in nats; None where ``record`` has no fingerprint.
 
     Raises:
-        ParityError: It does not load, or says something else than it did when it was made.
+        ParityError: The folder does not load, or its predictions have changed.
     """
     recorded = record.get("fingerprint")
-    asked = {key: recorded[key] for key in ("ids", "choices")} if recorded else {}
+    request = {key: recorded[key] for key in ("ids", "choices")} if recorded else {}
     script = Path(__file__).with_name("fresh_load.py")
     with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, str(script), str(folder.absolute())],
-            input=json.dumps(asked),
+            input=json.dumps(request),
             capture_output=True,
             text=True,
-            # What the folder brings along is run here: it gets no token.
+            # The code in the folder runs here, so it gets no token.
             env={
                 **{name: value for name, value in os.environ.items() if "TOKEN" not in name and "SECRET" not in name},
                 "HF_HOME": cache,
@@ -217,52 +218,52 @@ def check_loading(folder: Path, record: dict[str, Any]) -> float | None:
                 "CUDA_VISIBLE_DEVICES": "",
             },
         )
-    if done.returncode < 0:
+    if process.returncode < 0:
         raise ParityError(
-            f"Loading '{folder}' in a fresh process, in float32, was ended by signal {-done.returncode}, most likely "
-            f"for want of memory. Push from a machine that holds the model."
+            f"Loading '{folder}' in a fresh process, in float32, was ended by signal {-process.returncode}, probably "
+            f"because memory ran out. Push from a machine with more memory."
         )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if process.returncode:
+        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
         raise ParityError(
-            f"'{folder}' does not load in a fresh process without recursify, as others will load it: {reason} Nothing "
-            f"was uploaded. Convert or save the model again."
+            f"'{folder}' does not load in a fresh process without recursify: {reason} Nothing was uploaded. "
+            f"Convert or save the model again."
         )
     if not recorded:
         return None
-    found = json.loads(done.stdout.splitlines()[-1])["log_probabilities"]
+    found = json.loads(process.stdout.splitlines()[-1])["log_probabilities"]
     difference = largest_difference(Fingerprint(**recorded), found)
     if not difference <= TOLERANCE:
         raise ParityError(
-            f"'{folder}' does not say what it said when it was made: log-probabilities differ by {difference:.3g} "
-            f"nats, where {TOLERANCE:g} is allowed. A weight, the config or the modeling code was changed since. "
-            f"Nothing was uploaded; if the change was meant, drop 'fingerprint' from {RECORD_FILE}."
+            f"'{folder}' does not reproduce its fingerprint: log-probabilities differ by {difference:.3g} nats, where "
+            f"{TOLERANCE:g} is allowed. A weight, the config or the modeling code was changed since. Nothing was "
+            f"uploaded; if the change is intended, remove 'fingerprint' from {RECORD_FILE}."
         )
     return difference
 
 
 def read_card(file: Path) -> str:
-    """A model card that its author wrote.
+    """Read a model card from a file.
 
     Raises:
-        HubError: It cannot be read, or has no front matter that the Hub understands.
+        HubError: It cannot be read, or its front matter is invalid.
     """
     try:
         text = file.read_text(encoding="utf-8")
         ModelCard(text)
     except (OSError, ValueError, YAMLError) as error:
-        raise HubError(f"The model card '{file}' cannot be read: {str(error).splitlines()[0]}") from error
+        raise HubError(f"The model card '{file}' cannot be read: {str(error).splitlines()[0]} Repair it.") from error
     return text
 
 
 def stage_publication(folder: Path, stage: Path, card: str, pictures: dict[str, str]) -> Publication:
-    """Check ``folder`` and lay out what is uploaded in ``stage``, an empty folder.
+    """Check ``folder`` and fill the staging folder.
 
     Args:
-        folder: A recursive model.
-        stage: Where links, card and record go.
+        folder: Folder of a recursive model.
+        stage: Empty folder for links, card and record.
         card: Text of the model card.
-        pictures: Further text files, by name.
+        pictures: Text of further files, by name.
 
     Raises:
         HubError: See :func:`check_folder`.
@@ -295,18 +296,17 @@ def stage_publication(folder: Path, stage: Path, card: str, pictures: dict[str, 
 
 
 def _without_origins(file: Path) -> str | None:
-    """A config of the tokenizer or the model without where it was loaded from; None where it does not say."""
+    """Text of a config file without the paths in :data:`ORIGINS`; None if it has none."""
     if file.suffix != ".json" or not file.name.endswith("config.json"):
         return None
     fields = json.loads(file.read_text(encoding="utf-8"))
-    named = {key for key in ORIGINS if key in fields}
-    if not named:
+    if fields.keys().isdisjoint(ORIGINS):
         return None
-    return json.dumps({key: value for key, value in fields.items() if key not in named}, indent=2) + "\n"
+    return json.dumps({key: value for key, value in fields.items() if key not in ORIGINS}, indent=2) + "\n"
 
 
 def sha256(file: Path) -> str:
-    """Of the bytes of ``file``."""
+    """SHA-256 of the bytes of ``file``."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

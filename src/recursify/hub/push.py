@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from recursify.checkpoint.dense_checkpoint import INDEX_FILE, locate
 from recursify.checkpoint.description import inspect_model
 from recursify.checkpoint.layout_picture import draw_svg
 from recursify.checkpoint.loading import require_recursive
 from recursify.checkpoint.record import read_record, write_model_files
+from recursify.checkpoint.shards import INDEX_FILE
+from recursify.checkpoint.sources import locate
 from recursify.errors import CheckpointError, HubError, SettingsError
 from recursify.evaluation.fingerprint import take_fingerprint
 from recursify.modeling import RecursiveForCausalLM
@@ -93,14 +94,14 @@ def push_model(
     Args:
         model: Folder of a recursive model.
         repo_id: Repository ``owner/name``, or ``name`` in the account of the token.
-        private: Whether a new repository is private.
+        private: Make a new repository private.
         revision: Branch to commit to, created if it does not exist; None is ``main``.
         message: Commit message.
         card: Model card to upload; None takes ``README.md`` of the folder, or writes one.
         base_model: Hub id of the dense model; None takes the recorded one. Needs a written card.
         license: License of the model; None takes the recorded one of the dense model. Needs a written card.
-        overwrite: Whether other files of the repository are deleted.
-        dry_run: Whether to stop after the checks.
+        overwrite: Delete files of the repository that the model does not have.
+        dry_run: Stop after the checks.
         token: Token of the account; None takes the one of ``hf auth login`` or ``HF_TOKEN``.
         progress: Callback for the two stages, ``check`` and ``upload``.
 
@@ -183,7 +184,7 @@ def push_loaded_model(
         model: Loaded recursive model.
         repo_id: Repository ``owner/name``, or ``name`` in the account of the token.
         commit_message: Commit message.
-        private: Whether a new repository is private.
+        private: Make a new repository private.
         token: Token of the account; None or True takes the one of ``hf auth login`` or ``HF_TOKEN``.
         revision: Branch to commit to.
         max_shard_size: Maximum size of a weight file.
@@ -219,7 +220,7 @@ def _save_for_push(model: PreTrainedModel, folder: Path, max_shard_size: int | s
     if origin := _origin(model):
         for file in check_folder(origin)[0]:
             target = folder / file.relative_to(origin)
-            if file.suffix != ".safetensors" and file.name != INDEX_FILE and not target.exists():
+            if file.suffix not in (".safetensors", ".py") and file.name != INDEX_FILE and not target.exists():
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
         record = read_record(origin)

@@ -76,9 +76,9 @@ def upload(
     Args:
         publication: Result of :func:`recursify.hub.publication.stage_publication`.
         repo_id: Repository ``owner/name``, or ``name`` in the account of the token.
-        private: Whether a new repository is private; an existing public one is refused.
+        private: Make a new repository private; an existing public one is refused.
         revision: Branch to commit to, created from ``main`` if it does not exist.
-        overwrite: Whether other files of the repository are deleted.
+        overwrite: Delete files of the repository that the publication does not have.
         message: Commit message.
         token: Token of the account; None takes the one of ``hf auth login`` or ``HF_TOKEN``.
         wait: Function that sleeps for a number of seconds between attempts.
