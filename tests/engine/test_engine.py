@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.schedules import model_of
-from helpers.small_engine import greedy, prompts, recursive, says_what_generate_says, small_engine
+from helpers.small_engine import assert_same_as_generate, greedy, prompts, recursive, small_engine
 from helpers.tiny_models import byte_tokenizer, tiny_dense
 from helpers.tolerances import LOGITS
 from recursify.engine import Engine, SamplingParams
@@ -22,17 +22,17 @@ from recursify.modeling import (
 
 def test_recursive_models_of_all_families(family):
     """Prompts of several chunks, more of them than run at once, at full depth."""
-    says_what_generate_says(recursive(family), 3, 17, 9, 6, max_num_seqs=3)
+    assert_same_as_generate(recursive(family), 3, 17, 9, 6, max_num_seqs=3)
 
 
 def test_dense_models_of_all_families(family):
     """A dense model is one recursion of the same engine: the control."""
-    engine = says_what_generate_says(tiny_dense(family), 3, 17, 9, 6, max_num_seqs=3)
+    engine = assert_same_as_generate(tiny_dense(family), 3, 17, 9, 6, max_num_seqs=3)
     assert engine.stats.mean_recursions == 1
 
 
 def test_mixed_depths_in_all_families(family):
-    """Forced exits put rows of all depths into one call; a batch says what a request alone says."""
+    """Forced exits put rows of all depths into one call; a batch generates what its requests generate alone."""
     model = recursive(family)
     asked = prompts(5, 11, 4)
     params = [SamplingParams(max_tokens=9, forced_depths=table) for table in ((0, 1), (1, 0, 0), (1,))]
@@ -48,27 +48,27 @@ def test_depths_without_rotation():
     dense = {"no_rope_layers": [1, 1, 0, 0, 1, 1]}
     model = recursive("smollm3", recursions=2, dense=dense)
     assert len({view.self_attn.use_rope for view in model.model.block[0].views}) == 2
-    says_what_generate_says(model, 7, 12, max_num_seqs=2)
+    assert_same_as_generate(model, 7, 12, max_num_seqs=2)
 
 
 @pytest.mark.parametrize("fields", [{"sharing": "sequence"}, {"lora_rank": 0}, {"tie_norms": True}])
 def test_other_models(fields):
     """Sequence sharing, which has no boundary, is one recursion; no residuals; tied norms."""
     model = recursive(recursions=2, **fields)
-    says_what_generate_says(model, 7, 12, max_num_seqs=2)
+    assert_same_as_generate(model, 7, 12, max_num_seqs=2)
 
 
 def test_another_number_of_recursions():
     """Scaled steps are hooks of the family's layers, which the engine's layers keep."""
     model = recursive().with_recursions(3)
     assert model.config.residual_scale != 1
-    says_what_generate_says(model, 7, 12, max_num_seqs=2)
+    assert_same_as_generate(model, 7, 12, max_num_seqs=2)
 
 
 @pytest.mark.parametrize("head", ["shared", "norm", "low_rank", "full"])
 @pytest.mark.parametrize("coda", [True, False])
 def test_exit_heads(head, coda):
-    """Every kind of readout, through the coda and not, beside the sequential decoder."""
+    """Every kind of exit head, with and without the coda, compared with the sequential decoder."""
     model = recursive(exit_head=head, exit_rank=4, exit_through_coda=coda, recursions=4, seed=3)
     exits = ExitSettings(make_policy("confidence", 0.05 if head == "full" else 0.1))
     asked = prompts(7, 12, 5)
@@ -168,7 +168,7 @@ def test_slots_are_full_where_requests_wait():
 
 
 def test_fetches():
-    """Nothing is fetched per row: decisions once per iteration, and tokens with them where the host reads late."""
+    """Nothing is copied per row: decisions once per iteration, and with async_output the tokens with them."""
     model = recursive(exit_head="shared", recursions=4)
     leaves = SamplingParams(max_tokens=20, exit=ExitSettings(make_policy("head", 0.5)))
     for late, most in ((False, 2), (True, 1)):
@@ -184,8 +184,8 @@ def test_fetches():
         assert engine.stats.fetches <= engine.stats.iterations
 
 
-def test_reading_late_stops_in_time():
-    """A token that was begun after the last one is never heard of; stop tokens, strings and lengths end as ever."""
+def test_async_output_stops_in_time():
+    """A token started after the last one is dropped; stop tokens, stop strings and lengths end requests as without."""
     model, tokenizer = recursive(), byte_tokenizer()
     whole = small_engine(model, tokenizer).generate(["Once upon"], SamplingParams(max_tokens=30))[0]
     params = [
@@ -206,7 +206,7 @@ def test_reading_late_stops_in_time():
 
 
 def test_prefixes_are_found():
-    """A prompt that begins like one before is computed from where they part, and says the same."""
+    """A prompt with a cached prefix is computed from the end of the prefix, and generates the same."""
     model = recursive()
     shared = prompts(23)[0]
     engine = small_engine(model)
@@ -243,7 +243,7 @@ def test_memory_of_routed_models():
     assert sizes["recursion_wise"] / sizes["deferred"] == pytest.approx((1 + 1.1 * 2 / 3 + 1.1 / 3) / 3, rel=1e-2)
 
 
-# --- Saying --------------------------------------------------------------------------------------------------------
+# --- Sampling ------------------------------------------------------------------------------------------------------
 
 
 def test_draws_do_not_depend_on_the_batch():
@@ -335,7 +335,7 @@ def test_stop_strings_and_tokens():
 
 
 def test_tokens_come_one_by_one():
-    """The callback hears of every token, and of the end."""
+    """The callback is called for every token, and at the end."""
     heard: dict[int, list[tuple[int, str | None]]] = {}
     engine = small_engine(
         recursive(),

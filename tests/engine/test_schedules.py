@@ -1,4 +1,4 @@
-"""Whatever happens to requests in the engine, each is answered as if it were alone."""
+"""Random schedules: every request generates what it generates alone."""
 
 import pytest
 
@@ -13,7 +13,7 @@ SCHEDULES = 50
 
 @pytest.mark.parametrize("kv", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_engine_says_what_one_at_a_time_says(family, kv):
+def test_schedules_generate_what_single_requests_generate(family, kv):
     """Tokens and depths, for random arrivals, limits, pages, chunks, preemptions, cancels, prefixes."""
     whole = preemptions = cached = 0
     depths: dict[int, int] = {}
@@ -23,18 +23,18 @@ def test_engine_says_what_one_at_a_time_says(family, kv):
         whole, preemptions, cached = whole + answered, preemptions + stats.preemptions, cached + stats.cached_tokens
         for depth, count in stats.exit_histogram.items():
             depths[depth] = depths.get(depth, 0) + count
-    # The schedules are worth nothing if nothing happens in them.
+    # The schedules are worth nothing without preemptions, exits and cached prefixes.
     assert whole > 2 * SCHEDULES
     assert preemptions > SCHEDULES / 10
     assert cached > 0 or kv in ("recursion_wise", "shared")
-    assert len(depths) > 1, "tokens leave after several depths"
+    assert len(depths) > 1, "tokens exit after several depths"
 
 
 @pytest.mark.parametrize(("kv", "loop"), [*((kv, False) for kv in MODES), ("deferred", True), ("latest", True)])
 def test_preemption_at_any_moment(kv, loop, monkeypatch):
-    """Computed again, tokens leave where they had left, and find what they had found: also between recursions.
+    """Tokens computed again after a preemption exit after the same depths, also if it happens between recursions.
 
-    No two rows of a call write to one place: which of them is there in the end, a GPU does not say.
+    No two rows of a call write to one KV slot: on a GPU the order of the writes is undefined.
     """
     store = AttentionBatch.store
 

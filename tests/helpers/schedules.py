@@ -56,7 +56,7 @@ def prompt(number: int) -> tuple[int, ...]:
 
 @cache
 def median_thresholds(family: str, kv: str, name: str) -> tuple[float, ...]:
-    """Per exit, the confidence that half of some drawn tokens have: at those, tokens leave after all depths."""
+    """Per exit, the confidence that half of some drawn tokens have: at those, tokens exit after all depths."""
     model = model_of(family, kv)
     with torch.no_grad():
         boundaries, _ = exit_contexts(model, random_ids(1, 64, seed=9), None)
@@ -65,7 +65,7 @@ def median_thresholds(family: str, kv: str, name: str) -> tuple[float, ...]:
 
 
 def settings(number: int, family: str, kv: str) -> ExitSettings | None:
-    """One of a few ways to leave early; None for not at all."""
+    """One of a few exit settings; None for full depth."""
     model = model_of(family, kv)
     if model.config.router is not None or number == 0:
         return None
@@ -86,7 +86,7 @@ NUM_SETTINGS = 7
 
 @cache
 def expected(family: str, kv: str, which: int, how: int) -> tuple[list[int], list[int]]:
-    """What ``generate`` says, one prompt at a time: tokens, and the depth that each was read at."""
+    """Output of ``generate`` for one prompt alone: tokens, and the depth after which each exited."""
     model = model_of(family, kv)
     ids, exits = torch.tensor([prompt(which)]), settings(how, family, kv)
     arguments = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -102,7 +102,7 @@ def expected(family: str, kv: str, which: int, how: int) -> tuple[list[int], lis
 
 
 @dataclass
-class Asked:
+class ScheduledRequest:
     """One request of a schedule."""
 
     which: int
@@ -112,7 +112,7 @@ class Asked:
 
 
 def run_schedule(family: str, kv: str, seed: int) -> tuple[Engine, int]:
-    """One random schedule, its answers compared; returns the engine and how many answers were whole."""
+    """Run one random schedule and compare its outputs; returns the engine and the number of complete outputs."""
     draw = random.Random(f"{family} {kv} {seed}")
     model = model_of(family, kv)
     longest = len(prompt(NUM_PROMPTS - 1)) + NEW_TOKENS
@@ -137,7 +137,7 @@ def run_schedule(family: str, kv: str, seed: int) -> tuple[Engine, int]:
         num_device_steps=draw.choice((1, 2, 5)),
     )
     asked = [
-        Asked(
+        ScheduledRequest(
             draw.randrange(NUM_PROMPTS),
             draw.randrange(NUM_SETTINGS),
             draw.choice((0, 0, draw.randrange(12))),

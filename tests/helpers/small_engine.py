@@ -41,7 +41,7 @@ def greedy(model, prompt: list[int], new: int = 9, **arguments) -> list[int]:
     return model.generate(ids, max_new_tokens=new, do_sample=False, **arguments)[0, len(prompt) :].tolist()
 
 
-def says_what_generate_says(model, *lengths: int, **limits) -> Engine:
+def assert_same_as_generate(model, *lengths: int, **limits) -> Engine:
     """Prompts of ``lengths`` in one engine, which is returned, beside each alone in ``generate``."""
     engine = small_engine(model, **limits)
     outputs = engine.generate(prompts(*lengths), SamplingParams(max_tokens=9))

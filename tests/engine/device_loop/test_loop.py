@@ -443,7 +443,7 @@ def test_kernels_in_the_engine():
 @pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_loop_says_what_generate_says(device, family, kv):
+def test_the_loop_assert_same_as_generate(device, family, kv):
     """On a GPU as graphs that are replayed, with Triton's kernels; what it is compared with is said on the CPU."""
     model = copy.deepcopy(model_of(family, kv)).to(device)
     for how in (0, 1, 3):
