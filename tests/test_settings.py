@@ -24,6 +24,7 @@ COMMANDS = {
     "uptrain": ("UptrainSettings",),
     "serve": ("ServerSettings", "EngineConfig"),
     "bench": ("BenchSettings",),
+    "generate": ("GenerationSettings",),
 }
 """Commands with the settings classes that their options are made from."""
 
@@ -139,7 +140,14 @@ def settings_classes() -> Iterator[tuple[str, type[Settings]]]:
 
 def test_every_settings_class_belongs_to_a_command():
     """No class of the package is left out of the tests below."""
-    for module in ("convert.settings", "uptrain.settings", "server.settings", "engine.config", "bench.settings"):
+    for module in (
+        "convert.settings",
+        "uptrain.settings",
+        "server.settings",
+        "engine.config",
+        "bench.settings",
+        "evaluation.settings",
+    ):
         import_module(f"recursify.{module}")
     known = {kind for _, kind in settings_classes()}
     assert known == {kind for kind in Settings.__subclasses__() if kind.__module__.startswith("recursify.")} - {

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from recursify.evaluation.evaluate import EvaluationResult, evaluate_model
     from recursify.evaluation.exit_calibration import ExitCalibration, calibrate_exits
     from recursify.evaluation.generation import GenerationResult, generate_text
+    from recursify.evaluation.settings import GenerationSettings
     from recursify.evaluation.tasks import TaskResults, evaluate_tasks
     from recursify.hub.push import PushResult, push_model
     from recursify.modeling import ExitSettings, RecursiveConfig, RecursiveForCausalLM
@@ -62,6 +63,7 @@ MODULES = {
     "ExitSettings": "recursify.modeling",
     "ExportResult": "recursify.convert.export",
     "GenerationResult": "recursify.evaluation.generation",
+    "GenerationSettings": "recursify.evaluation.settings",
     "ModelDescription": "recursify.checkpoint.description",
     "PushResult": "recursify.hub.push",
     "RecursiveConfig": "recursify.modeling",
@@ -104,6 +106,7 @@ __all__ = [
     "ExitSettings",
     "ExportResult",
     "GenerationResult",
+    "GenerationSettings",
     "HubError",
     "ModelDescription",
     "OutputError",

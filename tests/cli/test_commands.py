@@ -325,7 +325,7 @@ def test_other_numbers_of_recursions(models, capsys):
     [
         (("perplexity",), "recursive", ("--recursions", 2, "--depth", 0), 2, "--depth is one of the model's own"),
         (("perplexity",), "recursive", ("--residual-scale", 2), 2, "requires --recursions"),
-        (("generate", "abc"), "recursive", ("--anderson", 2), 2, "requires --recursions"),
+        (("generate", "abc"), "recursive", ("--anderson", 2), 1, "--anderson requires --recursions"),
         (("perplexity",), "recursive", ("--recursions", 0), 2, "Invalid value for '--recursions'"),
         (("perplexity",), "dense", ("--recursions", 2), 1, "is a dense model, and this needs a recursive one"),
         (
@@ -389,7 +389,8 @@ def test_generate_with_early_exits(models, tmp_path, capsys):
     assert run(*prompt, "--exit", "confidence", "--plot", tmp_path / "exits.xyz") == 1
     assert "is not a supported image file name" in capsys.readouterr().err
     assert run(*prompt, "--plot", drawn) == 2
-    assert run(*prompt, "--threshold", 0.5) == 2
+    assert run(*prompt, "--threshold", 0.5) == 1
+    assert "--threshold requires --exit" in capsys.readouterr().err
     assert run(*prompt, "--exit", "oracle", "--stats") == 0
     captured = capsys.readouterr()
     assert captured.out == whole
@@ -407,7 +408,8 @@ def test_generate_speculates(models, capsys):
     assert captured.out == whole
     assert "accepted" in captured.err
     assert "at full depth" in captured.err
-    assert run(*prompt, "--speculate", "--exit", "confidence") == 2
+    assert run(*prompt, "--speculate", "--exit", "confidence") == 1
+    assert "Use --exit or --speculate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ COMMANDS = {
 class LazyCommand(TyperCommand):
     """Sub-command whose module is imported when it runs."""
 
-    def load(self) -> TyperCommand:
-        """Import the module and return its command."""
+    def load(self) -> Any:
+        """Import the module and return its command, a ``TyperCommand``."""
         assert self.name is not None
         module = import_module(f"recursify.cli.{self.name.replace('-', '_')}")
         single = typer.Typer(rich_markup_mode="markdown", pretty_exceptions_enable=False, add_completion=False)
@@ -53,7 +53,7 @@ class LazyGroup(TyperGroup):
     def __init__(self, **keywords: Any) -> None:
         super().__init__(**keywords)
         for name, summary in COMMANDS.items():
-            self.add_command(LazyCommand(name, help=summary, context_settings=self.context_settings))
+            self.add_command(LazyCommand(name, help=summary, context_settings=dict(self.context_settings)))
 
 
 app = typer.Typer(

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import recursify
+from recursify import GenerationSettings
 from recursify.errors import SettingsError
 
 from .depth_view import DepthView
-from .options import (
-    AndersonOption,
-    DeviceOption,
-    DtypeOption,
-    ExitOption,
-    JsonOption,
-    MinDepthOption,
-    ModelArgument,
-    RecursionsOption,
-    ResidualScaleOption,
-    SeedOption,
-    TemperatureOption,
-    ThresholdOption,
-    TopPOption,
-    TrustOption,
-    check_recursions,
-)
+from .from_settings import options_from_settings
+from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
 from .report import print_data, print_json, print_styled, talk
 
 HELP = """
@@ -52,55 +38,11 @@ Continue a prompt with a recursive (or dense) model. The prompt is an argument, 
 """
 
 
+@options_from_settings
 def command(
     model: ModelArgument,
+    settings: GenerationSettings,
     prompt: Annotated[str | None, typer.Argument(help="Text to continue; standard input if omitted.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Maximum number of new tokens.", min=1)] = 64,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    seed: SeedOption = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template to the prompt.")] = False,
-    exit_policy: ExitOption = None,
-    threshold: ThresholdOption = None,
-    vocabulary: Annotated[
-        int | None,
-        typer.Option(
-            "--vocabulary",
-            help="Score only the first N vocabulary entries (requires --exit). Without it, as calibrated.",
-            metavar="N",
-            show_default=False,
-        ),
-    ] = None,
-    kv: Annotated[
-        str | None,
-        typer.Option(
-            "--kv",
-            help="KV cache of skipped depths: deferred (exact), copied, latest. Without it, the model's own.",
-            show_default=False,
-        ),
-    ] = None,
-    min_depth: MinDepthOption = 0,
-    max_pending: Annotated[
-        int, typer.Option("--max-pending", help="Maximum number of tokens that wait for their deferred depths.", min=1)
-    ] = 64,
-    speculate: Annotated[
-        bool,
-        typer.Option(
-            "--speculate",
-            help="Draft with the first recursion and verify with the full model: the same output, in fewer calls.",
-        ),
-    ] = False,
-    recursions: RecursionsOption = None,
-    residual_scale: ResidualScaleOption = None,
-    anderson: AndersonOption = 0,
-    stats: Annotated[
-        bool,
-        typer.Option(
-            "--stats",
-            help="Report tokens per second on stderr; with --exit or --speculate also their statistics, and the speed "
-            "of plain decoding.",
-        ),
-    ] = False,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", help="Draw the number of tokens per exit (.png, .svg).", show_default=False),
@@ -110,9 +52,7 @@ def command(
     ] = False,
     depth_page: Annotated[
         Path | None,
-        typer.Option(
-            "--depth-page", metavar="FILE", help="Write the coloured text as a page (.html).", show_default=False
-        ),
+        typer.Option("--depth-page", metavar="FILE", help="Write the coloured text as HTML.", show_default=False),
     ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
@@ -120,38 +60,17 @@ def command(
     json: JsonOption = False,
 ) -> None:
     prompt = _read(prompt)
-    check_recursions(recursions, residual_scale, anderson)
     shows_depth = show_depth or depth_page is not None
-    _check_exit_options(exit_policy, {"--threshold": threshold, "--vocabulary": vocabulary, "--plot": plot})
-    if speculate and (exit_policy is not None or shows_depth):
-        other = "--exit" if exit_policy is not None else "--show-depth"
-        raise typer.BadParameter(f"cannot be combined with {other}", param_hint="--speculate")
+    if plot is not None and settings.exit_policy is None:
+        raise typer.BadParameter("requires --exit", param_hint="--plot")
+    if settings.speculate and shows_depth:
+        raise typer.BadParameter("cannot be combined with --show-depth", param_hint="--speculate")
     result = recursify.generate_text(
-        model,
-        prompt,
-        chat=chat,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        exit_policy=exit_policy,
-        threshold=threshold,
-        vocabulary=vocabulary,
-        kv=kv,
-        min_depth=min_depth,
-        max_pending=max_pending,
-        speculate=speculate,
-        recursions=recursions,
-        residual_scale=residual_scale,
-        anderson=anderson,
-        measure=stats,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
+        model, prompt, settings=settings, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
     if plot is not None:
         result.plot(plot)
-    shown = "" if chat else prompt.rstrip("\n")
+    shown = "" if settings.chat else prompt.rstrip("\n")
     view = _depth_view(result, model, shown) if shows_depth else None
     if view is not None and depth_page is not None:
         view.write_page(depth_page)
@@ -163,8 +82,8 @@ def command(
         print_styled(view.for_terminal())
     else:
         print_data(shown + result.text)
-    if stats:
-        talk.print(_statistics(result, exit_policy))
+    if settings.measure:
+        talk.print(_statistics(result, settings.exit_policy))
 
 
 def _read(prompt: str | None) -> str:
@@ -174,17 +93,6 @@ def _read(prompt: str | None) -> str:
     if not prompt.strip():
         raise typer.BadParameter("give a prompt as an argument or on standard input", param_hint="PROMPT")
     return prompt
-
-
-def _check_exit_options(exit_policy: str | None, options: dict[str, Any]) -> None:
-    """Refuse options of exit policies without ``--exit``.
-
-    Raises:
-        BadParameter: One of ``options`` without a policy.
-    """
-    for option, value in options.items():
-        if value is not None and exit_policy is None:
-            raise typer.BadParameter("requires --exit", param_hint=option)
 
 
 def _depth_view(result: recursify.GenerationResult, model: str, prompt: str) -> DepthView:

@@ -63,8 +63,8 @@ ExitOption = Annotated[
     str | None,
     typer.Option(
         "--exit",
-        help="Exit policy: head, confidence, entropy, saturation, convergence, divergence, fixed (at the depth "
-        "--threshold) or oracle (a simulation). Early exit changes the output.",
+        help="Exit policy: head, confidence, entropy, saturation, convergence, divergence or fixed. Early exit changes "
+        "the output.",
         show_default=False,
     ),
 ]

@@ -12,8 +12,10 @@ import torch
 from recursify.checkpoint.loading import load_model, require_recursive_model
 from recursify.errors import SettingsError
 from recursify.modeling import CACHE_ARGUMENT, ExitSettings, RoutedCache
+from recursify.settings import resolve_settings
 
 from .exits import ExitStatistics, draw_histogram, exit_statistics
+from .settings import GenerationSettings
 
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
@@ -93,106 +95,86 @@ def generate_text(
     model: str | Path,
     prompt: str,
     *,
-    chat: bool = False,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    exit_policy: str | None = None,
-    threshold: float | None = None,
-    vocabulary: int | None = None,
-    kv: str | None = None,
-    min_depth: int = 0,
-    max_pending: int = 64,
-    speculate: bool = False,
-    recursions: int | None = None,
-    residual_scale: float | None = None,
-    anderson: int = 0,
-    measure: bool = False,
+    settings: GenerationSettings | None = None,
     dtype: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> GenerationResult:
     """Continue one prompt; :meth:`RecursiveForCausalLM.generate` and :class:`Engine` are for programs.
 
     Args:
         model: Folder, ``.gguf`` file or Hub id of a recursive or dense model.
         prompt: Text to continue.
-        chat: Apply the model's chat template to the prompt.
-        max_new_tokens: Maximum number of new tokens.
-        temperature: Sampling temperature; 0 is greedy.
-        top_p: Nucleus probability for sampling.
-        seed: Seed for sampling.
-        exit_policy: Name of an exit policy; None runs all recursions.
-        threshold: Confidence above which tokens exit; None takes the calibrated one, else the policy's.
-        vocabulary: Number of vocabulary entries that the policy scores; None takes the calibrated number.
-        kv: KV cache of skipped depths: ``deferred``, ``copied`` or ``latest``; None takes the model's own.
-        min_depth: First depth after which tokens may exit.
-        max_pending: Maximum number of tokens that wait for their deferred depths.
-        speculate: Draft with the first recursion and verify with the full model.
-        recursions: Number of times to apply the shared block; None takes the model's own.
-        residual_scale: Factor of each shared layer's update under other ``recursions``.
-        anderson: Anderson acceleration depth under other ``recursions``.
-        measure: Warm up first, and measure plain decoding and the agreement of exits, too.
+        settings: Settings; give these or ``options``.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's.
         device: Device to run on.
         trust_remote_code: Permission to run code from a dense model's folder.
+        options: Fields of :class:`GenerationSettings`.
 
     Raises:
         CheckpointError: The model does not load.
-        SettingsError: The options exclude one another, or the model does not support them.
+        SettingsError: The settings are invalid, or the model does not support them.
     """
-    if speculate and exit_policy is not None:
-        raise SettingsError("Early exit changes the output and speculation does not. Give exit_policy or speculate.")
-    own_number = {"recursions": recursions, "residual_scale": residual_scale, "anderson": anderson}
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, **own_number)
-    if exit_policy is not None or speculate:
+    settings = resolve_settings(GenerationSettings, settings, options)
+    loaded, tokenizer = load_model(
+        model,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        recursions=settings.recursions,
+        residual_scale=settings.residual_scale,
+        anderson=settings.anderson,
+    )
+    if settings.exit_policy is not None or settings.speculate:
         require_recursive_model(loaded, model)
-    inputs = _encode(tokenizer, prompt, chat=chat).to(loaded.device)
-    arguments: dict[str, Any] = {**inputs, "max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        arguments |= {"temperature": temperature, "top_p": top_p}
-    cache = RoutedCache(loaded.config) if getattr(loaded.config, "router", None) is not None else None
-    shortcut: dict[str, Any] = {} if cache is None else {CACHE_ARGUMENT: cache}
     try:
-        exits = ExitSettings.from_options(
-            exit_policy,
-            threshold=threshold,
-            vocabulary=vocabulary,
-            kv=kv,
-            config=loaded.config,
-            min_depth=min_depth,
-            max_pending=max_pending,
-        )
-        if exits is not None:
-            shortcut["exit_policy"] = exits
-        if speculate:
-            shortcut["speculate"] = True
-        has_shortcut = exits is not None or speculate
-        if measure and has_shortcut:
-            loaded.generate(**{**arguments, "max_new_tokens": 2})
-        output, seconds = _timed(loaded, seed, arguments | shortcut)
+        return _generate(loaded, tokenizer, prompt, settings)
     except ValueError as error:
         raise SettingsError(str(error)) from error
+
+
+def _generate(model: Any, tokenizer: Any, prompt: str, settings: GenerationSettings) -> GenerationResult:
+    inputs = _encode(tokenizer, prompt, chat=settings.chat).to(model.device)
+    is_sampled = settings.temperature > 0
+    arguments: dict[str, Any] = {**inputs, "max_new_tokens": settings.max_new_tokens, "do_sample": is_sampled}
+    if is_sampled:
+        arguments |= {"temperature": settings.temperature, "top_p": settings.top_p}
+    exits = ExitSettings.from_options(
+        settings.exit_policy,
+        threshold=settings.threshold,
+        vocabulary=settings.vocabulary,
+        kv=settings.kv,
+        config=model.config,
+        min_depth=settings.min_depth,
+        max_pending=settings.max_pending,
+    )
+    shortcut: dict[str, Any] = {} if exits is None else {"exit_policy": exits}
+    if settings.speculate:
+        shortcut["speculate"] = True
+    if settings.measure and shortcut:
+        model.generate(**{**arguments, "max_new_tokens": 2})
+    cache = RoutedCache(model.config) if getattr(model.config, "router", None) is not None else None
+    routed = {} if cache is None else {CACHE_ARGUMENT: cache}
+    output, seconds = _timed(model, settings.seed, arguments | shortcut | routed)
     prompt_length = inputs["input_ids"].shape[1]
     new = output.sequences[0, prompt_length:]
     result: dict[str, Any] = {}
-    if speculate:
+    if settings.speculate:
         result |= {"drafted": int(output.drafted[0]), "accepted": int(output.accepted[0])}
-    if measure and has_shortcut:
-        plain, plain_seconds = _timed(loaded, seed, arguments)
+    if settings.measure and shortcut:
+        plain, plain_seconds = _timed(model, settings.seed, arguments)
         result["plain_speed"] = (plain.sequences.shape[1] - prompt_length) / plain_seconds
     if exits is not None:
-        num_exits = len(exits.layers or loaded.config.exit_depths)
-        greedy = measure and temperature == 0
-        result["exits"] = exit_statistics(loaded, output, inputs["attention_mask"], num_exits, agreement=greedy)
+        num_exits, greedy = len(exits.layers or model.config.exit_depths), settings.measure and not is_sampled
+        result["exits"] = exit_statistics(model, output, inputs["attention_mask"], num_exits, agreement=greedy)
         result["simulated"] = exits.policy.simulated
     return GenerationResult(
         prompt=prompt,
         text=tokenizer.decode(new, skip_special_tokens=True),
         tokens=token_pieces(tokenizer, new.tolist()),
-        depths=None if speculate else _depths(loaded.config, output, cache, prompt_length, len(new)),
-        num_depths=getattr(loaded.config, "num_recursions", 1),
+        depths=None if settings.speculate else _depths(model.config, output, cache, prompt_length, len(new)),
+        num_depths=getattr(model.config, "num_recursions", 1),
         seconds=seconds,
         **result,
     )
@@ -236,6 +218,7 @@ def _depths(config: Any, output: Any, cache: RoutedCache | None, prompt_length: 
     if config.model_type != "recursive":
         return None
     if cache is not None:
+        assert cache.depths is not None
         return cache.depths[0, prompt_length - 1 : prompt_length - 1 + count].tolist()
     if getattr(output, "exit_depths", None) is not None:
         return output.exit_depths[0].tolist()
