@@ -1,110 +1,131 @@
-"""A layout as an SVG: what the description says is in the picture, whatever the layout."""
+"""Figures of layouts: every fact of a description is in the figure, whatever the layout."""
 
 from __future__ import annotations
 
+import sys
 import xml.etree.ElementTree as ET
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
-from recursify.checkpoint.layout_picture import draw_svg
+from recursify.checkpoint import description as description_module
+from recursify.checkpoint.description import ExitDescription, ModelDescription, ParameterCounts, RouterDescription
+from recursify.errors import OutputError, SettingsError
 from recursify.modeling import LayerLayout
 
 SVG = "{http://www.w3.org/2000/svg}"
-THROUGH = {"head": "low_rank", "depths": [0, 1], "through_coda": True}
-PAST = {"head": "norm", "depths": [0, 1], "through_coda": False}
+THROUGH = ExitDescription(head="low_rank", depths=[0, 1], through_coda=True)
+PAST = ExitDescription(head="norm", depths=[0, 1], through_coda=False)
 
 
-def describe(num_layers: int, num_recursions: int, sharing: str = "cycle", ends: int = 0, **facts) -> dict[str, Any]:
-    """What ``describe`` says of such a model, as far as it is drawn; ``ends``: layers of prelude, and of coda."""
-    layout = LayerLayout.fold(num_layers, num_recursions, sharing, num_prelude_layers=ends, num_coda_layers=ends)
-    return {
+def describe(num_layers: int, num_recursions: int, sharing: str = "cycle", ends: int = 0, **facts) -> ModelDescription:
+    """Description of such a model; ``ends``: layers of prelude, and of coda."""
+    values = {
         "family": "llama",
-        "layout": {
-            "effective_layers": layout.num_layers,
-            "unique_layers": layout.num_unique_layers,
-            "prelude": layout.num_prelude_layers,
-            "block_size": layout.block_size,
-            "num_recursions": layout.num_recursions,
-            "coda": layout.num_coda_layers,
-            "order": layout.order,
-        },
+        "layout": LayerLayout.fold(num_layers, num_recursions, sharing, num_prelude_layers=ends, num_coda_layers=ends),
         "lora_rank": 64,
         "lora_rank_pattern": {},
-        "parameters": {"stored": 109.9e6, "effective": 134.5e6, "shared": 38.9e6, "residuals": 14.3e6, "exits": 0},
+        "tie_norms": False,
+        "parameters": ParameterCounts(
+            stored=109_900_000, effective=134_500_000, shared=38_900_000, residuals=14_300_000, exits=0, routers=0
+        ),
         "exits": None,
         "exit_depth": None,
+        "routing": None,
+        "num_bytes": 1,
+        "dtype": "float32",
+        "kv_bytes_per_token": 1,
         "made_from": "smollm2-135m",
-        **facts,
+        "initialization": None,
+        "relaxation": None,
+        "calibration": None,
+        "history": [],
+        "recursify_version": None,
     }
+    return ModelDescription(**{**values, **facts})
 
 
-def draw(*arguments, **facts) -> ET.Element:
-    """The parsed picture of :func:`describe`."""
-    return ET.fromstring(draw_svg(describe(*arguments, **facts)))
+@pytest.fixture
+def draw(monkeypatch):
+    """Function that draws a description as a figure."""
+    figures = []
+    monkeypatch.setattr(description_module, "save_figure", lambda figure, file: figures.append(figure))
+
+    def drawn(*arguments, **facts) -> Figure:
+        describe(*arguments, **facts).plot("layout.svg")
+        return figures[-1]
+
+    return drawn
 
 
-def words(picture: ET.Element) -> list[str]:
-    """All that is written in it, in the order in which it is drawn."""
-    return [element.text or "" for element in picture.iter(f"{SVG}text")]
+def texts(figure: Figure) -> list[str]:
+    """Everything written in the figure, in the order of drawing; captions line by line."""
+    return [line for text in figure.axes[0].texts for line in text.get_text().split("\n") if line]
 
 
-def layers(picture: ET.Element) -> int:
-    """How many boxes of layers there are."""
-    return sum(element.get("class") == "layer" for element in picture.iter(f"{SVG}rect"))
+def num_arrows(figure: Figure) -> int:
+    return sum(isinstance(text, Annotation) for text in figure.axes[0].texts)
 
 
-def paths(picture: ET.Element) -> int:
-    """How many arrows there are, loops and ways out among them."""
-    return sum("marker-end" in element.attrib for element in picture.iter(f"{SVG}path"))
+def num_layers(figure: Figure) -> int:
+    """Boxes of layers; the two ends of the model have boxes, too."""
+    return sum(text.get_bbox_patch() is not None for text in figure.axes[0].texts) - 2
 
 
-def test_cycle():
-    """4 + (11 layers × 2) + 4, all parts in their order, one number a position, and one loop."""
-    picture = draw(30, 2, "cycle", 4)
-    assert words(picture) == [
-        *["smollm2-135m, recursive", "llama, 4 + (11 layers × 2) + 4"],
+def test_cycle(draw):
+    """4 + (11 layers × 2) + 4: all parts in their order, one number per position, and one loop."""
+    figure = draw(30, 2, "cycle", 4)
+    assert texts(figure) == [
+        "smollm2-135m, recursive",
+        "llama, 4 + (11 layers × 2) + 4",
+        *["depth 0: positions 4-14, rank 64", "depth 1: positions 15-25, rank 64"],
+        "layers: 19 stored, 30 effective",
+        "parameters: 109.9M stored (38.9M shared, 14.3M LoRA), 134.5M effective",
         *["embedding", "prelude, once", "0", "1", "2", "3"],
         "shared block, stored once",
         *[str(position) for index in range(11) for position in (4 + index, 15 + index)],
         *["× 2", "coda, once", "26", "27", "28", "29", "final norm", "and head"],
-        *["depth", "positions", "LoRA", "0", "4-14", "rank 64", "1", "15-25", "rank 64"],
-        "layers: 19 stored, 30 effective",
-        "parameters: 109.9M stored (38.9M shared, 14.3M LoRA), 134.5M effective",
     ]
-    assert layers(picture) == 19
-    assert paths(picture) == 4 + 1
+    assert num_layers(figure) == 19
+    assert num_arrows(figure) == 4 + 1
 
 
-def test_sequence():
+def test_sequence(draw):
     """Every shared layer has a loop of its own."""
-    picture = draw(32, 3, "sequence", 1)
-    assert {"each × 3", "1, 4, …, 28", "2, 5, …, 29", "3, 6, …, 30"} <= set(words(picture))
-    assert words(picture)[5:9] == ["shared block, stored once", "1", "2", "3"]
-    assert paths(picture) == 4 + 10
+    figure = draw(32, 3, "sequence", 1)
+    assert "each × 3" in texts(figure)
+    for depth, positions in enumerate(["1, 4, …, 28", "2, 5, …, 29", "3, 6, …, 30"]):
+        assert f"depth {depth}: positions {positions}, rank 64" in texts(figure)
+    block = texts(figure).index("shared block, stored once")
+    assert texts(figure)[block + 1 : block + 4] == ["1", "2", "3"]
+    assert num_arrows(figure) == 4 + 10
 
 
 @pytest.mark.parametrize("sharing", ["cycle", "sequence"])
-def test_one_recursion(sharing):
-    """Nothing loops, and there is no prelude or coda where the model has none."""
-    picture = draw(6, 1, sharing)
-    assert ("each × 1" if sharing == "sequence" else "× 1") in words(picture)
-    assert not {"prelude, once", "coda, once"} & set(words(picture))
-    assert paths(picture) == 2
+def test_one_recursion(draw, sharing):
+    """Nothing loops, and there is no prelude or coda if the model has none."""
+    figure = draw(6, 1, sharing)
+    assert ("each × 1" if sharing == "sequence" else "× 1") in texts(figure)
+    assert not {"prelude, once", "coda, once"} & set(texts(figure))
+    assert num_arrows(figure) == 2
 
 
 @pytest.mark.parametrize(
     ("rank", "pattern", "residual"),
     [
         (0, {}, "no residual"),
-        (8, {"mlp.down_proj": 128, "3.self_attn.q_proj": 32}, "rank 8, 2 of their own"),
-        (0, {"mlp.down_proj": 128}, "no residual, 1 of their own"),
+        (8, {"mlp.down_proj": 128, "3.self_attn.q_proj": 32}, "rank 8, 2 modules with their own"),
+        (0, {"mlp.down_proj": 128}, "no residual, 1 modules with their own"),
     ],
 )
-def test_residuals(rank, pattern, residual):
+def test_residuals(draw, rank, pattern, residual):
     """One at every depth."""
-    assert words(draw(12, 3, lora_rank=rank, lora_rank_pattern=pattern)).count(residual) == 3
+    figure = draw(12, 3, lora_rank=rank, lora_rank_pattern=pattern)
+    assert sum(line.endswith(f", {residual}") for line in texts(figure)) == 3
 
 
 @pytest.mark.parametrize(
@@ -116,40 +137,41 @@ def test_residuals(rank, pattern, residual):
         (0, PAST, "norm head"),
     ],
 )
-def test_exits(ends, exits, head):
-    """After which depths, by which head, and from which end of the coda if there is one."""
-    picture = draw(12 + 2 * ends, 3, "cycle", ends, exits=exits)
-    assert {"exit after depth 0-1", head} <= set(words(picture))
-    branch = int(next(element.get("cx") for element in picture.iter(f"{SVG}circle")))
-    coda = [int(rect.get("x")) for rect in picture.iter(f"{SVG}rect") if rect.get("class") == "once"][-1:]
-    assert all((branch > x) is exits["through_coda"] for x in coda)
-    assert "not run" not in words(picture)
+def test_exits(draw, ends, exits, head):
+    """Depths and head are named; the arrow starts before or after the coda if there is one."""
+    figure = draw(12 + 2 * ends, 3, "cycle", ends, exits=exits)
+    assert f"exit after depth 0, 1: {head}" in texts(figure)
+    exit_arrow = [text for text in figure.axes[0].texts if isinstance(text, Annotation)][-1]
+    coda = [text.get_position()[0] for text in figure.axes[0].texts if text.get_text() == "coda, once"]
+    assert all((exit_arrow.xy[0] > x) is exits.through_coda for x in coda)
+    assert not any("not run" in line for line in texts(figure))
 
 
 @pytest.mark.parametrize(
     ("exits", "head"), [(PAST, "norm head, past the coda"), (None, "shared head, through the coda")]
 )
-def test_exit_depth(exits, head):
-    """A fixed depth: later ones do not run. A model without exit heads reads out with its own."""
-    written = words(draw(14, 3, "cycle", 1, exits=exits, exit_depth=0))
-    assert {"every token exits after depth 0", head} <= set(written)
-    assert written.count("rank 64") == 1
-    assert written.count("not run") == 2
+def test_exit_depth(draw, exits, head):
+    """With a fixed depth, later ones do not run; a model without exit heads uses its own head."""
+    lines = texts(draw(14, 3, "cycle", 1, exits=exits, exit_depth=0))
+    assert f"exit after depth 0: {head}" in lines
+    assert sum(line.endswith("rank 64") for line in lines) == 1
+    assert sum(line.endswith("not run") for line in lines) == 2
 
 
-def test_exit_depth_among_elided_ones():
-    """The row that stands for several depths says how far they run."""
-    written = words(draw(32, 16, exit_depth=5))
-    assert written.count("rank 64") == 2
-    assert written.count("rank 64, run to depth 5") == 1
-    assert written.count("not run") == 2
+def test_exit_depth_among_elided_ones(draw):
+    """The line of several depths tells how far they run."""
+    lines = texts(draw(32, 16, exit_depth=5))
+    assert sum(line.endswith("rank 64") for line in lines) == 2
+    assert sum(line.endswith("rank 64, run to depth 5") for line in lines) == 1
+    assert sum(line.endswith("not run") for line in lines) == 2
 
 
-def test_routers():
-    """A diamond before the block, to which the loop leads back."""
-    picture = draw(14, 3, "cycle", 1, routers={"kind": "expert_choice", "depths": [0, 1, 2]})
-    assert {"expert_choice router", "at depth 0-2"} <= set(words(picture))
-    assert sum(element.get("class") == "router" for element in picture.iter(f"{SVG}path")) == 1
+def test_routers(draw):
+    """Named in the caption."""
+    routing = RouterDescription(
+        router="expert_choice", capacities=None, thresholds=None, kv="recursion_wise", gate="residual"
+    )
+    assert "routers: expert_choice, before each recursion" in texts(draw(14, 3, "cycle", 1, routing=routing))
 
 
 @pytest.mark.parametrize(
@@ -159,48 +181,70 @@ def test_routers():
         ((80, 2, "sequence", 1), {"13…67", "14…68"}),
         ((80, 2, "cycle", 30), {"3…27", "53…77"}),
         ((80, 1, "cycle"), {"6…74"}),
-        ((80, 80, "cycle"), {"⋮", "2…77", "2-77"}),
-        ((80, 8, "sequence"), {"⋮", "2…5", "2, 3, …, 77"}),
+        ((80, 80, "cycle"), {"⋮", "depth 2…77: positions 2-77, rank 64"}),
+        ((80, 8, "sequence"), {"⋮", "depth 2…5: positions 2, 3, …, 77, rank 64"}),
     ],
 )
-def test_deep_models(arguments, elided):
-    """80 layers are no wider than a screen, and what is left out is named."""
-    exits = THROUGH if arguments[1] == 3 else None
-    picture = draw(*arguments, exits=exits)
-    assert elided <= set(words(picture))
-    assert layers(picture) <= 6 + 12 + 6
-    assert int(picture.get("width")) <= 1400
-    assert int(picture.get("height")) <= 600
+def test_deep_models(draw, arguments, elided):
+    """80 layers are no wider than a screen, and the elided ones are named."""
+    figure = draw(*arguments, exits=THROUGH if arguments[1] == 3 else None)
+    assert elided <= set(texts(figure))
+    assert num_layers(figure) <= 6 + 12 + 6
+    assert figure.get_figwidth() <= 14
+    assert figure.get_figheight() <= 6
 
 
-def test_nothing_leaves_the_sheet_or_covers_another():
-    """Every box is inside, and parts stand beside one another."""
-    picture = draw(80, 3, "cycle", 4, exits=PAST, exit_depth=1, routers={"kind": "token_choice", "depths": [0]})
-    sheet, *boxes = [
-        [float(rect.get(name)) for name in ("x", "y", "width", "height")] for rect in picture.iter(f"{SVG}rect")
-    ]
-    assert all(x > 0 and x + width < sheet[2] and y > 0 and y + height < sheet[3] for x, y, width, height in boxes)
-    parts = [rect for rect in picture.iter(f"{SVG}rect") if rect.get("class") in ("once", "shared", "end")]
-    spans = [(int(rect.get("x")), int(rect.get("x")) + int(rect.get("width"))) for rect in parts]
-    assert [rect.get("class") for rect in parts] == ["end", "once", "shared", "once", "end", "shared"]
-    assert all(end < begin for (_, end), (begin, _) in pairwise(spans[:5]))
+@pytest.mark.parametrize("made_from", ["smollm2-135m", "a-rather-long-name-of-a-folder-" * 4])
+@pytest.mark.parametrize("exits", [PAST, THROUGH])
+def test_texts_are_inside_and_do_not_overlap(draw, made_from, exits):
+    """As rendered: labels in the figure, and no two over one another."""
+    figure = draw(80, 3, "cycle", 4, exits=exits, exit_depth=1, made_from=made_from)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    labels = [text for text in figure.axes[0].texts if text.get_text() and not isinstance(text, Annotation)]
+    boxes = [text.get_window_extent(renderer) for text in labels]
+    sheet = figure.bbox
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= sheet.x1 and box.y1 <= sheet.y1 for box in boxes)
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+    cells = [box for box, text in zip(boxes, labels, strict=True) if text.get_bbox_patch() is not None]
+    assert all(left.x1 < right.x0 for left, right in pairwise(cells))
 
 
-def test_any_name_is_valid_xml():
-    """Markup, control characters and lone surrogates, which folder names can have; of a path, its end."""
-    picture = draw(6, 2, made_from="/home/me/a & b <c>\x00\udc80")
-    assert words(picture)[0] == "a & b <c>\ufffd\ufffd, recursive"
-    assert picture.find(f"{SVG}title").text == "Layout of a & b <c>\ufffd\ufffd, recursive: 0 + (3 layers × 2) + 0"
-    assert words(draw(6, 2, made_from=None))[0] == "a recursive model"
+def test_any_name_is_valid_xml(tmp_path):
+    """Markup, dollar signs, control characters and lone surrogates, which folder names can have; of a path, its end."""
+    file = tmp_path / "layout.svg"
+    describe(6, 2, made_from="/home/me/a & b <c> $x$\x00\udc80").plot(file)
+    lines = ["".join(element.itertext()).strip() for element in ET.parse(file).iter(f"{SVG}text")]
+    assert lines[0] == "a & b <c> $x$\ufffd\ufffd, recursive"
+    describe(6, 2, made_from=None).plot(file)
+    assert "recursive model" in [element.text for element in ET.parse(file).iter(f"{SVG}text")]
 
 
-def test_self_contained():
-    """The same text each time, a sheet behind it, a name and a description for screen readers, nothing from outside."""
+def test_the_same_description_gives_the_same_file(tmp_path):
+    """Text is text, and nothing is loaded from outside."""
     facts = describe(30, 2, "cycle", 4, exits=THROUGH)
-    text = draw_svg(facts)
-    picture = ET.fromstring(text)
-    assert draw_svg(facts) == text
-    assert [element.tag.removeprefix(SVG) for element in picture][:5] == ["title", "desc", "style", "marker", "rect"]
-    assert picture.get("aria-labelledby") == "title desc"
-    assert "prelude   layers 0-3, once\nblock     11 shared layers × 2" in picture.find(f"{SVG}desc").text
-    assert not any(outside in text for outside in ("href", "<script", "@import", "url(http"))
+    files = [tmp_path / "one.svg", tmp_path / "two.svg"]
+    for file in files:
+        facts.plot(file)
+    content = files[0].read_text()
+    assert files[1].read_text() == content
+    assert "shared block, stored once" in content
+    assert not any(outside in content for outside in ("<script", "@import", "url(http", "<image"))
+
+
+def test_png(tmp_path):
+    """Any format of matplotlib."""
+    describe(30, 2, "cycle", 4).plot(tmp_path / "layout.png")
+    assert (tmp_path / "layout.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_drawn(tmp_path, monkeypatch):
+    """An unknown format, a missing folder, and a missing matplotlib."""
+    with pytest.raises(SettingsError, match=r"layout.xyz' is not a supported image file name: .*Use .png or .svg"):
+        describe(6, 2).plot(tmp_path / "layout.xyz")
+    with pytest.raises(OutputError, match=r"Cannot write '.*nowhere.layout.svg': No such file .*Use another file name"):
+        describe(6, 2).plot(Path(tmp_path / "nowhere" / "layout.svg"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SettingsError, match=r"Figures need matplotlib. Run: pip install 'recursify\[plot\]'"):
+        describe(6, 2).plot(tmp_path / "layout.svg")
+    assert not list(tmp_path.iterdir())

@@ -236,7 +236,7 @@ def test_inspect_plot(models, tmp_path, capsys):
     assert ET.parse(file).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     (tmp_path / "folder.svg").mkdir()
     for name, message in (
-        ("layout.png", "Use a file name that ends in .svg"),
+        ("layout.txt", "Use .png or .svg"),
         ("folder.svg", "Use another file name"),
         ("nowhere/layout.svg", "No such file or directory"),
     ):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recursify.engine import EngineStats
-from recursify.evaluation.pictures import DARK, SHARED, new_figure, save_figure
+from recursify.pictures import DARK, SHARED, new_figure, save_figure
 
 from .contestants import BenchRun, Contestant
 from .ideal import Gain

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from recursify.errors import CheckpointError, OutputError
+from recursify.errors import CheckpointError
 from recursify.modeling import LayerLayout, RecursiveConfig
 from recursify.modeling.recursive_routing import capacities_of
+from recursify.pictures import save_figure
 
-from .layout_picture import draw_layout, draw_svg
+from .layout_picture import depth_lines, draw_layout, plot_layout
 from .loading import require_recursive
 from .record import read_record
 from .shards import TensorInfo, folder_tensors
@@ -139,18 +140,42 @@ class ModelDescription:
         return draw_layout(self.layout)
 
     def plot(self, file: str | Path) -> None:
-        """Draw the layout as an SVG.
+        """Draw the layout as a figure (png, svg, pdf).
 
         Raises:
-            OutputError: ``file`` does not end in .svg, or cannot be written.
+            SettingsError: matplotlib is not installed, or the format is not supported.
+            OutputError: The file cannot be written.
         """
-        file = Path(file)
-        if file.suffix.lower() != ".svg":
-            raise OutputError(f"Cannot write '{file}': layouts are drawn as SVG. Use a file name that ends in .svg.")
-        try:
-            file.write_text(draw_svg(self.to_dict()), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"Cannot write '{file}': {error.strerror}. Use another file name.") from error
+        source = PurePath(self.made_from or "").name
+        millions = {name: f"{count / 1e6:,.1f}M" for name, count in asdict(self.parameters).items()}
+        own = f", {len(self.lora_rank_pattern)} modules with their own" if self.lora_rank_pattern else ""
+        residual = (f"rank {self.lora_rank}" if self.lora_rank else "no residual") + own
+        captions = [
+            f"{self.family}, {self.layout}",
+            *depth_lines(self.layout, residual, self.exit_depth),
+            f"layers: {self.layout.num_unique_layers} stored, {self.layout.num_layers} effective",
+            f"parameters: {millions['stored']} stored ({millions['shared']} shared, {millions['residuals']} LoRA), "
+            f"{millions['effective']} effective",
+        ]
+        if self.routing is not None:
+            captions.append(f"routers: {self.routing.router}, before each recursion")
+        exits = self.exits
+        if exits is None and self.exit_depth is not None:
+            # Without exit heads, a fixed exit depth uses the model's own head.
+            exits = ExitDescription(head="shared", depths=[self.exit_depth], through_coda=True)
+        label = ""
+        if exits is not None:
+            coda = f", {'through' if exits.through_coda else 'past'} the coda" if self.layout.num_coda_layers else ""
+            depths = ", ".join(map(str, exits.depths if self.exit_depth is None else [self.exit_depth]))
+            label = f"exit after depth {depths}: {exits.head} head{coda}"
+        figure = plot_layout(
+            self.layout,
+            title=f"{source}, recursive" if source else "recursive model",
+            captions=captions,
+            exits=label,
+            through_coda=exits is None or exits.through_coda,
+        )
+        save_figure(figure, Path(file))
 
 
 def inspect_model(model: str | Path) -> ModelDescription:

@@ -28,7 +28,7 @@ Show a recursive model: layout, stored and effective parameters, bytes, KV-cache
 def command(
     folder: RecursiveArgument,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the layout as an SVG.", show_default=False)
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the layout (.png, .svg).", show_default=False)
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -13,10 +13,10 @@ from recursify.checkpoint.loading import load_model, require_recursive
 from recursify.checkpoint.record import update_record
 from recursify.errors import SettingsError, TextError
 from recursify.modeling import EXIT_POLICIES, ExitPolicy, RecursiveForCausalLM, make_policy
+from recursify.pictures import DARK, SHARED, new_figure, save_figure
 from recursify.progress import Progress, silent
 
 from .exit_thresholds import ThresholdOutcome, apply_thresholds, choose_thresholds, predict_at_exits
-from .pictures import DARK, SHARED, new_figure, save_figure
 from .text import default_text, read_text, token_windows
 
 CURVE_TARGETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.999)

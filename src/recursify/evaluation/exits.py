@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from recursify.modeling import ExitGenerateOutput
-
-from .pictures import SHARED, new_figure, save_figure
+from recursify.pictures import SHARED, new_figure, save_figure
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from recursify.checkpoint.description import ModelDescription
-from recursify.checkpoint.layout_picture import draw_layout
 from recursify.checkpoint.origin import Origin
 from recursify.evaluation.tasks import format_score
 from recursify.modeling import MINIMUM_TRANSFORMERS
@@ -172,7 +171,7 @@ def _introduction(description: ModelDescription, name: str) -> str:
 
 def _layout(description: ModelDescription, picture: str | None) -> str:
     image = f"![Layout]({picture})\n\n" if picture else ""
-    return f"## Layout\n\n{image}```text\n{draw_layout(description.layout)}\n```\n\n{_residuals(description)}"
+    return f"## Layout\n\n{image}```text\n{description.layout_text()}\n```\n\n{_residuals(description)}"
 
 
 def _residuals(description: ModelDescription) -> str:

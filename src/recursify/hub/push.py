@@ -6,15 +6,15 @@ import copy
 import logging
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from recursify.checkpoint.description import inspect_model
-from recursify.checkpoint.layout_picture import draw_svg
+from recursify.checkpoint.description import ModelDescription, inspect_model
 from recursify.checkpoint.loading import require_recursive
 from recursify.checkpoint.record import read_record, write_model_files
 from recursify.checkpoint.shards import INDEX_FILE
@@ -154,14 +154,28 @@ def _prepare_card(
     """Text of the model card, warnings about it, and the picture that it shows, by file name."""
     record = without_local_paths(read_record(folder))
     description = inspect_model(folder)
-    written = write_card(description, record, repo_id, base_model=base_model, license=license, picture=PICTURE_FILE)
+    description = replace(description, made_from=without_local_paths(description.made_from))
+    pictures = _draw_picture(description)
+    written = write_card(
+        description, record, repo_id, base_model=base_model, license=license, picture=next(iter(pictures), None)
+    )
     warnings, text = list(written.warnings), written.text
     own_card = card or (folder / CARD_FILE if (folder / CARD_FILE).exists() else None)
     if own_card is not None:
         text = read_card(Path(own_card))
         if base_model or license:
             warnings.append(f"{own_card} is uploaded unchanged; --base-model and --license apply to a written card.")
-    return text, warnings, {PICTURE_FILE: draw_svg(without_local_paths(description.to_dict()))}
+    return text, warnings, pictures
+
+
+def _draw_picture(description: ModelDescription) -> dict[str, str]:
+    """SVG of the layout by file name; none without matplotlib, since the card also shows the layout as text."""
+    if find_spec("matplotlib") is None:
+        return {}
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / PICTURE_FILE
+        description.plot(file)
+        return {PICTURE_FILE: file.read_text(encoding="utf-8")}
 
 
 def push_loaded_model(

@@ -1,4 +1,4 @@
-"""Figures of measurements, drawn by matplotlib."""
+"""Figures with matplotlib, if it is installed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHARED, DARK = "#c77f0a", "#1f2937"
-"""Colors of the shared block, and of highlights."""
+"""Colours of the shared block, and of text and emphasis."""
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Make an empty figure of ``width`` by ``height`` inches.
+    """Create an empty figure; sizes are in inches.
 
     Raises:
         SettingsError: matplotlib is not installed.
@@ -23,21 +23,25 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SettingsError("Pictures need matplotlib. Run: pip install 'recursify[plot]'") from error
+        raise SettingsError("Figures need matplotlib. Run: pip install 'recursify[plot]'") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Figure, file: str | Path) -> None:
-    """Write ``figure`` in the format of the suffix of ``file`` (png, svg, pdf).
+def save_figure(figure: Figure, file: Path) -> None:
+    """Write a figure in the format of the file name (png, svg, pdf); the same figure gives the same SVG.
 
     Raises:
         SettingsError: The format is not supported.
         OutputError: The file cannot be written.
     """
+    from matplotlib import rc_context
+
+    metadata = {"Date": None} if file.suffix.lower() == ".svg" else {}
     try:
-        figure.savefig(file, dpi=150)
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "recursify"}):
+            figure.savefig(file, dpi=150, metadata=metadata)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise SettingsError(f"'{file}' is not a supported image file name: {reason} Use .png or .svg.") from error
     except OSError as error:
-        raise OutputError(f"'{file}' cannot be written: {error}. Choose another file.") from error
+        raise OutputError(f"Cannot write '{file}': {error.strerror}. Use another file name.") from error
