@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHARED, DARK = "#c77f0a", "#1f2937"
-"""Colours of the shared block, and of text and emphasis."""
+"""Colors of the shared block, and of text and emphasis."""
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -27,7 +27,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Figure, file: Path) -> None:
+def save_figure(figure: Figure, file: str | Path) -> None:
     """Write a figure in the format of the file name (png, svg, pdf); the same figure gives the same SVG.
 
     Raises:
@@ -36,6 +36,7 @@ def save_figure(figure: Figure, file: Path) -> None:
     """
     from matplotlib import rc_context
 
+    file = Path(file)
     metadata = {"Date": None} if file.suffix.lower() == ".svg" else {}
     try:
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": "recursify"}):

@@ -175,7 +175,7 @@ class ModelDescription:
             exits=label,
             through_coda=exits is None or exits.through_coda,
         )
-        save_figure(figure, Path(file))
+        save_figure(figure, file)
 
 
 def inspect_model(model: str | Path) -> ModelDescription:

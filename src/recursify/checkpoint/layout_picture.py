@@ -18,7 +18,7 @@ MARGIN, GAP, LINE, CHARACTER = 0.3, 0.35, 0.17, 0.08
 """Border, distance between parts, line height, and width of a character, in inches."""
 
 ONCE, END, EXIT = "#0072b2", "#7b8794", "#00805f"
-"""Colours of layers that run once, of the model's ends, and of exits."""
+"""Colors of layers that run once, of the model's ends, and of exits."""
 
 ARROW = {"arrowstyle": "-|>", "color": DARK, "shrinkA": 0, "shrinkB": 0}
 
