@@ -201,7 +201,7 @@ def test_registration_leaves_no_hook(recursive):
         (lambda model, out: recursify.generate_text(model, "a", exit_policy="sure"), "Unknown exit policy 'sure'"),
         (
             lambda model, out: recursify.generate_text(model, "a", speculate=True, exit_policy="head"),
-            "Give exit_policy",
+            "Use --exit or --speculate",
         ),
         (lambda model, out: recursify.push_model(model, "a/b/c", dry_run=True), "is not a valid repository name"),
         (lambda model, out: recursify.Engine(model), "Use Engine.from_pretrained"),

@@ -90,7 +90,7 @@ class Settings:
             except ValidationError as invalid:
                 raise _error(cls, invalid) from None
 
-        cls.__init__ = __init__  # type: ignore[assignment]
+        cls.__init__ = __init__  # type: ignore[method-assign]
 
     @classmethod
     def from_mapping(

@@ -231,6 +231,9 @@ class BenchPlan:
             for row in (row for row in rows if row.concurrency == workload.concurrency):
                 gain = None
                 if prompts is not None and row is not full and row.contestant.startswith("engine"):
+                    assert full is not None
+                    assert full.stats is not None
+                    assert row.stats is not None
                     gain = measure_gain(full.stats, row.stats, prompts, len(workload.prompts), self.num_recursions)
                 compared.append(replace(row, ratio=row.tokens_per_second / base, gain=gain))
         return compared

@@ -111,8 +111,8 @@ def evaluate_model(
     if length < 2 or (max_tokens is not None and max_tokens < 2):
         raise SettingsError(f"length and max_tokens must be at least 2, got {length} and {max_tokens}.")
     text = read_text(data) if data else default_text("held_out")
-    loading = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    own_number = {"recursions": recursions, "residual_scale": residual_scale, "anderson": anderson}
+    loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    own_number: dict[str, Any] = {"recursions": recursions, "residual_scale": residual_scale, "anderson": anderson}
     name = _name(model)
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:

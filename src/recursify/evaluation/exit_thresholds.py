@@ -148,7 +148,7 @@ def choose_thresholds(predictions: ExitPredictions, target: float, lowest: float
     num_exits, num_tokens = predictions.agrees.shape
     budget = (1 - target) * num_tokens
     is_running = torch.ones(num_tokens, dtype=torch.bool)
-    thresholds = []
+    thresholds: list[float] = []
     for confidence, agrees in zip(predictions.confidences, predictions.agrees, strict=True):
         allowed = budget / (num_exits - len(thresholds))
         thresholds.append(_lowest_threshold(confidence[is_running], agrees[is_running], allowed, lowest))

@@ -125,7 +125,7 @@ def push_model(
         if publication.difference is None:
             warnings.append("recursify.json has no fingerprint, so the predictions of the model were not compared.")
             logger.warning(warnings[-1])
-        content = {
+        content: dict[str, Any] = {
             "files": publication.sizes,
             "left_out": publication.left_out,
             "difference": publication.difference,

@@ -94,8 +94,8 @@ class RequestGuardMiddleware:
                     if has_ended:
                         return bytes(body)
         except TimeoutError:
-            message = f"The body did not arrive within {self.settings.body_timeout:g} seconds. Send it faster."
-            raise ApiError(408, message, headers=CLOSE) from None
+            reason = f"The body did not arrive within {self.settings.body_timeout:g} seconds. Send it faster."
+            raise ApiError(408, reason, headers=CLOSE) from None
 
 
 def _digest(key: bytes) -> bytes:
