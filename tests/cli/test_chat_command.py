@@ -1,4 +1,4 @@
-"""``recursify chat``: what the engine says to a conversation, as it comes."""
+"""``recursify chat``: streamed answers of a conversation."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_an_answer_that_is_broken_off_is_kept_as_far_as_it_came(folder):
     ("arguments", "message"),
     [
         (["dense"], "has no chat template, so it cannot chat. Use recursify generate"),
-        (["model", "--threshold", 0.5], "--threshold and --min-depth are for --exit, which is not given"),
+        (["model", "--threshold", 0.5], "without a policy: threshold. Name a policy"),
         (["model", "--exit", "often"], "Unknown exit policy 'often'"),
         (["model", "--exit", "confidence", "--min-depth", 4], "no exit after depth 4"),
         (["model", "--exit", "oracle"], "'oracle' is a simulation"),

@@ -34,7 +34,7 @@ def test_uptrain_takes_router_options(routed, capsys):
     more = ["--stage", "routers", "--router", "token_choice"]
     assert run("uptrain", routed / "recursive", "-o", routed / "chosen", *short, *more) == 0
     out = capsys.readouterr().out
-    assert "of the tokens" in out
+    assert "top-k accuracy" in out
     assert "per token, of 2" in out
     assert run("uptrain", routed / "recursive", "-o", routed / "bad", *short, *more, "--capacity", 1) == 1
     assert "in token_choice every token chooses" in capsys.readouterr().err
@@ -43,7 +43,7 @@ def test_uptrain_takes_router_options(routed, capsys):
 def test_inspect_tells_of_routers(routed, capsys):
     """Who chooses, what each recursion takes, and how many parameters that is."""
     assert run("inspect", routed / "routed") == 0
-    assert "routers   expert_choice, which take 100%, 25% of the tokens; keys and values shared" in (
+    assert "routers   expert_choice, running 100%, 25% of the tokens; KV cache shared" in (
         capsys.readouterr().out
     )
     assert run("inspect", routed / "routed", "--json") == 0

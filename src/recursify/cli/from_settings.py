@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 from recursify.errors import SettingsError
 from recursify.settings import Option, Settings, check_keys, constraints, describe, read_settings
 
-METAVARS = {int: "<int>", float: "<float>", str: "<str>"}
+METAVARS = {int: "<int>", float: "<float>", str: "<str>", Path: "<path>"}
 
 
 def options_from_settings(command: Callable[..., None]) -> Callable[..., None]:
