@@ -203,7 +203,7 @@ def test_registration_leaves_no_hook(recursive):
             lambda model, out: recursify.generate_text(model, "a", speculate=True, exit_policy="head"),
             "Use --exit or --speculate",
         ),
-        (lambda model, out: recursify.push_model(model, "a/b/c", dry_run=True), "is not a valid repository name"),
+        (lambda model, out: recursify.push_model("nowhere", "me/x"), "There is no model folder at 'nowhere'"),
         (lambda model, out: recursify.Engine(model), "Use Engine.from_pretrained"),
         (lambda model, out: recursify.Engine.from_pretrained(model, max_num_seq=2), "Did you mean 'max_num_seqs'?"),
         (lambda model, out: recursify.Engine.from_pretrained(model, max_num_seqs=0), "max_num_seqs must be a whole"),
