@@ -1,6 +1,7 @@
 """Incremental detokenization, with stop strings.
 
-``tokenizers.decoders.DecodeStream`` is not used: it needs a fast tokenizer, and raises on bytes that are not UTF-8.
+``tokenizers.decoders.DecodeStream`` is not used: it needs a fast tokenizer, and raises on invalid UTF-8 of
+byte-fallback tokenizers.
 """
 
 from __future__ import annotations
