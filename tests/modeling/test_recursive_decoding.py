@@ -484,9 +484,9 @@ def test_a_reduced_vocabulary_saves_the_readout_of_tokens_that_go_on():
 
 def test_a_vocabulary_that_means_nothing_is_refused():
     """A policy without logits, a single entry, more than there are."""
-    with pytest.raises(ValueError, match=r"Policy 'head' looks at no logits\. Leave vocabulary=50 out"):
+    with pytest.raises(ValueError, match=r"Policy 'head' does not use logits\. Leave vocabulary=50 out"):
         make_policy("head", vocabulary=50)
-    with pytest.raises(ValueError, match="2 entries of the vocabulary at least, got vocabulary=1"):
+    with pytest.raises(ValueError, match="at least 2 entries of the vocabulary, got vocabulary=1"):
         make_policy("confidence", vocabulary=1)
     model = tiny_exits(recursions=2)
     with pytest.raises(ValueError, match="vocabulary=100000 is more than the model has"):

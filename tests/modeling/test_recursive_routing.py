@@ -499,7 +499,7 @@ def test_packed_documents_do_not_see_one_another():
     [
         ("mine", {}, "Unknown router 'mine'. Use one of: expert_choice, token_choice"),
         ("expert_choice", {"router_gate": "add"}, "Unknown router_gate 'add'. Use one of: residual, mor"),
-        ("expert_choice", {"router_capacity": [1]}, "Unknown router field 'router_capacity'. There are: router_width"),
+        ("expert_choice", {"router_capacity": [1]}, "Unknown router field 'router_capacity'. Use one of: router_width"),
         ("expert_choice", {"router_capacities": [0.5, 0.7]}, r"rise from 0\.5 to 0\.7 at depth 1"),
         ("expert_choice", {"router_capacities": [1.0, 0.0]}, "0 at depth 1 leaves no token"),
         ("expert_choice", {"router_capacities": [1.5, 0.5]}, r"1\.5 at depth 0 leaves more tokens than there are"),
@@ -528,7 +528,9 @@ def test_bad_fields_are_refused(kind, fields, message):
         model.add_routers(kind, **fields)
     assert model.config.router is None
     assert model.model.routers is None
-    with pytest.raises(ValueError, match=message.replace("router field", "config key").partition(". There")[0]):
+    with pytest.raises(
+        ValueError, match=message.replace("router field", "config key").replace(". Use one of: router_width", "")
+    ):
         RecursiveConfig.from_dense(tiny_config("llama"), model.config.layout, router=kind, **fields)
 
 
@@ -550,7 +552,7 @@ def test_keys_of_unlike_layers_are_not_shared():
 def test_calls_that_cannot_be_routed_are_refused():
     """Other caches and attention, beams, assistants, exits, layer states, checkpointing with shared keys."""
     model, ids = tiny_routed(), random_ids(1, 6)
-    with pytest.raises(ValueError, match=r"keys and values in a RoutedCache, and got a DynamicCache"):
+    with pytest.raises(ValueError, match=r"needs a RoutedCache, and got a DynamicCache"):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match=r"num_beams is 4, and the routers are expert_choice"):
         model.generate(ids, num_beams=4, max_new_tokens=2)
@@ -558,11 +560,11 @@ def test_calls_that_cannot_be_routed_are_refused():
         model.generate(ids, cache_implementation="static", max_new_tokens=2)
     with pytest.raises(ValueError, match="prompt_lookup_num_tokens does not work with routers"):
         model.generate(ids, prompt_lookup_num_tokens=2, max_new_tokens=2)
-    with pytest.raises(ValueError, match="routers say how far a token goes"):
+    with pytest.raises(ValueError, match="routers decide how far a token goes"):
         model.generate(ids, exit_policy="confidence", max_new_tokens=2)
-    with pytest.raises(ValueError, match="return_layer_states: a routed model's layers run on unlike tokens"):
+    with pytest.raises(ValueError, match="return_layer_states: a routed model's layers run on different tokens"):
         model.model(ids, return_layer_states=True)
-    with pytest.raises(ValueError, match="The cache holds 1 rows, and the call has 2"):
+    with pytest.raises(ValueError, match="The cache has 1 rows, and the call has 2"):
         model(random_ids(2, 3), past_key_values=generate(model, ids, max_new_tokens=3)[2])
     with pytest.raises(ValueError, match="routers, which were trained for 2 recursions"):
         model.with_recursions(3)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.tiny_models import random_ids, tiny_recursive
 from recursify.checkpoint.record import travelling_code
+from recursify.errors import HubError
 from recursify.modeling import ExitSettings, RecursiveConfig, RecursiveForCausalLM, make_policy, travelling_files
 
 PLAIN = {
@@ -38,6 +39,27 @@ ROUTED = PLAIN | {
     "recursive_routing.py",
 }
 ANDERSON = PLAIN | {"modeling_recursive_anderson.py"}
+
+FIRST_FORMAT = "39a0e3c"
+OLD_FILES = (
+    "configuration_recursive.py",
+    "recursive_layout.py",
+    "recursive_loops.py",
+    "recursive_exits.py",
+    "recursive_thresholds.py",
+    "recursive_policies.py",
+    "recursive_decoding.py",
+    "recursive_speculation.py",
+    "recursive_routing.py",
+    "recursive_routed_cache.py",
+    "recursive_routed_walk.py",
+    "modeling_recursive.py",
+)
+OLD_MAP = {
+    "AutoConfig": "configuration_recursive.RecursiveConfig",
+    "AutoModel": "modeling_recursive.RecursiveModel",
+    "AutoModelForCausalLM": "modeling_recursive.RecursiveForCausalLM",
+}
 
 BARE = """
 import json, sys
@@ -138,3 +160,40 @@ def test_what_a_plain_class_lacks_is_refused(tmp_path):
     config = RecursiveConfig(**{**plain().config.to_dict(), "router": "expert_choice"})
     with pytest.raises(ValueError, match=r"router=expert_choice needs code that .* Install recursify"):
         modeling_recursive.RecursiveForCausalLM(config)
+
+
+def old_file(name: str) -> bytes:
+    """A file of the package as of the first format, from the history of this repository; skips without it."""
+    command = ["git", "show", f"{FIRST_FORMAT}:src/recursify/modeling/{name}"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True)
+    if done.returncode:
+        pytest.skip("needs the history of the repository")
+    return done.stdout
+
+
+@pytest.mark.parametrize("make", [plain, with_exits, routed, looped])
+def test_folders_made_before_still_load(make, tmp_path):
+    """They carry all twelve files, whatever they use, and one class for every model."""
+    model, folder = make(), tmp_path / "model"
+    model.save_pretrained(folder)
+    for file in folder.glob("*.py"):
+        file.unlink()
+    for name in OLD_FILES:
+        (folder / name).write_bytes(old_file(name))
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**fields, "auto_map": OLD_MAP}), encoding="utf-8")
+    assert set(travelling_code(folder)) == set(OLD_FILES)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    tokens = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0].tolist()
+    assert load_bare(folder, tmp_path)[1] == tokens
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(loaded) is RecursiveForCausalLM
+    with torch.inference_mode():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert {file.name for file in (tmp_path / "again").glob("*.py")} == set(travelling_files(model.config))
+
+
+def test_push_to_hub_is_the_checked_one():
+    with pytest.raises(HubError, match=r"push_to_hub\(\) of a recursive model does not support create_pr"):
+        plain().push_to_hub("me/model", create_pr=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -59,13 +60,23 @@ class RecursiveForCausalLM(
     """A recursive model with its language-modelling head."""
 
     base_model_class: ClassVar[type[PlainModel]] = RecursiveModel
-    publish: ClassVar[Callable[..., Any] | None] = None
-    """Function that checks and uploads a saved model, set by the package that has it."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **kwargs: Any) -> None:
         """Save the model with the code that its configuration uses; arguments are those of transformers."""
         super().save_pretrained(save_directory, *arguments, **kwargs)
         copy_travelling_files(self.config, save_directory)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model with the checks of ``recursify push``; options are those of transformers.
+
+        The classes in a checkpoint, which work without recursify, keep transformers' own ``push_to_hub``.
+
+        Raises:
+            HubError: An option that is not supported, files that must not be uploaded, or a refusal of the Hub.
+            ParityError: The saved model does not load in a fresh process, or differs from its fingerprint.
+        """
+        # By name and on call: ``hub`` is built on this package, which imports nothing of it.
+        return import_module("recursify.hub.push").push_loaded_model(self, repo_id, **options)
 
     def with_recursions(
         self, num_recursions: int, *, residual_scale: float | Literal["auto"] = "auto", anderson: int = 0

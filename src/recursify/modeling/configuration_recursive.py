@@ -68,8 +68,8 @@ class RecursiveConfig(PreTrainedConfig):
         exit_depth: Depth after which every token exits; None runs all recursions. ``from_pretrained`` takes it, and so
             does any tool that passes arguments on to it (lm-eval's ``--model_args``, a pipeline).
         residual_scale: Factor on the steps of the shared layers: ``h + residual_scale · (layer(h) - h)``.
-        depth_map: For a model with another number of recursions (``with_recursions``): the depth of the original model
-            that each depth took its own parameters from.
+        depth_map: Depth of the original model that each depth took its own parameters from, in a model with another
+            number of recursions (``with_recursions``).
         anderson: Number of earlier loops mixed into one that repeats them (``modeling_recursive_anderson.py``).
         router: Kind of router that decides which tokens run a recursion (``ROUTERS``); None runs all of them.
         router_width: Architecture of a router (``ROUTER_WIDTHS``).
@@ -154,7 +154,7 @@ class RecursiveConfig(PreTrainedConfig):
         self._attn_implementation = dense_fields.get("attn_implementation")
         for key, value in own.items():
             setattr(self, key, value)
-        self.lora_rank_pattern = dict(lora_rank_pattern or {})
+        self.lora_rank_pattern: dict[str, int] = dict(lora_rank_pattern or {})
         self._derive(derived)
         self.check_fields()
 
@@ -247,8 +247,10 @@ class RecursiveConfig(PreTrainedConfig):
         }
 
     def _check_exits(self) -> None:
-        """Raises:
-        ValueError: The exit fields do not fit the layout or one another.
+        """Check the exit fields.
+
+        Raises:
+            ValueError: The exit fields do not fit the layout or one another.
         """
         if self.exit_head not in EXIT_HEADS:
             raise ValueError(f"Unknown exit_head '{self.exit_head}'. Use one of: {', '.join(EXIT_HEADS)}.")
@@ -285,8 +287,10 @@ class RecursiveConfig(PreTrainedConfig):
         return exit_depth
 
     def _check_loops(self) -> None:
-        """Raises:
-        ValueError: A scale, map or history that the recursions cannot have.
+        """Check the loop fields.
+
+        Raises:
+            ValueError: A scale, map or history that the recursions cannot have.
         """
         if not 0 < self.residual_scale < math.inf:
             raise ValueError(f"residual_scale must be a positive number, got {self.residual_scale}.")
@@ -316,8 +320,7 @@ class RecursiveConfig(PreTrainedConfig):
 
     def rank_of(self, index: int, path: str, in_features: int, out_features: int) -> int:
         """LoRA rank of the shared linear ``path`` (``"self_attn.q_proj"``) in block layer ``index``."""
-        rank = self.lora_rank
-        names = path.split(".")
+        rank, names = int(self.lora_rank), path.split(".")
         for start in reversed(range(len(names))):
             rank = self.lora_rank_pattern.get(".".join(names[start:]), rank)
         rank = self.lora_rank_pattern.get(f"{index}.{path}", rank)
@@ -362,8 +365,10 @@ _NOT_COPIED = (
 
 
 def _check_routers(config: Any) -> None:
-    """Raises:
-    ValueError: The router fields of ``config`` do not fit the layout or one another.
+    """Check the router fields.
+
+    Raises:
+        ValueError: The router fields do not fit the layout or one another.
     """
     choices = {
         "router": ROUTERS,

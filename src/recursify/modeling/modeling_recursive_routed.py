@@ -105,7 +105,7 @@ class RecursiveForCausalLM(PlainForCausalLM):
         if self.model.routers is not None:
             if exit_policy is not None or speculate:
                 raise ValueError(
-                    "The model's routers decide how deep a token runs. Leave exit_policy and speculate out."
+                    "The model's routers decide how far a token goes. Leave exit_policy and speculate out."
                 )
             kwargs = routed_generate_arguments(self, kwargs, CACHE_ARGUMENT)
         return super().generate(inputs, *arguments, exit_policy=exit_policy, speculate=speculate, **kwargs)

@@ -388,8 +388,10 @@ class Step:
 
 
 def check_depths(settings: ExitSettings, num_exits: int) -> None:
-    """Raises:
-    ValueError: Settings for exits that the model does not have.
+    """Check that the model has the exits of the settings.
+
+    Raises:
+        ValueError: Settings for exits that the model does not have.
     """
     thresholds, policy = settings.policy.threshold, settings.policy
     if isinstance(thresholds, tuple) and len(thresholds) != num_exits:

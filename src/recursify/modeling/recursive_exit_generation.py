@@ -40,8 +40,10 @@ class ExitGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 def refuse_arguments(given: dict[str, Any]) -> None:
-    """Raises:
-    ValueError: One of :data:`REFUSED` is given.
+    """Refuse unsupported arguments.
+
+    Raises:
+        ValueError: One of :data:`REFUSED` is given.
     """
     for name in REFUSED:
         if given.get(name) is not None:

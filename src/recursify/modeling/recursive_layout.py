@@ -7,7 +7,7 @@ meet here and nowhere else:
 - **block layer**: index inside the shared block, ``0 .. block_size-1``.
 - **depth**: which recursion a block layer is in, ``0 .. R-1``.
 
-This file travels inside every checkpoint: it imports the standard library only.
+This file travels inside checkpoints: it imports the standard library only.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Part = Literal["prelude", "block", "coda"]
 
 
 class LayoutError(ValueError):
-    """A depth that does not fold as asked, or layers that cannot be tied."""
+    """Depth that does not fold as asked, or layers that cannot be tied."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRef:
-    """Where one position lives: ``part``, the layer's ``index`` in that part, and the ``depth`` it runs at."""
+    """Layer at a position: its ``part``, its ``index`` in that part, and the ``depth`` that it runs at."""
 
     part: Part
     index: int
@@ -37,7 +37,7 @@ class LayerRef:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLayout:
-    """How ``num_layers`` effective positions map onto stored layers.
+    """Map from ``num_layers`` effective positions to stored layers.
 
     ``order="cycle"`` runs the whole block, then again (``A B A B``); ``order="sequence"`` runs each layer
     ``num_recursions`` times before the next (``A A B B``). Only a cycle has recursion boundaries.
@@ -74,9 +74,9 @@ class LayerLayout:
         """Fold ``num_layers`` dense layers into ``num_recursions`` applications of a shared block.
 
         Args:
-            num_layers: Depth of the dense model.
-            num_recursions: How often the shared block is applied, at least 1.
-            sharing: One of :data:`SHARINGS`.
+            num_layers: Number of layers of the dense model.
+            num_recursions: Number of applications of the shared block, at least 1.
+            sharing: Sharing scheme, one of :data:`SHARINGS`.
             num_prelude_layers: Unshared layers before the block; ``None`` takes the scheme's own, 0 or 1.
             num_coda_layers: Unshared layers after the block; ``None`` likewise.
 
@@ -121,7 +121,7 @@ class LayerLayout:
         return self.num_prelude_layers + self.block_size + self.num_coda_layers
 
     def layer_ref(self, position: int) -> LayerRef:
-        """The slot that runs at ``position``."""
+        """Layer that runs at ``position``."""
         if not 0 <= position < self.num_layers:
             raise IndexError(f"Position {position} is outside 0 .. {self.num_layers - 1}.")
         inner = position - self.num_prelude_layers
@@ -134,43 +134,43 @@ class LayerLayout:
         return LayerRef("block", inner // self.num_recursions, inner % self.num_recursions)
 
     def slots(self) -> Iterator[LayerRef]:
-        """Every slot, in the order in which the model runs them."""
+        """Layers at all positions, in the order in which the model runs them."""
         return (self.layer_ref(position) for position in range(self.num_layers))
 
     def position(self, index: int, depth: int) -> int:
-        """The position at which block layer ``index`` runs at ``depth``."""
+        """Position of block layer ``index`` at ``depth``."""
         if self.order == "cycle":
             return self.num_prelude_layers + depth * self.block_size + index
         return self.num_prelude_layers + index * self.num_recursions + depth
 
     def positions(self, index: int) -> list[int]:
-        """The positions of block layer ``index``, by depth."""
+        """Positions of block layer ``index``, by depth."""
         return [self.position(index, depth) for depth in range(self.num_recursions)]
 
     def layers_before(self, depth: int) -> int:
-        """Layers that have run at the boundary after ``depth``; only a cycle has such."""
+        """Number of layers that have run at the boundary after ``depth``; only a cycle has boundaries."""
         return self.position(self.block_size - 1, depth) + 1
 
     def sources(self, depths: Sequence[int]) -> list[int]:
-        """By position of a layout of ``len(depths)`` recursions, the position here that runs the same layer.
+        """Map the positions of a layout of ``len(depths)`` recursions to positions here that run the same layer.
 
         Its depth ``i`` is the depth ``depths[i]`` here.
         """
-        found = []
+        positions = []
         for slot in replace(self, num_recursions=len(depths)).slots():
             if slot.part == "block":
-                found.append(self.position(slot.index, depths[slot.depth]))
+                positions.append(self.position(slot.index, depths[slot.depth]))
             else:
-                found.append(slot.index if slot.part == "prelude" else self.coda_positions[slot.index])
-        return found
+                positions.append(slot.index if slot.part == "prelude" else self.coda_positions[slot.index])
+        return positions
 
     @property
     def coda_positions(self) -> range:
-        """The positions of the coda."""
+        """Positions of the coda."""
         return range(self.num_layers - self.num_coda_layers, self.num_layers)
 
     def layer_to_block(self) -> list[int]:
-        """Per position, the index of the stored layer: prelude first, then the block, then the coda."""
+        """Index of the stored layer at every position: prelude first, then the block, then the coda."""
         offset = {
             "prelude": 0,
             "block": self.num_prelude_layers,

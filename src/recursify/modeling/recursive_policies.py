@@ -163,8 +163,10 @@ class ExitPolicy(ABC):
             raise ValueError(f"A policy needs at least 2 entries of the vocabulary, got vocabulary={self.vocabulary}.")
 
     def check_vocabulary(self, size: int) -> None:
-        """Raises:
-        ValueError: The policy scores more vocabulary entries than ``size``, the model's number.
+        """Check the vocabulary against the model's number of entries.
+
+        Raises:
+            ValueError: The policy scores more than ``size`` entries.
         """
         if self.vocabulary is not None and self.vocabulary > size:
             raise ValueError(f"vocabulary={self.vocabulary} is more than the model has: {size}. Give fewer entries.")
@@ -339,8 +341,8 @@ class ExitSettings:
         policy: Policy that decides.
         kv: KV mode, one of :data:`KV_MODES`.
         min_depth: First depth after which a token may exit.
-        max_pending: With ``deferred``: maximum number of tokens of a row whose deeper keys and values are deferred; one
-            more runs all depths, with the deferred ones. It bounds the cost of a step.
+        max_pending: Maximum number of tokens of a row whose deeper keys and values are deferred; one more runs all
+            depths, with the deferred ones. It bounds the cost of a step.
         decay: CALM's ``τ``: step ``t`` of ``N`` has the threshold ``0.9 λ + 0.1 λ exp(−τ t / N)``, more careful at the
             start; 0 keeps ``λ``.
         layers: Numbers of layers to exit after instead of at recursion boundaries, with the model's own norm and head

@@ -1,13 +1,12 @@
-"""Running a routed model: at every recursion, its tokens are put side by side, the block runs on them alone, and what
-it makes of them is put back.
+"""Forward of a routed model: every recursion packs its tokens, runs the block on them alone and puts the results back.
 
-So the block costs what its tokens cost, in training, in prefill and in decoding. Tokens keep their order, their RoPE
-positions and, of the whole sequence's mask, their own part: windows, padding and packed documents stay what they were.
-Where all tokens go in, the block is called as if there were no router, and what it returns is the same to the last bit.
+So the cost of the block is that of its tokens, in training, prefill and decoding. Tokens keep their order, their RoPE
+positions and their part of the sequence's mask: windows, padding and packed documents stay as they are. When all tokens
+run a recursion, the block is called as without a router, with equal results to the last bit.
 
 Shape legend: B batch, T tokens, D hidden size, s rows in a call, n tokens in a call, w keys.
 
-This file travels inside every checkpoint: it imports torch and transformers only.
+This file travels inside checkpoints that have routers: it imports torch, transformers and its neighbours only.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from .recursive_routing import (
 
 
 class NoProjection(nn.Module):
-    """Stands for a key or value projection whose output nobody reads."""
+    """Placeholder for a key or value projection with an unused output."""
 
     def __init__(self, out_features: int):
         super().__init__()
@@ -47,7 +46,7 @@ class NoProjection(nn.Module):
 
 
 def drop_key_projections(block: nn.ModuleList) -> None:
-    """Have no depth but the first project keys and values, where they are maps of their own (not in phi3, gpt_neox)."""
+    """Remove the key and value projections of all depths but the first, unless they are fused (phi3, gpt_neox)."""
     layer: Any  # a SharedLayer
     for layer in block:
         for path, stored in layer.stored_modules():
@@ -140,7 +139,7 @@ class RoutedWalk(LayerWalk):
         return self._entered
 
     def _choose_experts(self, depth: int, states: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens the router of ``depth`` takes, and their gates, each ``[B, T]``."""
+        """Mask of the tokens that the router of ``depth`` selects, and their gates, each ``[B, T]``."""
         router = self.routers[depth]
         logits = router(states)
         deciding = logits[..., 0]
@@ -155,7 +154,7 @@ class RoutedWalk(LayerWalk):
         return selected, expert_gates(self.config, router, logits)
 
     def _choose_by_token(self, depth: int, states: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens go as far as ``depth``, and their gates, which only their last recursion has."""
+        """Mask of the tokens that run ``depth``, and their gates, which only their last recursion has."""
         if depth == 0:
             logits = self.routers[0](states)
             self.routing.logits.append(logits)
@@ -167,7 +166,7 @@ class RoutedWalk(LayerWalk):
 
     def _pack(self, depth: int, selected: Tensor) -> Packing | None:
         if self.chooses_top_k and self.real is None and self.config.router == "expert_choice":
-            # Known without asking the device.
+            # Known without synchronizing.
             counts = [tokens_of(self.capacities[depth], self.num_tokens)] * self.num_rows
             is_whole = counts[0] == self.num_tokens
         else:
@@ -183,7 +182,7 @@ class RoutedWalk(LayerWalk):
         return pack(selected, counts, all_rows=self.model.training)
 
     def _keys_before(self, depth: int) -> int:
-        """How many keys a recursion would find if every token had gone into the one that made them."""
+        """Number of keys for a recursion if every token had run the depth that computed them."""
         assert self.store is not None
         return self.past if self.store.home(depth) == depth else self.past + self.num_tokens
 
@@ -202,15 +201,15 @@ class RoutedWalk(LayerWalk):
         )
 
     def _mask(self, kind: str | None, states: Tensor) -> Any:
-        """The mask of the packed tokens, ``[s, 1, n, w]``, cut out of the whole one."""
+        """Mask ``[s, 1, n, w]`` of the packed tokens, cut out of the whole one."""
         whole = self.masks[kind] if isinstance(self.masks, dict) else self.masks
         packing = self._packing
         assert packing is not None
         if packing.is_whole:
             return whole
-        keys, there = packing.columns, packing.valid
+        keys, is_key = packing.columns, packing.valid
         if self.store is not None:
-            keys, there = self.store.seen(len(self.routing.selected) - 1)
+            keys, is_key = self.store.seen(len(self.routing.selected) - 1)
         if whole is None:
             visible = keys[:, None, :] <= packing.columns[:, :, None] + self.past
         else:
@@ -218,8 +217,8 @@ class RoutedWalk(LayerWalk):
             rows = torch.zeros_like(rows) if len(whole) == 1 else rows
             found = whole[:, 0][rows[:, None, None], packing.columns[:, :, None], keys[:, None, :]]
             visible = found if found.dtype == torch.bool else found > torch.finfo(found.dtype).min / 2
-        visible = visible & there[:, None, :]
-        # What fills a row up sees everything: of nothing at all, a softmax is NaN.
+        visible = visible & is_key[:, None, :]
+        # Fill-up tokens see everything: the softmax of an empty row is NaN.
         visible = (visible | ~packing.valid[:, :, None])[:, None]
         if self.config._attn_implementation == "sdpa":
             return visible
@@ -232,7 +231,7 @@ class RoutedWalk(LayerWalk):
             return self._whole
         gate = packing.take(self._gate)
         if self.config.router == "token_choice" and self.config.router_gate == "mor":
-            # As in its published code: recursions add up unweighted, and the last is weighted beside the first's input.
+            # As in the published code: recursions add up unweighted, the last one weighted with the first's input.
             is_last = packing.take(self._depths == depth).unsqueeze(-1)
             new = torch.where(is_last, gated(packing.take(self._first), made, gate, "mor"), made)
         else:
@@ -242,11 +241,11 @@ class RoutedWalk(LayerWalk):
 
 def _check_call(model: Any, cache: Cache | None) -> None:
     config = model.config
-    # By what it has, not by its class: a model that brought its code along has a class of its own.
+    # By attribute and not by class: a model loaded with its own code has classes of its own.
     if cache is not None and not hasattr(cache, "aim"):
         raise ValueError(
-            f"A routed model keeps keys and values in a RoutedCache, and got a {type(cache).__name__}. Leave the cache "
-            f"out (generate makes the right one), or pass RoutedCache(model.config)."
+            f"A routed model needs a RoutedCache, and got a {type(cache).__name__}. Leave it out (generate makes "
+            f"the right one), or pass RoutedCache(model.config)."
         )
     if config._attn_implementation not in MASKED_ATTENTION:
         raise ValueError(
@@ -262,7 +261,7 @@ def _check_call(model: Any, cache: Cache | None) -> None:
 
 
 def routed_generate_arguments(model: Any, given: dict[str, Any], cache_argument: str) -> dict[str, Any]:
-    """The arguments of transformers' ``generate`` for a routed model: those given, and its cache, by its name.
+    """Arguments of transformers' ``generate`` for a routed model: the given ones and its cache.
 
     Raises:
         ValueError: Beams with an expert-choice router, or another cache or an assistant asked for.
@@ -274,8 +273,8 @@ def routed_generate_arguments(model: Any, given: dict[str, Any], cache_argument:
     }
     if model.config.router == "expert_choice" and (asked["num_beams"] or 1) > 1:
         raise ValueError(
-            f"num_beams is {asked['num_beams']}, and the routers are expert_choice: a beam wins by what it says, and "
-            f"the routers' thresholds would give each its own number of recursions to say it with. Leave num_beams out."
+            f"num_beams is {asked['num_beams']}, and the routers are expert_choice: beams compete by "
+            f"their probability, and routers would give each beam another number of recursions. Leave num_beams out."
         )
     for name in ("cache_implementation", "assistant_model", "prompt_lookup_num_tokens"):
         if asked[name] is not None:

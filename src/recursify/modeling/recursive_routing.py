@@ -1,13 +1,13 @@
-"""Routers: which tokens go through which recursions (Mixture-of-Recursions, arXiv 2507.10524, "MoR").
+"""Routers, which decide the recursions that each token runs (Mixture-of-Recursions, arXiv 2507.10524, "MoR").
 
-An *expert-choice* router stands at the entry of every recursion and scores its tokens. In training the ``k`` best of a
-sequence go in, where the capacity says how many those are; ``k`` best of a sequence is not causal, so in inference the
-trained score of a token alone decides. A *token-choice* router stands at the first entry and gives each token the
-number of its recursions, at training and inference alike. A token that does not go into a recursion is not touched.
+An *expert-choice* router scores the tokens at the entry of every recursion. In training the ``k`` best of a sequence
+run it, ``k`` being set by the capacity; that is not causal, so at inference the trained score of each token alone
+decides. A *token-choice* router gives each token the number of its recursions at the first entry, in training and at
+inference. A token that does not run a recursion is not changed.
 
 Shape legend: B batch, T tokens, D hidden size, R recursions.
 
-This file travels inside every checkpoint: it imports torch only.
+This file travels inside checkpoints that have routers: it imports torch, transformers and its neighbours only.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ def warmed_up(capacity: float, progress: float) -> float:
 
 
 def capacities_of(config: Any) -> list[float]:
-    """By depth, of a config with routers: its own, else :func:`default_capacities`."""
+    """Capacities by depth: the configuration's, else :func:`default_capacities`."""
     return config.router_capacities or default_capacities(config.num_recursions)
 
 
 def alpha_of(config: Any) -> float:
-    """What a gate is scaled by: the config's ``router_alpha``, else MoR's, by the kind of router."""
+    """Factor on gates: the configuration's ``router_alpha``, else MoR's for the kind of router."""
     if config.router_alpha is not None:
         return float(config.router_alpha)
     return 0.1 if config.router == "expert_choice" else 1.0
 
 
 def activation_of(config: Any) -> str:
-    """The config's ``router_activation``, else MoR's, by the kind of router."""
+    """Activation: the configuration's, else MoR's for the kind of router."""
     return config.router_activation or ("sigmoid" if config.router == "expert_choice" else "softmax")
 
 
 def inference_threshold(config: Any, depth: int) -> float | None:
-    """The score from which on a token goes into the recursion at ``depth`` in inference; None takes all."""
+    """Lowest score of a token that runs the recursion at ``depth`` at inference; None for all tokens."""
     if config.router_thresholds is not None:
         return float(config.router_thresholds[depth]) or None  # a probability is never below 0
     capacities = capacities_of(config)
@@ -69,15 +69,15 @@ def inference_threshold(config: Any, depth: int) -> float | None:
 
 
 class TokenRouter(nn.Module):
-    """Scores tokens, of hidden states scaled to unit root mean square: those of pretrained models grow with depth.
+    """Scores of tokens, given hidden states scaled to unit root mean square: in pretrained models they grow with depth.
 
-    Its last map starts at zero, so that every score is even, and a model with routers is the model without.
+    Its last map starts at zero, so all scores are even and a model with new routers equals the model without.
 
     Args:
-        width: A name in :data:`ROUTER_WIDTHS`.
-        hidden_size: ``D``.
-        num_options: Scores per token: 1, or as many as there are recursions to choose from.
-        temperature: Divides what the router sees.
+        width: Architecture, a name in ``ROUTER_WIDTHS``.
+        hidden_size: Hidden size ``D``.
+        num_options: Number of scores per token: 1, or the number of recursions to choose from.
+        temperature: Divisor of the router's input.
 
     Parameters: ``weight [options, D]``, or ``inner [2D, D]`` and ``weight [options, 2D]``, without biases. They are
     not in ``nn.Linear``s, which adapters and quantizers would take for the model's own. Token choice also has the
@@ -100,7 +100,7 @@ class TokenRouter(nn.Module):
             self.register_buffer("load", torch.zeros(num_options))
 
     def forward(self, states: Tensor) -> Tensor:
-        """Logits ``[..., options]``, float32, of ``[..., D]``; where the router is chance, of evenly drawn scores."""
+        """Logits ``[..., options]``, float32, of ``[..., D]``; a random router draws uniform scores."""
         if self.weight is None:
             return torch.logit(torch.rand(*states.shape[:-1], 1, device=states.device))
         seen = F.rms_norm(states, states.shape[-1:]) / self.temperature
@@ -122,7 +122,7 @@ class TokenRouter(nn.Module):
 
 
 def make_routers(config: Any) -> nn.ModuleList:
-    """The routers of a config: one per recursion, or the one of token choice."""
+    """Routers of a configuration: one per recursion, or a single one for token choice."""
     count, options = (config.num_recursions, 1) if config.router == "expert_choice" else (1, config.num_recursions)
     return nn.ModuleList(
         TokenRouter(config.router_width, config.hidden_size, options, config.router_temperature) for _ in range(count)
@@ -130,7 +130,7 @@ def make_routers(config: Any) -> nn.ModuleList:
 
 
 def make_auxiliary_routers(config: Any) -> nn.ModuleList | None:
-    """The second routers of a config that has such: MLPs, whatever the first ones are."""
+    """Auxiliary routers of a configuration, which are MLPs; None without them."""
     if config.router_decision != "auxiliary":
         return None
     return nn.ModuleList(
@@ -142,13 +142,14 @@ def make_auxiliary_routers(config: Any) -> nn.ModuleList | None:
 
 
 def choose_top_k(scores: Tensor, candidates: Tensor, capacity: float) -> Tensor:
-    """The ``k = max(1, int(capacity · T))`` candidates of each sequence with the highest scores, of equal ones the
-    first; bool ``[B, T]``. It looks at the whole sequence: for training.
+    """Select the ``k = max(1, int(capacity · T))`` candidates of each sequence with the best scores: bool ``[B, T]``.
+
+    Of equal scores the first win. It uses the whole sequence: for training.
 
     Args:
-        scores: ``[B, T]``.
-        candidates: Bool ``[B, T]``. Where they are fewer than ``k``, all of them.
-        capacity: Part of ``T``, not of the candidates.
+        scores: Scores ``[B, T]``.
+        candidates: Mask ``[B, T]``; if there are fewer than ``k``, all of them are selected.
+        capacity: Fraction of ``T``, not of the candidates.
     """
     ranked = scores.detach().masked_fill(~candidates, -torch.inf)
     best = ranked.sort(dim=-1, descending=True, stable=True).indices[:, : tokens_of(capacity, scores.shape[-1])]
@@ -156,22 +157,22 @@ def choose_top_k(scores: Tensor, candidates: Tensor, capacity: float) -> Tensor:
 
 
 def choose_above(logits: Tensor, candidates: Tensor, threshold: float | None) -> Tensor:
-    """Candidates whose probability ``sigmoid(logit)`` is at least ``threshold``, all if that is None; bool ``[B, T]``.
+    """Select candidates with a probability ``sigmoid(logit)`` of at least ``threshold``, all for None: bool ``[B, T]``.
 
-    A token is judged by itself, so this is causal.
+    Each token is decided by itself, so this is causal.
     """
     return candidates if threshold is None else candidates & (logits.detach().sigmoid() >= threshold)
 
 
 def choose_depths(scores: Tensor, bias: Tensor) -> Tensor:
-    """The last depth ``[B, T]`` that each token goes to: the option with the highest ``score + bias``.
+    """Last depth ``[B, T]`` that each token runs: the option with the highest ``score + bias``.
 
-    The bias evens out loads without a loss (MoR, section 3; Wang et al. 2024), and has no part in the gate. Of equal
-    scores the deepest wins, so that a router that has learnt nothing skips nothing.
+    The bias balances loads without a loss (MoR, section 3; Wang et al. 2024), and does not affect the gate. Of equal
+    scores the deepest wins, so an untrained router skips nothing.
 
     Args:
-        scores: Activated, ``[B, T, R]``.
-        bias: ``[R]``.
+        scores: Activated scores ``[B, T, R]``.
+        bias: Bias ``[R]``.
     """
     return scores.shape[-1] - 1 - (scores.detach() + bias).flip(-1).argmax(-1)
 
@@ -182,12 +183,12 @@ def activated(logits: Tensor, activation: str) -> Tensor:
 
 
 def even_scores(logits: Tensor, activation: str) -> Tensor:
-    """What :func:`activated` makes of a router that has learnt nothing, to the last bit."""
+    """Scores of an untrained router, equal to those of :func:`activated` to the last bit."""
     return activated(torch.zeros_like(logits), activation)
 
 
 def expert_gates(config: Any, router: TokenRouter, logits: Tensor) -> Tensor:
-    """The gates ``[...]`` of an expert-choice router's ``logits [..., 1]``; even where the router is chance."""
+    """Gates ``[...]`` of an expert-choice router's ``logits [..., 1]``; even for a random router."""
     activation = activation_of(config)
     even = even_scores(logits, activation)
     scores = even if router.weight is None else activated(logits, activation)
@@ -197,7 +198,7 @@ def expert_gates(config: Any, router: TokenRouter, logits: Tensor) -> Tensor:
 
 
 def depths_and_gates(config: Any, router: TokenRouter, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a token-choice router's ``logits [..., R]``: the last depth of each token and the gate there, ``[...]``."""
+    """Last depth of each token and its gate there, ``[...]``, given a token-choice router's ``logits [..., R]``."""
     activation = activation_of(config)
     scores = activated(logits, activation)
     depths = choose_depths(scores, router.bias)
@@ -207,16 +208,16 @@ def depths_and_gates(config: Any, router: TokenRouter, logits: Tensor) -> tuple[
 
 
 def gated(entered: Tensor, made: Tensor, gate: Tensor, kind: str) -> Tensor:
-    """What leaves a recursion, ``[..., D]``.
+    """Combine a recursion's input and output, ``[..., D]``.
 
     ``residual``: ``h + γ (Block(h) − h)`` with ``γ = 1 + gate``, written as ``Block(h) + gate · (Block(h) − h)``, which
     at a gate of 0 is ``Block(h)`` to the last bit. ``mor``: ``h + gate · Block(h)``.
 
     Args:
-        entered: ``h``.
-        made: ``Block(h)``, its own residual stream included.
-        gate: ``[...]``: ``α (g − g₀)`` for ``residual``, ``g₀`` being an untrained router's score, or ``α g``.
-        kind: Of :data:`ROUTER_GATES`.
+        entered: Input ``h``.
+        made: Output ``Block(h)``, its own residual stream included.
+        gate: Gate ``[...]``: ``α (g − g₀)`` for ``residual``, ``g₀`` being an untrained router's score, or ``α g``.
+        kind: Combination, one of ``ROUTER_GATES``.
     """
     scale = gate.to(made.dtype).unsqueeze(-1)
     return made + scale * (made - entered) if kind == "residual" else entered + scale * made
@@ -224,13 +225,13 @@ def gated(entered: Tensor, made: Tensor, gate: Tensor, kind: str) -> Tensor:
 
 @dataclass
 class Routing:
-    """What routers decided in one forward.
+    """Decisions of the routers in one forward.
 
     Attributes:
-        logits: Per depth ``[B, T]``; in token choice one tensor ``[B, T, R]``. Float32, with gradients.
-        deciding: Per depth ``[B, T]``: the logits that inference decides by, where auxiliary routers make them.
-        candidates: Per depth, bool ``[B, T]``: the tokens that could go in.
-        selected: Per depth, bool ``[B, T]``: those that did. Padding never does.
+        logits: Logits ``[B, T]`` per depth, or in token choice one tensor ``[B, T, R]``; float32, with gradients.
+        deciding: Logits ``[B, T]`` per depth that decide at inference, if auxiliary routers compute them.
+        candidates: Masks ``[B, T]`` per depth of the tokens that could run it.
+        selected: Masks ``[B, T]`` per depth of the tokens that run it, without padding.
     """
 
     logits: list[Tensor]
@@ -240,5 +241,5 @@ class Routing:
 
     @property
     def depths(self) -> Tensor:
-        """The last depth ``[B, T]`` that each token went through; -1 where none."""
+        """Last depth ``[B, T]`` that each token ran; -1 for none."""
         return torch.stack(self.selected).sum(0) - 1

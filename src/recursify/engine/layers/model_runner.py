@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recursify.modeling.recursive_decoding import KeysAndValuesWritten
+from recursify.modeling.recursive_columns import KeysAndValuesWritten
 
 from .batch import AttentionBatch, TokenSpan
 from .decoder import DecoderAdapter, PagedLayer

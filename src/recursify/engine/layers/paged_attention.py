@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from recursify.modeling.recursive_decoding import KeysAndValuesWritten
+from recursify.modeling.recursive_columns import KeysAndValuesWritten
 
 ATTENTION_NAME = "recursify_paged"
 """Name of the registered function."""
