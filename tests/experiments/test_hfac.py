@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.runs import BASE, losses, weights
-from helpers.tiny_models import convert_tiny, save_tiny
+from helpers.runs import BASE, losses, make_source, weights
 from recursify.errors import SettingsError
 from recursify.experiments.hfac import HFac
 from recursify.uptrain import checkpoints
@@ -192,22 +191,23 @@ def test_values_out_of_range():
 
 def test_an_uptraining_run_with_it(tmp_path):
     """The loss falls, the optimizer's file is small, and a run resumed half-way ends the same."""
-    save_tiny(tmp_path / "dense", "qwen2")  # has biases
-    convert_tiny(tmp_path / "dense", tmp_path / "recursive", lora_rank=4)
+    source = make_source(tmp_path, "qwen2")  # has biases
     settings = replace(BASE, optimizer="hfac", keep=4, weight_decay=0.01)
     output = tmp_path / "out"
-    outcome = uptrain_model(tmp_path / "recursive", output, settings=settings)
-    assert outcome.after["perplexity"] < 0.8 * outcome.before["perplexity"]
+    result = uptrain_model(source, output, settings=settings)
+    assert result.after["perplexity"] < 0.8 * result.before["perplexity"]
     checkpoint = checkpoints.list_checkpoints(output / "checkpoints")[-1]
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     # Vectors and biases [R, O] make one group, matrices the other.
     assert [group["factored"] for group in state["param_groups"]].count(False) == 1
-    held = sum(v.numel() for entry in state["state"].values() for v in entry.values() if isinstance(v, torch.Tensor))
+    num_moments = sum(
+        v.numel() for entry in state["state"].values() for v in entry.values() if isinstance(v, torch.Tensor)
+    )
     whole_losses, whole_weights = losses(output), weights(output)
-    assert held < 0.25 * sum(weight.numel() for weight in whole_weights.values())
+    assert num_moments < 0.25 * sum(weight.numel() for weight in whole_weights.values())
     for checkpoint in checkpoints.list_checkpoints(output / "checkpoints"):
         if checkpoints.step_of(checkpoint) > 2:
             shutil.rmtree(checkpoint)
-    uptrain_model(tmp_path / "recursive", output, settings=settings, resume=True)
+    uptrain_model(source, output, settings=settings, resume=True)
     assert losses(output) == whole_losses
     assert all(torch.equal(weight, whole_weights[name]) for name, weight in weights(output).items())

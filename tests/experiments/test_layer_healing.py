@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from helpers.processes import run
+from helpers.runs import make_source
 from helpers.tiny_models import convert_tiny, save_tiny
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, open_checkpoint
 from recursify.convert.parity import fold_exactly
@@ -48,16 +49,9 @@ def settings(tmp_path_factory) -> UptrainSettings:
     )
 
 
-def make(folder, family="llama", **conversion):
-    """A recursive model with its dense teacher beside it."""
-    save_tiny(folder / "dense", family)
-    convert_tiny(folder / "dense", folder / "recursive", **{"lora_rank": 4, **conversion})
-    return folder / "recursive"
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("layers"))
+    return make_source(tmp_path_factory.mktemp("layers"))
 
 
 def layer_lines(output):
@@ -66,12 +60,12 @@ def layer_lines(output):
 
 def test_every_layer_gets_nearer_and_so_does_the_model(family, settings, tmp_path):
     """Whatever the family's layers do beside their weights: norms around them, windows, no RoPE, two paths at once."""
-    outcome = uptrain_model(make(tmp_path, family), tmp_path / "out", settings=settings)
+    result = uptrain_model(make_source(tmp_path, family), tmp_path / "out", settings=settings)
     lines = layer_lines(tmp_path / "out")
     assert [line["layer"] for line in lines] == [0, 1, 0, 1]
     assert all(line["error_after"] < line["error_before"] for line in lines)
-    assert outcome.after["kl"] < outcome.before["kl"]
-    assert outcome.after["dense_ce"] == outcome.before["dense_ce"]
+    assert result.after["kl"] < result.before["kl"]
+    assert result.after["dense_ce"] == result.before["dense_ce"]
 
 
 @pytest.mark.parametrize(
@@ -86,9 +80,9 @@ def test_every_layer_gets_nearer_and_so_does_the_model(family, settings, tmp_pat
 )
 def test_other_layouts(layout, settings, tmp_path):
     """Errors and divergence fall, however positions fold."""
-    outcome = uptrain_model(make(tmp_path, **layout), tmp_path / "out", settings=settings)
+    result = uptrain_model(make_source(tmp_path, **layout), tmp_path / "out", settings=settings)
     assert all(line["error_after"] < line["error_before"] for line in layer_lines(tmp_path / "out"))
-    assert outcome.after["kl"] < outcome.before["kl"]
+    assert result.after["kl"] < result.before["kl"]
 
 
 def test_no_model_is_ever_whole(source, settings, tmp_path, monkeypatch):
@@ -100,16 +94,16 @@ def test_no_model_is_ever_whole(source, settings, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(DenseCheckpoint, "load_model", refuse)
         patch.setattr(RecursiveForCausalLM, "from_pretrained", refuse)
-        outcome = uptrain_model(source, tmp_path / "out", settings=settings)
-    assert outcome.tokens == settings.max_tokens
-    assert outcome.steps == settings.max_tokens // (4 * LENGTH)
+        result = uptrain_model(source, tmp_path / "out", settings=settings)
+    assert result.tokens == settings.max_tokens
+    assert result.steps == settings.max_tokens // (4 * LENGTH)
     model = RecursiveForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
     record = json.loads((tmp_path / "out" / "recursify.json").read_text())["history"][-1]
     assert record["settings"]["stage"] == "layers"
-    assert record["after"] == outcome.after
+    assert record["after"] == result.after
     evaluations = [line for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if "eval_kl" in line]
-    assert [line["step"] for line in evaluations] == [0, outcome.steps]
+    assert [line["step"] for line in evaluations] == [0, result.steps]
 
 
 def test_held_out_figures_are_those_of_healing(source, settings, tmp_path):
@@ -142,15 +136,15 @@ def test_a_model_that_is_the_dense_one_stays_it(num_recursions, settings, tmp_pa
     convert_tiny(tmp_path / "dense", tmp_path / "source", num_recursions=num_recursions, sharing="cycle")
     model = fold_exactly(dense, num_recursions)
     model.save_pretrained(tmp_path / "source")
-    outcome = uptrain_model(tmp_path / "source", tmp_path / "out", settings=settings)
+    result = uptrain_model(tmp_path / "source", tmp_path / "out", settings=settings)
     assert all(line["error_after"] <= line["error_before"] < 1e-9 for line in layer_lines(tmp_path / "out"))
-    assert outcome.after["kl"] < 1e-6
-    assert outcome.after["agreement"] == 1
+    assert result.after["kl"] < 1e-6
+    assert result.after["agreement"] == 1
 
 
 def test_error_of_a_hand_made_difference(settings, tmp_path):
     """A block whose layers do nothing leaves the residual stream: the error is what the dense layer adds to it."""
-    source = make(tmp_path, num_recursions=1, sharing="cycle", lora_rank=0)
+    source = make_source(tmp_path, num_recursions=1, sharing="cycle", lora_rank=0)
     model = RecursiveForCausalLM.from_pretrained(source)
     for layer in model.model.block:
         for path in ("self_attn.o_proj", "mlp.down_proj"):

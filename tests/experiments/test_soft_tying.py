@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.processes import run
-from helpers.runs import BASE, assert_same, losses, weights
+from helpers.runs import BASE, assert_identical, assert_same, make_source, weights
 from helpers.tiny_models import convert_tiny, random_ids, save_tiny
 from recursify.checkpoint.dense_checkpoint import open_checkpoint
 from recursify.errors import CheckpointError, SettingsError
@@ -30,10 +30,7 @@ IDS = random_ids(2, 12)
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A recursive model of three recursions with its dense teacher beside it. Its residuals do not cancel out."""
-    folder = tmp_path_factory.mktemp("tie")
-    save_tiny(folder / "dense", "qwen2")
-    convert_tiny(folder / "dense", folder / "recursive", num_recursions=3, sharing="cycle", lora_rank=4)
-    return folder / "recursive"
+    return make_source(tmp_path_factory.mktemp("tie"), "qwen2", num_recursions=3, sharing="cycle")
 
 
 @pytest.fixture
@@ -160,15 +157,15 @@ def test_candidates_are_shared_weights(prepared):
 
 def test_ties_and_writes_an_ordinary_model(source, plain):
     """The figures before are the folder's, those after the written model's, and the loss of the mean falls."""
-    output, outcome = plain
-    assert outcome.steps == 8
+    output, result = plain
+    assert result.steps == 8
     assert {n: w.shape for n, w in weights(output).items()} == {n: w.shape for n, w in weights(source).items()}
     healed = output.with_name("healed")
     before = uptrain_model(source, healed, settings=replace(TIE, stage="heal")).before
-    assert outcome.before["ce"] == pytest.approx(before["ce"], rel=1e-5)
-    assert outcome.after["perplexity"] < 0.9 * outcome.before["perplexity"]
+    assert result.before["ce"] == pytest.approx(before["ce"], rel=1e-5)
+    assert result.after["perplexity"] < 0.9 * result.before["perplexity"]
     again = uptrain_model(output, output.with_name("again"), settings=replace(TIE, stage="heal")).before
-    assert again["ce"] == pytest.approx(outcome.after["ce"], rel=1e-5)
+    assert again["ce"] == pytest.approx(result.after["ce"], rel=1e-5)
 
 
 def test_resumes_to_the_same_run(source, plain, tmp_path):
@@ -181,16 +178,14 @@ def test_resumes_to_the_same_run(source, plain, tmp_path):
                 shutil.rmtree(checkpoint)
         (output / "config.json").unlink()
         uptrain_model(source, output, settings=TIE, resume=True)
-        assert losses(output) == losses(plain[0])
-        mine, theirs = weights(output), weights(plain[0])
-        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+        assert_identical(output, plain[0])
 
 
 def test_a_checkpoint_of_candidates_is_no_model(source, plain):
     """Loading one is an error, not a model with weights made up."""
     newest = checkpoints.list_checkpoints(plain[0] / "checkpoints")[-1]
-    held = load_file(newest / "model.safetensors")
-    assert held["model.block.0.mlp.up_proj.linear.weight"].shape[0] == 3
+    tensors = load_file(newest / "model.safetensors")
+    assert tensors["model.block.0.mlp.up_proj.linear.weight"].shape[0] == 3
     with pytest.raises(RuntimeError, match="mismatch"):
         RecursiveForCausalLM.from_pretrained(newest)
 

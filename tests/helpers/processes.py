@@ -1,4 +1,4 @@
-"""Functions, uptraining above all, in processes forked from one that has imported everything: many are cheap."""
+"""Functions in processes that are forked from one with all imports done, so that starting many is cheap."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def start_run(
     function: Callable[..., None] = uptrain,
     **options: Any,
 ):
-    """Start ``function(*arguments, **options)`` in a process; what it raises is written to ``log``."""
+    """Start ``function(*arguments, **options)`` in a process, which writes its exception to ``log``."""
     environment = {"OMP_NUM_THREADS": "1"}
     if world_size > 1:
         environment |= {
@@ -53,7 +53,7 @@ def start_run(
 
 
 def start_all(log: Path, *arguments: Any, world_size: int, **options: Any) -> list[Any]:
-    """Start ``world_size`` processes that know of each other; what they raise is written to ``log.0``, ``log.1``."""
+    """Start the ranks of a process group, which write their exceptions to ``log.0``, ``log.1``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -64,7 +64,7 @@ def start_all(log: Path, *arguments: Any, world_size: int, **options: Any) -> li
 
 
 def run(log: Path, *arguments: Any, world_size: int = 1, **options: Any) -> None:
-    """Run to the end in ``world_size`` processes; fails with what the first of them raised."""
+    """Run in ``world_size`` processes to the end, and fail with the first exception."""
     logs = [log.with_suffix(f".{rank}") for rank in range(world_size)]
     for old in logs:
         old.unlink(missing_ok=True)

@@ -1,14 +1,17 @@
-"""What tests of uptraining runs have in common: small settings, and what two runs are compared by."""
+"""Small uptraining runs: models, settings, and comparisons of two runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.tiny_models import convert_tiny, random_ids, save_tiny
 from recursify.uptrain.callbacks import read_metrics
+from recursify.uptrain.data import IGNORED
 from recursify.uptrain.run import uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
@@ -17,28 +20,51 @@ BASE = UptrainSettings(
 )
 
 
+def make_source(folder: Path, family: str = "llama", *, dense: dict[str, Any] | None = None, **conversion: Any) -> Path:
+    """Write a recursive model with rank 4 into ``folder/recursive`` and its dense teacher into ``folder/dense``."""
+    save_tiny(folder / "dense", family, **(dense or {}))
+    convert_tiny(folder / "dense", folder / "recursive", **{"lora_rank": 4, **conversion})
+    return folder / "recursive"
+
+
+def packed_batch(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Two packed rows of eleven tokens, four of them without labels."""
+    ids = random_ids(2, 11, seed)
+    labels = ids.clone()
+    labels[0, :4] = IGNORED
+    return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(11).expand(2, -1)}
+
+
 def losses(output) -> dict[int, float]:
-    """The loss of every step."""
+    """Loss by step."""
     return {line["step"]: line["loss"] for line in read_metrics(output / "metrics.jsonl") if "loss" in line}
 
 
 def weights(output) -> dict[str, torch.Tensor]:
+    """Tensors of a finished model by name."""
     return load_file(output / "model.safetensors")
 
 
 def assert_same(first, second, tolerance=2e-5):
-    """The same losses and weights. Adam divides by gradients' sizes, so rounding shows in 1e-5 of the weights."""
+    """Compare losses and weights. Adam divides by the size of gradients, so weights differ by 1e-5 from rounding."""
     assert losses(first).keys() == losses(second).keys()
     for step, loss in losses(first).items():
         assert losses(second)[step] == pytest.approx(loss, rel=1e-5), step
-    mine, theirs = weights(first), weights(second)
-    assert mine.keys() == theirs.keys()
-    for name, weight in mine.items():
-        torch.testing.assert_close(weight, theirs[name], atol=tolerance, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    expected = weights(second)
+    assert weights(first).keys() == expected.keys()
+    for name, weight in weights(first).items():
+        torch.testing.assert_close(weight, expected[name], atol=tolerance, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_identical(first, second):
+    """Compare losses and weights bit for bit."""
+    assert losses(first) == losses(second)
+    expected = weights(second)
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(first).items())
 
 
 def assert_resumes(source: Path, folder: Path, settings: UptrainSettings) -> None:
-    """A run of six steps, cut after the fourth, goes on to the same losses and weights as one that was not."""
+    """Interrupt a run of six steps after the fourth, resume it, and compare it with an uninterrupted run."""
     uptrain_model(source, folder / "whole", settings=settings)
 
     class Cut(Exception):
@@ -51,6 +77,4 @@ def assert_resumes(source: Path, folder: Path, settings: UptrainSettings) -> Non
     with pytest.raises(Cut):
         uptrain_model(source, folder / "cut", settings=settings, progress=cut)
     uptrain_model(source, folder / "cut", settings=settings, resume=True)
-    assert losses(folder / "cut") == losses(folder / "whole")
-    mine, theirs = weights(folder / "cut"), weights(folder / "whole")
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert_identical(folder / "cut", folder / "whole")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from helpers.processes import run
-from helpers.runs import BASE, assert_resumes, assert_same, weights
-from helpers.tiny_models import convert_tiny, random_ids, save_tiny
+from helpers.runs import BASE, assert_resumes, assert_same, make_source, packed_batch, weights
+from helpers.tiny_models import convert_tiny
 from recursify.errors import SettingsError
 from recursify.modeling import RecursiveForCausalLM
 from recursify.uptrain.data import IGNORED
@@ -28,10 +28,7 @@ EXITS = replace(BASE, stage="exits", kl_weight=0.0, exit_weight=0.5, head_learni
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Prelude, one shared layer four times, coda: three exits."""
-    folder = tmp_path_factory.mktemp("exits")
-    save_tiny(folder / "dense")
-    convert_tiny(folder / "dense", folder / "recursive", num_recursions=4, lora_rank=4)
-    return folder / "recursive"
+    return make_source(tmp_path_factory.mktemp("exits"), num_recursions=4)
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +39,12 @@ def trained(source, tmp_path_factory):
     return output, uptrain_model(source, output, settings=settings)
 
 
-def batch(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Two packed rows of eleven tokens, some not learnt."""
-    ids = random_ids(2, 11, seed)
-    labels = ids.clone()
-    labels[0, :4] = IGNORED
-    return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(11).expand(2, -1)}
-
-
 def objective_and_parts(source, settings):
     """The loss that the objective returns, and per readout (exits, then last) the summed cross-entropy and logits."""
     model = RecursiveForCausalLM.from_pretrained(source).train()
     objective = Exits(settings, None)
     objective.prepare(model)
-    inputs = batch()
+    inputs = packed_batch()
     arguments = objective.forward_arguments(model, 4)
     outputs = model.model(inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False, **arguments)
     total, sums = objective(model, outputs, inputs)
@@ -124,7 +113,7 @@ def test_the_test_teaches_nothing_but_itself(source):
     settings = replace(EXITS, ce_weight=0.0, exit_weight=0.0)
     objective = Exits(settings, None)
     objective.prepare(model)
-    inputs = batch()
+    inputs = packed_batch()
     outputs = model.model(inputs["input_ids"], use_cache=False, **objective.forward_arguments(model, 4))
     objective(model, outputs, inputs)[0].backward()
     for name, parameter in model.named_parameters():
@@ -134,12 +123,12 @@ def test_the_test_teaches_nothing_but_itself(source):
 
 def test_exits_learn(source, trained):
     """Agreement with the last recursion rises at every depth, and the test beats always saying the same."""
-    output, outcome = trained
+    output, result = trained
     for depth in range(3):
-        before, after = (figures[f"agreement_depth_{depth}"] for figures in (outcome.before, outcome.after))
+        before, after = (figures[f"agreement_depth_{depth}"] for figures in (result.before, result.after))
         assert after > before
-        assert outcome.after[f"perplexity_depth_{depth}"] < outcome.before[f"perplexity_depth_{depth}"]
-        assert outcome.after[f"test_loss_depth_{depth}"] < math.log(2)
+        assert result.after[f"perplexity_depth_{depth}"] < result.before[f"perplexity_depth_{depth}"]
+        assert result.after[f"test_loss_depth_{depth}"] < math.log(2)
     model = RecursiveForCausalLM.from_pretrained(output)
     assert (model.config.exit_head, model.config.exit_through_coda) == ("shared", True)
     assert json.loads((output / "config.json").read_text())["exit_head"] == "shared"
@@ -149,12 +138,12 @@ def test_exits_learn(source, trained):
 def test_frozen_base(source, tmp_path):
     """``heads`` trains exit heads alone; the last recursion's perplexity stays what it was."""
     settings = replace(EXITS, trainable="heads", exit_head="low_rank", exit_rank=3)
-    outcome = uptrain_model(source, tmp_path / "out", settings=settings)
+    result = uptrain_model(source, tmp_path / "out", settings=settings)
     before, after = weights(source), weights(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert {name.split(".")[2] for name in after.keys() - before.keys()} == {"norm", "lora_a", "lora_b", "test"}
-    assert outcome.after["perplexity"] == pytest.approx(outcome.before["perplexity"], rel=1e-6)
-    assert outcome.after["perplexity_depth_0"] < outcome.before["perplexity_depth_0"]
+    assert result.after["perplexity"] == pytest.approx(result.before["perplexity"], rel=1e-6)
+    assert result.after["perplexity_depth_0"] < result.before["perplexity_depth_0"]
 
 
 def test_exits_in_two_processes_are_in_one(source, tmp_path):
@@ -174,12 +163,12 @@ def test_exits_resume(source, tmp_path):
 def test_healing_leaves_heads_as_they_are(trained, tmp_path):
     """A model with exits can be healed further: its heads are frozen, and measured."""
     output, _ = trained
-    outcome = uptrain_model(output, tmp_path / "out", settings=BASE)
+    result = uptrain_model(output, tmp_path / "out", settings=BASE)
     before, after = weights(output), weights(tmp_path / "out")
     heads = [name for name in before if name.startswith("exit_heads.")]
     assert heads
     assert all(torch.equal(before[name], after[name]) for name in heads)
-    assert "agreement_depth_2" in outcome.after
+    assert "agreement_depth_2" in result.after
 
 
 def test_heads_stay_unless_others_are_asked_for(source, caplog):

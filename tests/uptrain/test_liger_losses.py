@@ -20,11 +20,11 @@ from torch.profiler import profile
 from transformers import AutoModelForCausalLM
 
 from helpers import python_path
-from helpers.runs import BASE
-from helpers.tiny_models import convert_tiny, random_ids, save_tiny
+from helpers.runs import BASE, make_source
+from helpers.tiny_models import random_ids
 from recursify.errors import SettingsError
 from recursify.modeling import RecursiveForCausalLM
-from recursify.uptrain import liger_losses as fused_losses
+from recursify.uptrain import liger_losses
 from recursify.uptrain.data import IGNORED
 from recursify.uptrain.exits import Exits
 from recursify.uptrain.heal import Heal
@@ -149,11 +149,10 @@ def _differentiated_twice() -> str:
 def results(tmp_path_factory):
     """What :func:`compute` found under Triton's interpreter."""
     folder = tmp_path_factory.mktemp("fused")
-    save_tiny(folder / "dense")
-    convert_tiny(folder / "dense", folder / "recursive", num_recursions=4, lora_rank=4)
+    make_source(folder, num_recursions=4)
     paths = [str(Path(__file__).parent), python_path(), *sys.path]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    program = "import sys, pathlib, test_fused_losses as here; here.compute(pathlib.Path(sys.argv[1]))"
+    program = "import sys, pathlib, test_liger_losses as here; here.compute(pathlib.Path(sys.argv[1]))"
     ended = subprocess.run(
         [sys.executable, "-c", program, str(folder)], env=environment, capture_output=True, text=True, timeout=500
     )
@@ -215,22 +214,22 @@ def test_a_fused_kl_is_differentiated_once(results):
 def test_auto_is_torch_on_a_cpu(monkeypatch):
     """With liger-kernel installed or not."""
     for installed in (True, False):
-        monkeypatch.setattr(fused_losses, "liger_is_installed", lambda installed=installed: installed)
-        assert not fused_losses.uses_liger("auto", torch.zeros(1))
-        fused_losses.check_backend("auto", torch.device("cpu"))
+        monkeypatch.setattr(liger_losses, "liger_is_installed", lambda installed=installed: installed)
+        assert not liger_losses.uses_liger("auto", torch.zeros(1))
+        liger_losses.check_backend("auto", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_auto_is_liger_on_a_gpu_that_has_it(monkeypatch, installed):
     """Asked of something that says it is on one."""
-    monkeypatch.setattr(fused_losses, "liger_is_installed", lambda: installed)
-    assert fused_losses.uses_liger("auto", SimpleNamespace(is_cuda=True)) == installed
-    assert not fused_losses.uses_liger("torch", SimpleNamespace(is_cuda=True))
+    monkeypatch.setattr(liger_losses, "liger_is_installed", lambda: installed)
+    assert liger_losses.uses_liger("auto", SimpleNamespace(is_cuda=True)) == installed
+    assert not liger_losses.uses_liger("torch", SimpleNamespace(is_cuda=True))
 
 
 def test_liger_that_is_not_installed(tmp_path, monkeypatch):
     """Said before anything is read or written."""
-    monkeypatch.setattr(fused_losses, "liger_is_installed", lambda: False)
+    monkeypatch.setattr(liger_losses, "liger_is_installed", lambda: False)
     with pytest.raises(SettingsError, match=r"needs liger-kernel, .* Run: pip install 'recursify\[liger\]'"):
         uptrain_model(tmp_path / "model", tmp_path / "out", settings=replace(BASE, loss_backend="liger"))
     assert not (tmp_path / "out").exists()
@@ -238,9 +237,9 @@ def test_liger_that_is_not_installed(tmp_path, monkeypatch):
 
 def test_liger_without_a_gpu(monkeypatch):
     """Names the device, and what to use there."""
-    monkeypatch.setattr(fused_losses, "liger_is_installed", lambda: True)
+    monkeypatch.setattr(liger_losses, "liger_is_installed", lambda: True)
     with pytest.raises(SettingsError, match=r"needs a GPU .* device is 'cpu'\. Use loss_backend auto or torch"):
-        fused_losses.check_backend("liger", torch.device("cpu"))
+        liger_losses.check_backend("liger", torch.device("cpu"))
 
 
 def test_unknown_loss_backend():

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from helpers.processes import run
-from helpers.runs import BASE, assert_resumes, assert_same, weights
-from helpers.tiny_models import convert_tiny, random_ids, save_tiny
+from helpers.runs import BASE, assert_resumes, assert_same, make_source, packed_batch, weights
+from helpers.tiny_models import convert_tiny, random_ids
 from recursify.errors import SettingsError
 from recursify.modeling import RecursiveForCausalLM, Routing
 from recursify.modeling.recursive_routing import warmed_up
@@ -38,10 +38,7 @@ ROUTED = replace(BASE, stage="routers", kl_weight=0.0, router_learning_rate=2e-2
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Prelude, two shared layers twice, coda."""
-    folder = tmp_path_factory.mktemp("routers")
-    save_tiny(folder / "dense")
-    convert_tiny(folder / "dense", folder / "recursive", num_recursions=2, lora_rank=4)
-    return folder / "recursive"
+    return make_source(tmp_path_factory.mktemp("routers"), num_recursions=2)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +47,6 @@ def trained(source, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "routed"
     settings = replace(ROUTED, max_tokens=60 * 4 * 32, eval_every=99, save_every=99, router_weight=0.1)
     return output, uptrain_model(source, output, settings=settings)
-
-
-def batch(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Two packed rows of eleven tokens, some not learnt."""
-    ids = random_ids(2, 11, seed)
-    labels = ids.clone()
-    labels[0, :4] = IGNORED
-    return {"input_ids": ids, "labels": labels, "position_ids": torch.arange(11).expand(2, -1)}
 
 
 def routed_loss(source, settings):
@@ -69,7 +58,7 @@ def routed_loss(source, settings):
     with torch.no_grad():
         for router in model.model.routers:
             router.weight.copy_(torch.randn(router.weight.shape, generator=generator))
-    inputs = batch()
+    inputs = packed_batch()
     outputs = model.model(inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False)
     total, sums = objective(model, outputs, inputs)
     keep = inputs["labels"][:, 1:] != IGNORED
@@ -198,12 +187,12 @@ def test_figures_by_hand():
 
 def test_routers_learn_to_be_judged_alone(source, trained):
     """After training, the score of a token says in most cases whether it is among the best; the loss falls."""
-    output, outcome = trained
-    assert outcome.before["load_depth_1"] == 1, "until they are trained, all tokens go everywhere"
-    assert outcome.after["load_depth_0"] == 1
-    assert outcome.after["load_depth_1"] == pytest.approx(0.5, abs=0.1), "by thresholds chosen on training text"
-    assert outcome.after["sampling_accuracy_depth_1"] > 0.75
-    assert outcome.after["perplexity"] < outcome.before["perplexity"]
+    output, result = trained
+    assert result.before["load_depth_1"] == 1, "until they are trained, all tokens go everywhere"
+    assert result.after["load_depth_0"] == 1
+    assert result.after["load_depth_1"] == pytest.approx(0.5, abs=0.1), "by thresholds chosen on training text"
+    assert result.after["sampling_accuracy_depth_1"] > 0.75
+    assert result.after["perplexity"] < result.before["perplexity"]
     lines = [line for line in read_metrics(output / "metrics.jsonl") if "loss" in line]
     assert lines[-1]["router_loss"] < lines[0]["router_loss"]
     assert {"load_depth_1", "dead_tokens", "max_violation", "sampling_accuracy_depth_1"} <= lines[0].keys()
@@ -224,24 +213,24 @@ def test_routers_learn_to_be_judged_alone(source, trained):
 def test_without_calibration_scores_decide_at_even_odds(source, tmp_path):
     """Few steps teach which tokens are better, and not where the line is: loads are then what comes of it."""
     settings = replace(ROUTED, router_calibrate=False, max_tokens=512)
-    outcome = uptrain_model(source, tmp_path / "out", settings=settings)
+    result = uptrain_model(source, tmp_path / "out", settings=settings)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["router_thresholds"] is None
     model = RecursiveForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         routing = model.model(random_ids(2, 16), use_cache=False).routing
     assert torch.equal(routing.selected[1], routing.logits[1] >= 0)
-    assert outcome.after["load_depth_1"] != pytest.approx(0.5, abs=0.1)
+    assert result.after["load_depth_1"] != pytest.approx(0.5, abs=0.1)
 
 
 def test_token_choice_runs_with_a_bias(source, tmp_path):
     """The bias has moved from where it was, by whole steps of its rate; loads are counted."""
     settings = replace(ROUTED, router="token_choice", router_balance="bias", router_kv="shared", kl_weight=1.0)
-    outcome = uptrain_model(source, tmp_path / "out", settings=settings)
+    result = uptrain_model(source, tmp_path / "out", settings=settings)
     bias = weights(tmp_path / "out")["model.routers.0.bias"]
     assert bias.abs().max() > 0
     torch.testing.assert_close((bias / 0.001).round() * 0.001, bias, atol=1e-6, rtol=0)
     assert not weights(tmp_path / "out")["model.routers.0.load"].any()
-    assert outcome.after["load_depth_0"] == 1
+    assert result.after["load_depth_0"] == 1
 
 
 def test_frozen_base(source, tmp_path):
@@ -299,10 +288,10 @@ def test_runs_resume(source, tmp_path):
 def test_healing_a_routed_model(trained, tmp_path):
     """It stays routed, its routers frozen."""
     output, _ = trained
-    outcome = uptrain_model(output, tmp_path / "out", settings=replace(BASE, kl_weight=0.0))
+    result = uptrain_model(output, tmp_path / "out", settings=replace(BASE, kl_weight=0.0))
     before, after = weights(output), weights(tmp_path / "out")
     assert torch.equal(before["model.routers.1.weight"], after["model.routers.1.weight"])
-    assert "ce_depth_0" in outcome.after
+    assert "ce_depth_0" in result.after
 
 
 def test_routers_stay_unless_others_are_asked_for(source, caplog):

@@ -11,18 +11,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from test_trainer import BASE, assert_same, plain, source, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.processes import run, start_all
-from helpers.tiny_models import convert_tiny, save_tiny
+from helpers.runs import BASE, assert_same, make_source, weights
 from recursify.errors import SettingsError, TrainingError
 from recursify.modeling import RecursiveForCausalLM
 from recursify.uptrain import checkpoints, sharding
 from recursify.uptrain.run import uptrain_model
 from recursify.uptrain.settings import UptrainSettings
-
-__all__ = ["plain", "source"]  # fixtures
 
 pytestmark = pytest.mark.xdist_group("uptraining")
 
@@ -53,10 +50,7 @@ def test_killed_and_resumed_two_processes_are_one(source, plain, tmp_path):
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory):
     """A recursive model whose head is its embedding."""
-    folder = tmp_path_factory.mktemp("tied")
-    save_tiny(folder / "dense", tie_word_embeddings=True)
-    convert_tiny(folder / "dense", folder / "recursive", lora_rank=4)
-    return folder / "recursive"
+    return make_source(tmp_path_factory.mktemp("tied"), dense={"tie_word_embeddings": True})
 
 
 def test_tied_head_recomputed_activations_and_random_recursions(tied, tmp_path):

@@ -44,7 +44,7 @@ class HFac(torch.optim.Optimizer):
         vector_eps: Constant added to the root of squared gradients of vectors.
         clip_threshold: Threshold d of the RMS.
         weight_decay: Decay λ.
-        factored: Whether moments of matrices are factorized.
+        factored: True to factorize the moments of matrices.
 
     Raises:
         SettingsError: A value is out of range.

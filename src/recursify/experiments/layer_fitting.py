@@ -34,7 +34,7 @@ from recursify.errors import TrainingError
 from recursify.uptrain.arguments import training_arguments
 from recursify.uptrain.data import IGNORED, Collator, Rows, TextData
 from recursify.uptrain.lora_balance import balance_factors
-from recursify.uptrain.losses import Sums, cross_entropy, forward_kl
+from recursify.uptrain.losses import Sums, add_sums, cross_entropy, forward_kl
 from recursify.uptrain.objectives import same_top1
 from recursify.uptrain.param_groups import find_optimizer, is_trained, parameter_groups
 from recursify.uptrain.stage import TrainingRun
@@ -79,7 +79,7 @@ class LayerFitter:
         teacher: Checkpoint of the dense model.
         weights: Tensors of the recursive model, updated layer by layer.
         data: Packed sequences.
-        pad: Token id of padding.
+        pad: Token id of padding; None for 0.
         log: Function that gets one line of figures per layer and sweep.
     """
 
@@ -90,7 +90,7 @@ class LayerFitter:
         weights: ShardedCheckpoint,
         data: TextData,
         *,
-        pad: int,
+        pad: int | None,
         log: Callable[[dict[str, Any]], None],
     ):
         settings, device = run.settings, str(run.state.device)
@@ -152,7 +152,7 @@ class LayerFitter:
                     "agreement": same_top1(logits, teacher_logits).sum(),
                     "tokens": torch.tensor(len(target)),
                 }
-                sums = {name: sums.get(name, 0) + figure.double() for name, figure in figures.items()}
+                add_sums(sums, {name: figure.double() for name, figure in figures.items()})
         tokens = sums.pop("tokens")
         means = {name: float(total / tokens) for name, total in sums.items()}
         return {**means, "loss": means["ce"], "perplexity": perplexity_of(means["ce"])}

@@ -72,9 +72,8 @@ class LayerHealing(Stage):
         weights = ShardedCheckpoint(scratch, student.tensors)
         for name in student.tensors:
             weights.write(name, student.read(name))
-        pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         log = partial(append_metrics, run.output / METRICS_FILE)
-        fitter = LayerFitter(run, teacher, weights, data, pad=pad, log=log)
+        fitter = LayerFitter(run, teacher, weights, data, pad=tokenizer.pad_token_id, log=log)
         before = fitter.measure()
         log({"step": 0, "tokens": 0, **{f"eval_{name}": value for name, value in before.items()}})
         fitter.fit()

@@ -1,1 +1,1 @@
-"""Training after conversion: heal the model, and teach it to exit."""
+"""Training of recursive models after conversion: healing, exit heads and routers."""

@@ -38,7 +38,7 @@ def training_arguments(settings: UptrainSettings, folder: Path, *, world_size: i
         settings: Settings of the stage.
         folder: Folder for checkpoints.
         world_size: Number of processes.
-        resumes: Whether the run continues from a checkpoint, and is not evaluated first.
+        resumes: True if the run continues from a checkpoint; it then starts without an evaluation.
 
     Raises:
         SettingsError: A tracker is not installed.
@@ -100,7 +100,7 @@ def _fields(settings: UptrainSettings, folder: Path, world_size: int, resumes: b
 
 
 def computes_in_bfloat16(precision: str) -> bool:
-    """Whether matrix products are in bfloat16; ``auto`` uses it if the GPU has it natively."""
+    """Tell whether matrix products are in bfloat16; ``auto`` uses it if the GPU has it natively."""
     return precision == "bfloat16" or (
         precision == "auto"
         and torch.cuda.is_available()

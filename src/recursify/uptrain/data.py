@@ -348,12 +348,12 @@ class Collator:
 
     Args:
         length: Sequence length ``T``.
-        pad: Token id of padding.
+        pad: Token id of padding; None for 0.
     """
 
-    def __init__(self, length: int, pad: int):
+    def __init__(self, length: int, pad: int | None):
         self.length = length
-        self.pad = pad
+        self.pad = 0 if pad is None else pad
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids = torch.full((len(rows), self.length), self.pad)

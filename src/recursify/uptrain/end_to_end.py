@@ -133,7 +133,7 @@ def _held_out_figures(trainer: RecursiveTrainer, *, again: bool) -> tuple[dict[s
 
     Args:
         trainer: The trainer after its last step.
-        again: Whether to repeat an evaluation that was made after the last step.
+        again: True to repeat an evaluation that was made after the last step.
     """
     if again or not any(line["step"] == trainer.state.global_step for line in _evaluations(trainer)):
         trainer.evaluate()

@@ -15,12 +15,12 @@ from .settings import UptrainSettings
 
 
 def is_launched() -> bool:
-    """Whether a launcher (this one, ``accelerate launch`` or torchrun) started this process."""
+    """Tell whether a launcher (this one, ``accelerate launch`` or torchrun) started this process."""
     return "LOCAL_RANK" in os.environ
 
 
 def is_main_process() -> bool:
-    """Whether this is the only process, or rank 0 of several."""
+    """Tell whether this is the only process, or rank 0 of several."""
     return os.environ.get("RANK", "0") == "0"
 
 

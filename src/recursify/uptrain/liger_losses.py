@@ -26,12 +26,12 @@ from .settings import LossBackend
 
 @functools.cache
 def liger_is_installed() -> bool:
-    """Whether liger-kernel is installed (it depends on Triton)."""
+    """Tell whether liger-kernel is installed (it depends on Triton)."""
     return importlib.util.find_spec("liger_kernel") is not None
 
 
 def uses_liger(backend: LossBackend, logits: Tensor) -> bool:
-    """Whether to use Liger's kernels for these logits; ``auto`` does if they are on a GPU and Liger is installed."""
+    """Tell whether to use Liger's kernels; with ``auto``, if the logits are on a GPU and Liger is installed."""
     return backend == "liger" or (backend == "auto" and logits.is_cuda and liger_is_installed())
 
 

@@ -44,7 +44,7 @@ def load_teacher(run: TrainingRun, *, needed: bool) -> PreTrainedModel | None:
 
     Args:
         run: The run.
-        needed: Whether the stage needs a teacher even if ``kl_weight`` is 0; otherwise it gets None then.
+        needed: True to load the teacher even if ``kl_weight`` is 0; otherwise the result is None then.
     """
     settings = run.settings
     if not settings.kl_weight and not needed:

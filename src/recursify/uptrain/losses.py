@@ -26,6 +26,12 @@ ChunkLoss = Callable[[list[Tensor], slice], tuple[Tensor, Sums]]
 """Function from chunks ``[n, D]`` of hidden states, and the rows of their tokens, to a summed loss and figures."""
 
 
+def add_sums(total: Sums, sums: Sums) -> None:
+    """Add ``sums`` to ``total`` in place."""
+    for name, value in sums.items():
+        total[name] = total[name] + value if name in total else value
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, backend: LossBackend = "torch") -> Tensor:
     """``Σ_n −log softmax(logits_n)[target_n]`` in nats, for logits ``[N, V]`` and targets ``[N]``."""
     if uses_liger(backend, logits):
@@ -154,8 +160,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     inputs = [piece for piece in pieces if piece.requires_grad]
                     grads = torch.autograd.grad(value, [*inputs, *weights], allow_unused=True)
             total += value.detach()
-            for name, figure in figures.items():
-                sums[name] = sums[name] + figure.detach() if name in sums else figure.detach()
+            add_sums(sums, {name: figure.detach() for name, figure in figures.items()})
             if not differentiates:
                 continue
             for hidden_grad, grad in zip([g for g in hidden_grads if g is not None], grads[: len(inputs)], strict=True):

@@ -25,22 +25,22 @@ sharded weights.
 
 
 def is_per_depth(name: str) -> bool:
-    """Whether a parameter belongs to one depth: a residual, a norm or a bias inside the shared block."""
+    """Tell whether a parameter belongs to one depth: a residual, a norm or a bias inside the shared block."""
     return ".block." in name and not name.endswith(".linear.weight")
 
 
 def is_exit_head(name: str) -> bool:
-    """Whether a parameter belongs to an exit head."""
+    """Tell whether a parameter belongs to an exit head."""
     return ".exit_heads." in f".{name}"
 
 
 def is_router(name: str) -> bool:
-    """Whether a parameter belongs to a router."""
+    """Tell whether a parameter belongs to a router."""
     return any(part in f".{name}" for part in (".routers.", ".auxiliary_routers."))
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and biases (which are ``[R, O]`` when relaxed)."""
+    """Tell whether a parameter has weight decay: matrices do, norms and biases (``[R, O]`` when relaxed) do not."""
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
@@ -113,7 +113,7 @@ def peak_rate(name: str, settings: UptrainSettings) -> float:
 
 
 def is_trained(name: str, settings: UptrainSettings, trained_parts: frozenset[str] = frozenset()) -> bool:
-    """Whether the parameter ``name`` is trained.
+    """Tell whether the parameter ``name`` is trained.
 
     Args:
         name: Name of the parameter in the model.

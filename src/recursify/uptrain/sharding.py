@@ -33,7 +33,7 @@ SHARDS_FOLDER = "shards"
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether :func:`shard` has been called on ``model``."""
+    """Tell whether :func:`shard` has been called on ``model``."""
     return isinstance(model, FSDPModule)
 
 

@@ -25,8 +25,8 @@ class TrainingRun:
         output: Folder for checkpoints, metrics and the trained model.
         settings: Settings of the stage.
         state: accelerate's state of this process and the others.
-        resume: Whether to continue the run in ``output``.
-        overwrite: Whether to replace the contents of ``output``.
+        resume: True to continue the run in ``output``.
+        overwrite: True to replace the contents of ``output``.
         progress: Callback for the number of tokens done.
     """
 
@@ -80,8 +80,8 @@ class Stage(ABC):
     whole model with the Trainer, and this class for one that does its own training.
 
     Attributes:
-        needs_teacher: Whether the stage reads the dense model's layers, even if ``kl_weight`` is 0.
-        supports_routing: Whether the stage trains models that have routers.
+        needs_teacher: True if the stage reads the dense model's layers, even if ``kl_weight`` is 0.
+        supports_routing: True if the stage trains models that have routers.
         trained_parts: Parts that only such a stage trains: ``heads`` (exit heads), ``routers``.
     """
 

@@ -24,7 +24,7 @@ from recursify.modeling import RecursiveForCausalLM
 from . import checkpoints, sharding
 from .arguments import computes_in_bfloat16
 from .data import IGNORED, Collator, TextData
-from .losses import Sums
+from .losses import Sums, add_sums
 from .objectives import Objective
 from .param_groups import find_optimizer, parameter_groups
 from .schedules import draw_recursions
@@ -65,11 +65,10 @@ class RecursiveTrainer(Trainer):
             # float32. It wraps the model's own forward, since DeepSpeed disables an autocast around its engine.
             autocast = torch.autocast(arguments.device.type, torch.bfloat16)
             model.forward = autocast(model.forward)
-        pad = tokenizer.pad_token_id
         super().__init__(
             model=model,
             args=arguments,
-            data_collator=Collator(settings.length, 0 if pad is None else pad),
+            data_collator=Collator(settings.length, tokenizer.pad_token_id),
             train_dataset=data.train,
             eval_dataset=data.evaluation,
             processing_class=tokenizer,
@@ -101,31 +100,28 @@ class RecursiveTrainer(Trainer):
         """
         assert num_items_in_batch is not None, "every batch has labels"
         self.objective.begin_step(self.state.global_step, self.state.max_steps)
-        total, sums = self._run(model, inputs, draw_recursions(self.settings, self._layout(), self.state))
+        layout = self.accelerator.unwrap_model(self.model).config.layout
+        total, sums = self._run(model, inputs, draw_recursions(self.settings, layout, self.state))
         self._micro_batch += 1
         if not torch.isfinite(total):
             raise TrainingError(self._diverged(total))
-        for name, value in sums.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        add_sums(self._sums, sums)
         # DDP and FSDP average gradients over ranks, and the divisor counts the tokens of all of them.
         loss = total * self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
         return (loss, sums) if return_outputs else loss
 
     def _run(self, model: nn.Module, inputs: dict[str, Tensor], recursions: int | None) -> tuple[Tensor, Sums]:
         objective = partial(self.objective, inputs=inputs)
-        plain = self.accelerator.unwrap_model(self.model)
-        further_arguments = self.objective.forward_arguments(plain, recursions or plain.config.num_recursions)
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        arguments = self.objective.forward_arguments(unwrapped, recursions or unwrapped.config.num_recursions)
         return model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
             use_cache=False,
             num_recursions=recursions,
             objective=objective,
-            **further_arguments,
+            **arguments,
         )
-
-    def _layout(self) -> Any:
-        return self.accelerator.unwrap_model(self.model).config.layout
 
     def _diverged(self, total: Tensor) -> str:
         value, step = float(total.detach()), self.state.global_step + 1
@@ -192,8 +188,7 @@ class RecursiveTrainer(Trainer):
         sums: Sums = {}
         for inputs in self.get_eval_dataloader(eval_dataset):
             _, figures = self._run(model, self._prepare_inputs(inputs), None)
-            for name, value in figures.items():
-                sums[name] = sums[name] + value if name in sums else value
+            add_sums(sums, figures)
         model.train(was_training)
         sharding.reshard(model)
         per_token = self._per_token(sums)
