@@ -20,6 +20,7 @@ from recursify.modeling import ExitSettings, RecursiveConfig, RecursiveForCausal
 PLAIN = {
     "configuration_recursive.py",
     "modeling_recursive.py",
+    "recursive_base.py",
     "recursive_exits.py",
     "recursive_layers.py",
     "recursive_layout.py",
@@ -29,6 +30,7 @@ EXITS = PLAIN | {
     "recursive_columns.py",
     "recursive_decoding.py",
     "recursive_exit_generation.py",
+    "recursive_exit_settings.py",
     "recursive_policies.py",
     "recursive_speculation.py",
 }

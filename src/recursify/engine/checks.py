@@ -13,7 +13,7 @@ from recursify.errors import EngineError, UnsupportedModelError
 from recursify.kernels.dispatch import Implementation, implementation_on, why_not_triton
 from recursify.modeling import ExitSettings
 from recursify.modeling.configuration_recursive import ROUTED_KV
-from recursify.modeling.recursive_decoding import check_depths
+from recursify.modeling.recursive_exit_settings import check_depths
 from recursify.modeling.recursive_exits import KV_MODES as EXIT_KV
 
 from .layers.batch import TokenSpan

@@ -16,9 +16,10 @@ from .configuration_recursive import (
     ROUTERS,
     RecursiveConfig,
 )
-from .modeling_recursive import RecursiveOutput
+from .recursive_base import RecursiveOutput
 from .recursive_decoding import DepthDecoder
 from .recursive_exit_generation import ExitGenerateOutput
+from .recursive_exit_settings import ExitSettings, LearnedThresholds
 from .recursive_exits import EXIT_HEADS, KV_MODES, ExitHead, ExitKind
 from .recursive_layers import CACHE_ARGUMENT, DepthView, PerDepth, RelaxedLinear, SharedLayer, UnsupportedFamily
 from .recursive_layout import SHARINGS, LayerLayout, LayerRef, LayoutError
@@ -27,8 +28,6 @@ from .recursive_policies import (
     ExitContext,
     ExitLimits,
     ExitPolicy,
-    ExitSettings,
-    LearnedThresholds,
     exits,
     make_policy,
 )

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .configuration_recursive import RecursiveConfig
-from .modeling_recursive import LayerWalk
 from .modeling_recursive import RecursiveForCausalLM as PlainForCausalLM
 from .modeling_recursive import RecursiveModel as PlainModel
+from .recursive_base import LayerWalk
 
 RIDGE = 1e-4
 """Addend to the squared differences of residuals, scaled to length 1. It bounds the weights of nearly parallel

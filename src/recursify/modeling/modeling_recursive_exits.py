@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .modeling_recursive import RecursiveForCausalLM as PlainForCausalLM
 from .recursive_exit_generation import generate_with_exits, refuse_arguments
+from .recursive_exit_settings import ExitSettings
 from .recursive_exits import ExitHead, ExitKind
-from .recursive_policies import ExitSettings
 from .recursive_speculation import SpeculationSettings, generate_speculatively
 
 

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import Cache
 
-from .modeling_recursive import LayerWalk
 from .modeling_recursive import RecursiveForCausalLM as PlainForCausalLM
 from .modeling_recursive import RecursiveModel as PlainModel
+from .recursive_base import LayerWalk
 from .recursive_layers import CACHE_ARGUMENT
 from .recursive_routed_cache import RoutedCache
 from .recursive_routed_walk import RoutedWalk, drop_key_projections, routed_generate_arguments

@@ -33,8 +33,8 @@ from .recursive_columns import (
     window_of,
     with_room,
 )
-from .recursive_layers import MASKED_ATTENTION
-from .recursive_policies import ExitContext, ExitLimits, ExitSettings, exits
+from .recursive_exit_settings import ExitSettings, check_depths, layers_before_exits
+from .recursive_policies import ExitContext, ExitLimits, exits
 
 
 class DepthDecoder:
@@ -54,7 +54,7 @@ class DepthDecoder:
         self.model = model
         self.settings = list(settings)
         self.layout = model.config.layout
-        cuts = _cuts(model, self.settings[0])
+        cuts = layers_before_exits(model, self.settings[0])
         self.num_exits = len(cuts)
         for row_settings in self.settings:
             check_depths(row_settings, self.num_exits)
@@ -385,66 +385,3 @@ class Step:
             self.logits[index] = logits
             self.exits[index] = exit
         self.rows = sorted([*self.rows, *rows])
-
-
-def check_depths(settings: ExitSettings, num_exits: int) -> None:
-    """Check that the model has the exits of the settings.
-
-    Raises:
-        ValueError: Settings for exits that the model does not have.
-    """
-    thresholds, policy = settings.policy.threshold, settings.policy
-    if isinstance(thresholds, tuple) and len(thresholds) != num_exits:
-        raise ValueError(f"Policy '{policy.name}' has {len(thresholds)} thresholds, and the model {num_exits} exits.")
-    depth = max(settings.min_depth, *(policy.thresholds(1) if policy.name == "fixed" else (0,)))
-    if depth >= num_exits:
-        raise ValueError(
-            f"There is no exit after depth {depth:g}: the model has {num_exits}, after depths 0 to {num_exits - 1}."
-        )
-
-
-def _cuts(model: Any, settings: ExitSettings) -> list[int]:
-    """Number of layers before each exit.
-
-    Raises:
-        ValueError: A model without exits, or without those asked for.
-    """
-    config, layout = model.config, model.config.layout
-    if config.anderson:
-        raise ValueError(
-            f"The model mixes loops (anderson={config.anderson}), and tokens that exit between loops cannot be mixed. "
-            f"Make it with_recursions(..., anderson=0) for an exit policy or speculation."
-        )
-    if config.exit_depth is not None:
-        raise ValueError(
-            f"The model is set to exit after depth {config.exit_depth} always (config.exit_depth). Set it to None for "
-            f"an exit policy."
-        )
-    if config._attn_implementation not in MASKED_ATTENTION:
-        raise ValueError(
-            f"Exit policies need attention that takes any mask ({' or '.join(MASKED_ATTENTION)}), and the model's is "
-            f"'{config._attn_implementation}'. Load it with attn_implementation='sdpa'."
-        )
-    settings.policy.check_vocabulary(config.vocab_size)
-    if settings.layers is not None:
-        bad = [layer for layer in settings.layers if not 0 < layer < layout.num_layers]
-        if bad or list(settings.layers) != sorted(set(settings.layers)) or not settings.layers:
-            raise ValueError(
-                f"layers={settings.layers} must be rising numbers of layers from 1 to {layout.num_layers - 1}, after "
-                f"which a token may exit."
-            )
-        if settings.policy.needs_head or settings.kv == "latest":
-            what = f"policy '{settings.policy.name}'" if settings.policy.needs_head else "kv 'latest'"
-            raise ValueError(f"{what} works at recursion boundaries only. Leave layers out, or choose another.")
-        return list(settings.layers)
-    if not config.exit_depths:
-        raise ValueError(
-            f"A model with {layout.num_recursions} recursions in {layout.order} sharing has no boundary to exit at. "
-            f"Give layers=(…,) to exit after so many layers."
-        )
-    if settings.policy.needs_head and model.exit_heads is None:
-        raise ValueError(
-            f"Policy '{settings.policy.name}' needs exit heads, and the model has none. Train them (recursify uptrain "
-            f"--stage exits), or use policy 'confidence'."
-        )
-    return [layout.layers_before(depth) for depth in config.exit_depths]

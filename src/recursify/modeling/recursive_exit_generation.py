@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .recursive_decoding import DepthDecoder, Step
-from .recursive_policies import ExitSettings
+from .recursive_exit_settings import ExitSettings
 
 REFUSED = ("inputs_embeds", "exit_depth", "num_recursions", "assistant_model", "prompt_lookup_num_tokens")
 """Arguments of ``generate`` that neither early exit nor speculation supports."""

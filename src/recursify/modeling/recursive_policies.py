@@ -15,13 +15,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Protocol, cast, overload
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from .recursive_exits import KV_MODES
 
 
 class ExitContext:
@@ -314,128 +312,3 @@ def make_policy(
     if threshold is None:
         threshold = kind.default
     return kind(tuple(map(float, threshold)) if isinstance(threshold, Sequence) else float(threshold), vocabulary)
-
-
-class LearnedThresholds(Protocol):
-    """Thresholds that change in use, as ``recursify.experiments.adaptive_thresholds`` has them."""
-
-    @property
-    def learning(self) -> bool:
-        """Flag for thresholds that still learn."""
-
-    def threshold(self, depth: int) -> float:
-        """Threshold of the exit after ``depth``."""
-
-    def begin(self, num_sequences: int) -> None:
-        """Prepare for ``num_sequences`` new sequences."""
-
-    def learn(self, depth: int, confidence: Tensor, agrees: Tensor, counted: Tensor) -> None:
-        """Record the confidence of tokens and their agreement with the whole model, where ``counted``."""
-
-
-@dataclass(frozen=True)
-class ExitSettings:
-    """Settings of early exit for one call of ``generate`` or one request.
-
-    Attributes:
-        policy: Policy that decides.
-        kv: KV mode, one of :data:`KV_MODES`.
-        min_depth: First depth after which a token may exit.
-        max_pending: Maximum number of tokens of a row whose deeper keys and values are deferred; one more runs all
-            depths, with the deferred ones. It bounds the cost of a step.
-        decay: CALM's ``τ``: step ``t`` of ``N`` has the threshold ``0.9 λ + 0.1 λ exp(−τ t / N)``, more careful at the
-            start; 0 keeps ``λ``.
-        layers: Numbers of layers to exit after instead of at recursion boundaries, with the model's own norm and head
-            (FREE); also for a model with one recursion.
-        adapt: Thresholds learned in use, in place of the policy's; one object for all rows and calls.
-    """
-
-    policy: ExitPolicy
-    kv: str = "deferred"
-    min_depth: int = 0
-    max_pending: int = 64
-    decay: float = 0.0
-    layers: tuple[int, ...] | None = None
-    adapt: LearnedThresholds | None = None
-
-    def __post_init__(self) -> None:
-        if self.kv not in KV_MODES:
-            raise ValueError(f"Unknown kv '{self.kv}'. Use one of: {', '.join(KV_MODES)}.")
-        if self.max_pending < 1:
-            raise ValueError(f"max_pending must be at least 1, got {self.max_pending}.")
-        if self.min_depth < 0 or self.decay < 0:
-            raise ValueError(f"min_depth and decay cannot be negative, got {self.min_depth} and {self.decay:g}.")
-        if self.adapt is not None and (self.kv != "deferred" or self.policy.simulated or self.policy.name == "fixed"):
-            raise ValueError(
-                f"Adaptive thresholds learn from tokens that exited and ran deeper later, by their confidence: policy "
-                f"'{self.policy.name}' with kv '{self.kv}' does not have these. Use kv 'deferred' and a policy with a "
-                f"confidence, or leave adapt out."
-            )
-
-    @overload
-    @classmethod
-    def from_options(cls, policy: None, **options: Any) -> None: ...
-
-    @overload
-    @classmethod
-    def from_options(cls, policy: str | ExitPolicy | ExitSettings, **options: Any) -> ExitSettings: ...
-
-    @classmethod
-    def from_options(
-        cls,
-        policy: str | ExitPolicy | ExitSettings | None,
-        *,
-        threshold: float | Sequence[float] | None = None,
-        vocabulary: int | None = None,
-        kv: str | None = None,
-        config: Any = None,
-        **options: Any,
-    ) -> ExitSettings | None:
-        """Make settings from the options of a command line, a request or ``generate``; None without a policy.
-
-        Args:
-            policy: Name of a policy, an :class:`ExitPolicy`, :class:`ExitSettings` (returned as they are), or None.
-            threshold: Exit threshold, one or one per exit; None takes the model's calibrated one, else the policy's.
-            vocabulary: Number of vocabulary entries that the policy scores; None takes the calibrated number.
-            kv: KV mode, one of :data:`KV_MODES`; None takes the mode that the model's exits were trained for.
-            config: Configuration of the model.
-            options: Further fields of :class:`ExitSettings`; None stands for the default.
-
-        Raises:
-            ValueError: An unknown policy, a value outside its range, options that exclude one another, or a model
-                with routers.
-        """
-        unknown = options.keys() - cls.__dataclass_fields__.keys()
-        if unknown:
-            raise ValueError(f"Unknown exit option '{min(unknown)}'. Use fields of ExitSettings.")
-        defaults = {name: entry.default for name, entry in cls.__dataclass_fields__.items()}
-        options = {name: value for name, value in options.items() if value not in (None, defaults[name])}
-        of_policy = {"threshold": threshold, "vocabulary": vocabulary}
-        given = [*(name for name, value in of_policy.items() if value is not None), *options]
-        if policy is None:
-            if given:
-                raise ValueError(f"Options of exit policies without a policy: {', '.join(given)}. Name a policy.")
-            return None
-        if getattr(config, "router", None) is not None:
-            raise ValueError("The model has routers, which decide how far a token goes. Leave the exit policy out.")
-        # By attribute and not by class: a model loaded with its own code has classes of its own.
-        if hasattr(policy, "policy"):
-            if given:
-                raise ValueError(f"Exit settings and options ({', '.join(given)}) exclude one another. Give one.")
-            return cast(ExitSettings, policy)
-        if isinstance(policy, str):
-            policy = make_policy(policy, threshold, config, vocabulary=vocabulary)
-        elif not hasattr(policy, "confidence"):
-            raise ValueError(f"exit_policy takes a name, a policy or ExitSettings, or a list of those, not {policy!r}.")
-        elif threshold is not None or vocabulary is not None:
-            raise ValueError(f"An exit policy and options of one ({', '.join(given)}) exclude one another. Give one.")
-        kv = kv or str(getattr(config, "exit_kv", "deferred"))
-        return cls(policy, kv=kv, **options)
-
-    def threshold_at(self, depth: int, num_exits: int, step: int, num_steps: int) -> float:
-        """Threshold of an exit at a 0-based step of ``num_steps``."""
-        policy, adapt = self.policy, self.adapt
-        threshold = policy.thresholds(num_exits)[depth] if adapt is None else adapt.threshold(depth)
-        if not self.decay:
-            return threshold
-        return 0.9 * threshold + 0.1 * threshold * math.exp(-self.decay * step / max(num_steps, 1))

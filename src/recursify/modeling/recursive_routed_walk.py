@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from .modeling_recursive import LayerWalk
+from .recursive_base import LayerWalk
 from .recursive_layers import MASKED_ATTENTION
 from .recursive_routed_cache import Packing, RoutedCache, pack
 from .recursive_routing import (

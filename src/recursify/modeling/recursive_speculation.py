@@ -23,7 +23,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .recursive_columns import on_device, pick
 from .recursive_decoding import DepthDecoder
-from .recursive_policies import ExitSettings, make_policy
+from .recursive_exit_settings import ExitSettings
+from .recursive_policies import make_policy
 
 
 @dataclass(frozen=True)
