@@ -1,4 +1,4 @@
-"""Layer-wise healing beside end-to-end healing for the same seconds, and one after the other.
+"""Compare layer-wise with end-to-end healing in the same time, and both in sequence.
 
 ::
 
@@ -9,9 +9,8 @@ for as many seconds, its tokens chosen from the rate that a short run of it show
 from where (1) ended, and (4) by ``heal`` for the seconds of (3). All are then measured beside the dense model on the
 same held-out windows.
 
-Seconds are those of training: reading models and data is not counted, nor are a stage's own held-out figures. A rate
-that another process disturbs misses its mark, so the seconds really used stand in the table; compare rows where they
-agree.
+Seconds are those of training, without loading models and data and without held-out evaluations. If other processes
+disturb the run, the times differ; the table has the actual ones. Compare rows whose times agree.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ RATE_STEPS = 4
 
 
 class Stopwatch:
-    """A progress callback that notes when a step of training was done, first and last."""
+    """Progress callback that records the time of the first and the last step."""
 
     def __init__(self) -> None:
         self.marks: list[tuple[int, float]] = []
@@ -66,21 +65,21 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Of all steps; what came before the first mark (a first step of ``heal``) in proportion."""
-        (first, began), (last, ended) = self.marks
-        return (ended - began) * last / (last - first)
+        """Seconds of all steps, extrapolated to those before the first report (the first step of ``heal``)."""
+        (first, start), (last, end) = self.marks
+        return (end - start) * last / (last - first)
 
 
 def heal(source: Path, output: Path, settings: UptrainSettings) -> tuple[float, int]:
-    """Run one stage; seconds of training, and tokens."""
+    """Run one stage; return seconds of training and tokens."""
     watch = Stopwatch()
-    outcome = uptrain_model(source, output, settings=settings, overwrite=True, progress=watch)
+    result = uptrain_model(source, output, settings=settings, overwrite=True, progress=watch)
     print(file=sys.stderr)
-    return watch.seconds, outcome.tokens
+    return watch.seconds, result.tokens
 
 
 def heal_for(seconds: float, source: Path, output: Path, settings: UptrainSettings) -> tuple[float, int]:
-    """``heal`` on as many tokens as ``seconds`` allow."""
+    """Run ``heal`` on as many tokens as ``seconds`` allow."""
     per_step = settings.batch_size * settings.length
     spent, tokens = heal(source, output, replace(settings, max_tokens=RATE_STEPS * per_step))
     steps = max(2, round(seconds * tokens / spent / per_step))
@@ -88,7 +87,7 @@ def heal_for(seconds: float, source: Path, output: Path, settings: UptrainSettin
 
 
 def commit() -> str:
-    """The commit checked out, marked where the tree differs from it; empty outside of Git."""
+    """Current commit, marked if the tree differs from it; empty outside of Git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
     run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return run.stdout.strip()
@@ -114,7 +113,7 @@ def read_arguments() -> argparse.Namespace:
 
 
 def run_all(arguments: argparse.Namespace, scratch: Path) -> list[tuple[str, Path | None, float, int]]:
-    """Make the models: name, folder (None for the dense one), seconds and tokens."""
+    """Train the models; return name, folder (None for the dense one), seconds and tokens."""
     source = arguments.converted
     if source is None:
         source = scratch / "converted"
@@ -149,7 +148,7 @@ def run_all(arguments: argparse.Namespace, scratch: Path) -> list[tuple[str, Pat
 
 
 def measure(arguments: argparse.Namespace, rows: list[tuple[str, Path | None, float, int]]) -> list[dict[str, Any]]:
-    """All models on the same windows, with what is needed to read the figures later."""
+    """Measure all models on the same windows."""
     checkpoint = open_checkpoint(MODEL)
     dense: PreTrainedModel = checkpoint.load_model(torch.float32)
     windows = token_windows(load_tokenizer(checkpoint), default_text("held_out"), WINDOW)[: arguments.windows]
@@ -183,7 +182,7 @@ def measure(arguments: argparse.Namespace, rows: list[tuple[str, Path | None, fl
 
 
 def main() -> None:
-    """Make, measure, report."""
+    """Train, measure, report."""
     arguments = read_arguments()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="recursify-benchmark-") as scratch:

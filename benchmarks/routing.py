@@ -1,4 +1,4 @@
-"""What routing saves, and what it costs in quality.
+"""Measure what routing saves and what it costs in quality.
 
 ::
 
@@ -179,7 +179,7 @@ def report_block(setup: dict[str, Any], output: Path, rows: dict[Any, dict[str, 
 
 
 Read = Callable[[RecursiveForCausalLM, Tensor], tuple[Tensor, Tensor]]
-"""Of a window ``[1, T]``, logits ``[T - 1, V]`` and recursions ``[T - 1]`` of the tokens that another follows."""
+"""Function from a window ``[1, T]`` to logits ``[T - 1, V]`` and recursions ``[T - 1]`` of all tokens but the last."""
 
 
 class Reading:

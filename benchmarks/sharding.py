@@ -1,4 +1,4 @@
-"""Two processes that share a model out, killed and resumed, beside one process: how far losses and weights differ.
+"""Compare losses and weights of two sharded processes, killed and resumed, with one process.
 
     python benchmarks/sharding.py --sharding fsdp2 zero2
 
@@ -70,7 +70,7 @@ def command(model: Path, output: Path, *, processes: int, sharding: str) -> list
 
 
 def run(arguments: list[str], kill_at: Path | None = None) -> bool:
-    """Run to the end, or until ``kill_at`` exists; whether it was killed."""
+    """Run to the end, or until ``kill_at`` exists; return whether it was killed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -90,7 +90,7 @@ def run(arguments: list[str], kill_at: Path | None = None) -> bool:
 
 
 def workers(checkpoint: Path) -> list[int]:
-    """Processes, in sessions of their own, that were started for the run of ``checkpoint``."""
+    """Processes of the run that ``checkpoint`` belongs to."""
     output = str(checkpoint.parent.parent).encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -104,25 +104,25 @@ def workers(checkpoint: Path) -> list[int]:
 
 
 def losses(output: Path) -> dict[int, float]:
-    """Step -> loss."""
+    """Loss by step."""
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def differences(output: Path, reference: Path) -> dict[str, float]:
-    """The largest, between two finished runs."""
-    mine, theirs = losses(output), losses(reference)
-    assert mine.keys() == theirs.keys(), (mine, theirs)
+    """Largest difference between two finished runs."""
+    found, expected = losses(output), losses(reference)
+    assert found.keys() == expected.keys(), (found, expected)
     weights, others = load_file(output / "model.safetensors"), load_file(reference / "model.safetensors")
     assert weights.keys() == others.keys()
     return {
-        "loss_difference": max(abs(mine[step] / theirs[step] - 1) for step in mine),
+        "loss_difference": max(abs(found[step] / expected[step] - 1) for step in found),
         "weight_difference": max(float((weights[name] - others[name]).abs().max()) for name in weights),
     }
 
 
 def installed(package: str) -> str:
-    """Its version, or nothing."""
+    """Version of a package; empty if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What the benchmarks of uptraining have in common: cases that differ in a few settings, run one after the other.
+"""Shared code of uptraining benchmarks: cases that differ in a few settings, run one after the other.
 
 All cases of a table start from one converted folder and see the same tokens in the same order; perplexity is that of
 the held-out sequences, which are the same, too. Rows are written as they are done and merged by name into the output,
@@ -40,8 +40,8 @@ class Case:
     """One run.
 
     Attributes:
-        name: What ``--cases`` takes.
-        settings: In which it differs from the others.
+        name: Name for ``--cases``.
+        settings: Settings that differ from the other cases.
     """
 
     name: str
@@ -54,16 +54,16 @@ def at_rates(name: str, rates: Sequence[float], **settings: Any) -> list[Case]:
 
 
 def measure(case: Case, model: Path, base: UptrainSettings) -> dict[str, Any]:
-    """Run ``case`` and read off its figures; bytes of the optimizer are those of its state in the last checkpoint."""
+    """Run ``case`` and return its figures; the optimizer's bytes are those of its state in the last checkpoint."""
     settings = replace(base, **case.settings)
     with tempfile.TemporaryDirectory(prefix="recursify-benchmark-") as scratch:
         start = time.perf_counter()
-        outcome = uptrain_model(model, Path(scratch) / "out", settings=settings)
+        result = uptrain_model(model, Path(scratch) / "out", settings=settings)
         seconds = time.perf_counter() - start
         last = checkpoints.list_checkpoints(Path(scratch) / "out" / CHECKPOINT_FOLDER)[-1]
         trained = sum(info.num_parameters for info in folder_tensors(last).values())
         state = torch.load(last / "optimizer.pt", mmap=True, weights_only=True)["state"]
-        held = sum(v.nbytes for entry in state.values() for v in entry.values() if isinstance(v, torch.Tensor))
+        num_bytes = sum(v.nbytes for entry in state.values() for v in entry.values() if isinstance(v, torch.Tensor))
     return {
         "case": case.name,
         "stage": settings.stage,
@@ -72,28 +72,28 @@ def measure(case: Case, model: Path, base: UptrainSettings) -> dict[str, Any]:
         "tie_fraction": settings.tie_fraction if settings.stage == "tie" else "",
         "tie_noise": settings.tie_noise if settings.stage == "tie" else "",
         "trained_parameters": trained,
-        "optimizer_mb": round(held / MB, 3),
-        "optimizer_bytes_per_parameter": round(held / trained, 4),
-        "perplexity_before": f"{outcome.before['perplexity']:.6g}",
-        "perplexity": f"{outcome.after['perplexity']:.6g}",
-        "kl": round(outcome.after["kl"], 4),
-        "agreement": round(outcome.after["agreement"], 4),
-        "dense_perplexity": f"{math.exp(outcome.after['dense_ce']):.6g}",
-        "tokens": outcome.tokens,
-        "steps": outcome.steps,
+        "optimizer_mb": round(num_bytes / MB, 3),
+        "optimizer_bytes_per_parameter": round(num_bytes / trained, 4),
+        "perplexity_before": f"{result.before['perplexity']:.6g}",
+        "perplexity": f"{result.after['perplexity']:.6g}",
+        "kl": round(result.after["kl"], 4),
+        "agreement": round(result.after["agreement"], 4),
+        "dense_perplexity": f"{math.exp(result.after['dense_ce']):.6g}",
+        "tokens": result.tokens,
+        "steps": result.steps,
         "seconds": round(seconds, 1),
     }
 
 
 def write_held_out(folder: Path, characters: int) -> str:
-    """A file with so much of Python's help topics that uptraining does not train on."""
+    """Write ``characters`` of the help topics that uptraining does not train on into a file."""
     file = folder / "held_out.txt"
     file.write_text("\n\n".join(default_text("held_out").documents)[:characters], encoding="utf-8")
     return str(file)
 
 
 def context(model: Path, settings: UptrainSettings, held_out: str) -> dict[str, Any]:
-    """What a figure needs beside it to be read later; the same on every row."""
+    """Settings and versions, the same in every row."""
     return {
         "model": model.name,
         "teacher": settings.teacher or "",

@@ -46,7 +46,7 @@ AIM = 0.9
 
 @dataclass(frozen=True)
 class Case:
-    """Something to train: by whom, of which residual rank (None for the dense model), and how much distillation."""
+    """Training case: trainer, residual rank (None for the dense model), weight of distillation."""
 
     name: str
     rank: int | None
@@ -63,7 +63,7 @@ CASES = (
 
 @dataclass
 class Row:
-    """Medians over the rounds of one case in one precision; what the CSV holds beside the versions."""
+    """Medians over the rounds of one case in one precision."""
 
     case: str
     precision: str
@@ -80,7 +80,7 @@ class Row:
 
 
 def train(specification: dict[str, Any]) -> dict[str, float]:
-    """In a process of its own: median seconds per step, peak resident bytes, parameters."""
+    """Train in this process; return median seconds per step, peak resident bytes, parameters."""
     import torch
     from transformers import Trainer, TrainerCallback
     from transformers.utils import logging
@@ -107,7 +107,7 @@ def train(specification: dict[str, Any]) -> dict[str, float]:
     )
 
     class Clock(TrainerCallback):
-        """When every step ended."""
+        """Callback that records the end of every step."""
 
         def __init__(self) -> None:
             self.times: list[float] = []
@@ -207,7 +207,7 @@ def summarize(runs: dict[tuple[str, str], list[dict[str, float]]], tokens_per_st
 
 
 def about(arguments: argparse.Namespace) -> dict[str, str | int]:
-    """What a figure needs beside it to be read later; the same on every row of the CSV."""
+    """Settings and versions, the same in every row."""
     from importlib.metadata import version
 
     here = Path(__file__).resolve().parent

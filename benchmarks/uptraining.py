@@ -1,4 +1,4 @@
-"""What uptraining heals: quality against tokens, for a converted model and for what else one could train.
+"""Measure quality against training tokens, for converted models and for alternatives.
 
 ::
 
@@ -53,7 +53,7 @@ COLUMNS = (
     "date",
 )
 OTHER_TOKENS = 8_192
-"""Of text from another domain, if there is any."""
+"""Columns of text from another domain, if given."""
 UNFOLDED = {"num_recursions": 1, "sharing": "cycle", "lora_rank": 0, "calibration_data": []}
 
 
@@ -62,7 +62,7 @@ class Row:
     """A model to train.
 
     Attributes:
-        description: What it is, for a reader.
+        description: Description for the table.
         conversion: Settings of the conversion.
         drops_layers: Convert the dense model without as many layers as the calibrated model saves.
         training: Settings of its training that are its own.
@@ -83,7 +83,7 @@ ROWS = {
 
 
 class Bench:
-    """Makes, trains and measures the rows.
+    """Conversion, training and measurement of the rows.
 
     Args:
         arguments: The command line.
@@ -123,7 +123,7 @@ class Bench:
         }
 
     def _training_text(self, given: list[str] | None) -> list[str]:
-        """What to train on; the default text is written to files, of which a part is held back as of any others."""
+        """Training data; the default text is written to files, so that a part is held out as of any others."""
         if given:
             return given
         folder = self.scratch / "text"

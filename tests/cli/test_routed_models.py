@@ -43,9 +43,7 @@ def test_uptrain_takes_router_options(routed, capsys):
 def test_inspect_tells_of_routers(routed, capsys):
     """Who chooses, what each recursion takes, and how many parameters that is."""
     assert run("inspect", routed / "routed") == 0
-    assert "routers   expert_choice, running 100%, 25% of the tokens; KV cache shared" in (
-        capsys.readouterr().out
-    )
+    assert "routers   expert_choice, running 100%, 25% of the tokens; KV cache shared" in (capsys.readouterr().out)
     assert run("inspect", routed / "routed", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters"]["routers"] == 2 * 32

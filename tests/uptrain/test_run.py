@@ -36,6 +36,8 @@ def test_wrong_arguments(source, tmp_path):
         uptrain_model(source, tmp_path / "out", max_token=1)
     with pytest.raises(SettingsError, match="Got settings and also max_tokens"):
         uptrain_model(source, tmp_path / "out", settings=BASE, max_tokens=1)
+    with pytest.raises(SettingsError, match="Give one of them"):
+        uptrain_model(source, tmp_path / "out", resume=True, overwrite=True)
     with pytest.raises(CheckpointError, match="There is no model folder at 'nowhere'"):
         uptrain_model("nowhere", tmp_path / "out")
     with pytest.raises(CheckpointError, match="is not a recursive model"):

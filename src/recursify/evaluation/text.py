@@ -67,7 +67,9 @@ def read_text(paths: str | Path | Iterable[str | Path]) -> Text:
         names.append(path.name)
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise TextError(f"The text in {', '.join(map(str, paths))} is empty. Give a file with some thousand words of prose.")
+        raise TextError(
+            f"The text in {', '.join(map(str, paths))} is empty. Give a file with some thousand words of prose."
+        )
     return Text(", ".join(names), documents)
 
 

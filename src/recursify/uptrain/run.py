@@ -57,6 +57,8 @@ def uptrain_model(
         RecursifyError: The model, the settings or the data cannot be used, or the run cannot continue.
     """
     settings = resolve_settings(UptrainSettings, settings, options)
+    if resume and overwrite:
+        raise SettingsError("resume continues the run in the output folder, overwrite deletes it. Give one of them.")
     stage = check_settings(settings)
     # Without an accelerator, accelerate starts its process group only when told that this is a run on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
