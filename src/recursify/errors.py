@@ -11,6 +11,7 @@
     ├── OutputError                an output that exists, is inside the source, or cannot be written
     ├── TrainingError              a training run that cannot start, continue or be resumed
     ├── EngineError                a request or a setting that the engine does not support
+    │   └── ContextLengthError     a request with more tokens than the engine allows
     ├── HubError                   a Hub repository that cannot be created, read or written, or an unsuitable folder
     └── ParityError                two models whose logits must be equal and differ
 
@@ -52,6 +53,10 @@ class TrainingError(RecursifyError):
 
 class EngineError(RecursifyError):
     """The engine does not support a request or a setting."""
+
+
+class ContextLengthError(EngineError):
+    """A request has more tokens than the engine allows."""
 
 
 class HubError(RecursifyError):

@@ -7,6 +7,7 @@ import pytest
 from helpers.running import build
 from recursify.errors import EngineError, SettingsError
 from recursify.server.app import create_app
+from recursify.server.run import serve_model
 from recursify.server.settings import ServerSettings
 from recursify.server.uvicorn_server import listen
 
@@ -39,6 +40,21 @@ def test_simulations_are_not_served():
         create_app(build(), ServerSettings(exit_policy="oracle"))
     with pytest.raises(SettingsError, match=r"Unknown exit policy\. Use one of: head"):
         create_app(build(), ServerSettings(exit_policy="often"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_seqs": 3}, SettingsError, "Unknown setting 'max_seqs'. Did you mean 'max_num_seqs'?"),
+        ({"max_num_seqs": 0}, EngineError, "max_num_seqs must be a whole number of at least 1, got 0"),
+        ({"settings": ServerSettings(), "max_tokens": 3}, SettingsError, "Got settings and also max_tokens"),
+        ({"exit_policy": "oracle"}, SettingsError, "'oracle' is a simulation"),
+    ],
+)
+def test_invalid_arguments_of_serve_model(options, error, message):
+    """Each fails before a model is loaded."""
+    with pytest.raises(error, match=message):
+        serve_model("nowhere", port=0, **options)
 
 
 def test_a_port_in_use():

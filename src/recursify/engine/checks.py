@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from recursify.errors import EngineError, UnsupportedModelError
+from recursify.errors import ContextLengthError, EngineError, UnsupportedModelError
 from recursify.kernels.dispatch import Implementation, implementation_on, why_not_triton
 from recursify.modeling import ExitSettings
 from recursify.modeling.configuration_recursive import ROUTED_KV
@@ -150,11 +150,12 @@ def check_fits(prompt_length: int, params: SamplingParams, max_model_len: int, k
     """Check that a request fits into the engine's limits.
 
     Raises:
-        EngineError: The request has too many tokens, or needs more pages than there are.
+        ContextLengthError: The request has too many tokens.
+        EngineError: The request needs more pages than there are.
     """
     longest = prompt_length + params.max_tokens
     if longest > max_model_len:
-        raise EngineError(
+        raise ContextLengthError(
             f"The prompt has {prompt_length} tokens and max_tokens is {params.max_tokens}: together more than the "
             f"{max_model_len} that a request can have. Shorten one of them."
         )

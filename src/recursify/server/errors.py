@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from recursify.errors import EngineError, SettingsError
+from recursify.errors import ContextLengthError, EngineError, SettingsError
 
 from .access_log import log_event, request_id_of
 
@@ -78,8 +78,8 @@ def internal_error(request_id: str) -> ApiError:
 
 def engine_refusal(error: EngineError | SettingsError) -> ApiError:
     """Convert an error of the engine about a request."""
-    too_long = "together more than" in str(error)
-    return ApiError(400, str(error), code="context_length_exceeded" if too_long else "invalid_value")
+    is_too_long = isinstance(error, ContextLengthError)
+    return ApiError(400, str(error), code="context_length_exceeded" if is_too_long else "invalid_value")
 
 
 def validation_error(error: RequestValidationError) -> ApiError:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recursify.checkpoint.loading import load_model
-from recursify.engine import Engine
+from recursify.engine import Engine, EngineConfig
 from recursify.errors import SettingsError
-from recursify.settings import check_keys
+from recursify.settings import check_keys, resolve_settings
 
 from .settings import ServerSettings
 
@@ -33,25 +31,25 @@ def serve_model(
         model: Folder, ``.gguf`` file or Hub id of a recursive or dense model.
         host: Address to listen on; the default accepts connections from this machine only.
         port: Port to listen on; 0 chooses a free one.
-        settings: Settings of the server; exclusive with its fields in ``options``.
+        settings: Settings of the server; exclusive with their fields in ``options``.
         dtype: Data type of the weights: float32, bfloat16, float16, or auto for the checkpoint's.
         device: Device of the engine: cpu, cuda, cuda:1 or mps.
         trust_remote_code: Permission to run Python code from the model's folder.
-        options: Fields of :class:`~recursify.server.settings.ServerSettings`, and options of
-            :meth:`Engine.from_pretrained <recursify.engine.Engine.from_pretrained>` such as ``max_num_seqs``.
+        options: Fields of :class:`~recursify.server.settings.ServerSettings` and of
+            :class:`~recursify.engine.EngineConfig`.
 
     Raises:
         SettingsError: An invalid setting, or the extra ``serve`` is not installed.
+        EngineError: An invalid setting of the engine.
         RecursifyError: The model does not load, or the port is taken.
     """
     names = list(ServerSettings.__dataclass_fields__)
-    check_keys(options, [*names, *inspect.signature(Engine).parameters], "the options")
+    check_keys(options, [*names, *EngineConfig.__dataclass_fields__], None)
     server_options = {name: options.pop(name) for name in names if name in options}
-    if settings is not None and server_options:
-        raise SettingsError(f"Got settings and also {', '.join(server_options)}. Pass all of them in the settings.")
-    settings = settings or ServerSettings(**server_options)
+    settings = resolve_settings(ServerSettings, settings, server_options)
     if settings.model_name is None:
         settings = replace(settings, model_name=Path(model).name)
+    EngineConfig(**options)  # here as well as in the engine's process, so that an invalid value fails at once
     try:
         from .uvicorn_server import run_server
     except ModuleNotFoundError as error:
@@ -59,20 +57,4 @@ def serve_model(
             f"The server needs {error.name}, which is not installed. Install it with: pip install 'recursify[serve]'"
         ) from error
     loading = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    run_server(partial(make_engine, model, loading, options), settings, host=host, port=port)
-
-
-def make_engine(model: str | Path, loading: dict[str, Any], options: dict[str, Any]) -> Engine:
-    """Load a model and make its engine; called in the engine's process.
-
-    Args:
-        model: Model to load.
-        loading: Keyword arguments of :func:`~recursify.checkpoint.loading.load_model`.
-        options: Keyword arguments of the engine.
-
-    Raises:
-        CheckpointError: The model cannot be loaded.
-        SettingsError: The dtype or the device is unknown.
-        EngineError: The engine has no room, or does not support the model.
-    """
-    return Engine(*load_model(model, **loading), **options)
+    run_server(partial(Engine.from_pretrained, model, **loading, **options), settings, host=host, port=port)

@@ -1,5 +1,7 @@
-"""An engine elsewhere: what is heard of it is what it says, and its end is told to all. Here it is in a thread; what
-only a process can do is in ``tests/server/test_engine_process.py``."""
+"""Client of an engine in a thread: its output is the engine's, and every listener learns of the engine's end.
+
+Tests that need a process of its own are in ``test_process.py``.
+"""
 
 from __future__ import annotations
 
@@ -25,31 +27,31 @@ def make() -> Engine:
     return small_engine(recursive(), byte_tokenizer())
 
 
-class Heard:
-    """All that is said of one answer."""
+class Listener:
+    """Listener that keeps all items of one request."""
 
-    def __init__(self, link: EngineClient, prompt: list[int], params: SamplingParams) -> None:
-        self.said: list[Any] = []
+    def __init__(self, client: EngineClient, prompt: list[int], params: SamplingParams) -> None:
+        self.items: list[Any] = []
         self.ended = asyncio.get_running_loop().create_future()
-        self.number = link.submit(prompt, params, self.listen)
+        self.number = client.submit(prompt, params, self.listen)
 
-    def listen(self, what: Any) -> None:
-        self.said.append(what)
-        ends = isinstance(what, Exception) or (not isinstance(what, Accepted) and what.finish_reason is not None)
+    def listen(self, item: Any) -> None:
+        self.items.append(item)
+        ends = isinstance(item, Exception) or (not isinstance(item, Accepted) and item.finish_reason is not None)
         if ends:
-            self.ended.set_result(what)
+            self.ended.set_result(item)
 
 
-def linked(use: Callable[[EngineClient, Engine], Any], **arguments: Any) -> Any:
-    """What ``use`` makes of a link to an engine in a thread, and of that engine."""
+def with_client(use: Callable[[EngineClient, Engine], Any], **arguments: Any) -> Any:
+    """Result of ``use``, given a client of an engine in a thread, and that engine."""
 
     async def run() -> Any:
         made: list[Engine] = []
-        link = await EngineClient.open(lambda: made.append(make()) or made[0], own_process=False, **arguments)
+        client = await EngineClient.open(lambda: made.append(make()) or made[0], own_process=False, **arguments)
         try:
-            return await asyncio.wait_for(use(link, made[0]), 60)
+            return await asyncio.wait_for(use(client, made[0]), 60)
         finally:
-            await link.close()
+            await client.close()
 
     return asyncio.run(run())
 
@@ -68,27 +70,27 @@ def alone(asked: list[list[int]], params: SamplingParams) -> list[RequestOutput]
     ids=["logprobs", "sampled", "shallow"],
 )
 def test_answers_are_the_engines(params):
-    """Several at once: the pieces are the whole, and the whole is what the engine says alone."""
+    """Several requests at once: the chunks add up to the output, which is the engine's own."""
     asked = prompts(4, 11, 7, 5, 9)
 
-    async def use(link, engine):
-        heard = [Heard(link, prompt, params) for prompt in asked]
-        last = [(await each.ended).output for each in heard]
-        assert all(each.said[0] == Accepted() for each in heard)
-        for each, output in zip(heard, last, strict=True):
-            chunks = each.said[1:]
+    async def use(client, engine):
+        listener = [Listener(client, prompt, params) for prompt in asked]
+        last = [(await each.ended).output for each in listener]
+        assert all(each.items[0] == Accepted() for each in listener)
+        for each, output in zip(listener, last, strict=True):
+            chunks = each.items[1:]
             assert [token for chunk in chunks for token in chunk.token_ids] == output.token_ids
             assert "".join(chunk.text for chunk in chunks) == output.text
             assert len(chunks) == len(output.token_ids)
         return last
 
-    for found, expected in zip(linked(use), alone(asked, params), strict=True):
+    for found, expected in zip(with_client(use), alone(asked, params), strict=True):
         expected.request_id = found.request_id
         assert found == expected
 
 
 def test_a_text_that_is_written_otherwise_at_its_end():
-    """A tokenizer may write a whole text otherwise than its pieces: the answer has the whole."""
+    """Decoding a text at once may differ from decoding it piece by piece: the output has the former."""
 
     class Tidy:
         """Writes long texts in capitals, so that no beginning of one is kept as it was."""
@@ -97,97 +99,97 @@ def test_a_text_that_is_written_otherwise_at_its_end():
             text = "".join("abcd"[token % 4] for token in tokens)
             return text.upper() if len(tokens) >= 6 else text
 
-    async def use(link, engine):
+    async def use(client, engine):
         engine.tokenizer = Tidy()
-        return (await Heard(link, [5], SamplingParams(max_tokens=8)).ended).output
+        return (await Listener(client, [5], SamplingParams(max_tokens=8)).ended).output
 
     engine = make()
     engine.tokenizer = Tidy()
     (expected,) = engine.generate([[5]], SamplingParams(max_tokens=8))
     assert expected.text.isupper()
-    assert linked(use).text == expected.text
+    assert with_client(use).text == expected.text
 
 
 def test_a_refusal_is_the_requests_own():
-    """It comes with the engine's words, and others go on; a bug in taking it is told apart."""
+    """It has the engine's message, and other requests go on; a bug is an EngineFailure."""
 
-    async def use(link, engine):
-        refused = await Heard(link, [], SamplingParams()).ended
+    async def use(client, engine):
+        refused = await Listener(client, [], SamplingParams()).ended
         assert isinstance(refused, EngineError)
         assert "no tokens" in str(refused)
         add, engine.add = engine.add, lambda prompt, params: 1 / 0
-        broken = await Heard(link, [5], SamplingParams()).ended
+        broken = await Listener(client, [5], SamplingParams()).ended
         engine.add = add
         assert isinstance(broken, EngineFailure)
         assert broken.kind == "ZeroDivisionError"
         assert "In the engine:\nTraceback" in broken.__notes__[0]
-        assert link.is_running
-        assert (await Heard(link, [5], SamplingParams(max_tokens=3)).ended).finish_reason == "length"
+        assert client.is_running
+        assert (await Listener(client, [5], SamplingParams(max_tokens=3)).ended).finish_reason == "length"
 
-    linked(use)
+    with_client(use)
 
 
 def test_requests_that_come_together_begin_together(monkeypatch):
-    """An engine that had nothing to do waits a moment for others: all of them go through the same iterations."""
+    """An idle engine waits a moment for more requests: all of them run in the same iterations."""
     monkeypatch.setattr("recursify.server.engine_process.process.GAP_SECONDS", 1.0)
     monkeypatch.setattr("recursify.server.engine_process.process.GATHER_SECONDS", 60.0)
     asked, params = prompts(4, 5, 6), SamplingParams(max_tokens=5)
 
-    async def use(link, engine):
-        heard = []
+    async def use(client, engine):
+        listener = []
         for prompt in asked:
-            heard.append(Heard(link, prompt, params))
-            while not heard[-1].said:
+            listener.append(Listener(client, prompt, params))
+            while not listener[-1].items:
                 await asyncio.sleep(0)
-        for each in heard:
+        for each in listener:
             await each.ended
         return engine.stats.iterations
 
     engine = make()
     engine.generate(asked, params)
-    assert linked(use) == engine.stats.iterations
+    assert with_client(use) == engine.stats.iterations
 
 
-def test_who_cancels_hears_no_more():
-    """The request has gone from the engine, pages too, and nothing is said of it."""
+def test_cancelled_requests_get_no_more_items():
+    """The request and its pages are freed, and its listener is not called again."""
 
-    async def use(link, engine):
-        heard = Heard(link, prompts(6)[0], SamplingParams(max_tokens=200))
-        while len(heard.said) < 3:
+    async def use(client, engine):
+        listener = Listener(client, prompts(6)[0], SamplingParams(max_tokens=200))
+        while len(listener.items) < 3:
             await asyncio.sleep(0)
-        link.cancel(heard.number)
-        link.cancel(heard.number)
-        said = len(heard.said)
-        assert (await link.snapshot()).running == 0
+        client.cancel(listener.number)
+        client.cancel(listener.number)
+        count = len(listener.items)
+        assert (await client.snapshot()).running == 0
         assert engine.kv_cache.num_used == 0
-        assert len(heard.said) == said
+        assert len(listener.items) == count
 
-    linked(use)
+    with_client(use)
 
 
-def test_questions_are_answered_between_iterations():
-    """Counts and scores while an answer is under way; who does not wait for a score has none made."""
+def test_calls_run_between_iterations():
+    """Counts and scores, while a request runs."""
     ids = prompts(30)[0]
 
-    async def use(link, engine):
-        heard = Heard(link, ids[:5], SamplingParams(max_tokens=40))
-        scores, snapshot = await asyncio.gather(link.score(ids, 2), link.snapshot())
+    async def use(client, engine):
+        listener = Listener(client, ids[:5], SamplingParams(max_tokens=40))
+        scores, snapshot = await asyncio.gather(client.score(ids, 2), client.snapshot())
         assert snapshot.running + snapshot.waiting == 1
-        assert len((await heard.ended).output.token_ids) == 40
-        await link.reset_stats()
-        assert (await link.snapshot()).totals["generated_tokens"] == 0
+        assert len((await listener.ended).output.token_ids) == 40
+        await client.reset_stats()
+        assert (await client.snapshot()).totals["generated_tokens"] == 0
         with pytest.raises(EngineFailure, match="IndexError"):
-            await link.score([10**6], 1)
+            await client.score([10**6], 1)
         return scores
 
-    assert linked(use) == score_prompt(make(), ids, 2)
+    assert with_client(use) == score_prompt(make(), ids, 2)
 
 
-def test_a_score_that_nobody_waits_for_is_not_made():
-    """Of ten that were asked for, those are not made whose callers have gone before their turn."""
+def test_a_cancelled_score_is_not_computed():
+    """Of ten scores, only the one that is awaited is computed."""
     made = []
 
-    async def use(link, engine):
+    async def use(client, engine):
         forward = engine.model.base_model.forward
 
         def counted(*arguments, **named):
@@ -195,8 +197,8 @@ def test_a_score_that_nobody_waits_for_is_not_made():
             return forward(*arguments, **named)
 
         held, engine.reset_stats = threading.Event(), lambda: held.wait(30)
-        holding = asyncio.ensure_future(link.reset_stats())
-        asking = [asyncio.ensure_future(link.score([5, 6, 7], 1)) for _ in range(10)]
+        holding = asyncio.ensure_future(client.reset_stats())
+        asking = [asyncio.ensure_future(client.score([5, 6, 7], 1)) for _ in range(10)]
         await asyncio.sleep(0)
         engine.model.base_model.forward = counted
         for each in asking[1:]:
@@ -205,66 +207,66 @@ def test_a_score_that_nobody_waits_for_is_not_made():
         held.set()
         await holding
         await asking[0]
-        await link.snapshot()
+        await client.snapshot()
 
-    linked(use)
+    with_client(use)
     assert len(made) == 1
 
 
-def test_a_failure_is_told_to_all():
-    """To answers, questions and later callers, with the last counts, and the traceback for the log."""
-    told: list[Exception] = []
+def test_a_failure_reaches_every_listener():
+    """Requests, calls and later callers get it; last counts and the traceback are kept."""
+    reasons: list[Exception] = []
 
-    async def use(link, engine):
-        first = Heard(link, [5, 6], SamplingParams(max_tokens=100))
-        second = Heard(link, [7], SamplingParams(max_tokens=100))
-        while not (len(first.said) > 5 and second.said):
+    async def use(client, engine):
+        first = Listener(client, [5, 6], SamplingParams(max_tokens=100))
+        second = Listener(client, [7], SamplingParams(max_tokens=100))
+        while not (len(first.items) > 5 and second.items):
             await asyncio.sleep(0)
         engine.scheduler.schedule = lambda: 1 / 0
         errors = [await first.ended, await second.ended]
-        assert errors == [link.error, link.error]
-        assert told == [link.error]
-        assert (link.error.kind, str(link.error)) == ("ZeroDivisionError", "ZeroDivisionError: division by zero")
-        assert "schedule" in link.error.__notes__[0]
-        assert link.last_snapshot.totals["prompt_tokens"] == 3
-        assert not link.is_running
-        for ask in (link.snapshot(), link.score([5], 1)):
+        assert errors == [client.error, client.error]
+        assert reasons == [client.error]
+        assert (client.error.kind, str(client.error)) == ("ZeroDivisionError", "ZeroDivisionError: division by zero")
+        assert "schedule" in client.error.__notes__[0]
+        assert client.last_snapshot.totals["prompt_tokens"] == 3
+        assert not client.is_running
+        for ask in (client.snapshot(), client.score([5], 1)):
             with pytest.raises(EngineError, match="The engine has stopped: ZeroDivisionError"):
                 await ask
         with pytest.raises(EngineError, match="The engine has stopped: ZeroDivisionError"):
-            link.submit([5], SamplingParams(), told.append)
+            client.submit([5], SamplingParams(), reasons.append)
 
-    linked(use, on_stop=told.append)
+    with_client(use, on_stop=reasons.append)
 
 
 def test_closing_ends_the_engine():
-    """Whatever it was at: who listens is told, and its thread is gone."""
+    """Listeners get an error, and the thread ends."""
 
-    async def use(link, engine):
-        heard = Heard(link, [5], SamplingParams(max_tokens=200))
-        question = asyncio.ensure_future(link.score([5], 1))
+    async def use(client, engine):
+        listener = Listener(client, [5], SamplingParams(max_tokens=200))
+        question = asyncio.ensure_future(client.score([5], 1))
         await asyncio.sleep(0)
-        await link.close()
+        await client.close()
         with pytest.raises(EngineError, match="The engine was closed"):
-            raise await heard.ended
+            raise await listener.ended
         with pytest.raises(EngineError, match="The engine was closed"):
             await question
         with pytest.raises(EngineError, match="it was closed"):
-            await link.snapshot()
+            await client.snapshot()
 
     before = set(threading.enumerate())
-    linked(use)
+    with_client(use)
     assert not {thread for thread in threading.enumerate() if thread.name == "recursify-engine"} - before
 
 
 def test_a_listeners_error_is_its_own(caplog):
-    """It is logged, and the others hear on."""
+    """It is logged, and other requests go on."""
 
-    async def use(link, engine):
-        link.submit([5], SamplingParams(max_tokens=5), lambda what: 1 / 0)
-        return (await Heard(link, [5], SamplingParams(max_tokens=5)).ended).finish_reason
+    async def use(client, engine):
+        client.submit([5], SamplingParams(max_tokens=5), lambda what: 1 / 0)
+        return (await Listener(client, [5], SamplingParams(max_tokens=5)).ended).finish_reason
 
-    assert linked(use) == "length"
+    assert with_client(use) == "length"
     assert "The listener of request 1 failed" in caplog.text
 
 
@@ -294,11 +296,67 @@ def test_an_engine_that_cannot_be_made(build, own_process, error, message):
         asyncio.run(EngineClient.open(build, own_process=own_process))
 
 
-# --- Frames ------------------------------------------------------------------------------------------------------
+# --- Streams -----------------------------------------------------------------------------------------------------
 
 
-def test_frames_come_in_any_pieces():
-    """Whatever a socket cuts a message into."""
+def test_a_stream_yields_the_output_as_it_is_generated():
+    """For text and for token ids; several at once."""
+    params = SamplingParams(max_tokens=9)
+
+    async def collect(client, prompt):
+        return [chunk async for chunk in client.stream(prompt, params)]
+
+    async def use(client, engine):
+        return await asyncio.gather(*(collect(client, prompt) for prompt in ["hello", *prompts(4, 11)]))
+
+    expected = make().generate(["hello", *prompts(4, 11)], params)
+    for chunks, output in zip(with_client(use), expected, strict=True):
+        assert [token for chunk in chunks for token in chunk.token_ids] == output.token_ids
+        assert "".join(chunk.text for chunk in chunks) == output.text
+        assert chunks[-1].finish_reason == "length"
+
+
+def test_closing_a_stream_cancels_its_request():
+    """The request and its pages are freed; other streams go on."""
+
+    async def use(client, engine):
+        stream = client.stream(prompts(4)[0], SamplingParams(max_tokens=200))
+        other = asyncio.ensure_future(anext(client.stream(prompts(6)[0], SamplingParams(max_tokens=1))))
+        async for _ in stream:
+            break
+        await stream.aclose()
+        assert (await other).finish_reason == "length"
+        assert (await client.snapshot()).running == 0
+        assert engine.kv_cache.num_used == 0
+
+    with_client(use)
+
+
+def test_a_stream_raises_the_engines_errors():
+    """A refusal, a failure, and the end of the client."""
+
+    async def use(client, engine):
+        with pytest.raises(EngineError, match="no tokens"):
+            await anext(client.stream([]))
+        with pytest.raises(EngineError, match="needs exit heads"):
+            await anext(client.stream([1], SamplingParams(exit="head")))
+        stream = client.stream([5])
+        await anext(stream)
+        engine.scheduler.schedule = lambda: 1 / 0
+        with pytest.raises(EngineFailure, match="ZeroDivisionError: division by zero"):
+            async for _ in stream:
+                pass
+        with pytest.raises(EngineError, match="The engine has stopped: ZeroDivisionError"):
+            await anext(client.stream([5]))
+
+    with_client(use)
+
+
+# --- Protocol ------------------------------------------------------------------------------------------------------
+
+
+def test_messages_arrive_in_any_pieces():
+    """A socket may split a message anywhere."""
     messages = [("submit", 1, list(range(500))), "", [(3, EngineSnapshot())]]
     data = b"".join(map(pack, messages))
     for size in (1, 7, 100, len(data)):
@@ -309,16 +367,16 @@ def test_frames_come_in_any_pieces():
         assert (found, buffer) == (messages, b"")
 
 
-def test_a_channel_without_a_partner():
-    """Both directions say so."""
+def test_a_closed_connection():
+    """Both directions raise an error."""
     ours, theirs = socket.socketpair()
-    channel = Connection(theirs)
-    assert channel.receive(0.0) == []
+    connection = Connection(theirs)
+    assert connection.receive(0.0) == []
     ours.sendall(pack("last")[:-1])
-    assert channel.receive(None) == []
+    assert connection.receive(None) == []
     ours.close()
     with pytest.raises(ConnectionClosed):
-        channel.receive(None)
+        connection.receive(None)
     with pytest.raises(ConnectionClosed):
-        channel.send("x")
-    channel.close()
+        connection.send("x")
+    connection.close()

@@ -70,8 +70,9 @@ def test_a_prompt_is_scored_there(apart, server):
 
 def test_a_refusal_comes_back(apart):
     """With the engine's own words."""
-    with pytest.raises(openai.BadRequestError, match="together more than the 256"):
+    with pytest.raises(openai.BadRequestError, match="together more than the 256") as caught:
         apart.client.completions.create(**LONG | {"max_tokens": 300})
+    assert caught.value.code == "context_length_exceeded"
 
 
 def test_who_leaves_is_cancelled_there(apart):
