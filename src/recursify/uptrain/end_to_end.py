@@ -20,7 +20,7 @@ from . import checkpoints, sharding
 from .arguments import training_arguments
 from .callbacks import Watcher, draw_curves
 from .data import TextData, prepare_data
-from .loading import load_model, load_teacher, load_tokenizer
+from .loading import load_teacher, load_tokenizer, load_trainable_model
 from .lora_balance import balance_factors
 from .objectives import Objective
 from .output import CHECKPOINT_FOLDER, SCRATCH_FOLDER, begin, check_output, find_resumed, publish
@@ -41,7 +41,7 @@ class EndToEndStage(Stage, Objective):
         if not run.resume and state.is_main_process:
             check_output(run)
         # A resumed run starts from the source as well: prepare() needs its weights, the checkpoint's follow.
-        model, tokenizer = load_model(run), load_tokenizer(run)
+        model, tokenizer = load_trainable_model(run), load_tokenizer(run)
         objective = cls(settings, load_teacher(run, needed=cls.needs_teacher))
         with state.main_process_first():
             data = prepare_data(settings, tokenizer)

@@ -15,7 +15,7 @@ from recursify.modeling import RecursiveForCausalLM
 from .stage import TrainingRun
 
 
-def load_model(run: TrainingRun) -> RecursiveForCausalLM:
+def load_trainable_model(run: TrainingRun) -> RecursiveForCausalLM:
     """Load the model in float32, with every recursion.
 
     Raises:
