@@ -140,9 +140,7 @@ class RecursiveConfig(PreTrainedConfig):
                 f"This checkpoint has format_version {format_version}, newer than {FORMAT_VERSION}, the newest this "
                 f"code reads. Upgrade recursify, or load with the code in the checkpoint (trust_remote_code=True)."
             )
-        derived = {key: dense_fields.pop(key, None) for key in ("num_unique_layers", "layer_to_block", "block_size")}
-        for key in ("model_type", "auto_map"):
-            dense_fields.pop(key, None)
+        derived = {key: dense_fields.pop(key, None) for key in ("model_type", *_DERIVED)}
         dense = CONFIG_MAPPING[dense_model_type](**dense_fields)
         _refuse_misspelt(dense_fields, dense)
         verbatim = {key: value for key, value in dense.to_dict().items() if key not in _NOT_COPIED}
@@ -171,7 +169,8 @@ class RecursiveConfig(PreTrainedConfig):
         self.block_size = layout.block_size
         self.num_unique_layers = layout.num_unique_layers
         self.layer_to_block = layout.layer_to_block()
-        for key, value in given.items():
+        for key in ("num_unique_layers", "layer_to_block", "block_size"):
+            value = given[key]
             if value is not None and value != getattr(self, key):
                 raise LayoutError(
                     f"config.{key} is {value}, but {self.num_hidden_layers} layers with {self.num_recursions} "

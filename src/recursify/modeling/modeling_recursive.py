@@ -128,12 +128,9 @@ class RecursiveModel(RecursivePreTrainedModel):
         exit_depth = self.config.depth_to_exit_at(num_recursions, exit_depth)
         recursions = self._recursions(num_recursions, exit_depth)
         branches = self._branches(exit_depths, recursions, caches=bool(use_cache or past_key_values is not None))
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = self._make_cache()
-        call = self._prepare(hidden_states, attention_mask, position_ids, past_key_values)
+        hidden_states, call = self._prepare(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         walk = self._make_walk(hidden_states, attention_mask, **call, arguments={"use_cache": use_cache, **kwargs})
         if return_layer_states and walk.routing is not None:
             raise ValueError("return_layer_states: a routed model's layers run on different tokens. Leave it out.")
@@ -161,9 +158,22 @@ class RecursiveModel(RecursivePreTrainedModel):
         )
 
     def _prepare(
-        self, inputs_embeds: Tensor, attention_mask: Any, position_ids: Tensor | None, cache: Cache | None
-    ) -> dict[str, Any]:
-        """Masks, position ids and cache of a forward."""
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Embeddings ``[B, T, D]`` of a forward, and its masks, position ids and cache.
+
+        Raises:
+            ValueError: Both or none of ``input_ids`` and ``inputs_embeds``.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + seen
@@ -176,7 +186,7 @@ class RecursiveModel(RecursivePreTrainedModel):
                 position_ids=position_ids,
                 **{CACHE_ARGUMENT: cache},
             )
-        return {"masks": masks, "position_ids": position_ids, "cache": cache}
+        return inputs_embeds, {"masks": masks, "position_ids": position_ids, "cache": cache}
 
     def _recursions(self, num_recursions: int | None, exit_depth: int | None) -> int:
         """Number of recursions to run."""
@@ -347,8 +357,8 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
             if isinstance(module, nn.Linear)
         }
         if unknown := sorted(set(names) - set(maps.values())):
-            there = ", ".join(sorted(set(maps.values())))
-            raise ValueError(f"No linear map is called '{unknown[0]}'. There are: {there}.")
+            known = ", ".join(sorted(set(maps.values())))
+            raise ValueError(f"No linear map is called '{unknown[0]}'. There are: {known}.")
         return [path for path, name in maps.items() if not names or name in names]
 
     def compute_logits(self, hidden_states: Tensor, vocabulary: int | None = None) -> Tensor:

@@ -96,9 +96,8 @@ def generate_with_exits(
         ValueError: Beams, settings that do not fit the model, or right padding.
     """
     settings = _by_row(settings, len(input_ids), generation_config.num_beams)
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    decoder = DepthDecoder(model, settings, attention_mask, generation_config.max_length)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    decoder = DepthDecoder(model, settings, mask, generation_config.max_length)
     pad = generation_config._pad_token_tensor
     rows = list(range(len(input_ids)))
     unfinished = torch.ones(len(rows), dtype=torch.bool, device=input_ids.device)
