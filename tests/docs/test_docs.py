@@ -340,7 +340,7 @@ def test_changes_that_extend_shows_fit_the_code(monkeypatch):
     changed = {}
     for block in blocks(DOCS / "extend.md", "diff"):
         changed |= apply_diff(block.text)
-    assert len(changed) == 5
+    assert len(changed) == 6
     for name, text in changed.items():
         compile(text, name, "exec")
     layout = load_changed(monkeypatch, changed, "src/recursify/modeling/recursive_layout.py").LayerLayout
