@@ -54,9 +54,9 @@ def test_inspect_tells_of_routers(routed, capsys):
 
 @pytest.mark.parametrize("form", ["dense", "peft"])
 def test_export_refuses_routers(routed, form, capsys):
-    """A stock model would take every token."""
+    """A stock model processes every token."""
     assert run("export", routed / "routed", "-o", routed / "out", "--format", form) == 1
-    assert "has expert_choice routers, and stock layers take every token" in capsys.readouterr().err
+    assert "has expert_choice routers, and stock layers process every token" in capsys.readouterr().err
 
 
 def test_perplexity_of_a_routed_model(routed, capsys):
