@@ -1,11 +1,11 @@
-"""How fast the engine answers, beside transformers, rows that wait, and the dense model; and where its gain comes from.
+"""Speed of the engine beside transformers, lock-step batching and the dense model, and the source of its gain.
 
 ::
 
     python benchmarks/engine.py answers DIR --dense MODEL --exit head --threshold 0.9
     python benchmarks/engine.py forced
 
-``answers`` has a real model write real answers of unlike lengths, as ``recursify bench`` does. ``forced`` takes random
+``answers`` generates with a real model and different lengths, as ``recursify bench`` does. ``forced`` takes random
 weights of SmolLM2-135M's shapes, 10 layers three times, of whose tokens .5, .3 and .2 leave after each recursion: how
 much of what leaving early could gain at most the engine does gain, which does not depend on what is said.
 

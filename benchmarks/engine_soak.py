@@ -1,11 +1,11 @@
-"""Ten thousand requests, some of them cancelled, through one engine: memory, pages, and whether all were answered.
+"""Soak test of the engine with ten thousand requests, some cancelled: memory, pages, and requests without an end.
 
 ::
 
     python benchmarks/engine_soak.py
 
-A small random recursive model with exits; prompts, answers, policies, arrivals and cancels are drawn. Every thousand
-requests a line has the memory of the process, the tensors that are alive, and the pages in use.
+A small random recursive model with exits; prompts, lengths, policies, arrivals and cancellations are random. Every
+thousand requests a line has the memory of the process, the number of live tensors, and the pages in use.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLUMNS = (
 
 
 def small_model() -> RecursiveForCausalLM:
-    """One layer of prelude, one that runs three times, one of coda; random."""
+    """Make a random model: a prelude of one layer, a shared block of one layer run three times, a coda of one layer."""
     dense = LlamaConfig(
         vocab_size=512,
         hidden_size=64,
@@ -51,7 +51,7 @@ def small_model() -> RecursiveForCausalLM:
 
 
 def memory_mib() -> float:
-    """Resident memory of this process."""
+    """Resident memory of this process in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -65,7 +65,7 @@ def draw_params(draw: random.Random) -> SamplingParams:
 
 
 def main() -> None:
-    """Run and write the lines."""
+    """Run, and write the lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -74,11 +74,11 @@ def main() -> None:
     draw = random.Random(arguments.seed)
     ended: dict[str, int] = {"stop": 0, "length": 0, "cancelled": 0}
 
-    def heard(output: RequestOutput) -> None:
+    def count_end(output: RequestOutput) -> None:
         if output.finish_reason is not None:
             ended[output.finish_reason] += 1
 
-    engine = Engine(small_model(), max_num_seqs=32, num_pages=72, max_model_len=96, chunk_size=24, on_token=heard)
+    engine = Engine(small_model(), max_num_seqs=32, num_pages=72, max_model_len=96, chunk_size=24, on_token=count_end)
     prefixes = [[draw.randrange(512) for _ in range(40)] for _ in range(8)]
     stamp = {"commit": commit(), "date": datetime.now(UTC).date().isoformat()}
     lines = []
@@ -95,7 +95,7 @@ def main() -> None:
             while engine.has_work:
                 engine.step()
             gc.collect()
-            tensors = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+            tensors = sum(isinstance(entry, torch.Tensor) for entry in gc.get_objects())
             line = {
                 "requests": number,
                 "answered": ended["stop"] + ended["length"],
@@ -110,13 +110,13 @@ def main() -> None:
             }
             talk.print(str(line))
             lines.append(line)
-    unanswered = arguments.requests - sum(ended.values())
+    unended = arguments.requests - sum(ended.values())
     with arguments.output.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(lines)
-    talk.print(f"{unanswered} requests were not answered")
-    if unanswered or lines[-1]["pages_in_use"]:
+    talk.print(f"{unended} requests did not end")
+    if unended or lines[-1]["pages_in_use"]:
         raise SystemExit(1)
 
 

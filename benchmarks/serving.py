@@ -1,16 +1,16 @@
-"""What serving costs: streams of many clients against the engine alone, and a soak of everything that clients do.
+"""Cost of serving: streams of many clients against the engine alone, and a soak test of everything that clients do.
 
 ::
 
     OMP_NUM_THREADS=1 python benchmarks/serving.py MODEL --dense FOLDER --output serving.json
     python benchmarks/serving.py MODEL --soak --minutes 30 --requests 10000 --output serving_soak.json
 
-``MODEL`` is a recursive model. In the first form, ``--clients`` clients in this process stream answers from a server in
-another, and a third process runs the engine alone on the same prompts with as many rows. With ``--dense``, a folder of
-the dense model, the same clients ask for it, too: in our server, where it is a model of one recursion, and under
-``transformers serve`` with continuous batching. All take turns, with other prompts in each round, so that nobody finds
-a prefix that he knows. In the second form, clients also leave, give up, read slowly and send what is no request, and
-what counts is what is left afterwards: memory, pages, and requests without an answer.
+``MODEL`` is a recursive model. In the first form, ``--clients`` clients in this process stream responses from a server
+in another, and a third process runs the engine alone on the same prompts with the same concurrency. With ``--dense``, a
+folder of the dense model, the clients also stream from it: from our server, where it is a model of one recursion, and
+from ``transformers serve`` with continuous batching. All take turns, with other prompts in each round, so that no
+prefix is cached. In the second form, clients also disconnect, time out, read slowly and send invalid requests;
+afterwards memory, pages in use and requests without a response are counted.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ ALONE, SERVED = "engine alone", "served"
 
 
 def parse() -> argparse.Namespace:
-    """What was asked for."""
+    """Parse the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--dense", default=None, help="folder of the dense model, for the controls")
@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
 
 
 def prompts_of(options: argparse.Namespace, tokenizer: Any) -> list[list[str]]:
-    """Per round, the one that warms up among them, different pieces of held-out text, one per answer."""
+    """Draw different pieces of held-out text for each round, including the warm-up: one per response."""
     ids = tokenizer("\n".join(default_text("held_out").documents)[:600_000])["input_ids"]
     per_round, length = options.clients * options.answers, options.prompt_tokens
     count = per_round * (options.rounds + 1)
@@ -88,12 +88,12 @@ def prompts_of(options: argparse.Namespace, tokenizer: Any) -> list[list[str]]:
 
 @dataclass
 class Measured:
-    """What one contestant has done in one round.
+    """Measurements of one contestant in one round.
 
     Attributes:
-        tokens_per_second: New ones, of all clients together.
-        first: Per answer, seconds to its first token.
-        engine_seconds: Of a second, how much the engine was at work.
+        tokens_per_second: New tokens per second of all clients together.
+        first: Seconds to the first token of each response.
+        engine_seconds: Fraction of the time in which the engine computed.
     """
 
     tokens_per_second: float
@@ -102,11 +102,11 @@ class Measured:
 
 
 Contestant = Callable[[list[str], int], Measured]
-"""Answers prompts, each with so many new tokens."""
+"""Callable that generates a number of new tokens for each prompt."""
 
 
 def run_alone(options: argparse.Namespace) -> None:
-    """The engine by itself: for every line on stdin, prompts and a number of tokens, a line of figures on stdout."""
+    """Run the engine alone: read prompts and a number of tokens per line of stdin, print tokens per second."""
     model, tokenizer = load_model(options.model, dtype=options.dtype, device=options.device)
     engine = Engine(model, tokenizer, max_num_seqs=options.clients)
     for line in sys.stdin:
@@ -120,66 +120,66 @@ def run_alone(options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def alone() -> Iterator[Contestant]:
-    """The engine in a process of its own, which gets its prompts all at once."""
+    """Start the engine in a process of its own, which gets all prompts at once."""
     command = [sys.executable, __file__, *sys.argv[1:], "--alone"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None
     assert process.stdout is not None
 
-    def answer(prompts: list[str], new_tokens: int) -> Measured:
+    def generate(prompts: list[str], new_tokens: int) -> Measured:
         process.stdin.write(json.dumps([prompts, new_tokens]) + "\n")
         process.stdin.flush()
         return Measured(float(process.stdout.readline()))
 
-    yield answer
+    yield generate
     process.stdin.close()
     process.wait(60)
 
 
-def asked(options: argparse.Namespace, server: ServerProcess, **body: Any) -> Contestant:
-    """Clients of ``server``; ``body`` is what their requests have besides prompt and length."""
+def clients_of(options: argparse.Namespace, server: ServerProcess, **body: Any) -> Contestant:
+    """Make clients of ``server``, whose requests contain ``body`` besides prompt and length."""
 
     def seconds() -> float | None:
         return server.metrics()["recursify_engine_seconds_total"] if server.engine_pid is not None else None
 
-    def answer(prompts: list[str], new_tokens: int) -> Measured:
+    def generate(prompts: list[str], new_tokens: int) -> Measured:
         bodies = [{"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, **body} for prompt in prompts]
         before = seconds()
         found = asyncio.run(load(server.url, options.clients, bodies))
         after = seconds()
         wrong = [each.tokens for each in found.answers if each.tokens != new_tokens]
-        assert not wrong, f"answers of {wrong} tokens instead of {new_tokens}"
+        assert not wrong, f"responses of {wrong} tokens instead of {new_tokens}"
         first = [each.first for each in found.answers]
         part = None if before is None or after is None else (after - before) / found.seconds
         return Measured(found.tokens_per_second, first, part)
 
-    return answer
+    return generate
 
 
 def engine_arguments(options: argparse.Namespace) -> list[str]:
-    """Of `recursify serve`."""
+    """Options of `recursify serve`."""
     return ["--max-num-seqs", str(options.clients), "--dtype", options.dtype, "--device", options.device]
 
 
 def compare(options: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, list[Measured]]:
-    """Rounds of all contestants, in turns; the first warms up and does not count."""
+    """Measure all contestants in turns, after a warm-up round."""
     arguments = engine_arguments(options)
     ours: dict[str, Any] = {"ignore_eos": True}
-    leaves = {} if options.exit is None else {"exit": {"policy": options.exit}}
+    exits = {} if options.exit is None else {"exit": {"policy": options.exit}}
     server = stack.enter_context(served(options.model, *arguments))
     contestants: dict[str, Contestant] = {
         ALONE: stack.enter_context(alone()),
-        SERVED: asked(options, server, **ours, **leaves),
+        SERVED: clients_of(options, server, **ours, **exits),
     }
     if options.dense is not None:
         dense = stack.enter_context(served(options.dense, *arguments))
         pages = options.clients * (-(-(options.prompt_tokens + options.new_tokens) // PAGE) + 1)
         paging = ["--cb-block-size", str(PAGE), "--cb-num-blocks", str(pages), "--cb-max-batch-tokens", "2048"]
         placing = ["--dtype", options.dtype, "--device", options.device]
-        theirs = stack.enter_context(served_by_transformers(options.dense, *paging, *placing))
+        transformers_server = stack.enter_context(served_by_transformers(options.dense, *paging, *placing))
         contestants |= {
-            "dense, served": asked(options, dense, **ours),
-            "dense, `transformers serve`": asked(options, theirs),
+            "dense, served": clients_of(options, dense, **ours),
+            "dense, `transformers serve`": clients_of(options, transformers_server),
         }
     found: dict[str, list[Measured]] = {name: [] for name in contestants}
     for number, prompts in enumerate(prompts_of(options, AutoTokenizer.from_pretrained(options.model))):
@@ -192,11 +192,11 @@ def compare(options: argparse.Namespace, stack: contextlib.ExitStack) -> dict[st
 
 
 def figures_of(found: dict[str, list[Measured]]) -> dict[str, Any]:
-    """Medians, and all rounds."""
+    """Summarize the rounds."""
     rows: dict[str, Any] = {}
     for name, rounds in found.items():
         speeds = [each.tokens_per_second for each in rounds]
-        ratios = [mine / its.tokens_per_second for mine, its in zip(speeds, found[ALONE], strict=True)]
+        ratios = [speed / alone.tokens_per_second for speed, alone in zip(speeds, found[ALONE], strict=True)]
         row: dict[str, Any] = {
             "tokens_per_second": round(statistics.median(speeds), 2),
             "tokens_per_second_rounds": [round(speed, 2) for speed in speeds],
@@ -242,8 +242,8 @@ Made by `python benchmarks/serving.py`; all figures, settings and versions in `{
 {facts["machine"]}, of which the clients take a part, too. {setup["clients"]} clients at once in a process of their \
 own, {setup["answers"]} answer(s) each and round, prompts of {setup["prompt_tokens"]} tokens, \
 {setup["new_tokens"]} new ones, streamed; median of {setup["rounds"]} rounds in turns, each with prompts of its own. \
-*first s*: from a request to its first token, where all come at once. *engine at work*: the part of the time in which \
-the engine computed.
+*first s*: from a request to its first token, where all come at once. *engine at work*: the fraction of the time in \
+which the engine computed.
 
 {markdown_table(head, lines)}
 """

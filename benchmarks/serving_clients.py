@@ -1,4 +1,4 @@
-"""A server in a process of its own, and clients of it in this one."""
+"""A server in a process of its own, and its clients in this process."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ import httpx
 
 @dataclass
 class ServerProcess:
-    """A server that answers.
+    """A server that takes requests.
 
     Attributes:
-        url: Where.
-        process: The server's.
-        engine_pid: Of the process in which its engine runs; None of another program's server.
+        url: Address of the server.
+        process: Process of the server.
+        engine_pid: Id of the engine's process; None for another program's server.
     """
 
     url: str
@@ -36,26 +36,26 @@ class ServerProcess:
 
     @property
     def resident_bytes(self) -> dict[str, int]:
-        """Memory of both processes, as Linux counts it."""
+        """Resident memory of both processes in bytes."""
         assert self.engine_pid is not None
         return {"server": resident_bytes(self.process.pid), "engine": resident_bytes(self.engine_pid)}
 
     def metrics(self) -> dict[str, float]:
-        """What the server counts, by name with labels."""
+        """Read the metrics, by name with labels."""
         lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a process."""
+    """Resident memory of a process in bytes."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
 
 
 @contextlib.contextmanager
 def served(model: str, *arguments: str) -> Iterator[ServerProcess]:
-    """``recursify serve`` on a free port, until the block ends."""
+    """Run ``recursify serve`` on a free port until the block ends."""
     command = [sys.executable, "-m", "recursify", "serve", model, "--name", "model", "--port", "0", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -68,7 +68,7 @@ def served(model: str, *arguments: str) -> Iterator[ServerProcess]:
                 break
         else:
             raise SystemExit("The server did not start.")
-        # Nobody reads the log any more, and a full pipe would hold the server up.
+        # The log is discarded: a full pipe would block the server.
         threading.Thread(target=lambda: [None for _ in process.stderr], daemon=True).start()
         assert url is not None
         yield ServerProcess(url, process, event["engine_pid"])
@@ -79,7 +79,7 @@ def served(model: str, *arguments: str) -> Iterator[ServerProcess]:
 
 @contextlib.contextmanager
 def served_by_transformers(folder: str, *arguments: str) -> Iterator[ServerProcess]:
-    """``transformers serve`` with continuous batching, over a copy of ``folder`` whose answers never end early."""
+    """Run ``transformers serve`` with continuous batching, over a copy of ``folder`` without an EOS."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as copy:
@@ -109,12 +109,12 @@ def served_by_transformers(folder: str, *arguments: str) -> Iterator[ServerProce
 
 @dataclass
 class Streamed:
-    """What came of one streamed answer.
+    """Measurements of one streamed response.
 
     Attributes:
-        tokens: By the server's own count.
+        tokens: Number of new tokens by the server's usage.
         first: Seconds to the first token.
-        seconds: To the end.
+        seconds: Seconds to the end.
     """
 
     tokens: int = 0
@@ -124,19 +124,24 @@ class Streamed:
 
 @dataclass
 class Load:
-    """Answers of many clients, each of which asks again when it has been answered."""
+    """Responses to many clients, each of which sends its next request after a response.
+
+    Attributes:
+        answers: Measurements of all responses.
+        seconds: Duration of the load.
+    """
 
     answers: list[Streamed] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all clients together."""
+        """New tokens per second of all clients together."""
         return sum(answer.tokens for answer in self.answers) / self.seconds
 
 
 async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> Streamed:
-    """One answer, read to its end."""
+    """Stream one response to its end."""
     found, started = Streamed(), time.perf_counter()
     usage = {"stream": True, "stream_options": {"include_usage": True}}
     async with client.stream("POST", "/v1/completions", json=body | usage) as answer:
@@ -153,7 +158,7 @@ async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> Streamed:
 
 
 async def load(url: str, clients: int, bodies: list[dict[str, Any]]) -> Load:
-    """``clients`` of them answer ``bodies`` among themselves, each one after the other."""
+    """Send ``bodies`` from ``clients`` concurrent clients."""
     waiting, found = iter(bodies), Load()
 
     async def one(client: httpx.AsyncClient) -> None:
@@ -169,7 +174,7 @@ async def load(url: str, clients: int, bodies: list[dict[str, Any]]) -> Load:
 
 @contextlib.asynccontextmanager
 async def connected(url: str, connections: int) -> AsyncIterator[httpx.AsyncClient]:
-    """A client with as many connections."""
+    """Open a client with this many connections."""
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
     async with httpx.AsyncClient(base_url=url, limits=limits, timeout=600) as client:
         yield client

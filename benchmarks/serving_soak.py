@@ -1,4 +1,4 @@
-"""Everything that clients do to a server, for a while, and what is left of it."""
+"""Soak test of a server: everything that clients do, and the resources in use afterwards."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ BAD: tuple[tuple[dict[str, Any], int], ...] = (
     ({"json": {"prompt": "x", "exit": {"policy": "oracle"}}}, 400),
     ({"json": {"prompt": "x", "unheard": "of"}}, 400),
 )
-"""What is no request, and the status that it gets."""
+"""Invalid requests, and the statuses of their responses."""
 
 
 class Soak:
-    """Clients who do as a seed says.
+    """Clients with random behaviour.
 
     Args:
-        server: To be soaked.
-        prompts: Texts.
-        seed: Of what they do.
-        clients: At once.
-        new_tokens: Of an answer at most.
+        server: Server to test.
+        prompts: Texts of prompts.
+        seed: Seed of the behaviour.
+        clients: Number of concurrent clients.
+        new_tokens: Maximum number of new tokens of a response.
 
     Attributes:
-        done: How often each thing was done.
-        wrong: What did not go as it must; a request without an answer among it.
-        memory: Bytes of both processes, every few seconds.
+        done: Number of requests per behaviour.
+        wrong: Number of failures by description, among them requests without a response.
+        memory: Resident bytes of both processes, every few seconds.
     """
 
     def __init__(self, server: ServerProcess, prompts: list[str], *, seed: int, clients: int, new_tokens: int) -> None:
@@ -50,7 +50,7 @@ class Soak:
         self.memory: list[dict[str, int]] = []
 
     async def run(self, minutes: float, requests: int) -> dict[str, Any]:
-        """Until the time is over, or so many requests have been made; then wait for the server to be idle."""
+        """Send requests until the time is over or their number is reached; then wait for the server to be idle."""
         deadline, started = time.monotonic() + 60 * minutes, time.monotonic()
         watching = asyncio.create_task(self._watch())
 
@@ -141,7 +141,7 @@ class Soak:
             await asyncio.sleep(5)
 
     async def _left_over(self) -> dict[str, float]:
-        """What the server has in hand when nobody wants anything of it."""
+        """Requests and pages in use after all requests have ended."""
         names = ("recursify_running_requests", "recursify_waiting_requests", "recursify_pages_used")
         for _ in range(100):
             metrics = self.server.metrics()

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven through the pipe that it offers for that: nothing else has to be installed."""
+"""A headless Chromium, driven through its debugging pipe, which needs no further package."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Page:
     """A page of a browser.
 
     Args:
-        commands: Where to write.
-        replies: Where to read.
+        commands: File descriptor to write commands to.
+        replies: File descriptor to read replies from.
 
     Attributes:
-        complaints: What the console has had to say, and what scripts have thrown.
+        complaints: Errors and warnings of the console, and exceptions of scripts.
     """
 
     def __init__(self, commands: int, replies: int) -> None:
@@ -41,7 +41,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Have the browser do something, and wait for it."""
+        """Send a command, and wait for its result."""
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": params}
         if self._session is not None:
@@ -53,13 +53,13 @@ class Page:
         return reply["result"]
 
     def open(self, url: str) -> None:
-        """Go to ``url``, and wait for the page to be there."""
+        """Open ``url``, and wait until the page has loaded."""
         self.call("Page.navigate", url=url)
         while self._note(self._read()) != "Page.loadEventFired":
             pass
 
     def run(self, script: str) -> Any:
-        """What ``script``, an expression, comes to; a promise is waited for."""
+        """Evaluate ``script``, an expression, and wait for its promise if it is one."""
         found = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
@@ -70,7 +70,7 @@ class Page:
         assert self.run(ask)
 
     def screenshot(self, file: Path, width: int = 1100, height: int = 720) -> None:
-        """Write what it looks like, twice as fine as it is seen."""
+        """Write a screenshot at twice the resolution."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **metrics)
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
@@ -96,10 +96,10 @@ class Page:
 
 @contextlib.contextmanager
 def browser() -> Iterator[Page]:
-    """A page of a browser of its own."""
+    """Start a browser, and open a page."""
     assert CHROMIUM is not None
     pipes = [*os.pipe(), *os.pipe()]
-    # The browser reads at 3 and writes at 4; what is duplicated must not stand in the way of that.
+    # The browser reads from 3 and writes to 4; the duplicates must have other numbers.
     theirs = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (pipes[0], pipes[3])]
 
     def place() -> None:

@@ -1,4 +1,4 @@
-"""Servers on this machine, in threads, over a tiny random model: in a thread as well, or in a process of its own."""
+"""Servers in threads, over a tiny random model whose engine is in a thread, or in a process of its own."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ TEMPLATE = (
 
 
 def tokenizer(*, template: str | None = TEMPLATE) -> Any:
-    """Of bytes, with a chat template."""
+    """Byte tokenizer with a chat template."""
     made = byte_tokenizer()
     made.chat_template = template
     return made
 
 
 def make_engine(family: str, kv: str, template: str | None, settings: dict[str, Any], seconds: float) -> Engine:
-    """An engine over a tiny model with exits, or with routers; its iterations take at least so many seconds."""
-    # Of its own: while an engine works, the model's attention is the engine's, and another thread cannot use it.
+    """Engine of a tiny model with exits or routers; its iterations take at least ``seconds``."""
+    # A copy: while an engine runs, it replaces the model's attention, so that no other thread can use the model.
     model = copy.deepcopy(model_of(family, kv))
     engine = Engine(model, tokenizer(template=template), kv=kv, force_kv=True, **settings)
     step = engine.step
@@ -54,22 +54,22 @@ def make_engine(family: str, kv: str, template: str | None, settings: dict[str, 
 
 
 def build(family: str = "llama", kv: str = "deferred", *, seconds: float = 0.0, **settings: Any) -> partial[Engine]:
-    """Makes such engines, here or in another process."""
+    """Callable that makes such engines, here or in another process."""
     template = settings.pop("template", TEMPLATE)
     chosen = {"max_num_seqs": 8, "num_pages": 256, "page_size": 8, **settings}
     return partial(make_engine, family, kv, template, chosen, seconds)
 
 
 SLOW = 0.01
-"""Seconds of an iteration, where answers have to take a while."""
+"""Seconds per iteration, for requests that must take a while."""
 
 
 @dataclass
 class Running:
-    """A server that answers.
+    """A server that takes requests.
 
     Attributes:
-        engines: That were made in this process.
+        engines: Engines that were made in this process.
     """
 
     url: str
@@ -80,17 +80,17 @@ class Running:
 
     @property
     def client(self) -> openai.OpenAI:
-        """OpenAI's client of it."""
+        """OpenAI's client of the server."""
         key = self.supervisor.settings.api_key or "none"
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
     @property
     def http(self) -> httpx.Client:
-        """Any client of it."""
+        """HTTP client of the server."""
         return httpx.Client(base_url=self.url, timeout=60)
 
     def metrics(self) -> dict[tuple[str, tuple[str, ...]], float]:
-        """All samples, by name and labels."""
+        """All samples by name and labels."""
         headers = {"authorization": f"Bearer {self.supervisor.settings.api_key}"}
         answer = self.http.get("/metrics", headers=headers)
         assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -101,28 +101,28 @@ class Running:
         }
 
     def says(self, name: str) -> float:
-        """The metric of that name."""
+        """Value of a metric without labels."""
         return self.metrics()[f"recursify_{name}", ()]
 
     @property
     def num_requests(self) -> int:
-        """In the engine, now."""
+        """Number of requests in the engine."""
         metrics = self.metrics()
         return int(sum(metrics[f"recursify_{name}_requests", ()] for name in ("running", "waiting")))
 
     def is_idle(self, seconds: float = 20.0) -> bool:
-        """Whether the engine gets to have nothing to do, and no page in use."""
+        """Wait until the engine has no request and no page in use; False after ``seconds``."""
         return eventually(lambda: not self.num_requests and not self.says("pages_used"), seconds)
 
     def stop(self) -> None:
-        """End it as a signal does."""
+        """Shut down as a signal does."""
         self.server.should_exit = True
         self.thread.join(60)
         assert not self.thread.is_alive()
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> bool:
-    """Whether ``condition`` comes true."""
+    """Wait until ``condition`` is true; False after ``seconds``."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():
@@ -135,7 +135,7 @@ def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> bool:
 def running(
     builder: Callable[[], Engine] | None = None, *, wait: bool = True, own_process: bool = False, **settings: Any
 ) -> Iterator[Running]:
-    """A server, until the block ends."""
+    """Run a server until the block ends."""
     builder, engines = builder or build(), []
 
     def made_here() -> Engine:

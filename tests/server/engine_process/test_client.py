@@ -74,11 +74,11 @@ def test_answers_are_the_engines(params):
     asked = prompts(4, 11, 7, 5, 9)
 
     async def use(client, engine):
-        listener = [Listener(client, prompt, params) for prompt in asked]
-        last = [(await each.ended).output for each in listener]
-        assert all(each.items[0] == Accepted() for each in listener)
-        for each, output in zip(listener, last, strict=True):
-            chunks = each.items[1:]
+        listeners = [Listener(client, prompt, params) for prompt in asked]
+        last = [(await listener.ended).output for listener in listeners]
+        assert all(listener.items[0] == Accepted() for listener in listeners)
+        for listener, output in zip(listeners, last, strict=True):
+            chunks = listener.items[1:]
             assert [token for chunk in chunks for token in chunk.token_ids] == output.token_ids
             assert "".join(chunk.text for chunk in chunks) == output.text
             assert len(chunks) == len(output.token_ids)
@@ -136,13 +136,13 @@ def test_requests_that_come_together_begin_together(monkeypatch):
     asked, params = prompts(4, 5, 6), SamplingParams(max_tokens=5)
 
     async def use(client, engine):
-        listener = []
+        listeners = []
         for prompt in asked:
-            listener.append(Listener(client, prompt, params))
-            while not listener[-1].items:
+            listeners.append(Listener(client, prompt, params))
+            while not listeners[-1].items:
                 await asyncio.sleep(0)
-        for each in listener:
-            await each.ended
+        for listener in listeners:
+            await listener.ended
         return engine.stats.iterations
 
     engine = make()
