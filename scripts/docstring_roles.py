@@ -1,4 +1,4 @@
-"""What our docstrings have of reStructuredText, as the Markdown that mkdocstrings reads (a Griffe extension)."""
+"""Griffe extension: rewrite reStructuredText roles of docstrings as Markdown, which mkdocstrings reads."""
 
 from __future__ import annotations
 

@@ -124,4 +124,4 @@ def test_what_has_no_depths_is_refused(routed, tmp_path, capsys):
     assert run("generate", routed / "recursive", "abc", "--max-new-tokens", 2, "--depth-page", page) == 1
     assert "No such file or directory. Use another file name" in capsys.readouterr().err
     assert run("generate", routed / "routed", "abc", "--exit", "confidence") == 1
-    assert "routers" in capsys.readouterr().err
+    assert "The model has routers, which decide" in capsys.readouterr().err
