@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,7 @@ def test_folders_made_before_still_load(make, tmp_path):
     assert type(loaded) is RecursiveForCausalLM
     with torch.inference_mode():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+    shutil.copytree(folder, tmp_path / "again")
     loaded.save_pretrained(tmp_path / "again")
     assert {file.name for file in (tmp_path / "again").glob("*.py")} == set(travelling_files(model.config))
 

@@ -12,7 +12,13 @@ from torch import Tensor
 from recursify.checkpoint.loading import load_model, require_recursive
 from recursify.checkpoint.record import update_record
 from recursify.errors import SettingsError, TextError
-from recursify.modeling import EXIT_POLICIES, ExitPolicy, RecursiveForCausalLM, make_policy
+from recursify.modeling import (
+    EXIT_POLICIES,
+    ExitPolicy,
+    RecursiveForCausalLM,
+    copy_travelling_files,
+    make_policy,
+)
 from recursify.pictures import DARK, SHARED, new_figure, save_figure
 from recursify.progress import Progress, silent
 
@@ -130,6 +136,7 @@ def calibrate_exits(
         loaded.config.exit_policy, loaded.config.exit_thresholds = policy, calibration.thresholds
         loaded.config.exit_vocabulary = vocabulary
         loaded.config.save_pretrained(folder)
+        copy_travelling_files(loaded.config, folder)
         update_record(folder, exit_calibration=calibration.to_dict())
     return calibration
 

@@ -20,6 +20,9 @@ from .configuration_recursive import RecursiveConfig
 from .modeling_recursive import RecursiveModel as PlainModel
 from .recursion_count import with_recursions
 
+FORMER_FILES = ("recursive_loops.py", "recursive_thresholds.py")
+"""Files in checkpoints of earlier versions that have other names now."""
+
 
 def code_files(auto_map: Mapping[str, str], folder: Path) -> tuple[str, ...]:
     """Files in ``folder`` with the classes of ``auto_map``, and the files that these import.
@@ -38,8 +41,11 @@ def travelling_files(config: RecursiveConfig) -> tuple[str, ...]:
 
 
 def copy_travelling_files(config: RecursiveConfig, folder: str | os.PathLike[str]) -> None:
-    """Copy the files that a checkpoint of ``config`` carries into ``folder``."""
-    for file in travelling_files(config):
+    """Copy the files that a checkpoint of ``config`` carries into ``folder``, and remove other ones of ours."""
+    needed = travelling_files(config)
+    for file in {*FORMER_FILES, *(path.name for path in Path(__file__).parent.glob("*recursive*.py"))} - {*needed}:
+        (Path(folder) / file).unlink(missing_ok=True)
+    for file in needed:
         shutil.copyfile(Path(__file__).with_name(file), Path(folder) / file)
 
 
