@@ -1,4 +1,4 @@
-"""The engine with Triton's kernels in the interpreter; run in a process of its own by test_device_loop.py."""
+"""The engine with Triton's kernels in the interpreter, run in a process of its own by device_loop/test_loop.py."""
 
 import sys
 import warnings
@@ -11,7 +11,7 @@ LENGTHS = (0, 1)
 
 
 def run(family: str, kv: str) -> int:
-    """Requests of two lengths, with and without exits; how many times."""
+    """Compare requests of two lengths, with and without exits, with transformers; returns the number of engines run."""
     model = model_of(family, kv)
     is_routed = model.config.router is not None
     runs = 0
@@ -30,8 +30,8 @@ def run(family: str, kv: str) -> int:
                 implementation="triton",
             )
             params = SamplingParams(max_tokens=NEW_TOKENS, exit=settings(how, family, kv))
-            for which, output in enumerate(engine.generate([prompt(number) for number in LENGTHS], params)):
-                tokens, depths = expected(family, kv, which, how)
+            for number, output in enumerate(engine.generate([prompt(length) for length in LENGTHS], params)):
+                tokens, depths = expected(family, kv, number, how)
                 assert output.token_ids == tokens[:NEW_TOKENS], (family, kv, loop, how)
                 assert output.depths == depths[:NEW_TOKENS], (family, kv, loop, how)
             assert engine.stats.implementation == "triton"

@@ -1,8 +1,8 @@
-"""Runs the checks of one kernel, in a process of its own: an access out of bounds ends it.
+"""Run the checks of one kernel, in a process of its own because an access out of bounds ends it.
 
     python -m helpers.kernel_worker KERNEL DEVICE SEED
 
-First the kernel as it is, then with each fault of the checks' ``PLANTS`` planted into its source, which a check has to
+The kernel is checked unchanged, and then with each fault of the checks' ``PLANTS`` in its source, which a check has to
 find. Prints one line of JSON per result.
 """
 
@@ -26,7 +26,7 @@ PACKAGES = ("recursify.kernels", "recursify.experiments.kernels")
 """Packages with a folder per kernel."""
 
 DTYPES = {"cpu": (torch.float32, torch.float16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
-"""The interpreter's bfloat16 arithmetic is wrong, without a word."""
+"""Dtypes by device. The interpreter's bfloat16 arithmetic is wrong, and gives no warning."""
 
 
 def names_of(checks: ModuleType) -> list[str]:
@@ -35,7 +35,7 @@ def names_of(checks: ModuleType) -> list[str]:
 
 
 def error_of(checks: ModuleType, name: str, device: str, seed: int) -> str | None:
-    """What is wrong with a kernel, by the check ``name``, in every dtype; None where nothing is."""
+    """Run the check ``name`` in every dtype; returns the first error, or None."""
     for dtype in getattr(checks, "DTYPES", DTYPES[device]):
         bench = Bench(device, dtype, seed)
         try:
@@ -64,10 +64,10 @@ def package_of(kernel: str) -> str:
 
 
 def plant(kernel: str, old: str, new: str, folder: Path) -> None:
-    """Have the package use its Triton source with ``old``, which it has once or more, replaced."""
+    """Replace ``old`` by ``new`` in the Triton source that the kernel's package uses."""
     package = importlib.import_module(package_of(kernel))
     source = (Path(package.__file__).parent / "triton.py").read_text(encoding="utf-8")
-    assert old in source, f"{old!r} is not in the source any more"
+    assert old in source, f"{old!r} is not in the source"
     path = folder / f"planted_{abs(hash((old, new)))}.py"
     path.write_text(source.replace(old, new), encoding="utf-8")
     spec = importlib.util.spec_from_file_location(f"{package.__name__}.triton", path)

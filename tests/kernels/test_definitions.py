@@ -56,7 +56,7 @@ CAUSAL = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
 
 @pytest.mark.parametrize("window", [None, 1, 4, 50])
 def test_a_prompt_at_mixed_depths_is_causal_attention(window):
-    """With pages per depth, each row attends to the keys of its own depth."""
+    """Each row attends to the keys of its own depth, where every depth has pages."""
     prompt = Prompt([0, POOL, 2 * POOL])
     depth = torch.randint(0, DEPTHS, (LENGTH,))
     mask = CAUSAL if window is None else CAUSAL.triu(1 - window)

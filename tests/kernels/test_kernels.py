@@ -25,7 +25,7 @@ SEED = int(os.environ.get("RECURSIFY_SEED") or random.SystemRandom().randrange(2
 
 
 def cases(members) -> list:
-    """A parameter per kernel, device and member; those of one kernel go to one worker, which runs it once."""
+    """One parameter per kernel, device and member; those of one kernel run in one worker."""
     return [
         pytest.param(kernel, device, name, id=f"{kernel}-{device}-{name}", marks=pytest.mark.xdist_group(kernel))
         for kernel in KERNELS
@@ -36,7 +36,7 @@ def cases(members) -> list:
 
 @functools.cache
 def results(kernel: str, device: str) -> tuple[dict[str, str | None], str]:
-    """Errors by check or planted fault, and how the process ended."""
+    """Errors by check or planted fault, and the exit of the process."""
     environment = os.environ | {"PYTHONPATH": python_path(), "PYTHONDONTWRITEBYTECODE": "1"}
     environment["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
     command = [sys.executable, "-m", "helpers.kernel_worker", kernel, device, str(SEED)]
@@ -47,7 +47,7 @@ def results(kernel: str, device: str) -> tuple[dict[str, str | None], str]:
 
 @pytest.mark.parametrize(("kernel", "device", "check"), cases(lambda checks, device: names_of(checks)))
 def test_kernel_equals_its_reference(kernel, device, check):
-    """What the check's docstring says, in every dtype."""
+    """Every check passes in every dtype."""
     found, ending = results(kernel, device)
     assert check in found, ending
     assert found[check] is None, found[check]
@@ -57,14 +57,14 @@ def test_kernel_equals_its_reference(kernel, device, check):
     ("kernel", "device", "fault"), cases(lambda checks, device: checks.PLANTS if device == "cpu" else ())
 )
 def test_planted_fault_is_found(kernel, device, fault):
-    """A mask that is off by one, and the like: the checks are able to fail, and do so by what they compare."""
+    """A planted fault, such as a mask that is off by one, makes its check fail by what it compares."""
     found, ending = results(kernel, device)
     assert fault in found, ending
-    assert found[fault] is not None, f"nothing was wrong (seed {SEED})"
-    # The interpreter stops by itself where a maximum is taken of nothing but what must not be read.
+    assert found[fault] is not None, f"no check failed (seed {SEED})"
+    # The interpreter raises All-NaN itself where a maximum is taken over guard elements only.
     assert "AssertionError" in found[fault] or "All-NaN" in found[fault], found[fault]
 
 
 def test_every_kernel_has_checks():
-    """A folder with a Triton source and none is a kernel that nobody looks at."""
+    """Every folder with a Triton source has a module of checks."""
     assert kernel_names() == KERNELS

@@ -1,4 +1,4 @@
-"""What holds of the references themselves, and of how one is picked: no Triton is needed."""
+"""References of the kernels, and the selection of an implementation; none of it needs Triton."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("rows", [1, 7, 64])
 @pytest.mark.parametrize("form", [reference.by_masked_concatenation, reference.by_grouped_products])
 def test_forms_of_residuals_agree(form, rows):
-    """In any order of depths, where a depth has no row, and where a row has no depth."""
+    """All forms give the same sums for mixed depths, depths without rows, and negative depths."""
     y, x, a, b = (torch.randn(shape) for shape in ((rows, 24), (rows, 16), (3, 8, 16), (3, 24, 8)))
     for depth in (torch.randint(-1, 3, (rows,)), torch.full((rows,), 2), torch.full((rows,), -1)):
         expected = y.clone()
@@ -35,8 +35,8 @@ def test_forms_of_residuals_agree(form, rows):
         torch.testing.assert_close(add_depth_lora(y.clone(), x, a, b, depth), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_exit_head_says_what_policies_compute():
-    """The margin is the ``confidence`` policy's, and the entropy the ``entropy`` policy's, of the same logits."""
+def test_exit_head_computes_what_policies_do():
+    """Margin and entropy are the confidences of the policies ``confidence`` and ``entropy`` for the same logits."""
     states, weight = torch.randn(9, 32), torch.randn(300, 32) / 4
     boundary = type("Boundary", (), {"logits": states @ weight.T})()
     found = exit_statistics(states, weight)
@@ -48,7 +48,7 @@ def test_exit_head_says_what_policies_compute():
 
 @pytest.mark.parametrize("kind", GATES)
 def test_gates_are_those_of_routers(kind):
-    """Of the rows that are named; the others stay, and a negative one is none."""
+    """Selected rows are gated as by routers; others do not change, and negative row numbers are skipped."""
     states, made, gate = torch.randn(6, 8), torch.randn(3, 8), torch.randn(3)
     expected = states.clone()
     expected[4], expected[1] = gated(states[4], made[0], gate[0], kind), gated(states[1], made[2], gate[2], kind)
@@ -58,7 +58,7 @@ def test_gates_are_those_of_routers(kind):
 
 
 def test_slots_advance_one_recursion_or_one_token():
-    """A slot by hand: two recursions, a token; one recursion, the last token; and then nothing more."""
+    """A slot worked out by hand: a token of two recursions, the last token of one, then no change."""
     slots, ring = Slots.empty(2), OutputRing.empty(2)
     slots.active[1], slots.position[1], slots.address[1] = True, 3, 43
     seen = []
@@ -89,7 +89,7 @@ def test_slots_advance_one_recursion_or_one_token():
 
 
 def test_a_cpu_takes_the_reference():
-    """By itself; Triton asked for there is refused."""
+    """The default on a CPU is the reference, and requesting Triton there raises."""
     assert implementation_on(CPU) == "reference"
     with pytest.raises(RuntimeError, match="'triton' cannot run on 'cpu'"):
         exit_statistics(torch.zeros(1, 2), torch.zeros(3, 2), implementation="triton")
@@ -99,7 +99,7 @@ def test_a_cpu_takes_the_reference():
 
 @pytest.mark.parametrize(("capability", "taken"), [((7, 5), "reference"), ((8, 0), "triton"), ((9, 0), "triton")])
 def test_a_gpu_takes_triton_where_it_compiles(monkeypatch, capability, taken):
-    """An older one says what it lacks, when Triton is asked for."""
+    """Requesting Triton on an older GPU raises an error that names its capability."""
     pytest.importorskip("triton", reason="has wheels for Linux")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
     why_not_triton.cache_clear()
@@ -112,7 +112,7 @@ def test_a_gpu_takes_triton_where_it_compiles(monkeypatch, capability, taken):
 
 
 def test_kernels_work_without_triton():
-    """Where it is not installed, all can be imported, and ``auto`` is the reference."""
+    """All kernels can be imported without Triton, and ``auto`` is then the reference."""
     program = """
 import importlib, pkgutil, sys
 sys.modules["triton"] = None

@@ -1,4 +1,4 @@
-"""New tokens in iterations that the host does not look at: what is said is what the engine says, and nothing waits."""
+"""The device loop generates the tokens that the host loop does, and never syncs within an iteration."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ KV = ("deferred", "copied", "latest")
 
 
 def prompts(count: int, *, shortest: int = 3) -> list[list[int]]:
-    """Of unlike lengths."""
+    """Prompts of different lengths."""
     return [random_ids(1, shortest + 2 * number % 7, seed=number)[0].tolist() for number in range(count)]
 
 
-def engines(family: str, kv: str, device: str = "cpu", **given):
-    """One with the loop on the device, and one without."""
+def engines(family: str, kv: str, device: str = "cpu", **options):
+    """One engine with the device loop, and one without."""
     model = model_of(family, kv)
     if device != "cpu":
         model = copy.deepcopy(model).to(device)
-    arguments = {"kv": kv, "force_kv": True, "max_model_len": 64, "page_size": 4, **given}
+    arguments = {"kv": kv, "force_kv": True, "max_model_len": 64, "page_size": 4, **options}
     return [Engine(model, **arguments, device_loop=loop, implementation="reference") for loop in (True, False)]
 
 
-def said(outputs) -> list:
-    """What is compared."""
+def compared(outputs) -> list:
+    """Parts of the outputs that are compared."""
     return [(output.token_ids, output.depths, output.finish_reason) for output in outputs]
 
 
@@ -52,38 +52,37 @@ def said(outputs) -> list:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("how", [0, 1, 3])
 def test_more_rows_than_there_is_room_for(family, kv, how, monkeypatch):
-    """Prelude and coda have fewer rows than would go: who waits for an iteration says the same."""
+    """Prelude and coda have fewer rows than needed: tokens that wait for an iteration stay the same."""
     monkeypatch.setattr("recursify.engine.device_loop.slot_manager.HEADROOM", 0.5)
     loop, plain = engines(family, kv, max_num_seqs=16, num_pages=300, num_device_steps=3)
-    asked, params = prompts(20), SamplingParams(max_tokens=9, exit=settings(how, family, kv), ignore_eos=True)
-    assert said(loop.generate(asked, params)) == said(plain.generate(asked, params))
-    assert (loop.stats.loop_waits > 0) == (how > 0), "where none leaves early all go together"
+    prompt_ids, params = prompts(20), SamplingParams(max_tokens=9, exit=settings(how, family, kv), ignore_eos=True)
+    assert compared(loop.generate(prompt_ids, params)) == compared(plain.generate(prompt_ids, params))
+    assert (loop.stats.loop_waits > 0) == (how > 0), "without early exits all slots run together"
     assert loop.stats.exit_histogram == plain.stats.exit_histogram
     assert loop.kv_cache.num_used == 0
 
 
-def test_everyone_gets_on():
-    """With room for the tokens of one slot only, all others wait in turn, and none for long."""
+def test_no_slot_starves():
+    """Slots take turns where there are rows for only one of them, and none waits for long."""
     model = model_of("llama", "deferred")
     exits = ExitSettings(make_policy("fixed", 0.0), max_pending=3)
     loop, plain = engines("llama", "deferred", max_num_seqs=8, num_pages=200, num_device_steps=1)
     params = SamplingParams(max_tokens=24, exit=exits, ignore_eos=True)
     expected_answers = plain.generate(prompts(8), params)
-    residents = loop.slot_manager
-    shape_of = residents._choose_shape
+    choose_shape = loop.slot_manager._choose_shape
 
     def narrow(recursions: float) -> LoopShape:
-        shape = shape_of(recursions)
+        shape = choose_shape(recursions)
         return LoopShape(shape.num_slots, 2, 8, 8, shape.exits_early)
 
-    residents._choose_shape = narrow
+    loop.slot_manager._choose_shape = narrow
     ids = [loop.add(prompt, params) for prompt in prompts(8)]
     requests = [loop.requests[each] for each in ids]
     while loop.has_work:
         loop.step()
         counts = [request.num_new for request in requests if not request.finished and request.num_new]
         assert max(counts, default=0) - min(counts, default=0) < 8
-    assert said([request.output for request in requests]) == said(expected_answers)
+    assert compared([request.output for request in requests]) == compared(expected_answers)
     assert loop.stats.loop_waits > 50
     assert max(max(output.depths) for output in expected_answers) == model.config.num_recursions - 1
 
@@ -91,24 +90,24 @@ def test_everyone_gets_on():
 @pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("forced", [(0,), (2, 0, 1), (0, 0, 2), (1, 1, 1, 2)])
 def test_forced_depths(kv, forced):
-    """Also where tokens wait for one that goes all the way; where none ever does, they are not the loop's."""
+    """Deferred tokens wait for one that runs all recursions; if there is never one, the loop does not admit them."""
     loop, plain = engines("llama", kv, max_num_seqs=5, num_pages=200)
     params = SamplingParams(max_tokens=12, forced_depths=forced, ignore_eos=True)
     outputs = loop.generate(prompts(7), params)
-    assert said(outputs) == said(plain.generate(prompts(7), params))
+    assert compared(outputs) == compared(plain.generate(prompts(7), params))
     assert outputs[0].depths[1:4] == [forced[number % len(forced)] for number in range(3)]
     assert (loop.stats.loop_iterations > 0) == (kv != "deferred" or 2 in forced)
 
 
 @pytest.mark.parametrize("max_depth", [0, 1, 2, None])
 @pytest.mark.parametrize("max_pending", [1, 2, 5])
-def test_so_many_tokens_wait_and_no_more(max_pending, max_depth):
-    """For the deepest recursion that the request may run, where that is not the last."""
+def test_deferred_tokens_are_bounded(max_pending, max_depth):
+    """At most ``max_pending`` tokens wait for the deepest recursion that the request may run."""
     exits = ExitSettings(make_policy("fixed", 0.0), max_pending=max_pending)
     loop, plain = engines("llama", "deferred", max_num_seqs=3, num_pages=200)
     params = SamplingParams(max_tokens=16, exit=exits, max_depth=max_depth, ignore_eos=True)
     outputs = plain.generate(prompts(4), params)
-    assert said(loop.generate(prompts(4), params)) == said(outputs)
+    assert compared(loop.generate(prompts(4), params)) == compared(outputs)
     deepest = 2 if max_depth is None else max_depth
     assert outputs[0].depths[1:] == (([0] * max_pending + [deepest]) * 8)[:15]
     assert loop.stats.loop_iterations > 0
@@ -116,13 +115,13 @@ def test_so_many_tokens_wait_and_no_more(max_pending, max_depth):
 
 @pytest.mark.parametrize("kv", KV)
 def test_requests_of_all_kinds_at_once(kv):
-    """Each by its own settings; what the device cannot decide runs beside, and the rest does not notice."""
+    """Every request follows its own settings; those that the device cannot decide run alongside."""
     kinds = [
         SamplingParams(max_tokens=9),
         SamplingParams(max_tokens=12, exit=settings(3, "llama", kv)),
         SamplingParams(max_tokens=7, max_depth=1),
         SamplingParams(max_tokens=11, exit=settings(3, "llama", kv), max_depth=1),
-        SamplingParams(max_tokens=8, exit=settings(1, "llama", kv)),  # of another kind than the first that came
+        SamplingParams(max_tokens=8, exit=settings(1, "llama", kv)),  # another policy than that of the first request
         SamplingParams(max_tokens=8, temperature=0.7, seed=3),
         SamplingParams(max_tokens=9, exit=settings(1, "llama", kv), temperature=0.7, seed=5),
         SamplingParams(max_tokens=8, logprobs=2),
@@ -133,14 +132,14 @@ def test_requests_of_all_kinds_at_once(kv):
     for order in (kinds, kinds[::-1]):
         loop, plain = engines("llama", kv, max_num_seqs=6, num_pages=300)
         found, wanted = (engine.generate(prompts(len(order)), order) for engine in (loop, plain))
-        assert said(found) == said(wanted)
+        assert compared(found) == compared(wanted)
         assert 0 < loop.stats.loop_iterations < loop.stats.iterations
         assert [output.logprobs is None for output in found] == [output.logprobs is None for output in wanted]
 
 
 @pytest.mark.parametrize("delay", [0, 2, 5])
-def test_few_slots_have_rows_for_all_that_wait(delay):
-    """A token that brings 64 along has them all in one call, also where there are two slots."""
+def test_few_slots_have_rows_for_all_deferred_tokens(delay):
+    """A token runs with all of its 64 deferred tokens in one call, also where there are two slots."""
     params = [
         SamplingParams(
             max_tokens=75, ignore_eos=True, exit=ExitSettings(make_policy("fixed", 0.0), max_pending=pending)
@@ -155,14 +154,14 @@ def test_few_slots_have_rows_for_all_that_wait(delay):
         outputs.append(engine.requests[engine.add(prompts(1)[0], params[1])].output)
         while engine.has_work:
             engine.step()
-        found.append(said(outputs))
+        found.append(compared(outputs))
     assert found[0] == found[1]
-    assert 2 in found[0][0][1][60:], "it did bring them along"
+    assert 2 in found[0][0][1][60:], "deferred tokens ran together"
 
 
 @pytest.mark.parametrize("kv", ["latest", "deferred"])
-def test_who_has_gone_writes_nothing(kv, monkeypatch):
-    """A token that waits for the coda when its request is cancelled does not go there: its pages are another's."""
+def test_cancelled_requests_write_nothing(kv, monkeypatch):
+    """A token that waits for the coda when its request is cancelled does not run it: its pages have a new owner."""
     monkeypatch.setattr("recursify.engine.device_loop.slot_manager.HEADROOM", 0.2)
     loop, plain = engines("llama", kv, max_num_seqs=16, num_pages=80, num_device_steps=1, enable_prefix_caching=False)
     device, exit_of = loop.slot_manager.loop, DeviceLoop.exit
@@ -193,12 +192,12 @@ def test_who_has_gone_writes_nothing(kv, monkeypatch):
             ):
                 later.append(loop.requests[loop.add(prompts(16)[len(later)], params)].output)
     assert len(later) > 2
-    assert said(later) == said(plain.generate(prompts(len(later)), params))
+    assert compared(later) == compared(plain.generate(prompts(len(later)), params))
     assert loop.kv_cache.num_used == 0
 
 
 def test_all_end_while_some_wait(monkeypatch):
-    """Slots whose requests are gone are nobody's to wait for, however many tokens they had brought along."""
+    """Slots whose requests are cancelled do not block others, however many deferred tokens they had."""
     monkeypatch.setattr("recursify.engine.device_loop.slot_manager.HEADROOM", 0.2)
     loop, _ = engines("llama", "deferred", max_num_seqs=32, num_pages=1000, num_device_steps=1, max_model_len=128)
     exits = ExitSettings(make_policy("fixed", 0.0), max_pending=20)
@@ -209,7 +208,7 @@ def test_all_end_while_some_wait(monkeypatch):
         if bool(loop.slot_manager.loop.state.is_exiting[8:].any()):
             break
     else:
-        pytest.fail("nobody waits")
+        pytest.fail("no token waits for the coda")
     for request in list(loop.requests):
         loop.cancel(request)
     outputs = [loop.requests[loop.add(ids, SamplingParams(max_tokens=4, max_depth=1))].output for ids in prompts(5)]
@@ -219,7 +218,7 @@ def test_all_end_while_some_wait(monkeypatch):
 
 
 def test_an_error_in_between_loses_nothing(monkeypatch):
-    """What was said and not read is said again: all residents begin anew."""
+    """Unread tokens are generated again: all requests are preempted."""
     loop, plain = engines("llama", "deferred", max_num_seqs=6, num_pages=200, num_device_steps=4)
     params = SamplingParams(max_tokens=16, exit=settings(3, "llama", "deferred"), ignore_eos=True)
     ids = [loop.add(prompt, params) for prompt in prompts(6)]
@@ -239,12 +238,12 @@ def test_an_error_in_between_loses_nothing(monkeypatch):
         except KeyboardInterrupt:
             continue
     assert len(calls) > 5
-    assert said(outputs) == said(plain.generate(prompts(6), params))
+    assert compared(outputs) == compared(plain.generate(prompts(6), params))
 
 
 @pytest.mark.parametrize("kv", KV)
-def test_another_kind_of_request_comes(kv, monkeypatch):
-    """One that reads every token out, while others have left and wait for the coda, and goes again."""
+def test_policy_switches_while_tokens_wait(kv, monkeypatch):
+    """A policy that reads all logits is set while tokens wait for the coda, and removed again."""
     monkeypatch.setattr("recursify.engine.device_loop.slot_manager.HEADROOM", 0.2)
     loop, plain = engines("llama", kv, max_num_seqs=16, num_pages=400, num_device_steps=1)
     forced = SamplingParams(max_tokens=16, forced_depths=(0, 2, 1), ignore_eos=True)
@@ -259,15 +258,15 @@ def test_another_kind_of_request_comes(kv, monkeypatch):
             engine.step()
         while engine.has_work:
             engine.step()
-        found.append(said(outputs))
+        found.append(compared(outputs))
     assert found[0] == found[1]
     assert loop.stats.loop_waits > 0
 
 
 @pytest.mark.parametrize("how", [1, 3])
 @pytest.mark.parametrize("kv", KV)
-def test_draws_are_those_of_the_request(kv, how):
-    """By its own generator, whoever is beside it, wherever it runs, and after it has had to begin again."""
+def test_requests_have_their_own_random_numbers(kv, how):
+    """Samples depend on the request alone, not on the batch, on where it runs, or on preemptions."""
     kinds = [{"temperature": 0.8}, {"temperature": 1.3, "top_k": 5}, {"temperature": 2.0, "top_p": 0.7}, {}]
     params = [
         SamplingParams(
@@ -280,7 +279,7 @@ def test_draws_are_those_of_the_request(kv, how):
         for number in range(9)
     ]
     loop, plain = engines("llama", kv, max_num_seqs=5, num_pages=40, num_device_steps=3, enable_prefix_caching=False)
-    wanted = said(plain.generate(prompts(9), params))
+    wanted = compared(plain.generate(prompts(9), params))
     ids = [loop.add(prompt, each) for prompt, each in zip(prompts(9), params, strict=True)]
     outputs = [loop.requests[each].output for each in ids]
     number = 0
@@ -289,15 +288,15 @@ def test_draws_are_those_of_the_request(kv, how):
         number += 1
         if number % 7 == 0 and loop.scheduler.running:
             loop.scheduler.preempt(loop.scheduler.running[-1])
-    assert said(outputs) == wanted
+    assert compared(outputs) == wanted
     assert loop.stats.preemptions > 1
     assert loop.stats.loop_iterations > 20
     assert len({tuple(tokens) for tokens, *_ in wanted}) == 9
 
 
 @pytest.mark.parametrize("num_device_steps", [1, 3, 8])
-def test_texts_end_where_they_end(num_device_steps):
-    """Tokens after the end are dropped: eos, stop tokens and stop strings, limits, one of which ends it first."""
+def test_sequences_end_alike(num_device_steps):
+    """Tokens after the end are dropped: by EOS, stop tokens, stop strings or length, whichever comes first."""
     model = copy.deepcopy(model_of("llama", "deferred"))
     asked = prompts(6)
     tokens = Engine(model, device_loop=False, max_model_len=64).generate(asked, SamplingParams(max_tokens=12))
@@ -323,21 +322,21 @@ def test_texts_end_where_they_end(num_device_steps):
             max_num_seqs=6,
         )
         outputs = engine.generate(asked, params)
-        found.append([(output.text, *each) for output, each in zip(outputs, said(outputs), strict=True)])
+        found.append([(output.text, *each) for output, each in zip(outputs, compared(outputs), strict=True)])
         assert engine.kv_cache.num_used == 0
     assert found[0] == found[1]
     assert {reason for *_, reason in found[0]} == {"stop", "length"}
 
 
-def test_slots_are_given_out_again():
-    """Cancelled, ended, preempted: who comes after finds nothing of who was there, and the last ones move up."""
+def test_slots_are_reused():
+    """Nothing is left of cancelled, ended or preempted requests, and the last slots are moved to the first."""
     loop, plain = engines(
         "llama", "deferred", max_num_seqs=16, num_pages=64, num_device_steps=4, enable_prefix_caching=False
     )
     exits = settings(1, "llama", "deferred")
     lengths = [40 if number % 8 == 7 else 5 + number % 3 for number in range(40)]
     params = [SamplingParams(max_tokens=length, exit=exits, ignore_eos=True) for length in lengths]
-    wanted = said(plain.generate(prompts(40), params))
+    wanted = compared(plain.generate(prompts(40), params))
     ids = [loop.add(prompt, each) for prompt, each in zip(prompts(40), params, strict=True)]
     outputs = [loop.requests[each].output for each in ids]
     slots = set()
@@ -351,7 +350,7 @@ def test_slots_are_given_out_again():
             loop.scheduler.preempt(loop.scheduler.running[-1])
         if loop.slot_manager.num_requests:
             slots.add(loop.slot_manager._rounded(loop.slot_manager._num_slots_used()))
-    assert [found for found, each in zip(said(outputs), ids, strict=True) if each != ids[7]] == [
+    assert [found for found, each in zip(compared(outputs), ids, strict=True) if each != ids[7]] == [
         found for number, found in enumerate(wanted) if number != 7
     ]
     assert outputs[7].finish_reason == "cancelled"
@@ -361,8 +360,8 @@ def test_slots_are_given_out_again():
     assert not loop.scheduler.device_requests
 
 
-def test_the_host_looks_once_for_many_iterations():
-    """And stats count both kinds of iterations."""
+def test_the_host_syncs_once_for_many_iterations():
+    """The stats count the iterations of both loops."""
     loop, plain = engines("llama", "latest", max_num_seqs=4, num_pages=100, num_device_steps=8)
     params = SamplingParams(max_tokens=32, ignore_eos=True)
     for engine in (loop, plain):
@@ -372,14 +371,14 @@ def test_the_host_looks_once_for_many_iterations():
         while engine.has_work:
             engine.step()
             under_way.add(tuple(engine.depths))
-        # Where none leaves early all go together; the host looks when they are about to begin.
+        # Without early exits all slots run together, and the host reads when they are at depth 0.
         assert ((0, 0, 0, 0) in under_way) == (engine is loop)
         assert set().union(*under_way) <= {0, 1, 2}
     assert loop.stats.fetches < loop.stats.iterations / 4
     assert plain.stats.fetches > plain.stats.iterations / 4
     assert loop.stats.loop_iterations >= 31 * 3
-    assert loop.stats.loop_iterations % 3 == 0, "whole tokens"
-    # The same rows in all; what runs on after the last token is not one.
+    assert loop.stats.loop_iterations % 3 == 0, "rounds of all depths"
+    # Both loops run the same rows; slots that continue after the last token add none.
     assert loop.stats.block_rows == plain.stats.block_rows
     assert (loop.stats.new_tokens, loop.stats.mean_recursions) == (4 * 32, 3.0)
     assert 0 < loop.stats.loop_seconds <= loop.stats.seconds
@@ -388,7 +387,7 @@ def test_the_host_looks_once_for_many_iterations():
 
 
 def test_a_dense_model_is_one_recursion():
-    """Whose tokens enter and leave in every iteration."""
+    """A dense model has one recursion: tokens enter and exit in every iteration."""
     dense = tiny_dense("qwen3")
     outputs = [
         Engine(dense, device_loop=loop, max_num_seqs=3, max_model_len=64).generate(
@@ -396,7 +395,7 @@ def test_a_dense_model_is_one_recursion():
         )
         for loop in (True, False)
     ]
-    assert said(outputs[0]) == said(outputs[1])
+    assert compared(outputs[0]) == compared(outputs[1])
 
 
 # --- What a GPU needs --------------------------------------------------------------------------------------------
@@ -405,8 +404,8 @@ def test_a_dense_model_is_one_recursion():
 @pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_iteration_does_not_wait_and_has_one_shape(family, kv):
-    """On the meta device there is nothing to wait for: who asks what a tensor holds, or how much there is of something,
-    fails. What is computed there can be captured in a graph."""
+    """On the meta device, code that reads the contents of a tensor or has a data-dependent shape fails. Code that runs
+    there can be captured in a graph."""
     pytest.importorskip("triton", reason="has wheels for Linux")
     from recursify.kernels.ahead_of_time import recorded
 
@@ -431,7 +430,7 @@ CASES = ("llama deferred", "gemma2 latest", "qwen3 copied", "gemma2 shared")
 
 
 def test_kernels_in_the_engine():
-    """Interpreted: answers with Triton's kernels in the engine's iterations and in the loop are those without."""
+    """Both loops generate the same tokens with Triton's kernels, in its interpreter, as without."""
     pytest.importorskip("triton", reason="has wheels for Linux")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": python_path()}
     command = [sys.executable, "-m", "helpers.interpreted_engine", *CASES]
@@ -443,8 +442,8 @@ def test_kernels_in_the_engine():
 @pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_loop_assert_same_as_generate(device, family, kv):
-    """On a GPU as graphs that are replayed, with Triton's kernels; what it is compared with is said on the CPU."""
+def test_the_loop_generates_what_generate_does(device, family, kv):
+    """On a GPU with CUDA graphs and Triton's kernels, compared with transformers on the CPU."""
     model = copy.deepcopy(model_of(family, kv)).to(device)
     for how in (0, 1, 3):
         sizes = {"max_num_seqs": 4, "page_size": 16, "num_pages": 64, "max_model_len": 64}
@@ -461,7 +460,7 @@ def test_the_loop_assert_same_as_generate(device, family, kv):
 
 
 class Graph:
-    """Stands for a CUDA graph: what it would replay."""
+    """Fake CUDA graph that counts replays."""
 
     def __init__(self) -> None:
         self.replayed = 0
@@ -472,8 +471,8 @@ class Graph:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """torch.cuda's graphs, of which none is one."""
-    made: list[Graph] = []
+    """Fakes in place of torch.cuda's graphs."""
+    captured: list[Graph] = []
 
     class Capture:
         def __init__(self, graph, **_):
@@ -483,23 +482,23 @@ def graphs(monkeypatch):
             pass
 
         def __exit__(self, kind, error, traceback):
-            if error is not None:  # as torch does: the end of a capture that has failed fails, too
+            if error is not None:  # as in torch, ending a failed capture raises an error of its own
                 raise RuntimeError("operation failed due to a previous error during capture")
 
     def make() -> Graph:
-        made.append(Graph())
-        return made[-1]
+        captured.append(Graph())
+        return captured[-1]
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     for name in ("graph_pool_handle", "Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    return made
+    return captured
 
 
 def test_calls_are_captured_after_the_first_time(graphs):
-    """One graph per key: the first calls are the function's own, which warms it up, and capturing computes nothing."""
+    """One graph per key: the first run is eager, which warms up, and capturing executes nothing."""
     calls = CudaGraphs(torch.device("cuda"))
     called = []
     for key in ("a", "b"):
@@ -513,7 +512,7 @@ def test_calls_are_captured_after_the_first_time(graphs):
 
 
 def test_what_cannot_be_captured_runs_without(graphs, caplog):
-    """One warning, and everything goes on."""
+    """A failed capture gives one warning, and iterations run without graphs."""
     calls = CudaGraphs(torch.device("cuda"))
     called = []
 
@@ -525,7 +524,7 @@ def test_what_cannot_be_captured_runs_without(graphs, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             calls.run("a", function, 2)
-    assert len(called) == 7, "the third of them, which was captured, changed nothing"
+    assert len(called) == 7, "the third call was the failed capture"
     assert (calls.num_graphs, calls.num_replays) == (0, 0)
     assert [record.message for record in caplog.records] == [
         "CUDA graph capture failed; iterations run without graphs: operation not permitted when stream is capturing"
@@ -533,7 +532,7 @@ def test_what_cannot_be_captured_runs_without(graphs, caplog):
 
 
 def test_a_gpu_without_triton_gets_one_warning(monkeypatch, caplog):
-    """And PyTorch's forms of the kernels."""
+    """The engine then uses the references of the kernels."""
 
     class Parts:
         device = torch.device("cuda")
@@ -550,7 +549,7 @@ def test_a_gpu_without_triton_gets_one_warning(monkeypatch, caplog):
 
 
 def test_bad_settings():
-    """Say what is in the way."""
+    """Errors name the setting and the obstacle."""
     model = model_of("llama", "deferred")
     with pytest.raises(EngineError, match="implementation 'triton' cannot run on 'cpu': Triton compiles for GPUs"):
         Engine(model, implementation="triton")

@@ -1,4 +1,4 @@
-"""Both ends of a routed recursion against their definitions."""
+"""Gather and scatter of a routed recursion against their references."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLANTS = {
 
 
 def chosen(bench: Bench, total: int, count: int) -> torch.Tensor:
-    """``count`` rows of ``total`` in any order, one of them none where there are several."""
+    """``count`` row numbers below ``total`` in random order, one of them negative if there are several."""
     rows = bench.permutation(total)[:count]
     if count > 1:
         rows[1] = -1
@@ -25,7 +25,7 @@ def chosen(bench: Bench, total: int, count: int) -> torch.Tensor:
 
 
 def check_gather(bench: Bench) -> None:
-    """With a weight and without, at odd sizes."""
+    """Odd sizes, with and without a weight."""
     for total, count, size in ((1, 1, 1), (90, 63, 33), (9, 4, 1000)):
         states, rows = bench.randn(total, size), chosen(bench, total, count)
         for weight in (None, bench.randn(size)):
@@ -37,14 +37,14 @@ def check_gather(bench: Bench) -> None:
 
 
 def check_gather_scales_as_a_router(bench: Bench) -> None:
-    """Without a weight and an epsilon it is ``rms_norm``, from rows of a wider matrix."""
+    """The default is ``rms_norm``, here of rows of a wider matrix."""
     states, rows = bench.randn(12, 2, 40)[:, 1], bench.permutation(12)[:5]
     found = gather_normed(states, rows, implementation="triton")[1]
     bench.assert_close(found, F.rms_norm(states[rows.long()], (40,)))
 
 
 def check_scatter(bench: Bench) -> None:
-    """Both gates; other rows stay."""
+    """Both gates; other rows do not change."""
     for kind in ("residual", "mor"):
         for total, count, size in ((1, 1, 1), (90, 63, 33), (9, 4, 1000)):
             whole, made = bench.randn(total + 1, size), bench.randn(count, size)
@@ -59,7 +59,7 @@ def check_scatter(bench: Bench) -> None:
 
 
 def check_a_gate_of_zero_changes_no_bit(bench: Bench) -> None:
-    """What comes back is what was made."""
+    """A residual gate of 0 returns the output of the block unchanged."""
     states, made, rows = bench.randn(6, 50), bench.randn(4, 50), bench.permutation(6)[:4]
     scatter_gated(states, made, torch.zeros(4, device=bench.device), rows, implementation="triton")
     assert torch.equal(states[rows.long()], made)
