@@ -25,6 +25,7 @@ COMMANDS = {
     "serve": ("ServerSettings", "EngineConfig"),
     "bench": ("BenchSettings",),
     "generate": ("GenerationSettings",),
+    "perplexity": ("EvaluationSettings",),
 }
 """Commands with the settings classes that their options are made from."""
 
@@ -110,6 +111,21 @@ def test_error_class():
         Limits(limit=0)
 
 
+def test_inheritance():
+    """A derived class has the fields of its base, with their help texts."""
+
+    class Derived(Example):
+        """Settings derived in the test."""
+
+        more: bool = False
+        """More things."""
+
+    assert Derived.__pydantic_fields__["count"].description == "Number of things."
+    assert Derived(more="yes", count=2) != Derived(more=True)
+    with pytest.raises(SettingsError, match="count must be a whole number"):
+        Derived(count=0)
+
+
 def test_dataclass_tools():
     """Instances are frozen, comparable and hashable data, and pickle."""
     example = Example(count=4, files="a")
@@ -139,20 +155,17 @@ def settings_classes() -> Iterator[tuple[str, type[Settings]]]:
 
 
 def test_every_settings_class_belongs_to_a_command():
-    """No class of the package is left out of the tests below."""
-    for module in (
-        "convert.settings",
-        "uptrain.settings",
-        "server.settings",
-        "engine.config",
-        "bench.settings",
-        "evaluation.settings",
-    ):
-        import_module(f"recursify.{module}")
-    known = {kind for _, kind in settings_classes()}
-    assert known == {kind for kind in Settings.__subclasses__() if kind.__module__.startswith("recursify.")} - {
-        recursify.SamplingParams
-    }
+    """No class of the package is left out of the tests below, except those of single requests and bases of others."""
+    for package in ("convert", "uptrain", "server", "bench", "evaluation"):
+        import_module(f"recursify.{package}.settings")
+    import_module("recursify.engine.config")
+    known = {kind for _, kind in settings_classes()} | {recursify.SamplingParams}
+    assert known == {kind for kind in leaves(Settings) if kind.__module__.startswith("recursify.")}
+
+
+def leaves(kind: type) -> Iterator[type]:
+    for derived in kind.__subclasses__():
+        yield from leaves(derived) if derived.__subclasses__() else [derived]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

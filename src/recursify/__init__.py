@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from recursify.evaluation.evaluate import EvaluationResult, evaluate_model
     from recursify.evaluation.exit_calibration import ExitCalibration, calibrate_exits
     from recursify.evaluation.generation import GenerationResult, generate_text
-    from recursify.evaluation.settings import GenerationSettings
+    from recursify.evaluation.settings import EvaluationSettings, GenerationSettings
     from recursify.evaluation.tasks import TaskResults, evaluate_tasks
     from recursify.hub.push import PushResult, push_model
     from recursify.modeling import ExitSettings, RecursiveConfig, RecursiveForCausalLM
@@ -59,6 +59,7 @@ MODULES = {
     "Engine": "recursify.engine.engine",
     "EngineConfig": "recursify.engine.config",
     "EvaluationResult": "recursify.evaluation.evaluate",
+    "EvaluationSettings": "recursify.evaluation.settings",
     "ExitCalibration": "recursify.evaluation.exit_calibration",
     "ExitSettings": "recursify.modeling",
     "ExportResult": "recursify.convert.export",
@@ -102,6 +103,7 @@ __all__ = [
     "EngineConfig",
     "EngineError",
     "EvaluationResult",
+    "EvaluationSettings",
     "ExitCalibration",
     "ExitSettings",
     "ExportResult",

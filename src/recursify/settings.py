@@ -82,6 +82,9 @@ class Settings:
         cls.error = error
         config = ConfigDict(use_attribute_docstrings=True, extra="forbid", arbitrary_types_allowed=True)
         pydantic_dataclass(frozen=True, kw_only=True, config=config)(cls)
+        for name, field in cls.__pydantic_fields__.items():  # pydantic reads the docstrings of one class alone
+            inherited = [vars(base).get("__pydantic_fields__", {}).get(name) for base in cls.__mro__[1:]]
+            field.description = field.description or next((entry.description for entry in inherited if entry), None)
         construct = cls.__init__
 
         def __init__(self: Any, **values: Any) -> None:

@@ -323,10 +323,16 @@ def test_other_numbers_of_recursions(models, capsys):
 @pytest.mark.parametrize(
     ("command", "model", "arguments", "code", "message"),
     [
-        (("perplexity",), "recursive", ("--recursions", 2, "--depth", 0), 2, "--depth is one of the model's own"),
-        (("perplexity",), "recursive", ("--residual-scale", 2), 2, "requires --recursions"),
+        (("perplexity",), "recursive", ("--recursions", 2, "--depth", 0), 1, "--depth is one of the model's own"),
+        (("perplexity",), "recursive", ("--residual-scale", 2), 1, "--residual-scale requires --recursions"),
         (("generate", "abc"), "recursive", ("--anderson", 2), 1, "--anderson requires --recursions"),
-        (("perplexity",), "recursive", ("--recursions", 0), 2, "Invalid value for '--recursions'"),
+        (
+            ("perplexity",),
+            "recursive",
+            ("--recursions", 0),
+            1,
+            "--recursions must be a whole number of at least 1, got 0",
+        ),
         (("perplexity",), "dense", ("--recursions", 2), 1, "is a dense model, and this needs a recursive one"),
         (
             ("perplexity",),

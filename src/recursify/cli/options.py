@@ -34,31 +34,6 @@ DataOption = Annotated[
         show_default=False,
     ),
 ]
-RecursionsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--recursions",
-        "-r",
-        help="Number of times to apply the shared block. Without it, as converted.",
-        min=1,
-        show_default=False,
-    ),
-]
-ResidualScaleOption = Annotated[
-    float | None,
-    typer.Option(
-        "--residual-scale",
-        help="Factor of each shared layer's update (requires --recursions). Without it, the model's own number of "
-        "recursions divided by the new one.",
-        show_default=False,
-    ),
-]
-AndersonOption = Annotated[
-    int,
-    typer.Option(
-        "--anderson", help="Anderson acceleration depth for repeated recursions (requires --recursions).", min=0
-    ),
-]
 ExitOption = Annotated[
     str | None,
     typer.Option(
@@ -86,14 +61,3 @@ MaxDepthOption = Annotated[
 TemperatureOption = Annotated[float, typer.Option("--temperature", help="Sampling temperature; 0 is greedy.", min=0.0)]
 TopPOption = Annotated[float, typer.Option("--top-p", help="Nucleus probability for sampling.", min=0.0, max=1.0)]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed for sampling.")]
-
-
-def check_recursions(recursions: int | None, residual_scale: float | None, anderson: int) -> None:
-    """Refuse options of ``--recursions`` without it.
-
-    Raises:
-        BadParameter: ``--residual-scale`` or ``--anderson`` without ``--recursions``.
-    """
-    for option, is_given in (("--residual-scale", residual_scale is not None), ("--anderson", anderson > 0)):
-        if is_given and recursions is None:
-            raise typer.BadParameter("requires --recursions", param_hint=option)

@@ -7,19 +7,10 @@ from typing import Annotated
 import typer
 
 import recursify
+from recursify import EvaluationSettings
 
-from .options import (
-    AndersonOption,
-    DataOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    RecursionsOption,
-    ResidualScaleOption,
-    TrustOption,
-    check_recursions,
-)
+from .from_settings import options_from_settings
+from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
 from .report import print_data, print_json, progress_report
 
 HELP = """
@@ -37,44 +28,23 @@ Measure the perplexity of a recursive or dense model on a text, alone or against
 """
 
 
+@options_from_settings
 def command(
     model: ModelArgument,
-    data: DataOption = None,
+    settings: EvaluationSettings,
     against: Annotated[
         str | None, typer.Option("--against", help="Model to compare with on the same tokens.", show_default=False)
-    ] = None,
-    depth: Annotated[
-        int | None,
-        typer.Option(
-            "--depth", help="Depth at which every token exits; 0 is the first recursion.", min=0, show_default=False
-        ),
-    ] = None,
-    recursions: RecursionsOption = None,
-    residual_scale: ResidualScaleOption = None,
-    anderson: AndersonOption = 0,
-    length: Annotated[int, typer.Option("--length", help="Tokens per window.", min=2)] = 512,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Maximum number of tokens.", min=2, show_default=False)
     ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
-    check_recursions(recursions, residual_scale, anderson)
-    if depth is not None and recursions is not None:
-        raise typer.BadParameter("--depth is one of the model's own recursions; give one of them", param_hint="--depth")
     with progress_report() as progress:
         result = recursify.evaluate_model(
             model,
             against=against,
-            data=data,
-            length=length,
-            max_tokens=max_tokens,
-            depth=depth,
-            recursions=recursions,
-            residual_scale=residual_scale,
-            anderson=anderson,
+            settings=settings,
             dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from recursify.checkpoint.loading import load_model, require_exit
 from recursify.errors import SettingsError
 from recursify.progress import Progress, silent
+from recursify.settings import resolve_settings
 
 from .perplexity import Perplexity, compare, perplexity
+from .settings import EvaluationSettings
 from .text import default_text, read_text, token_windows
 
 
@@ -71,17 +73,12 @@ def evaluate_model(
     *,
     tokenizer: Any = None,
     against: str | Path | PreTrainedModel | None = None,
-    data: str | Path | Iterable[str | Path] | None = None,
-    length: int = 512,
-    max_tokens: int | None = None,
-    depth: int | None = None,
-    recursions: int | None = None,
-    residual_scale: float | None = None,
-    anderson: int = 0,
+    settings: EvaluationSettings | None = None,
     dtype: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
     progress: Progress = silent,
+    **options: Any,
 ) -> EvaluationResult:
     """Measure perplexity on a text, and beside a control the agreement and the KL divergence.
 
@@ -89,54 +86,64 @@ def evaluate_model(
         model: Recursive or dense model: a folder, a ``.gguf`` file, a Hub id, or a loaded model in eval mode.
         tokenizer: Tokenizer of a loaded ``model``; read from the checkpoint otherwise.
         against: Control to measure on the same tokens, usually the dense model.
-        data: Text files or folders (txt, md, jsonl, parquet); None takes Python's held-out help topics.
-        length: Tokens per window.
-        max_tokens: Number of tokens to stop after.
-        depth: Recursion after which every token exits, 0 being the first.
-        recursions: Number of times to apply the shared block, where it differs from the model's own.
-        residual_scale: Factor on the steps of the shared layers; None takes the model's own number / ``recursions``.
-        anderson: Anderson acceleration depth for repeated recursions.
+        settings: Settings; give these or ``options``.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's.
         device: Device to run on, for instance ``cpu`` or ``cuda:1``.
         trust_remote_code: Permission to run Python code of the checkpoints.
         progress: Callback for the number of measured batches.
+        options: Fields of :class:`~recursify.evaluation.settings.EvaluationSettings`.
 
     Raises:
         CheckpointError: A model does not load, or the vocabularies differ.
-        SettingsError: The model has no exit after ``depth``, or cannot run ``recursions``.
+        SettingsError: The settings are invalid, or the model does not support them.
         TextError: The text is missing, unreadable or shorter than one window.
     """
-    if depth is not None and recursions is not None:
-        raise SettingsError("An exit depth belongs to the model's own recursions. Give either depth or recursions.")
-    if length < 2 or (max_tokens is not None and max_tokens < 2):
-        raise SettingsError(f"length and max_tokens must be at least 2, got {length} and {max_tokens}.")
-    text = read_text(data) if data else default_text("held_out")
+    settings = resolve_settings(EvaluationSettings, settings, options)
+    text = read_text(settings.data) if settings.data else default_text("held_out")
     loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    own_number: dict[str, Any] = {"recursions": recursions, "residual_scale": residual_scale, "anderson": anderson}
     name = _name(model)
-    if isinstance(model, PreTrainedModel):
-        if tokenizer is None:
-            raise SettingsError("A loaded model has no tokenizer. Pass tokenizer=, or the model's folder.")
-        if recursions is not None:
-            raise SettingsError("recursions needs a checkpoint. Call model.with_recursions() on a loaded model.")
-    else:
-        model, tokenizer = load_model(model, **loading, **own_number)
-    if depth is not None:
-        require_exit(model.config, name, depth)
-    windows = token_windows(tokenizer, text, length, max_tokens=max_tokens)
+    if not isinstance(model, PreTrainedModel):
+        model, tokenizer = load_model(
+            model,
+            **loading,
+            recursions=settings.recursions,
+            residual_scale=settings.residual_scale,
+            anderson=settings.anderson,
+        )
+    elif tokenizer is None:
+        raise SettingsError("A loaded model has no tokenizer. Pass tokenizer=, or the model's folder.")
+    elif settings.recursions is not None:
+        raise SettingsError("recursions needs a checkpoint. Call model.with_recursions() on a loaded model.")
+    if settings.depth is not None:
+        require_exit(model.config, name, settings.depth)
+    windows = token_windows(tokenizer, text, settings.length, max_tokens=settings.max_tokens)
     control = against
     if against is not None and not isinstance(against, PreTrainedModel):
         control, _ = load_model(against, **loading)
-    run = None if recursions is None else {**own_number, "residual_scale": model.config.residual_scale}
+    return _measure(model, control, against, windows, text.name, settings, progress)
+
+
+def _measure(
+    model: PreTrainedModel,
+    control: Any,
+    against: Any,
+    windows: Tensor,
+    text: str,
+    settings: EvaluationSettings,
+    progress: Progress,
+) -> EvaluationResult:
+    run = None
+    if settings.recursions is not None:
+        scale = model.config.residual_scale
+        run = {"recursions": settings.recursions, "residual_scale": scale, "anderson": settings.anderson}
     if control is None:
-        return EvaluationResult(
-            text.name, length, depth, perplexity(model, windows, depth=depth, progress=progress), run=run
-        )
-    comparison = compare(model, control, windows, depth=depth, progress=progress)
+        alone = perplexity(model, windows, depth=settings.depth, progress=progress)
+        return EvaluationResult(text, settings.length, settings.depth, alone, run=run)
+    comparison = compare(model, control, windows, depth=settings.depth, progress=progress)
     return EvaluationResult(
-        text.name,
-        length,
-        depth,
+        text,
+        settings.length,
+        settings.depth,
         comparison.model,
         against=_name(against),
         control=comparison.control,

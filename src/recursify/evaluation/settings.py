@@ -1,23 +1,68 @@
-"""Settings of a generation: options of ``recursify generate`` and keywords of ``generate_text``."""
+"""Settings of an evaluation and of a generation: options of ``recursify perplexity`` and ``recursify generate``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
+from annotated_types import Ge
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from recursify.errors import SettingsError
-from recursify.settings import Fraction, Option, Settings
+from recursify.settings import Fraction, Option, Settings, Strings
 
 
-class GenerationSettings(Settings):
+class RecursionSettings(Settings):
+    """Number of recursions, where it differs from the model's own."""
+
+    recursions: Annotated[PositiveInt | None, Option("--recursions", "-r")] = None
+    """Number of times to apply the shared block. Without it, as converted."""
+    residual_scale: float | None = None
+    """Factor of each shared layer's update (requires recursions). Without it, the model's own number of recursions
+    divided by the new one."""
+    anderson: NonNegativeInt = 0
+    """Anderson acceleration depth for repeated recursions (requires recursions)."""
+
+    def __post_init__(self) -> None:
+        """Check combinations.
+
+        Raises:
+            SettingsError: Two options that exclude each other, or one that requires another.
+        """
+        if self.recursions is None and (self.residual_scale is not None or self.anderson):
+            name = "--anderson" if self.anderson else "--residual-scale"
+            raise SettingsError(f"{name} requires --recursions. Give both or neither.")
+
+
+class EvaluationSettings(RecursionSettings):
+    """Options of ``recursify perplexity``; a YAML file given with ``--config`` has the same names."""
+
+    panels: ClassVar[Mapping[str, str]] = {"recursions": "Recursions", "data": "Text"}
+
+    data: Strings | None = None
+    """Text (txt, md, jsonl, parquet, or a folder). Without it, the part of Python's help topics that calibration does
+    not use."""
+    length: Annotated[int, Ge(2)] = 512
+    """Tokens per window."""
+    max_tokens: Annotated[int, Ge(2)] | None = None
+    """Maximum number of tokens. Without it, the whole text."""
+    depth: NonNegativeInt | None = None
+    """Depth at which every token exits; 0 is the first recursion. Without it, full depth."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.depth is not None and self.recursions is not None:
+            raise SettingsError("--depth is one of the model's own recursions. Use either --depth or --recursions.")
+
+
+class GenerationSettings(RecursionSettings):
     """Options of ``recursify generate``; a YAML file given with ``--config`` has the same names."""
 
     panels: ClassVar[Mapping[str, str]] = {
+        "recursions": "Recursions",
         "max_new_tokens": "Generation",
         "exit_policy": "Early exit",
-        "speculate": "Speculation and recursions",
+        "speculate": "Speculation",
     }
 
     max_new_tokens: PositiveInt = 64
@@ -51,28 +96,11 @@ class GenerationSettings(Settings):
 
     speculate: bool = False
     """Draft with the first recursion and verify with the full model: the same output, in fewer calls."""
-    recursions: Annotated[PositiveInt | None, Option("--recursions", "-r")] = None
-    """Number of times to apply the shared block. Without it, as converted."""
-    residual_scale: float | None = None
-    """Factor of each shared layer's update (requires recursions). Without it, the model's own number of recursions
-    divided by the new one."""
-    anderson: NonNegativeInt = 0
-    """Anderson acceleration depth for repeated recursions (requires recursions)."""
 
     def __post_init__(self) -> None:
-        """Check combinations.
-
-        Raises:
-            SettingsError: Two options that exclude each other, or one that requires another.
-        """
+        super().__post_init__()
         if self.speculate and self.exit_policy is not None:
             raise SettingsError("Early exit changes the output and speculation does not. Use --exit or --speculate.")
-        requirements = {
-            "threshold": (self.threshold is not None, self.exit_policy, "--exit"),
-            "vocabulary": (self.vocabulary is not None, self.exit_policy, "--exit"),
-            "residual_scale": (self.residual_scale is not None, self.recursions, "--recursions"),
-            "anderson": (self.anderson > 0, self.recursions, "--recursions"),
-        }
-        for name, (is_given, required, option) in requirements.items():
-            if is_given and required is None:
-                raise SettingsError(f"--{name.replace('_', '-')} requires {option}. Give both or neither.")
+        for name in ("threshold", "vocabulary"):
+            if getattr(self, name) is not None and self.exit_policy is None:
+                raise SettingsError(f"--{name} requires --exit. Give both or neither.")
