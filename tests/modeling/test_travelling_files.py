@@ -119,7 +119,20 @@ def scaled() -> RecursiveForCausalLM:
     return plain().with_recursions(3)
 
 
-KINDS = [(plain, PLAIN), (scaled, PLAIN), (with_exits, EXITS), (routed, ROUTED), (looped, ANDERSON)]
+def calibrated() -> RecursiveForCausalLM:
+    model = plain()
+    model.config.exit_policy, model.config.exit_thresholds = "confidence", [0.5]
+    return model
+
+
+KINDS = [
+    (plain, PLAIN),
+    (scaled, PLAIN),
+    (with_exits, EXITS),
+    (calibrated, EXITS),
+    (routed, ROUTED),
+    (looped, ANDERSON),
+]
 
 
 @pytest.mark.parametrize(("make", "files"), KINDS)
