@@ -77,7 +77,7 @@ def settings_parameters(kind: type[Settings]) -> Iterator[inspect.Parameter]:
         panel = kind.panels.get(name, panel)
         option, base = _option(field), _base(field)
         names = option_names(name, field)
-        if base is bool:
+        if base is bool and field.default is not False:
             names = [f"{names[0]}/--no-{names[0].removeprefix('--')}", *names[1:]]
         info = typer.Option(
             *names,
