@@ -24,6 +24,25 @@ WAVES = 4
 
 
 @triton.jit
+def update_statistics(x, m_v, first, second, index, s, t, i_tile, BV: tl.constexpr):
+    """Include one tile of logits ``x [BN, BV]`` in the running statistics ``[BN]``."""
+    top, place = tl.max(x, axis=1, return_indices=True, return_indices_tie_break_left=True)
+    next_top = tl.max(tl.where(tl.arange(0, BV)[None, :] == place[:, None], -float("inf"), x), axis=1)
+    second = tl.where(top > first, tl.maximum(first, next_top), tl.maximum(second, top))
+    # Strict: of equal logits, that of the earlier tile is kept.
+    index = tl.where(top > first, i_tile * BV + place, index)
+    m = tl.maximum(first, top)
+    m_safe = tl.where(m == -float("inf"), 0.0, m)
+    # An empty sum has m = -inf, and -inf times 0 is NaN.
+    old = tl.where(first == -float("inf"), 0.0, first - m_safe)
+    shift = tl.where(m_v[None, :] & (x > -float("inf")), x - m_safe[:, None], 0.0)
+    e = tl.where(x > -float("inf"), tl.exp(shift), 0.0)
+    t = tl.exp(old) * (t + s * old) + tl.sum(e * shift, axis=1)
+    s = tl.exp(old) * s + tl.sum(e, axis=1)
+    return m, second, index, s, t
+
+
+@triton.jit
 def read_parts(
     states,
     weight,
@@ -72,20 +91,7 @@ def read_parts(
         if CAP is not None:
             x = soft_capped(x, CAP)
         x = tl.where(m_v[None, :], x, -float("inf"))
-        top, place = tl.max(x, axis=1, return_indices=True, return_indices_tie_break_left=True)
-        next_top = tl.max(tl.where(tl.arange(0, BV)[None, :] == place[:, None], -float("inf"), x), axis=1)
-        second = tl.where(top > first, tl.maximum(first, next_top), tl.maximum(second, top))
-        # Strict: of equal logits, that of the earlier tile is kept.
-        index = tl.where(top > first, i_tile * BV + place, index)
-        m = tl.maximum(first, top)
-        m_safe = tl.where(m == -float("inf"), 0.0, m)
-        # An empty sum has m = -inf, and -inf times 0 is NaN.
-        old = tl.where(first == -float("inf"), 0.0, first - m_safe)
-        shift = tl.where(m_v[None, :] & (x > -float("inf")), x - m_safe[:, None], 0.0)
-        e = tl.where(x > -float("inf"), tl.exp(shift), 0.0)
-        t = tl.exp(old) * (t + s * old) + tl.sum(e * shift, axis=1)
-        s = tl.exp(old) * s + tl.sum(e, axis=1)
-        first = m
+        first, second, index, s, t = update_statistics(x, m_v, first, second, index, s, t, i_tile, BV)
     tl.store(tops + (i_p * 2) * N + o_n, first, mask=m_n)
     tl.store(tops + (i_p * 2 + 1) * N + o_n, second, mask=m_n)
     # With NaN logits the maximum may be anywhere; the argmax must still be a valid token id.

@@ -16,6 +16,19 @@ from .reference import OutputRing, Slots
 
 
 @triton.jit
+def append_entries(entries, counts, o_s, m_leave, b_choice, b_depth, written, iteration, C: tl.constexpr):
+    """Append an entry for each slot of ``m_leave`` to the ring, and count entries and iterations."""
+    rank = tl.cumsum(m_leave.to(tl.int32), axis=0) - 1
+    p_entry = entries + ((written + rank) % C) * 4
+    tl.store(p_entry, o_s, mask=m_leave)
+    tl.store(p_entry + 1, b_choice, mask=m_leave)
+    tl.store(p_entry + 2, b_depth, mask=m_leave)
+    tl.store(p_entry + 3, o_s * 0 + iteration.to(tl.int32), mask=m_leave)
+    tl.store(counts, written + tl.sum(m_leave.to(tl.int32), axis=0))
+    tl.store(counts + 1, iteration + 1)
+
+
+@triton.jit
 def advance_all(
     active,
     token,
@@ -58,14 +71,7 @@ def advance_all(
 
     m_leave = b_moves & (asked | (b_depth == DEPTHS - 1))
     m_stay = b_moves & ~m_leave
-    rank = tl.cumsum(m_leave.to(tl.int32), axis=0) - 1
-    p_entry = entries + ((written + rank) % C) * 4
-    tl.store(p_entry, o_s, mask=m_leave)
-    tl.store(p_entry + 1, b_choice, mask=m_leave)
-    tl.store(p_entry + 2, b_depth, mask=m_leave)
-    tl.store(p_entry + 3, o_s * 0 + iteration.to(tl.int32), mask=m_leave)
-    tl.store(counts, written + tl.sum(m_leave.to(tl.int32), axis=0))
-    tl.store(counts + 1, iteration + 1)
+    append_entries(entries, counts, o_s, m_leave, b_choice, b_depth, written, iteration, C)
 
     b_position += m_leave.to(tl.int32)
     m_ended = m_leave & (b_position >= tl.load(limits + o_s, mask=m_s, other=0).to(tl.int32))
