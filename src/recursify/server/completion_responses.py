@@ -9,7 +9,7 @@ from typing import Any
 from recursify.engine import RequestOutput
 
 from .logprobs import completion_logprobs
-from .responses import CompletionDelta, Logprobs, new_id, now
+from .responses import CompletionDelta, Logprobs, ResponseFormat
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Echo:
     logprobs: list[Logprobs | None] | None
 
 
-class CompletionFormat:
+class CompletionFormat(ResponseFormat):
     """Format of one response, to one prompt or several.
 
     Args:
@@ -37,19 +37,11 @@ class CompletionFormat:
     """
 
     def __init__(self, model: str, tokenizer: Any, echoes: Sequence[Echo] = ()) -> None:
-        self.model, self.tokenizer, self.echoes = model, tokenizer, echoes
-        self._id, self._created = new_id("cmpl"), now()
+        super().__init__(model, tokenizer, "text_completion", "cmpl")
+        self.echoes = echoes
         self._offsets: dict[int, int] = {}
 
-    def response(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """Format finished completions as one response, without the usage."""
-        return self.with_choices([self._finished_choice(index, output) for index, output in enumerate(outputs)])
-
-    def opening(self, count: int) -> list[dict[str, Any]]:
-        """Return nothing: a stream opens with its first token."""
-        return []
-
-    def choice(self, delta: CompletionDelta) -> dict[str, Any]:
+    def event_choice(self, delta: CompletionDelta) -> dict[str, Any]:
         """Format new output as the choice of an event."""
         offset = self._offsets.get(delta.index, 0)
         logprobs = delta.logprobs
@@ -62,18 +54,8 @@ class CompletionFormat:
             "recursify": delta.extension,
         }
 
-    def with_choices(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Wrap ``choices`` in a response object."""
-        return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self.model,
-            "choices": choices,
-            "usage": usage,
-        }
-
-    def _finished_choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
+    def finished_choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        """Format a finished completion as a choice, after the echo of its prompt."""
         text, tokens = output.text, output.token_ids
         logprobs: list[Logprobs | None] | None = None if output.logprobs is None else [*output.logprobs]
         if self.echoes:

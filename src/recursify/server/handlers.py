@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +11,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from recursify.engine import SamplingParams
+from recursify.engine import RequestOutput, SamplingParams
 from recursify.errors import EngineError, SettingsError
 
 from .access_log import add_log_fields, log_event, request_id_of
 from .engine_supervisor import EngineSupervisor
 from .errors import ApiError, engine_refusal, internal_error, json_response
-from .response_stream import ResponseStream
 from .responses import ResponseFormat, merge_chunks, usage_of
 from .schema import GenerationRequest
 from .sse import DONE, ClientDisconnected, EventStreamResponse, encode_event, run_until_disconnect
@@ -64,8 +63,9 @@ async def _response(supervisor: EngineSupervisor, job: CompletionJob, metrics: R
     async with supervisor.submit(job.prompts, job.params) as stream:
         async for chunks in stream.chunks():
             metrics.mark_tokens(bool(chunks))
-        outputs = [stream.outputs[index] for index in sorted(stream.outputs)]
-        return job.format.response(outputs) | {"usage": _usage(supervisor, job, stream)}
+        outputs = stream.finished
+        choices = [job.format.finished_choice(index, output) for index, output in enumerate(outputs)]
+        return job.format.with_choices(choices, _usage(supervisor, job, outputs))
 
 
 async def _events(
@@ -85,9 +85,9 @@ async def _events(
                     yield encode_event(job.format.with_choices([choice]))
                 async for chunks in stream.chunks():
                     metrics.mark_tokens(any(chunk.token_ids for _, chunk in chunks))
-                    choices = map(job.format.choice, merge_chunks(chunks))
+                    choices = map(job.format.event_choice, merge_chunks(chunks))
                     yield b"".join(encode_event(job.format.with_choices([choice])) for choice in choices)
-                usage = _usage(supervisor, job, stream)
+                usage = _usage(supervisor, job, stream.finished)
                 if wants_usage:
                     yield encode_event(job.format.with_choices([], usage))
             except ApiError as error:
@@ -100,8 +100,7 @@ async def _events(
             yield DONE
 
 
-def _usage(supervisor: EngineSupervisor, job: CompletionJob, stream: ResponseStream) -> dict[str, Any]:
-    outputs = [stream.outputs[index] for index in sorted(stream.outputs)]
+def _usage(supervisor: EngineSupervisor, job: CompletionJob, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     usage = usage_of(outputs, len(job.params[0]), supervisor.num_recursions)
     add_log_fields(
         prompt_tokens=usage["prompt_tokens"],

@@ -21,9 +21,6 @@ class ResponseStream:
         requests: Prompts and sampling parameters.
         timeout: Seconds in which all completions must end.
         unavailable: Callable that makes the error for an engine that has stopped.
-
-    Attributes:
-        outputs: Mapping from the index of a completion to its output so far.
     """
 
     def __init__(
@@ -44,7 +41,7 @@ class ResponseStream:
         late = ApiError(504, f"The completion was not ready within {timeout:g} seconds.", code="timeout")
         # One timer per request: a timeout of every wait would need a task per token.
         self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, late)
-        self.outputs: dict[int, RequestOutput] = {}
+        self._outputs: dict[int, RequestOutput] = {}
 
     # --- For the handler -----------------------------------------------------------------------------------------
 
@@ -76,6 +73,11 @@ class ResponseStream:
             else:
                 await self._wait()
 
+    @property
+    def finished(self) -> list[RequestOutput]:
+        """Outputs of all completions, once :meth:`chunks` has ended."""
+        return [self._outputs[index] for index in range(len(self._requests))]
+
     def fail(self, error: Exception) -> None:
         """End the stream with ``error``."""
         self._error = self._error or error
@@ -97,7 +99,7 @@ class ResponseStream:
             self.fail(item if self._client.is_running else self._unavailable())
             return
         if isinstance(item, OutputChunk):
-            self.outputs[index] = item.output
+            self._outputs[index] = item.output
             if item.finish_reason is not None:
                 self._open.discard(index)
             self._chunks.append((index, item))

@@ -1,12 +1,13 @@
-"""Parts that responses of both endpoints share: ids, usage, and the content of an event."""
+"""Parts that responses of both endpoints share: the response object, usage, and the content of an event."""
 
 from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from recursify.engine import RequestOutput
 from recursify.server.engine_process import OutputChunk
@@ -43,20 +44,40 @@ class CompletionDelta:
         return {"depths": self.depths} | ({"pieces": self.pieces} if len(self.pieces) > 1 else {})
 
 
-class ResponseFormat(Protocol):
-    """Response format of an endpoint."""
+class ResponseFormat(ABC):
+    """Format of one response.
 
-    def response(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """Format finished completions as one response, without the usage."""
+    Args:
+        model: Name of the model for clients.
+        tokenizer: Tokenizer of the model.
+        kind: OpenAI's name of the response object.
+        prefix: Prefix of the response's id.
+    """
+
+    def __init__(self, model: str, tokenizer: Any, kind: str, prefix: str) -> None:
+        self.tokenizer = tokenizer
+        self._header = {
+            "id": f"{prefix}-{uuid.uuid4().hex[:24]}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    @abstractmethod
+    def finished_choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        """Format a finished completion as a choice."""
+
+    @abstractmethod
+    def event_choice(self, delta: CompletionDelta) -> dict[str, Any]:
+        """Format new output as the choice of an event."""
 
     def opening(self, count: int) -> list[dict[str, Any]]:
-        """Return the choices of the events that open a stream of ``count`` completions."""
-
-    def choice(self, delta: CompletionDelta) -> dict[str, Any]:
-        """Format new output as the choice of an event."""
+        """Return the choices of the events that open a stream of ``count`` completions; by default none."""
+        return []
 
     def with_choices(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
         """Wrap ``choices`` in a response object."""
+        return self._header | {"choices": choices, "usage": usage}
 
 
 def merge_chunks(chunks: Sequence[tuple[int, OutputChunk]]) -> list[CompletionDelta]:
@@ -82,16 +103,6 @@ def _merge(index: int, chunks: Sequence[OutputChunk]) -> CompletionDelta:
         None if chunks[0].logprobs is None else logprobs,
         chunks[-1].finish_reason,
     )
-
-
-def new_id(prefix: str) -> str:
-    """Make an id for a response."""
-    return f"{prefix}-{uuid.uuid4().hex[:24]}"
-
-
-def now() -> int:
-    """Return the Unix time in seconds."""
-    return int(time.time())
 
 
 def usage_of(outputs: Sequence[RequestOutput], num_choices: int, num_recursions: int) -> dict[str, Any]:

@@ -56,5 +56,5 @@ def serve_model(
         raise SettingsError(
             f"The server needs {error.name}, which is not installed. Install it with: pip install 'recursify[serve]'"
         ) from error
-    loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    run_server(partial(Engine.from_pretrained, model, **loading, **options), settings, host=host, port=port)
+    options |= {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    run_server(partial(Engine.from_pretrained, model, **options), settings, host=host, port=port)
