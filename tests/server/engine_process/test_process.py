@@ -89,7 +89,7 @@ def test_who_leaves_is_cancelled_there(apart):
 
 def test_a_killed_engine_is_noticed_at_once(apart, caplog):
     """Every request gets a clear error, /health says how it ended, and /restart makes another that answers the same."""
-    link = apart.supervisor.ready().client
+    client = apart.supervisor.ready().client
     expected = apart.client.completions.create(**LONG | {"max_tokens": 20}).choices[0].text
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         whole = pool.submit(lambda: apart.http.post("/v1/completions", json=LONG))
@@ -98,7 +98,7 @@ def test_a_killed_engine_is_noticed_at_once(apart, caplog):
             next(iter(stream))
         assert eventually(lambda: apart.num_requests == 3)
         seen = apart.says("generated_tokens_total")
-        os.kill(link.pid, signal.SIGKILL)
+        os.kill(client.pid, signal.SIGKILL)
         for stream in streams:
             with pytest.raises(openai.APIError, match=r"The engine has stopped .killed by SIGKILL.*POST /restart"):
                 list(stream)
@@ -113,7 +113,7 @@ def test_a_killed_engine_is_noticed_at_once(apart, caplog):
     assert apart.says("generated_tokens_total") == seen
     assert apart.supervisor.admission.admitted == 0
     assert apart.http.post("/restart").json() == {"status": "ready"}
-    assert apart.supervisor.ready().client.pid != link.pid
+    assert apart.supervisor.ready().client.pid != client.pid
     assert apart.http.get("/health").status_code == 200
     assert apart.client.completions.create(**LONG | {"max_tokens": 20}).choices[0].text == expected
     assert apart.says("generated_tokens_total") == seen + 20
