@@ -384,7 +384,7 @@ def test_history_is_as_long_as_asked():
     layout = LayerLayout.fold(3, 3, "cycle")
     mixing = LoopMixing(layout, [0, 1, 2], 1)
     entered, left = [list(torch.randn(3, 1, 4, 8)) for _ in range(2)]
-    for slot, before, after in zip(layout.slots(), entered, left, strict=True):
+    for slot, before, after in zip(layout.layer_refs(), entered, left, strict=True):
         found = mixing.after(slot, before, after)
     assert torch.equal(found, anderson_mix(entered[1:], left[1:]))
 

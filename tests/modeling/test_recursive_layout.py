@@ -53,7 +53,7 @@ def test_slot_and_position_are_inverse(prelude, coda, block, recursions, order):
     layout = LayerLayout(
         num_prelude_layers=prelude, block_size=block, num_recursions=recursions, num_coda_layers=coda, order=order
     )
-    slots = list(layout.slots())
+    slots = list(layout.layer_refs())
     assert len(slots) == len(set(slots)) == layout.num_layers
     for position, slot in enumerate(slots):
         if slot.part == "block":

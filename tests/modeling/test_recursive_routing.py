@@ -259,18 +259,18 @@ def test_published_gates():
 def block_tokens(model, call) -> int:
     """How many tokens the first shared layer is given."""
     seen = []
-    original = model.model.run_slot
+    original = model.model.run_layer
 
     def counting(slot, states, **arguments):
         if slot.part == "block" and slot.index == 0:
             seen.append(states.shape[0] * states.shape[1])
         return original(slot, states, **arguments)
 
-    model.model.run_slot = counting
+    model.model.run_layer = counting
     try:
         call()
     finally:
-        del model.model.run_slot
+        del model.model.run_layer
     return sum(seen)
 
 
@@ -412,7 +412,7 @@ def test_cache_bytes(recursions, kv):
         model.model(ids, past_key_values=cache, use_cache=True)
         tiny_recursive(recursions=recursions).model(ids, past_key_values=dense, use_cache=True)
     layout = model.config.layout
-    looped = [position for position, slot in enumerate(layout.slots()) if slot.part == "block"]
+    looped = [position for position, slot in enumerate(layout.layer_refs()) if slot.part == "block"]
     there = sum(store[p].nbytes for store in (cache.keys, cache.values) for p in looped if p in store)
     everything = sum(dense.layers[p].keys.nbytes + dense.layers[p].values.nbytes for p in looped)
     wanted = (recursions + 1) / (2 * recursions) if kv == "recursion_wise" else 1 / recursions

@@ -106,7 +106,7 @@ class RecursiveModel(RecursivePreTrainedModel):
             input_ids: ``[B, T]``; or give ``inputs_embeds [B, T, D]``.
             attention_mask: ``[B, past + T]`` with 0 at padding, a prepared 4-D mask, or a dict of those by layer type.
             position_ids: ``[B, T]``; counted from the cache's length if absent.
-            past_key_values: A cache with one slot per effective position.
+            past_key_values: KV cache with one slot per effective position.
             use_cache: Flag to make and return a cache.
             num_recursions: Number of applications of the shared block before the coda, 1 .. R; all R if absent.
             exit_depth: Depth after which every token exits, with the coda or without as configured; the input of that
@@ -137,7 +137,7 @@ class RecursiveModel(RecursivePreTrainedModel):
         without_coda = exit_depth is not None and not self.config.exit_through_coda
         layer_states: list[Tensor] = []
         boundary_states: list[Tensor] = []
-        for position, ref in enumerate(self.layout.slots()):
+        for position, ref in enumerate(self.layout.layer_refs()):
             if ref.depth >= recursions or (without_coda and ref.part == "coda"):
                 continue
             hidden_states = walk(position, hidden_states)
@@ -215,11 +215,11 @@ class RecursiveModel(RecursivePreTrainedModel):
                 boundary_states = run(position, boundary_states)
         return boundary_states
 
-    def run_slot(self, slot: LayerRef, hidden_states: Tensor, **layer_arguments: Any) -> Tensor:
-        """Run the layer at ``slot``: ``[B, T, D] -> [B, T, D]``."""
-        if slot.part == "block":
-            return self.block[slot.index](hidden_states, slot.depth, **layer_arguments)
-        layer = self.prelude[slot.index] if slot.part == "prelude" else self.coda[slot.index]
+    def run_layer(self, ref: LayerRef, hidden_states: Tensor, **layer_arguments: Any) -> Tensor:
+        """Run the layer at ``ref``: ``[B, T, D] -> [B, T, D]``."""
+        if ref.part == "block":
+            return self.block[ref.index](hidden_states, ref.depth, **layer_arguments)
+        layer = self.prelude[ref.index] if ref.part == "prelude" else self.coda[ref.index]
         return layer(hidden_states, **layer_arguments)
 
     def layer_type(self, position: int) -> str | None:

@@ -72,14 +72,14 @@ class LoopMixing:
         self.entered: list[Tensor] = []
         self.left: list[Tensor] = []
 
-    def after(self, slot: Any, entered: Tensor, left: Tensor) -> Tensor:
-        """State after the layer at ``slot``, given its input ``entered`` and output ``left``, ``[B, T, D]`` each."""
-        if slot.part != "block":
+    def after(self, ref: Any, entered: Tensor, left: Tensor) -> Tensor:
+        """State after the layer at ``ref``, given its input ``entered`` and output ``left``, ``[B, T, D]`` each."""
+        if ref.part != "block":
             return left
-        if self.is_sequence or slot.index == 0:
-            kept = slice(-self.history, None) if self.repetitions[slot.depth] else slice(0)
+        if self.is_sequence or ref.index == 0:
+            kept = slice(-self.history, None) if self.repetitions[ref.depth] else slice(0)
             self.entered, self.left = [*self.entered[kept], entered], self.left[kept]
-        if not self.is_sequence and slot.index != self.last_layer:
+        if not self.is_sequence and ref.index != self.last_layer:
             return left
         self.left = [*self.left, left]
         return anderson_mix(self.entered, self.left)

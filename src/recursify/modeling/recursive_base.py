@@ -127,7 +127,7 @@ class LayerWalk:
     def run_layer(self, position: int, states: Tensor) -> Tensor:
         """Run the layer at ``position`` on all tokens, ``[B, T, D] -> [B, T, D]``."""
         layer_type = self.model.layer_type(position)
-        return self.model.run_slot(
+        return self.model.run_layer(
             self.layout.layer_ref(position),
             states,
             attention_mask=self.masks[layer_type] if isinstance(self.masks, dict) else self.masks,

@@ -149,7 +149,7 @@ class DepthDecoder:
                 masks[window] = self._mask(states, rows, columns, span, window)
             kind = base.layer_type(position)
             try:
-                states = base.run_slot(
+                states = base.run_layer(
                     self.layout.layer_ref(position),
                     states,
                     attention_mask=masks[window],
@@ -328,9 +328,9 @@ class DepthDecoder:
         if kv == "latest":
             index, columns = self._places(rows)
             for position in skipped:
-                slot = self.layout.layer_ref(position)
-                if slot.part == "block":
-                    self.cache.copy_column(self.layout.position(slot.index, depth), position, index, columns)
+                ref = self.layout.layer_ref(position)
+                if ref.part == "block":
+                    self.cache.copy_column(self.layout.position(ref.index, depth), position, index, columns)
             skipped = [position for position in skipped if self.layout.layer_ref(position).part == "coda"]
         self._run_last(skipped, states, rows, only_keys_and_values=True)
         for done in self.done[depth + 1 :]:

@@ -133,7 +133,7 @@ class LayerLayout:
             return LayerRef("block", inner % self.block_size, inner // self.block_size)
         return LayerRef("block", inner // self.num_recursions, inner % self.num_recursions)
 
-    def slots(self) -> Iterator[LayerRef]:
+    def layer_refs(self) -> Iterator[LayerRef]:
         """Layers at all positions, in the order in which the model runs them."""
         return (self.layer_ref(position) for position in range(self.num_layers))
 
@@ -157,11 +157,11 @@ class LayerLayout:
         Its depth ``i`` is the depth ``depths[i]`` here.
         """
         positions = []
-        for slot in replace(self, num_recursions=len(depths)).slots():
-            if slot.part == "block":
-                positions.append(self.position(slot.index, depths[slot.depth]))
+        for ref in replace(self, num_recursions=len(depths)).layer_refs():
+            if ref.part == "block":
+                positions.append(self.position(ref.index, depths[ref.depth]))
             else:
-                positions.append(slot.index if slot.part == "prelude" else self.coda_positions[slot.index])
+                positions.append(ref.index if ref.part == "prelude" else self.coda_positions[ref.index])
         return positions
 
     @property
@@ -176,7 +176,7 @@ class LayerLayout:
             "block": self.num_prelude_layers,
             "coda": self.num_prelude_layers + self.block_size,
         }
-        return [offset[slot.part] + slot.index for slot in self.slots()]
+        return [offset[ref.part] + ref.index for ref in self.layer_refs()]
 
     def __str__(self) -> str:
         block = f"({self.block_size} layers × {self.num_recursions})"

@@ -102,15 +102,15 @@ class RoutedWalk(LayerWalk):
 
         Inside a recursion input and output are those of its tokens, ``[s, n, D]``; before and after, ``[B, T, D]``.
         """
-        slot = self.layout.layer_ref(position)
-        if slot.part != "block":
+        ref = self.layout.layer_ref(position)
+        if ref.part != "block":
             return self.run_layer(position, states)
-        if slot.index == 0:
-            states = self._enter(slot.depth, states)
+        if ref.index == 0:
+            states = self._enter(ref.depth, states)
         if self._packing is not None:
             states = self._run(position, states)
-        if slot.index == self.layout.block_size - 1:
-            states = self._leave(slot.depth, states)
+        if ref.index == self.layout.block_size - 1:
+            states = self._leave(ref.depth, states)
         return states
 
     # --- Deciding ------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ class RoutedWalk(LayerWalk):
         if kind not in self._masks:
             self._masks[kind] = self._mask(kind, states)
         arguments = {**self.arguments, "use_cache": self.store is not None, self.model.cache_argument: self.store}
-        return self.model.run_slot(
+        return self.model.run_layer(
             self.layout.layer_ref(position),
             states,
             attention_mask=self._masks[kind],
