@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from helpers.loopback_hub import GITATTRIBUTES, READ_TOKEN, WRITE_TOKEN, LoopbackHub
 from helpers.tiny_models import random_ids
@@ -67,6 +69,26 @@ for line in sys.stdin:
         outcome = str(error)
     print(json.dumps([outcome, told]), flush=True)
 """
+
+
+PUSH_LOADED = """
+import json, sys
+from recursify import RecursifyError, RecursiveForCausalLM
+
+model = RecursiveForCausalLM.from_pretrained(sys.argv[1])
+try:
+    print(model.push_to_hub(sys.argv[2], **json.loads(sys.argv[3])))
+except RecursifyError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def push_loaded(hub: LoopbackHub, folder: Path, home: Path, **arguments: object) -> str:
+    """Load ``folder`` and call ``push_to_hub`` in a process of its own; what it returned or raised."""
+    command = [sys.executable, "-c", PUSH_LOADED, str(folder), REPO, json.dumps(arguments)]
+    done = subprocess.run(command, env=hub.environment(home), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def recursify(
@@ -245,6 +267,56 @@ def test_a_folder_that_fails_its_own_parity_is_not_pushed(hub, folder, tmp_path)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     done = recursify(hub, tmp_path, "push", str(folder), REPO, code=1)
     assert "does not reproduce its fingerprint" in done.stderr
+    assert hub.requests == []
+
+
+def test_push_to_hub_of_a_loaded_model_arrives_like_its_folder(hub, folder, tmp_path):
+    """With tokenizer, card, picture and fingerprint, and with the same weights."""
+    address = push_loaded(hub, folder, tmp_path / "home", private=True, commit_message="First")
+    assert address == f"{hub.endpoint}/{REPO}/commit/{hub.commits(REPO)[0].oid}"
+    files = hub.files(REPO)
+    local = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert files.keys() == local.keys() | {"README.md", "layout.svg", *GITATTRIBUTES}
+    for name in ("tokenizer.json", "modeling_recursive.py"):
+        assert files[name] == local[name], name
+    weights, wanted = load(files["model.safetensors"]), load(local["model.safetensors"])
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    assert b"\nlicense: apache-2.0\n" in files["README.md"]
+    record = json.loads(files["recursify.json"])
+    assert record["fingerprint"] == json.loads(local["recursify.json"])["fingerprint"]
+    assert str(folder).encode() not in files["config.json"] + files["recursify.json"]
+
+
+def test_push_to_hub_records_a_fingerprint_where_there_is_none(hub, folder, tmp_path):
+    """A model from ``save_pretrained`` has no record."""
+    (folder / "recursify.json").unlink()
+    assert push_loaded(hub, folder, tmp_path).startswith(f"{hub.endpoint}/{REPO}/commit/")
+    assert len(json.loads(hub.files(REPO)["recursify.json"])["fingerprint"]["choices"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("config", "ParityError .* does not reproduce its fingerprint"),
+        ("pickle", r"HubError '.*optimizer\.pt' is a pickle"),
+        ("secret", r"HubError 'LICENSE' line 1 contains a likely secret"),
+        ("argument", r"HubError push_to_hub\(\) of a recursive model does not support create_pr\. Omit it\."),
+    ],
+)
+def test_push_to_hub_refuses_what_push_refuses(hub, folder, tmp_path, change, message):
+    """The folder that the model was loaded from is checked like any other, and nothing reaches the Hub."""
+    if change == "config":
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}), encoding="utf-8")
+    elif change == "pickle":
+        (folder / "optimizer.pt").write_bytes(b"pickle")
+    elif change == "secret":
+        (folder / "LICENSE").write_text("hf_" + "a" * 34, encoding="utf-8")
+    arguments = {"create_pr": True} if change == "argument" else {}
+    assert re.match(message, push_loaded(hub, folder, tmp_path, **arguments))
+    if change != "argument":
+        recursify(hub, tmp_path, "push", str(folder), REPO, code=1)
     assert hub.requests == []
 
 
