@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.tiny_models import convert_tiny, random_ids, save_tiny
 from recursify.convert.export import PEFT_FAMILIES, check_export, export_model
-from recursify.errors import ParityError, PlanError
+from recursify.errors import CheckpointError, ParityError, PlanError
 
 
 @pytest.mark.parametrize("sharing", ["cycle", "sequence", "middle_cycle", "middle_sequence"])
@@ -92,3 +92,18 @@ def test_an_export_that_differs_is_caught(tmp_path):
     stock.save_pretrained(tmp_path / "out")
     with pytest.raises(ParityError, match="is wrong: its logits differ from those of"):
         check_export(tmp_path / "recursive", tmp_path / "out", "dense")
+
+
+def test_result_of_an_export(tmp_path):
+    """Typed, for strings and paths; an unknown format and a dense model are refused."""
+    save_tiny(tmp_path / "dense")
+    convert_tiny(tmp_path / "dense", tmp_path / "recursive", lora_rank=4)
+    result = export_model(str(tmp_path / "recursive"), str(tmp_path / "out"))
+    assert (result.output, result.format, result.architecture) == (tmp_path / "out", "dense", "LlamaForCausalLM")
+    assert result.max_logit_difference < 1e-4
+    assert result.to_dict()["bytes"] == result.num_bytes
+    assert export_model(tmp_path / "recursive", tmp_path / "again", check=False).max_logit_difference is None
+    with pytest.raises(PlanError, match=r"Unknown format 'gguf'\. Use one of: dense, peft"):
+        export_model(tmp_path / "recursive", tmp_path / "other", format="gguf")
+    with pytest.raises(CheckpointError, match="is not a recursive model"):
+        export_model(tmp_path / "dense", tmp_path / "other")

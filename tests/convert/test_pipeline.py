@@ -1,0 +1,63 @@
+"""``plan_conversion`` and ``convert_model``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from recursify.convert.pipeline import convert_model, plan_conversion
+from recursify.convert.settings import ConversionSettings
+from recursify.errors import OutputError, PlanError, SettingsError
+
+TINY = {"lora_rank": 4, "calibration_data": ()}
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_conversion_of_strings_and_paths(tiny_llama, tmp_path, kind):
+    """The plan is that of ``plan_conversion``; the result is typed, and JSON-ready."""
+    stages, plans = [], []
+    result = convert_model(
+        kind(tiny_llama),
+        kind(tmp_path / "out"),
+        **TINY,
+        on_plan=plans.append,
+        progress=lambda *step: stages.append(step),
+    )
+    assert result.output == tmp_path / "out"
+    assert plans == [result.plan]
+    assert result.plan.to_dict() == plan_conversion(kind(tiny_llama), **TINY).to_dict()
+    recorded = json.loads((tmp_path / "out" / "recursify.json").read_text())
+    assert recorded["evaluation"][0]["perplexity"] == result.check.comparison.model.perplexity
+    measured = ("evaluation", "fingerprint")
+    assert {name: value for name, value in recorded.items() if name not in measured} == {
+        name: value for name, value in json.loads(json.dumps(result.record)).items() if name not in measured
+    }
+    assert 0 <= result.check.comparison.top1_agreement <= 1
+    assert json.loads(json.dumps(result.to_dict()))["check"]["text"] == result.check.text
+    assert ("copy", 1, stages[0][2]) == stages[0]
+
+
+def test_settings_or_keywords(tiny_llama, tmp_path):
+    """Either gives the same plan; both at once, an unknown name and a wrong value are refused."""
+    settings = ConversionSettings(**TINY)
+    assert plan_conversion(tiny_llama, settings=settings).to_dict() == plan_conversion(tiny_llama, **TINY).to_dict()
+    with pytest.raises(SettingsError, match="Got settings and also lora_rank"):
+        plan_conversion(tiny_llama, settings=settings, lora_rank=8)
+    with pytest.raises(SettingsError, match=r"lora_rnk.*lora_rank"):
+        convert_model(tiny_llama, tmp_path / "out", lora_rnk=8)
+    with pytest.raises(SettingsError, match="num_recursions"):
+        convert_model(tiny_llama, tmp_path / "out", num_recursions=0)
+    with pytest.raises(PlanError, match="Unknown initialization 'mean'"):
+        convert_model(tiny_llama, tmp_path / "out", initialization="mean")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_output(tiny_llama, tmp_path):
+    """Only replaced when asked; without a check there are no figures."""
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists"):
+        convert_model(tiny_llama, tmp_path / "out", **TINY)
+    result = convert_model(tiny_llama, tmp_path / "out", **TINY, overwrite=True, check=False)
+    assert result.check is None
+    assert result.to_dict()["check"] == {}
