@@ -92,7 +92,7 @@ class Case:
     """Something to measure.
 
     Attributes:
-        name: As in the table.
+        name: Name in the table.
         tool: copy, recursify or mergekit.
         command: Arguments of the process; ``{output}`` stands for the folder to write.
         is_slow: Repeated ``--slow-repeats`` times only.
@@ -393,7 +393,7 @@ def commit() -> str:
 
 
 def about(arguments: argparse.Namespace, num_parameters: int) -> dict[str, str | int]:
-    """What a figure needs beside it to be read later; the same on every row of the CSV."""
+    """Versions and machine behind the figures; the same on every row of the CSV."""
     ours = versions(sys.executable, ["recursify", "torch", "transformers", "safetensors"])
     theirs = dict.fromkeys(("mergekit", "torch", "transformers"), "")
     if arguments.mergekit_python:

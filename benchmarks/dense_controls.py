@@ -1,7 +1,7 @@
-"""What else the same number of stored parameters buys: a dense model with fewer layers, or with low-rank linear maps.
+"""Dense controls of the same number of stored parameters: fewer layers, or low-rank linear maps.
 
-Each control is the dense model made smaller without training, as a recursive model is, and as large as a given
-recursive model at most:
+Each control is the dense model reduced without training, as a recursive model is, to at most the size of a given
+recursive model:
 
 - :func:`drop_layers` keeps the first and last layers and inner ones at even distances, a stock model of the family;
 - :func:`factorize` replaces every linear map of the layers by ``B A`` of one rank, found by truncated SVD, or with
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from recursify.convert.low_rank import WeightedNorm, truncated_svd
 
 NUM_ENDS = 4
-"""First and last layers that :func:`drop_layers` keeps: those that matter most; the recursive rows keep them too."""
+"""First and last layers that :func:`drop_layers` keeps: the most important ones, which the recursive rows keep, too."""
 
 TOKENS_PER_BATCH = 4096
 
@@ -33,9 +33,9 @@ class Control:
     """A smaller dense model.
 
     Attributes:
-        model: It, in eval mode.
-        num_parameters: What it would store; tied parameters count once.
-        description: What was done to the dense model.
+        model: Model in eval mode.
+        num_parameters: Number of stored parameters; tied ones count once.
+        description: Reduction that was applied to the dense model.
     """
 
     model: PreTrainedModel

@@ -1,4 +1,4 @@
-"""What a conversion costs in quality, with no training at all, beside the dense model and dense controls of one size.
+"""Quality of conversions without training, compared with the dense model and dense controls of the same size.
 
 ::
 
@@ -57,7 +57,7 @@ CYCLE = {"sharing": "cycle"}
 PUBLISHED = {"initialization": "average", "relaxation": "svd"}
 CALIBRATED = {"initialization": "calibrated", "relaxation": "calibrated"}
 MAIN = {**ENDS, **CALIBRATED, "lora_rank": 64}
-"""The conversion whose parameter count the controls get."""
+"""Conversion whose number of parameters the controls have."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Row:
     """One model of the table.
 
     Attributes:
-        name: What ``--rows`` takes.
-        description: What it is, for a reader.
-        settings: Of the conversion; for a control, of the conversion whose size it gets.
-        control: Makes a control from the dense model, the parameter budget and calibration windows; None to convert.
+        name: Value for ``--rows``.
+        description: Title in the table.
+        settings: Settings of the conversion; for a control, of the conversion whose size it has.
+        control: Function that makes a control from the dense model, the parameter budget and calibration windows; None to convert.
     """
 
     name: str
@@ -135,7 +135,7 @@ ROWS = {
 }
 
 FAST = ("dense", "ends4-r64-published", "ends4-r0-stepwise", "ends4-r64-no-drift", "dropped-layers", "low-rank-aware")
-"""Rows that take a minute or two to make."""
+"""Rows that take a minute or two."""
 
 FIGURES = ("parameters", "of_dense", "seconds_to_make", "perplexity", "top1_agreement", "kl", "tokens")
 COLUMNS = (
@@ -153,7 +153,7 @@ HEADLINE = {"general_knowledge": "acc", "phrase_relatedness": "acc_norm", "socia
 
 
 def say(message: str) -> None:
-    """A line of talk; the table alone goes to stdout."""
+    """Print a message on stderr; only the table goes to stdout."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -162,7 +162,7 @@ class Bench:
 
     Args:
         num_windows: Held-out windows; None for all.
-        task_cache: Where the tasks lie, or None to leave them out.
+        task_cache: Folder of the tasks; None omits them.
         task_limit: Examples per task; None for all.
         models: Folder for the converted models.
     """
@@ -188,7 +188,7 @@ class Bench:
         )
 
     def setup(self) -> dict[str, Any]:
-        """What the figures of all rows of one output have in common."""
+        """Facts that all rows of one output share."""
         packages = ("recursify", "torch", "transformers")
         tasks: dict[str, Any] = {}
         if self.task_cache is not None:
@@ -333,7 +333,7 @@ class Results:
         )
 
     def _samples(self) -> str:
-        """What every model writes, by prompt."""
+        """Continuations of every model, by prompt."""
         lines = ["# Greedy continuations", "", f"{MODEL}, {NEW_TOKENS} tokens, no training after conversion."]
         for index, prompt in enumerate(PROMPTS):
             lines += ["", f"## `{prompt.strip()}`", ""]
