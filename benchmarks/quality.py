@@ -68,7 +68,8 @@ class Row:
         name: Value for ``--rows``.
         description: Title in the table.
         settings: Settings of the conversion; for a control, of the conversion whose size it has.
-        control: Function that makes a control from the dense model, the parameter budget and calibration windows; None to convert.
+        control: Function that makes a control from the dense model, the parameter budget and calibration windows; None
+            for a conversion.
     """
 
     name: str
