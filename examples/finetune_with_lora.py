@@ -14,11 +14,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from recursify.modeling import RecursiveForCausalLM
+from recursify import RecursiveForCausalLM
 
 
 def main() -> None:
-    """Train, save the adapter, and say how to load it."""
+    """Train, save the adapter, and print how to load it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="a recursive model")
     parser.add_argument("--data", required=True, help="a text file; each paragraph is a document")

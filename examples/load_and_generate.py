@@ -1,7 +1,7 @@
 """Load a recursive model and continue a prompt, after all recursions and after fewer.
 
 Run it with ``python examples/load_and_generate.py FOLDER --prompt "Once upon a time"``. A model without trained exits
-reads out with its own norm and head after fewer recursions, and writes nonsense.
+applies its final norm and head after fewer recursions, and generates nonsense.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import argparse
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import recursify.modeling  # noqa: F401  (registers recursive models; without recursify: trust_remote_code=True)
+import recursify  # noqa: F401  (registers recursive models; without recursify: trust_remote_code=True)
 
 
 def main() -> None:
-    """Write one continuation for every depth that the model can stop at."""
+    """Generate one continuation for every exit depth."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="a recursive model")
     parser.add_argument("--prompt", default="Once upon a time")
@@ -28,9 +28,9 @@ def main() -> None:
     for depth in (None, *reversed(config.exit_depths)):
         model = AutoModelForCausalLM.from_pretrained(arguments.folder, exit_depth=depth).eval()
         with torch.inference_mode():
-            written = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)[0]
+            output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)[0]
         print(f"\n[{'all recursions' if depth is None else f'exit after depth {depth}'}]")
-        print(tokenizer.decode(written, skip_special_tokens=True))
+        print(tokenizer.decode(output, skip_special_tokens=True))
 
 
 if __name__ == "__main__":
