@@ -102,7 +102,7 @@ def test_forced_depths(kv, forced):
 @pytest.mark.parametrize("max_depth", [0, 1, 2, None])
 @pytest.mark.parametrize("max_pending", [1, 2, 5])
 def test_deferred_tokens_are_bounded(max_pending, max_depth):
-    """At most ``max_pending`` tokens wait for the deepest recursion that the request may run."""
+    """No more than ``max_pending`` tokens wait for the deepest recursion that the request may run."""
     exits = ExitSettings(make_policy("fixed", 0.0), max_pending=max_pending)
     loop, plain = engines("llama", "deferred", max_num_seqs=3, num_pages=200)
     params = SamplingParams(max_tokens=16, exit=exits, max_depth=max_depth, ignore_eos=True)
@@ -404,7 +404,7 @@ def test_a_dense_model_is_one_recursion():
 @pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_iteration_does_not_wait_and_has_one_shape(family, kv):
-    """On the meta device, code that reads the contents of a tensor or has a data-dependent shape fails. Code that runs
+    """Code that reads the contents of a tensor, or has a data-dependent shape, fails on the meta device. Code that runs
     there can be captured in a graph."""
     pytest.importorskip("triton", reason="has wheels for Linux")
     from recursify.kernels.ahead_of_time import recorded
@@ -443,7 +443,7 @@ def test_kernels_in_the_engine():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_loop_generates_what_generate_does(device, family, kv):
-    """On a GPU with CUDA graphs and Triton's kernels, compared with transformers on the CPU."""
+    """Tokens and depths are those of transformers on the CPU; on a GPU with CUDA graphs and Triton's kernels."""
     model = copy.deepcopy(model_of(family, kv)).to(device)
     for how in (0, 1, 3):
         sizes = {"max_num_seqs": 4, "page_size": 16, "num_pages": 64, "max_model_len": 64}
