@@ -118,8 +118,7 @@ def calibrate_exits(
         SettingsError: The target is out of range, or the policy has no threshold or does not fit the model.
         TextError: The text is missing, unreadable or too short.
     """
-    folder = Path(model)
-    require_recursive(folder)
+    folder = require_recursive(model)
     text = read_text(data) if data else default_text("held_out")
     loaded, tokenizer = load_model(folder, dtype=dtype, device=device)
     windows = token_windows(tokenizer, text, length, max_tokens=max_tokens)

@@ -119,8 +119,7 @@ def evaluate_tasks(
         SettingsError: lm-eval is not installed or has no such task, or the model has no exit after a depth.
         TextError: The data of a task is missing.
     """
-    folder = Path(model)
-    require_recursive(folder)
+    folder = require_recursive(model)
     runner = TaskRunner(
         [tasks] if isinstance(tasks, str) else tasks,
         include_path=None if include_path is None else Path(include_path),

@@ -111,8 +111,7 @@ def push_model(
         ParityError: The folder does not load in a fresh process, or differs from its fingerprint.
         SettingsError: ``base_model`` or ``license`` is given together with ``card``.
     """
-    folder = Path(model)
-    require_recursive(folder)
+    folder = require_recursive(model)
     if card is not None and (base_model or license):
         raise SettingsError("A card of your own names its base model and license. Omit --base-model and --license.")
     text, warnings, pictures = _prepare_card(folder, repo_id, card, base_model, license)
