@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from recursify.errors import (
     CheckpointError,
+    ContextLengthError,
     EngineError,
     HubError,
     OutputError,
@@ -96,6 +97,7 @@ __all__ = [
     "BenchSettings",
     "BenchmarkResult",
     "CheckpointError",
+    "ContextLengthError",
     "ConversionPlan",
     "ConversionResult",
     "ConversionSettings",
