@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Iterator
+import typing
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Annotated, Any, Literal
 
@@ -14,20 +15,24 @@ from pydantic import PositiveFloat, PositiveInt
 
 import recursify
 from helpers.command_line import run
-from recursify.cli.app import app
+from recursify.cli.app import COMMANDS, app
 from recursify.cli.from_settings import help_text, option_names
 from recursify.errors import EngineError, SettingsError
 from recursify.settings import Fractions, Option, Settings, Strings, constraints, resolve_settings
 
-COMMANDS = {
-    "convert": ("ConversionSettings",),
-    "uptrain": ("UptrainSettings",),
-    "serve": ("ServerSettings", "EngineConfig"),
-    "bench": ("BenchSettings",),
-    "generate": ("GenerationSettings",),
-    "perplexity": ("EvaluationSettings",),
-}
-"""Commands with the settings classes that their options are made from."""
+
+def settings_of(command: str) -> list[type[Settings]]:
+    """Settings classes that the options of a command are made from."""
+    hints = typing.get_type_hints(own_function(command))
+    return [kind for kind in hints.values() if isinstance(kind, type) and issubclass(kind, Settings)]
+
+
+def own_function(command: str) -> Callable[..., None]:
+    function = import_module(f"recursify.cli.{command.replace('-', '_')}").command
+    return getattr(function, "__wrapped__", function)
+
+
+SETTINGS = {command: settings_of(command) for command in COMMANDS}
 
 
 class Example(Settings):
@@ -148,19 +153,13 @@ def test_resolve_settings():
         resolve_settings(Example, {"count": 2}, {})  # type: ignore[arg-type]
 
 
-def settings_classes() -> Iterator[tuple[str, type[Settings]]]:
-    for command, names in COMMANDS.items():
-        for name in names:
-            yield command, getattr(recursify, name)
-
-
 def test_every_settings_class_belongs_to_a_command():
     """No class of the package is left out of the tests below, except those of single requests and bases of others."""
-    for package in ("convert", "uptrain", "server", "bench", "evaluation"):
-        import_module(f"recursify.{package}.settings")
-    import_module("recursify.engine.config")
-    known = {kind for _, kind in settings_classes()} | {recursify.SamplingParams}
-    assert known == {kind for kind in leaves(Settings) if kind.__module__.startswith("recursify.")}
+    for command in COMMANDS:
+        import_module(f"recursify.cli.{command.replace('-', '_')}")
+    known = {kind for kinds in SETTINGS.values() for kind in kinds} | {recursify.SamplingParams}
+    assert known >= {kind for kind in leaves(Settings) if kind.__module__.startswith("recursify.")}
+    assert {command for command, kinds in SETTINGS.items() if not kinds} == {"inspect", "export"}
 
 
 def leaves(kind: type) -> Iterator[type]:
@@ -171,16 +170,15 @@ def leaves(kind: type) -> Iterator[type]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_keys_and_fields_are_one_set(command):
     """Every field is an option and a key of ``--config``, and every option not of the command itself is a field."""
-    fields = {name for kind in COMMANDS[command] for name in dataclass_fields(getattr(recursify, kind))}
+    fields = {name for kind in SETTINGS[command] for name in dataclass_fields(kind)}
     parameters = {
         parameter.name: parameter for parameter in typer.main.get_command(app).commands[command].load().params
     }
-    module = import_module(f"recursify.cli.{command}")
-    own = set(module.command.__wrapped__.__annotations__) - {"return"} | {"config", "help"}
+    own = set(own_function(command).__annotations__) - {"return"} | {"config", "help"}
     assert fields <= set(parameters)
     assert set(parameters) - fields <= own
-    for kind in COMMANDS[command]:
-        for name, field in getattr(recursify, kind).__pydantic_fields__.items():
+    for kind in SETTINGS[command]:
+        for name, field in kind.__pydantic_fields__.items():
             assert parameters[name].opts == option_names(name, field)
             assert parameters[name].help == help_text(field)
 
@@ -189,7 +187,7 @@ def dataclass_fields(kind: type[Settings]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-@pytest.mark.parametrize("kind", [kind for _, kind in settings_classes()])
+@pytest.mark.parametrize("kind", [kind for kinds in SETTINGS.values() for kind in kinds])
 def test_fields_are_documented(kind):
     """Every field has a help text that opens with a capital letter; every panel begins with a field."""
     for name, field in kind.__pydantic_fields__.items():
@@ -264,7 +262,9 @@ def test_defaults_of_commands_are_those_of_the_functions():
     group = typer.main.get_command(app)
     for command, verb in verbs.items():
         signature = inspect.signature(getattr(recursify, verb))
+        fields = {name: field for kind in SETTINGS[command] for name, field in kind.__pydantic_fields__.items()}
         for parameter in group.commands[command].load().params:
+            default = fields.get(parameter.name, parameter).default
             known = signature.parameters.get(parameter.name)
             if known is not None and known.default is not known.empty:
-                assert (parameter.default or None) == (known.default or None), f"{command} --{parameter.name}"
+                assert (default or None) == (known.default or None), f"{command} --{parameter.name}"

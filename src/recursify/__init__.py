@@ -41,9 +41,15 @@ if TYPE_CHECKING:
     from recursify.evaluation.evaluate import EvaluationResult, evaluate_model
     from recursify.evaluation.exit_calibration import ExitCalibration, calibrate_exits
     from recursify.evaluation.generation import GenerationResult, generate_text
-    from recursify.evaluation.settings import EvaluationSettings, GenerationSettings
+    from recursify.evaluation.settings import (
+        EvaluationSettings,
+        ExitCalibrationSettings,
+        GenerationSettings,
+        TaskSettings,
+    )
     from recursify.evaluation.tasks import TaskResults, evaluate_tasks
     from recursify.hub.push import PushResult, push_model
+    from recursify.hub.settings import PushSettings
     from recursify.modeling import ExitSettings, RecursiveConfig, RecursiveForCausalLM
     from recursify.server.run import serve_model
     from recursify.server.settings import ServerSettings
@@ -52,46 +58,38 @@ if TYPE_CHECKING:
     from recursify.version import __version__
 
 MODULES = {
-    "BenchSettings": "recursify.bench.settings",
-    "BenchmarkResult": "recursify.bench.results",
-    "ConversionPlan": "recursify.convert.plan",
-    "ConversionResult": "recursify.convert.pipeline",
-    "ConversionSettings": "recursify.convert.settings",
-    "Engine": "recursify.engine.engine",
-    "EngineConfig": "recursify.engine.config",
-    "EvaluationResult": "recursify.evaluation.evaluate",
-    "EvaluationSettings": "recursify.evaluation.settings",
-    "ExitCalibration": "recursify.evaluation.exit_calibration",
-    "ExitSettings": "recursify.modeling",
-    "ExportResult": "recursify.convert.export",
-    "GenerationResult": "recursify.evaluation.generation",
-    "GenerationSettings": "recursify.evaluation.settings",
-    "ModelDescription": "recursify.checkpoint.description",
-    "PushResult": "recursify.hub.push",
-    "RecursiveConfig": "recursify.modeling",
-    "RecursiveForCausalLM": "recursify.modeling",
-    "RequestOutput": "recursify.engine.request",
-    "SamplingParams": "recursify.engine.request",
-    "ServerSettings": "recursify.server.settings",
-    "TaskResults": "recursify.evaluation.tasks",
-    "UptrainResult": "recursify.uptrain.run",
-    "UptrainSettings": "recursify.uptrain.settings",
-    "__version__": "recursify.version",
-    "benchmark_model": "recursify.bench.plan",
-    "calibrate_exits": "recursify.evaluation.exit_calibration",
-    "convert_model": "recursify.convert.pipeline",
-    "evaluate_model": "recursify.evaluation.evaluate",
-    "evaluate_tasks": "recursify.evaluation.tasks",
-    "export_model": "recursify.convert.export",
-    "generate_text": "recursify.evaluation.generation",
-    "inspect_model": "recursify.checkpoint.description",
-    "load_model": "recursify.checkpoint.loading",
-    "plan_conversion": "recursify.convert.pipeline",
-    "push_model": "recursify.hub.push",
-    "serve_model": "recursify.server.run",
-    "uptrain_model": "recursify.uptrain.run",
+    "recursify.bench.plan": ["benchmark_model"],
+    "recursify.bench.results": ["BenchmarkResult"],
+    "recursify.bench.settings": ["BenchSettings"],
+    "recursify.checkpoint.description": ["ModelDescription", "inspect_model"],
+    "recursify.checkpoint.loading": ["load_model"],
+    "recursify.convert.export": ["ExportResult", "export_model"],
+    "recursify.convert.pipeline": ["ConversionResult", "convert_model", "plan_conversion"],
+    "recursify.convert.plan": ["ConversionPlan"],
+    "recursify.convert.settings": ["ConversionSettings"],
+    "recursify.engine.config": ["EngineConfig"],
+    "recursify.engine.engine": ["Engine"],
+    "recursify.engine.request": ["RequestOutput", "SamplingParams"],
+    "recursify.evaluation.evaluate": ["EvaluationResult", "evaluate_model"],
+    "recursify.evaluation.exit_calibration": ["ExitCalibration", "calibrate_exits"],
+    "recursify.evaluation.generation": ["GenerationResult", "generate_text"],
+    "recursify.evaluation.settings": [
+        "EvaluationSettings",
+        "ExitCalibrationSettings",
+        "GenerationSettings",
+        "TaskSettings",
+    ],
+    "recursify.evaluation.tasks": ["TaskResults", "evaluate_tasks"],
+    "recursify.hub.push": ["PushResult", "push_model"],
+    "recursify.hub.settings": ["PushSettings"],
+    "recursify.modeling": ["ExitSettings", "RecursiveConfig", "RecursiveForCausalLM"],
+    "recursify.server.run": ["serve_model"],
+    "recursify.server.settings": ["ServerSettings"],
+    "recursify.uptrain.run": ["UptrainResult", "uptrain_model"],
+    "recursify.uptrain.settings": ["UptrainSettings"],
+    "recursify.version": ["__version__"],
 }
-"""Module of every public name that is imported on first use."""
+"""Public names that are imported on first use, by module."""
 
 __all__ = [
     "BenchSettings",
@@ -107,6 +105,7 @@ __all__ = [
     "EvaluationResult",
     "EvaluationSettings",
     "ExitCalibration",
+    "ExitCalibrationSettings",
     "ExitSettings",
     "ExportResult",
     "GenerationResult",
@@ -117,6 +116,7 @@ __all__ = [
     "ParityError",
     "PlanError",
     "PushResult",
+    "PushSettings",
     "RecursifyError",
     "RecursiveConfig",
     "RecursiveForCausalLM",
@@ -125,6 +125,7 @@ __all__ = [
     "ServerSettings",
     "SettingsError",
     "TaskResults",
+    "TaskSettings",
     "TextError",
     "TrainingError",
     "UnsupportedModelError",

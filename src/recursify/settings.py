@@ -121,6 +121,19 @@ class Settings:
         }
 
 
+class ExitOptions(Settings):
+    """Early exit, as options of several commands."""
+
+    exit_policy: Annotated[str | None, Option("--exit")] = None
+    """Exit policy: head, confidence, entropy, saturation, convergence, divergence, fixed (at the depth that the
+    threshold names) or oracle (a simulation, which the engine does not run). Early exit changes the output. Without it,
+    every token runs all recursions."""
+    threshold: float | None = None
+    """Confidence above which tokens exit. Without it, the calibrated threshold, else the policy's."""
+    min_depth: Annotated[int, Ge(0)] = 0
+    """First depth after which tokens may exit."""
+
+
 S = TypeVar("S", bound=Settings)
 
 

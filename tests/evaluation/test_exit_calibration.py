@@ -20,6 +20,7 @@ from recursify.evaluation.exit_thresholds import (
     exit_contexts,
     predict_at_exits,
 )
+from recursify.evaluation.settings import ExitCalibrationSettings
 from recursify.modeling import ExitSettings, RecursiveConfig, RecursiveForCausalLM, make_policy
 
 ABLE = ("head", "confidence", "entropy", "saturation", "convergence", "divergence")
@@ -113,7 +114,7 @@ def test_agreement_is_that_of_the_last_recursion():
         for depth in range(3):
             says = model(windows, exit_depth=depth).logits[:, :-1].argmax(-1).flatten()
             assert torch.equal(read.agrees[depth], says == last)
-    found = calibrate_on_windows(model, windows, "confidence", 0.8)
+    found = calibrate_on_windows(model, windows, ExitCalibrationSettings(policy="confidence", target_agreement=0.8))
     assert found.chosen.agreement >= 0.8
     assert found.num_tokens == 8 * 79 // 2
     agreements = [each.agreement for each in found.curve]
@@ -166,21 +167,22 @@ def test_the_command_writes_what_generate_takes(tmp_path, capsys):
     [
         ("oracle", 0.9, "Policy 'oracle' has no confidence to set a threshold on"),
         ("sure", 0.9, r"Use one of: head, confidence, entropy, saturation, convergence, divergence\."),
-        ("confidence", 1.0, "must be above 0 and below 1, got 1"),
+        ("confidence", 1.0, r"target_agreement must be a number above 0 and below 1, got 1\.0"),
         ("head", 0.9, "Policy 'head' needs exit heads, and the model has none"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(policy, target, message):
     """One clear error each."""
+    model = tiny_exits(recursions=2, heads=False)
     with pytest.raises(SettingsError, match=message):
-        calibrate_on_windows(tiny_exits(recursions=2, heads=False), random_ids(8, 80), policy, target)
+        calibrate_on_windows(model, random_ids(8, 80), ExitCalibrationSettings(policy=policy, target_agreement=target))
 
 
 def test_too_little_text_and_thresholds_that_do_not_fit_are_refused():
     """Half of the tokens are for trying thresholds; a config has one per exit."""
     model = tiny_exits(recursions=2)
     with pytest.raises(TextError, match=r"has 38 tokens to predict, and 512 are needed"):
-        calibrate_on_windows(model, random_ids(2, 20), "confidence", 0.9)
+        calibrate_on_windows(model, random_ids(2, 20), ExitCalibrationSettings(policy="confidence"))
     fields = {**model.config.to_dict(), "exit_policy": "confidence", "exit_thresholds": [0.5, 0.6]}
     with pytest.raises(ValueError, match="exit_thresholds has 2 values, and the model 1 exits"):
         RecursiveConfig(**fields)

@@ -6,7 +6,7 @@ import recursify
 from recursify import BenchSettings
 
 from .from_settings import options_from_settings
-from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
+from .options import JsonOption, LoadingOptions, ModelArgument
 from .report import format_table, print_data, print_json, progress_report, talk
 
 HELP = """
@@ -25,23 +25,9 @@ take turns in one process, so that their ratios are reliable.
 
 
 @options_from_settings
-def command(
-    model: ModelArgument,
-    settings: BenchSettings,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
-    trust_remote_code: TrustOption = False,
-    json: JsonOption = False,
-) -> None:
+def command(model: ModelArgument, loading: LoadingOptions, settings: BenchSettings, json: JsonOption = False) -> None:
     with progress_report() as progress:
-        result = recursify.benchmark_model(
-            model,
-            settings=settings,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+        result = recursify.benchmark_model(model, settings=settings, **vars(loading), progress=progress)
     if settings.plot is not None:
         talk.print(f"wrote {settings.plot}")
     print_json(result.to_dict()) if json else print_data(_table(result))

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, ClassVar
 
 import typer
+from annotated_types import Ge
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from rich.console import Console
 
 import recursify
 from recursify.errors import EngineError, SettingsError
+from recursify.settings import ExitOptions, Fraction
 
 from .conversation import Conversation
 from .depth_view import counts_by_depth, depth_style
-from .options import (
-    DeviceOption,
-    DtypeOption,
-    ExitOption,
-    MaxDepthOption,
-    MinDepthOption,
-    ModelArgument,
-    SeedOption,
-    TemperatureOption,
-    ThresholdOption,
-    TopPOption,
-    TrustOption,
-)
+from .from_settings import options_from_settings
+from .options import LoadingOptions, ModelArgument
 from .report import talk
 
 HELP = """
@@ -43,58 +35,69 @@ an answer. Every line of piped input gets an answer.
 """
 
 
+class ChatSettings(ExitOptions):
+    """Options of ``recursify chat``."""
+
+    panels: ClassVar[Mapping[str, str]] = {
+        "system": "Generation",
+        "exit_policy": "Early exit",
+        "max_depth": "Early exit",
+    }
+
+    system: str | None = None
+    """System message."""
+    max_tokens: PositiveInt = 512
+    """Maximum number of new tokens per answer."""
+    temperature: NonNegativeFloat = 0.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: Fraction = 1.0
+    """Nucleus probability for sampling."""
+    seed: int = 0
+    """Seed for sampling."""
+    kv_cache_memory_bytes: PositiveInt = 2**28
+    """Memory of the KV cache in bytes."""
+    max_model_len: Annotated[int, Ge(2)] | None = None
+    """Maximum number of tokens of the conversation. Without it, the model's context."""
+    max_depth: NonNegativeInt | None = None
+    """Last depth that new tokens run. Without it, the last one."""
+
+
+@options_from_settings
 def command(
     model: ModelArgument,
-    system: Annotated[str | None, typer.Option("--system", help="System message.", show_default=False)] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", help="Maximum number of new tokens per answer.", min=1)
-    ] = 512,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    seed: SeedOption = 0,
-    exit_policy: ExitOption = None,
-    threshold: ThresholdOption = None,
-    min_depth: MinDepthOption = 0,
-    max_depth: MaxDepthOption = None,
+    loading: LoadingOptions,
+    settings: ChatSettings,
     show_depth: Annotated[bool, typer.Option("--show-depth", help="Colour each token by its depth.")] = False,
-    kv_cache_memory_bytes: Annotated[
-        int, typer.Option("--kv-cache-memory-bytes", help="Memory of the KV cache in bytes.", min=1)
-    ] = 2**28,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            "--max-model-len",
-            help="Maximum number of tokens of the conversation. Without it, the model's context.",
-            min=2,
-            show_default=False,
-        ),
-    ] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
-    trust_remote_code: TrustOption = False,
 ) -> None:
-    loaded, tokenizer = recursify.load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded, tokenizer = recursify.load_model(model, **vars(loading))
     if not getattr(tokenizer, "chat_template", None):
         raise SettingsError(f"'{model}' has no chat template, so it cannot chat. Use recursify generate.")
     engine = recursify.Engine(
-        loaded, tokenizer, max_num_seqs=1, kv_cache_memory_bytes=kv_cache_memory_bytes, max_model_len=max_model_len
+        loaded,
+        tokenizer,
+        max_num_seqs=1,
+        kv_cache_memory_bytes=settings.kv_cache_memory_bytes,
+        max_model_len=settings.max_model_len,
     )
-    try:
-        exits = recursify.ExitSettings.from_options(
-            exit_policy, threshold=threshold, kv=engine.kv, config=loaded.config, min_depth=min_depth
-        )
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
-    params = recursify.SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, exit=exits, max_depth=max_depth
-    )
-    conversation = Conversation(engine, params, system)
+    conversation = Conversation(engine, _sampling_params(settings, engine, loaded.config), settings.system)
     for line in _lines():
         if line == "/new":
             conversation.begin()
             talk.print("(a new conversation)")
         else:
             _answer(conversation, line, engine.decoder.num_depths, show_depth=show_depth)
+
+
+def _sampling_params(
+    settings: ChatSettings, engine: recursify.Engine, config: recursify.RecursiveConfig
+) -> recursify.SamplingParams:
+    names = ("max_tokens", "temperature", "top_p", "seed", "max_depth")
+    exits = {"threshold": settings.threshold, "min_depth": settings.min_depth}
+    try:
+        exit = recursify.ExitSettings.from_options(settings.exit_policy, kv=engine.kv, config=config, **exits)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    return recursify.SamplingParams(exit=exit, **{name: getattr(settings, name) for name in names})
 
 
 def _lines() -> Iterator[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import recursify
+from recursify import TaskSettings
 
-from .options import DeviceOption, DtypeOption, JsonOption, RecursiveArgument
+from .from_settings import options_from_settings
+from .options import DeviceOptions, JsonOption, RecursiveArgument
 from .report import format_table, print_data, print_json, progress_report
 
 HELP = """
@@ -25,69 +26,18 @@ figures; use `--model_args pretrained=DIR,trust_remote_code=True,exit_depth=0` t
 `recursify eval smollm2-exits --tasks my_task --include-path tasks/ --depth 0 --depth all`
 """
 
-FULL_DEPTH = "all"
 
-
+@options_from_settings
 def command(
     folder: RecursiveArgument,
     tasks: Annotated[list[str], typer.Option("--tasks", help="Task of lm-eval. Repeatable.", show_default=False)],
-    depth: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--depth",
-            help="Depth at which every token exits; 0 is the first recursion, all is full depth. Repeatable. "
-            "[default: all]",
-            show_default=False,
-        ),
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option("--include-path", help="Folder with further tasks.", show_default=False)
-    ] = None,
-    num_fewshot: Annotated[
-        int | None,
-        typer.Option(
-            "--num-fewshot",
-            help="Number of solved examples in the prompt. Without it, the task's own.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", help="Maximum number of samples per task.", min=1, show_default=False)
-    ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences per batch.", min=1)] = 8,
-    control: Annotated[
-        bool, typer.Option("--control/--no-control", help="Score the dense model that was converted, too.")
-    ] = True,
-    save: Annotated[bool, typer.Option("--save/--no-save", help="Store the scores in recursify.json.")] = True,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
+    loading: DeviceOptions,
+    settings: TaskSettings,
     json: JsonOption = False,
 ) -> None:
     with progress_report() as progress:
-        results = recursify.evaluate_tasks(
-            folder,
-            tasks,
-            depths=[_read_depth(text) for text in depth or [FULL_DEPTH]],
-            include_path=include_path,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_size=batch_size,
-            control=control,
-            save=save,
-            dtype=dtype,
-            device=device,
-            progress=progress,
-        )
+        results = recursify.evaluate_tasks(folder, tasks, settings=settings, progress=progress, **vars(loading))
     print_json(results.to_dict()) if json else print_data(_table(results))
-
-
-def _read_depth(text: str) -> int | None:
-    if text == FULL_DEPTH:
-        return None
-    try:
-        return int(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"'{text}' is not a depth; use a number or all", param_hint="--depth") from error
 
 
 def _table(results: recursify.TaskResults) -> str:

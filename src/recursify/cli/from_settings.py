@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,25 +71,34 @@ def read_options(kinds: dict[str, type[Settings]], given: dict[str, Any], config
     return settings
 
 
-def settings_parameters(kind: type[Settings]) -> Iterator[inspect.Parameter]:
-    """Parameters with a typer option for every field of a settings class."""
-    panel = None
-    for name, field in kind.__pydantic_fields__.items():
-        panel = kind.panels.get(name, panel)
-        option, base = _option(field), _base(field)
+def settings_parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
+    """Parameters with a typer option for every field of a settings class, panel by panel."""
+    for name, panel in _panels(settings):
+        field = settings.__pydantic_fields__[name]
+        option, (container, kind) = _option(field), _types(field)
         names = option_names(name, field)
-        if base is bool and field.default is not False:
+        if kind is bool and field.default is not False:
             names = [f"{names[0]}/--no-{names[0].removeprefix('--')}", *names[1:]]
         info = typer.Option(
             *names,
-            metavar=None if base is bool else option.metavar or _metavar(field),
+            metavar=None if kind is bool else option.metavar or _metavar(field),
             help=help_text(field),
             show_default=False,
             envvar=option.env,
             rich_help_panel=panel,
         )
-        form = bool | None if base is bool else list[str] | None if base in (tuple, dict) else str | None
+        form = bool | None if kind is bool else list[str] | None if container else str | None
         yield _parameter(name, Annotated[form, info])
+
+
+def _panels(kind: type[Settings]) -> list[tuple[str, str | None]]:
+    """Fields and their panels, in the order of ``kind.panels``: inherited fields come first in a dataclass."""
+    panel, pairs = None, []
+    for name in kind.__pydantic_fields__:
+        panel = kind.panels.get(name, panel)
+        pairs.append((name, panel))
+    order = [None, *kind.panels.values()]
+    return sorted(pairs, key=lambda pair: order.index(pair[1]))
 
 
 def option_names(name: str, field: FieldInfo) -> list[str]:
@@ -99,16 +109,14 @@ def option_names(name: str, field: FieldInfo) -> list[str]:
 def help_text(field: FieldInfo) -> str:
     """Documentation of a field, with its default and range."""
     text = " ".join((field.description or "").split())
-    kind, metadata = constraints(field.annotation, field.metadata)
-    if _base(field) in (tuple, dict):
+    container, kind = _types(field)
+    if container:
         text += " Repeatable."
     default = field.default
     notes = [] if default in (None, PydanticUndefined, ()) or default is False else [f"default: {_shown(default)}"]
-    if kind in (int, float):
-        allowed = describe(kind, metadata)
-        for noun in ("a whole number", "a number"):
-            allowed = allowed.removeprefix(noun)
-        notes += [allowed.strip().removeprefix("of ")] if allowed else []
+    if kind in (int, float) and not container:
+        allowed = re.sub("^a (whole )?number ?(of )?", "", describe(field.annotation, field.metadata))
+        notes += [allowed] if allowed else []
     return f"{text} [{'; '.join(notes)}]" if notes else text
 
 
@@ -127,18 +135,19 @@ def _option(field: FieldInfo) -> Option:
     return next((entry for entry in metadata if isinstance(entry, Option)), Option())
 
 
-def _base(field: FieldInfo) -> Any:
-    """Type of a field's values: ``bool``, ``tuple``, ``dict``, or that of a single value."""
+def _types(field: FieldInfo) -> tuple[Any, Any]:
+    """Container of a field's values (``tuple``, ``dict``, or None for a single value), and the type of each."""
     kind, _ = constraints(field.annotation, field.metadata)
-    return typing.get_origin(kind) or kind
+    container = typing.get_origin(kind)
+    if container not in (tuple, dict):
+        return None, kind
+    return container, constraints(typing.get_args(kind)[0])[0]
 
 
 def _metavar(field: FieldInfo) -> str:
-    kind, _ = constraints(field.annotation, field.metadata)
-    if _base(field) is dict:
+    container, kind = _types(field)
+    if container is dict:
         return "KEY=VALUE"
-    if _base(field) is tuple:
-        kind, _ = constraints(typing.get_args(kind)[0])
     if typing.get_origin(kind) is Literal:
         return f"[{'|'.join(typing.get_args(kind))}]"
     return METAVARS.get(kind, "<str>")
@@ -150,7 +159,8 @@ def _value(name: str, field: FieldInfo, value: Any) -> Any:
     Raises:
         SettingsError: Text that is not a pair.
     """
-    if _base(field) is dict:
+    container, kind = _types(field)
+    if container is dict:
         import yaml
 
         pairs = [pair.partition("=") for pair in value]
@@ -159,11 +169,7 @@ def _value(name: str, field: FieldInfo, value: Any) -> Any:
         return {key: yaml.safe_load(text) for key, _, text in pairs}
     if value == "none" and type(None) in typing.get_args(field.annotation):
         return None
-    kind, _ = constraints(field.annotation, field.metadata)
-    if _base(field) is tuple:
-        kind, _ = constraints(typing.get_args(kind)[0])
-        return [_number(kind, text) for text in value]
-    return _number(kind, value)
+    return [_number(kind, text) for text in value] if container else _number(kind, value)
 
 
 def _number(kind: Any, text: Any) -> Any:

@@ -14,7 +14,7 @@ from recursify.errors import SettingsError
 
 from .depth_view import DepthView
 from .from_settings import options_from_settings
-from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
+from .options import JsonOption, LoadingOptions, ModelArgument
 from .report import print_data, print_json, print_styled, talk
 
 HELP = """
@@ -41,11 +41,11 @@ Continue a prompt with a recursive (or dense) model. The prompt is an argument, 
 @options_from_settings
 def command(
     model: ModelArgument,
+    loading: LoadingOptions,
     settings: GenerationSettings,
     prompt: Annotated[str | None, typer.Argument(help="Text to continue; standard input if omitted.")] = None,
     plot: Annotated[
-        Path | None,
-        typer.Option("--plot", help="Draw the number of tokens per exit (.png, .svg).", show_default=False),
+        Path | None, typer.Option("--plot", help="Draw the number of tokens per exit (.png, .svg).", show_default=False)
     ] = None,
     show_depth: Annotated[
         bool, typer.Option("--show-depth", help="Colour each token by its depth. With --json, depths are listed.")
@@ -54,9 +54,6 @@ def command(
         Path | None,
         typer.Option("--depth-page", metavar="FILE", help="Write the coloured text as HTML.", show_default=False),
     ] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
-    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     prompt = _read(prompt)
@@ -65,9 +62,7 @@ def command(
         raise typer.BadParameter("requires --exit", param_hint="--plot")
     if settings.speculate and shows_depth:
         raise typer.BadParameter("cannot be combined with --show-depth", param_hint="--speculate")
-    result = recursify.generate_text(
-        model, prompt, settings=settings, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
+    result = recursify.generate_text(model, prompt, settings=settings, **vars(loading))
     if plot is not None:
         result.plot(plot)
     shown = "" if settings.chat else prompt.rstrip("\n")

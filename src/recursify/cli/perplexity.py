@@ -10,7 +10,7 @@ import recursify
 from recursify import EvaluationSettings
 
 from .from_settings import options_from_settings
-from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, TrustOption
+from .options import JsonOption, LoadingOptions, ModelArgument
 from .report import print_data, print_json, progress_report
 
 HELP = """
@@ -31,25 +31,15 @@ Measure the perplexity of a recursive or dense model on a text, alone or against
 @options_from_settings
 def command(
     model: ModelArgument,
+    loading: LoadingOptions,
     settings: EvaluationSettings,
     against: Annotated[
         str | None, typer.Option("--against", help="Model to compare with on the same tokens.", show_default=False)
     ] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
-    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     with progress_report() as progress:
-        result = recursify.evaluate_model(
-            model,
-            against=against,
-            settings=settings,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+        result = recursify.evaluate_model(model, against=against, settings=settings, **vars(loading), progress=progress)
     if json:
         print_json(result.to_dict())
     elif result.control is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import recursify
+from recursify import PushSettings
 
+from .from_settings import options_from_settings
 from .options import JsonOption, RecursiveArgument
 from .report import format_table, print_data, print_json, progress_report
 
@@ -28,59 +29,16 @@ contain no pickle, no secret and no local path. To resume an interrupted upload,
 """
 
 
+@options_from_settings
 def command(
     folder: RecursiveArgument,
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name, or name for your own account.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[
-        str | None,
-        typer.Option("--revision", help="Branch to commit to, created if it does not exist.", show_default=False),
-    ] = None,
-    message: Annotated[
-        str, typer.Option("--message", help="Commit message.")
-    ] = "Upload recursive model with recursify",
-    card: Annotated[
-        Path | None,
-        typer.Option(
-            "--card",
-            help="Model card to upload. Without it, README.md of the folder, else one is written.",
-            show_default=False,
-        ),
-    ] = None,
-    base_model: Annotated[
-        str | None,
-        typer.Option(
-            "--base-model", help="Hub id of the dense model. Without it, the recorded one.", show_default=False
-        ),
-    ] = None,
-    license: Annotated[
-        str | None,
-        typer.Option(
-            "--license",
-            help="License of this model. Without it, the dense model's recorded one.",
-            show_default=False,
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete files of the repository that the model does not have.")
-    ] = False,
+    settings: PushSettings,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print files and card, upload nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
     with progress_report() as progress:
-        result = recursify.push_model(
-            folder,
-            repo_id,
-            private=private,
-            revision=revision,
-            message=message,
-            card=card,
-            base_model=base_model,
-            license=license,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            progress=progress,
-        )
+        result = recursify.push_model(folder, repo_id, settings=settings, dry_run=dry_run, progress=progress)
     if json:
         print_json(result.to_dict())
     elif dry_run:

@@ -10,7 +10,7 @@ import recursify
 from recursify import EngineConfig, ServerSettings
 
 from .from_settings import options_from_settings
-from .options import DeviceOption, DtypeOption, ModelArgument, TrustOption
+from .options import LoadingOptions, ModelArgument
 
 HELP = """
 Serve a recursive (or dense) model over OpenAI's API, with a page to try it. Needs `pip install 'recursify[serve]'`.
@@ -28,6 +28,7 @@ Serve a recursive (or dense) model over OpenAI's API, with a page to try it. Nee
 @options_from_settings
 def command(
     model: ModelArgument,
+    loading: LoadingOptions,
     settings: ServerSettings,
     engine: EngineConfig,
     host: Annotated[
@@ -36,17 +37,5 @@ def command(
     port: Annotated[
         int, typer.Option("--port", help="Port to listen on; 0 chooses a free one.", min=0, max=65535)
     ] = 8000,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
-    trust_remote_code: TrustOption = False,
 ) -> None:
-    recursify.serve_model(
-        model,
-        host=host,
-        port=port,
-        settings=settings,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        **vars(engine),
-    )
+    recursify.serve_model(model, host=host, port=port, settings=settings, **vars(loading), **vars(engine))

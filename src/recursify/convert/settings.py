@@ -27,7 +27,7 @@ Rank = Annotated[int, Ge(0), BeforeValidator(_full_rank), "a whole number of at 
 
 
 class ConversionSettings(Settings):
-    """Options of ``recursify convert``; a YAML file given with ``--config`` has the same names."""
+    """Options of ``recursify convert``."""
 
     panels: ClassVar[Mapping[str, str]] = {
         "num_recursions": "Layout",

@@ -17,11 +17,10 @@ __all__ = ["KV_MODES", "Engine", "EngineConfig", "EngineStats", "RequestOutput",
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "KV_MODES": f"{__name__}.checks",
-        "Engine": f"{__name__}.engine",
-        "EngineConfig": f"{__name__}.config",
-        "EngineStats": f"{__name__}.stats",
-        "RequestOutput": f"{__name__}.request",
-        "SamplingParams": f"{__name__}.request",
+        f"{__name__}.checks": ["KV_MODES"],
+        f"{__name__}.config": ["EngineConfig"],
+        f"{__name__}.engine": ["Engine"],
+        f"{__name__}.request": ["RequestOutput", "SamplingParams"],
+        f"{__name__}.stats": ["EngineStats"],
     },
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,8 +20,10 @@ from recursify.modeling import (
 )
 from recursify.pictures import DARK, SHARED, new_figure, save_figure
 from recursify.progress import Progress, silent
+from recursify.settings import resolve_settings
 
 from .exit_thresholds import ThresholdOutcome, apply_thresholds, choose_thresholds, predict_at_exits
+from .settings import ExitCalibrationSettings
 from .text import default_text, read_text, token_windows
 
 CURVE_TARGETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.999)
@@ -87,53 +88,39 @@ class ExitCalibration:
 def calibrate_exits(
     model: str | Path,
     *,
-    policy: str = "head",
-    target_agreement: float = 0.95,
-    data: str | Path | Iterable[str | Path] | None = None,
-    vocabulary: int | None = None,
-    length: int = 256,
-    max_tokens: int = 16384,
+    settings: ExitCalibrationSettings | None = None,
     dry_run: bool = False,
     dtype: str = "auto",
     device: str = "cpu",
     progress: Progress = silent,
+    **options: Any,
 ) -> ExitCalibration:
     """Choose the thresholds of an exit policy and write them into ``config.json``, where ``generate`` finds them.
 
     Args:
         model: Folder of a recursive model.
-        policy: Name of an exit policy that has a confidence.
-        target_agreement: Fraction of tokens whose exit prediction matches the full model, between 0 and 1.
-        data: Text files or folders (txt, md, jsonl, parquet); None takes Python's held-out help topics.
-        vocabulary: Number of vocabulary entries, the first ones, that the policy scores; None scores all.
-        length: Tokens per window.
-        max_tokens: Number of tokens to stop after.
+        settings: Settings; give these or ``options``.
         dry_run: Leave the folder unchanged.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's.
         device: Device to run on, for instance ``cpu`` or ``cuda:1``.
         progress: Callback for the number of batches read.
+        options: Fields of :class:`~recursify.evaluation.settings.ExitCalibrationSettings`.
 
     Raises:
         CheckpointError: ``model`` is not the folder of a recursive model, or does not load.
-        SettingsError: The target is out of range, or the policy has no threshold or does not fit the model.
+        SettingsError: The settings are invalid, or the policy has no threshold or does not fit the model.
         TextError: The text is missing, unreadable or too short.
     """
     folder = require_recursive(model)
-    text = read_text(data) if data else default_text("held_out")
+    settings = resolve_settings(ExitCalibrationSettings, settings, options)
+    text = read_text(settings.data) if settings.data else default_text("held_out")
     loaded, tokenizer = load_model(folder, dtype=dtype, device=device)
-    windows = token_windows(tokenizer, text, length, max_tokens=max_tokens)
-    calibration = calibrate_on_windows(
-        cast(RecursiveForCausalLM, loaded),
-        windows,
-        policy,
-        target_agreement,
-        vocabulary=vocabulary,
-        text=text.name,
-        progress=progress,
-    )
+    windows = token_windows(tokenizer, text, settings.length, max_tokens=settings.max_tokens)
+    recursive = cast(RecursiveForCausalLM, loaded)
+    calibration = calibrate_on_windows(recursive, windows, settings, text=text.name, progress=progress)
     if not dry_run:
-        loaded.config.exit_policy, loaded.config.exit_thresholds = policy, calibration.thresholds
-        loaded.config.exit_vocabulary = vocabulary
+        loaded.config.exit_policy, loaded.config.exit_thresholds = settings.policy, calibration.thresholds
+        loaded.config.exit_vocabulary = settings.vocabulary
         loaded.config.save_pretrained(folder)
         copy_travelling_files(loaded.config, folder)
         update_record(folder, exit_calibration=calibration.to_dict())
@@ -143,22 +130,18 @@ def calibrate_exits(
 def calibrate_on_windows(
     model: RecursiveForCausalLM,
     windows: Tensor,
-    policy: str,
-    target: float,
+    settings: ExitCalibrationSettings,
     *,
-    vocabulary: int | None = None,
     text: str = "",
     progress: Progress = silent,
 ) -> ExitCalibration:
     """Choose thresholds on the first half of token windows ``[W, T]``, and evaluate them on the second.
 
     Raises:
-        SettingsError: The target is out of range, or the policy has no threshold or does not fit the model.
+        SettingsError: The policy has no threshold or does not fit the model.
         TextError: There are too few tokens.
     """
-    if not 0 < target < 1:
-        raise SettingsError(f"The target agreement must be above 0 and below 1, got {target:g}.")
-    exit_policy = _require_policy(model, policy, vocabulary)
+    exit_policy = _require_policy(model, settings.policy, settings.vocabulary)
     predictions = predict_at_exits(model, windows, exit_policy, progress=progress)
     first, second = predictions.split()
     if first.agrees.shape[1] < MINIMUM_TOKENS:
@@ -170,13 +153,13 @@ def calibrate_on_windows(
     def held_out(target: float) -> ThresholdOutcome:
         return apply_thresholds(second, choose_thresholds(first, target, exit_policy.lowest), target)
 
-    result = held_out(target)
+    result = held_out(settings.target_agreement)
     return ExitCalibration(
         text=text,
-        vocabulary=vocabulary,
-        policy=policy,
+        vocabulary=settings.vocabulary,
+        policy=settings.policy,
         num_tokens=first.agrees.shape[1],
-        chosen=apply_thresholds(first, result.thresholds, target),
+        chosen=apply_thresholds(first, result.thresholds, settings.target_agreement),
         held_out=result,
         curve=[held_out(other) for other in CURVE_TARGETS],
     )

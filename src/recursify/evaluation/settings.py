@@ -1,15 +1,25 @@
-"""Settings of an evaluation and of a generation: options of ``recursify perplexity`` and ``recursify generate``."""
+"""Settings of evaluations, a calibration of exits, and a generation: options of their commands."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
-from annotated_types import Ge
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from annotated_types import Ge, Gt, Lt
+from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from recursify.errors import SettingsError
-from recursify.settings import Fraction, Option, Settings, Strings
+from recursify.settings import ExitOptions, Fraction, Option, Settings, Strings
+
+
+def _read_depths(value: Any) -> Any:
+    depths = value if isinstance(value, list | tuple) else [value]
+    return [None if depth == "all" else depth for depth in depths]
+
+
+Depth = Annotated[NonNegativeInt, "a depth (0, 1, ...) or 'all'"] | None
+"""Recursion after which tokens exit; None, or ``all`` in text, is full depth."""
 
 
 class RecursionSettings(Settings):
@@ -35,7 +45,7 @@ class RecursionSettings(Settings):
 
 
 class EvaluationSettings(RecursionSettings):
-    """Options of ``recursify perplexity``; a YAML file given with ``--config`` has the same names."""
+    """Options of ``recursify perplexity``."""
 
     panels: ClassVar[Mapping[str, str]] = {"recursions": "Recursions", "data": "Text"}
 
@@ -55,13 +65,51 @@ class EvaluationSettings(RecursionSettings):
             raise SettingsError("--depth is one of the model's own recursions. Use either --depth or --recursions.")
 
 
-class GenerationSettings(RecursionSettings):
-    """Options of ``recursify generate``; a YAML file given with ``--config`` has the same names."""
+class TaskSettings(Settings):
+    """Options of ``recursify eval``."""
+
+    depths: Annotated[tuple[Depth, ...], BeforeValidator(_read_depths), Option("--depth", metavar="<int>|all")] = ()
+    """Depth at which every token exits; 0 is the first recursion, all is full depth. Without it, full depth."""
+    include_path: Path | None = None
+    """Folder with further task files (YAML)."""
+    num_fewshot: NonNegativeInt | None = None
+    """Number of solved examples in the prompt. Without it, the task's own."""
+    limit: PositiveInt | None = None
+    """Maximum number of samples per task."""
+    batch_size: PositiveInt = 8
+    """Sequences per batch."""
+    control: bool = True
+    """Score the dense model that was converted, too."""
+    save: bool = True
+    """Store the scores in recursify.json."""
+
+
+class ExitCalibrationSettings(Settings):
+    """Options of ``recursify calibrate-exits``."""
+
+    policy: str = "head"
+    """Exit policy: head, confidence, entropy, saturation, convergence or divergence."""
+    target_agreement: Annotated[float, Gt(0), Lt(1)] = 0.95
+    """Target agreement: fraction of tokens whose exit prediction matches the full model."""
+    data: Strings | None = None
+    """Text (txt, md, jsonl, parquet, or a folder). Without it, the part of Python's help topics that calibration does
+    not use."""
+    vocabulary: PositiveInt | None = None
+    """Number of vocabulary entries to score, the first (most frequent) ones. Without it, all."""
+    length: Annotated[int, Ge(2)] = 256
+    """Tokens per window."""
+    max_tokens: Annotated[int, Ge(2)] = 16384
+    """Maximum number of tokens."""
+
+
+class GenerationSettings(RecursionSettings, ExitOptions):
+    """Options of ``recursify generate``."""
 
     panels: ClassVar[Mapping[str, str]] = {
         "recursions": "Recursions",
         "max_new_tokens": "Generation",
         "exit_policy": "Early exit",
+        "vocabulary": "Early exit",
         "speculate": "Speculation",
     }
 
@@ -79,18 +127,10 @@ class GenerationSettings(RecursionSettings):
     """Report tokens per second; with early exit or speculation also their statistics, and the speed of plain
     decoding."""
 
-    exit_policy: Annotated[str | None, Option("--exit")] = None
-    """Exit policy: head, confidence, entropy, saturation, convergence, divergence, fixed (at the depth that the
-    threshold names) or oracle (a simulation). Early exit changes the output. Without it, every token runs all
-    recursions."""
-    threshold: float | None = None
-    """Confidence above which tokens exit. Without it, the calibrated threshold, else the policy's."""
     vocabulary: PositiveInt | None = None
     """Score only the first N vocabulary entries. Without it, as calibrated."""
     kv: str | None = None
     """KV cache of skipped depths: deferred (exact), copied or latest. Without it, the model's own."""
-    min_depth: NonNegativeInt = 0
-    """First depth after which tokens may exit."""
     max_pending: PositiveInt = 64
     """Maximum number of tokens that wait for their deferred depths."""
 

@@ -16,6 +16,9 @@ from recursify.checkpoint.loading import load_model, require_exit, require_recur
 from recursify.checkpoint.record import read_record, update_record
 from recursify.errors import RecursifyError, SettingsError, TextError
 from recursify.progress import Progress, silent
+from recursify.settings import resolve_settings
+
+from .settings import TaskSettings
 
 logger = logging.getLogger(__name__)
 
@@ -87,32 +90,22 @@ def evaluate_tasks(
     model: str | Path,
     tasks: str | Sequence[str],
     *,
-    depths: Sequence[int | None] = (None,),
-    include_path: str | Path | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    control: bool = True,
-    save: bool = True,
+    settings: TaskSettings | None = None,
     dtype: str = "auto",
     device: str = "cpu",
     progress: Progress = silent,
+    **options: Any,
 ) -> TaskResults:
     """Score a recursive model on tasks of lm-evaluation-harness.
 
     Args:
         model: Folder of a recursive model.
         tasks: Names of lm-eval's tasks and groups, or of tasks in ``include_path``.
-        depths: Recursions after which every token exits, 0 being the first, one run per entry; None runs them all.
-        include_path: Folder with further task files (YAML).
-        num_fewshot: Number of solved examples in the prompt; None takes each task's own.
-        limit: Maximum number of samples per task.
-        batch_size: Number of sequences per batch.
-        control: Score the dense model that was converted, too.
-        save: Write the scores into ``recursify.json``.
+        settings: Settings; give these or ``options``.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's.
         device: Device to run on, for instance ``cpu`` or ``cuda:1``.
         progress: Callback for the number of scored models and depths.
+        options: Fields of :class:`~recursify.evaluation.settings.TaskSettings`.
 
     Raises:
         CheckpointError: ``model`` is not the folder of a recursive model, or does not load.
@@ -120,19 +113,15 @@ def evaluate_tasks(
         TextError: The data of a task is missing.
     """
     folder = require_recursive(model)
-    runner = TaskRunner(
-        [tasks] if isinstance(tasks, str) else tasks,
-        include_path=None if include_path is None else Path(include_path),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-    )
+    settings = resolve_settings(TaskSettings, settings, options)
+    depths = settings.depths or (None,)
+    runner = TaskRunner([tasks] if isinstance(tasks, str) else tasks, settings)
     loaded, tokenizer = load_model(folder, dtype=dtype, device=device)
     for depth in depths:
         if depth is not None:
             require_exit(loaded.config, str(folder), depth)
     warnings: list[str] = []
-    dense = _load_control(read_record(folder), dtype, device, warnings) if control else None
+    dense = _load_control(read_record(folder), dtype, device, warnings) if settings.control else None
     num_runs = len(depths) + (dense is not None)
     dense_scores: dict[tuple[str, str], Score] = {}
     if dense is not None:
@@ -142,11 +131,11 @@ def evaluate_tasks(
     for done, depth in enumerate(depths, start=num_runs - len(depths) + 1):
         scores = runner.score(loaded, tokenizer, depth)
         new = [
-            {**score.as_evaluation(depth, dense_scores.get((score.task, score.metric))), "limit": limit}
+            {**score.as_evaluation(depth, dense_scores.get((score.task, score.metric))), "limit": settings.limit}
             for score in scores
         ]
         entries += new
-        if save:
+        if settings.save:
             # After every depth: a later one may fail. The record is read anew, as another process may have written it.
             update_record(folder, evaluation=_merge(read_record(folder).get("evaluation", []), new))
         progress("score", done, num_runs)
@@ -197,24 +186,15 @@ class TaskRunner:
         SettingsError: lm-eval is not installed, or has no such task.
     """
 
-    def __init__(
-        self,
-        tasks: Sequence[str],
-        *,
-        include_path: Path | None = None,
-        num_fewshot: int | None = None,
-        limit: int | None = None,
-        batch_size: int = 8,
-    ):
+    def __init__(self, tasks: Sequence[str], settings: TaskSettings):
         require_lm_eval()
         from lm_eval.tasks import TaskManager
 
-        if include_path is not None and not include_path.is_dir():
-            raise SettingsError(
-                f"--include-path '{include_path}' is not a folder. Give a folder with task files (YAML)."
-            )
+        folder = settings.include_path
+        if folder is not None and not folder.is_dir():
+            raise SettingsError(f"--include-path '{folder}' is not a folder. Give a folder with task files (YAML).")
         # lm-eval's own tasks take seconds to index, and include_path may be all that is needed.
-        include = None if include_path is None else str(include_path)
+        include = None if folder is None else str(folder)
         self.manager = TaskManager(include_path=include, include_defaults=False)
         if not set(tasks) <= set(self.manager.all_tasks):
             self.manager = TaskManager(include_path=include)
@@ -223,10 +203,7 @@ class TaskRunner:
                 f"lm-eval has no task '{unknown[0]}'. List its tasks with: lm-eval ls tasks. Add a folder of your own "
                 f"tasks with --include-path."
             )
-        self.tasks = list(tasks)
-        self.num_fewshot = num_fewshot
-        self.limit = limit
-        self.batch_size = batch_size
+        self.tasks, self.settings = list(tasks), settings
 
     def score(self, model: PreTrainedModel, tokenizer: Any, depth: int | None = None) -> list[Score]:
         """Compute all metrics of all tasks; with a ``depth``, every token of ``model`` exits there.
@@ -239,14 +216,15 @@ class TaskRunner:
         from lm_eval.models.huggingface import HFLM
 
         with _fixed_depth(model, depth), _quiet_lm_eval():
-            runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size, device=str(model.device))
+            batch_size = self.settings.batch_size
+            runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
             try:
                 results = simple_evaluate(
                     model=runner,
                     tasks=self.tasks,
                     task_manager=self.manager,
-                    num_fewshot=self.num_fewshot,
-                    limit=self.limit,
+                    num_fewshot=self.settings.num_fewshot,
+                    limit=self.settings.limit,
                     log_samples=False,
                 )
             except (OSError, ValueError) as error:

@@ -19,18 +19,18 @@ from recursify.checkpoint.loading import require_recursive
 from recursify.checkpoint.record import read_record, write_model_files
 from recursify.checkpoint.shards import INDEX_FILE
 from recursify.checkpoint.sources import locate
-from recursify.errors import CheckpointError, HubError, SettingsError
+from recursify.errors import CheckpointError, HubError
 from recursify.evaluation.fingerprint import take_fingerprint
 from recursify.modeling import RecursiveForCausalLM
 from recursify.progress import Progress, silent
+from recursify.settings import resolve_settings
 
 from .card import write_card
 from .publication import CARD_FILE, PICTURE_FILE, check_folder, read_card, stage_publication, without_local_paths
-from .upload import upload
+from .settings import PushSettings
+from .upload import check_repo_id, upload
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_MESSAGE = "Upload recursive model with recursify"
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,11 @@ def push_model(
     model: str | Path,
     repo_id: str,
     *,
-    private: bool = False,
-    revision: str | None = None,
-    message: str = DEFAULT_MESSAGE,
-    card: str | Path | None = None,
-    base_model: str | None = None,
-    license: str | None = None,
-    overwrite: bool = False,
+    settings: PushSettings | None = None,
     dry_run: bool = False,
     token: str | None = None,
     progress: Progress = silent,
+    **options: Any,
 ) -> PushResult:
     """Upload a recursive model with a model card of everything that was recorded and measured.
 
@@ -94,27 +89,23 @@ def push_model(
     Args:
         model: Folder of a recursive model.
         repo_id: Repository ``owner/name``, or ``name`` in the account of the token.
-        private: Make a new repository private.
-        revision: Branch to commit to, created if it does not exist; None is ``main``.
-        message: Commit message.
-        card: Model card to upload; None takes ``README.md`` of the folder, or writes one.
-        base_model: Hub id of the dense model; None takes the recorded one. Needs a written card.
-        license: License of the model; None takes the recorded one of the dense model. Needs a written card.
-        overwrite: Delete files of the repository that the model does not have.
+        settings: Settings; give these or ``options``.
         dry_run: Stop after the checks.
         token: Token of the account; None takes the one of ``hf auth login`` or ``HF_TOKEN``.
         progress: Callback for the two stages, ``check`` and ``upload``.
+        options: Fields of :class:`~recursify.hub.settings.PushSettings`.
 
     Raises:
         CheckpointError: ``model`` is not the folder of a recursive model.
-        HubError: The folder contains a file that must not be uploaded, or the Hub refuses.
+        HubError: The repository name is invalid, the folder contains a file that must not be uploaded, or the Hub
+            refuses.
         ParityError: The folder does not load in a fresh process, or differs from its fingerprint.
-        SettingsError: ``base_model`` or ``license`` is given together with ``card``.
+        SettingsError: The settings are invalid.
     """
+    settings = resolve_settings(PushSettings, settings, options)
     folder = require_recursive(model)
-    if card is not None and (base_model or license):
-        raise SettingsError("A card of your own names its base model and license. Omit --base-model and --license.")
-    text, warnings, pictures = _prepare_card(folder, repo_id, card, base_model, license)
+    check_repo_id(repo_id)
+    text, warnings, pictures = _prepare_card(folder, repo_id, settings)
     for warning in warnings:
         logger.warning(warning)
     with tempfile.TemporaryDirectory() as scratch:
@@ -134,34 +125,23 @@ def push_model(
         if dry_run:
             return PushResult(repo_id, **content)
         progress("upload", 0, 1)
-        address = upload(
-            publication,
-            repo_id,
-            private=private,
-            revision=revision,
-            overwrite=overwrite,
-            message=message,
-            token=token,
-        )
+        address = upload(publication, repo_id, settings, token=token)
         progress("upload", 1, 1)
     return PushResult(address.repo_id, **content, url=address.url, commit=address.commit)
 
 
-def _prepare_card(
-    folder: Path, repo_id: str, card: str | Path | None, base_model: str | None, license: str | None
-) -> tuple[str, list[str], dict[str, str]]:
+def _prepare_card(folder: Path, repo_id: str, settings: PushSettings) -> tuple[str, list[str], dict[str, str]]:
     """Text of the model card, warnings about it, and the picture that it shows, by file name."""
     record = without_local_paths(read_record(folder))
     description = inspect_model(folder)
     description = replace(description, made_from=without_local_paths(description.made_from))
     pictures = _draw_picture(description)
-    written = write_card(
-        description, record, repo_id, base_model=base_model, license=license, picture=next(iter(pictures), None)
-    )
+    base_model, license, picture = settings.base_model, settings.license, next(iter(pictures), None)
+    written = write_card(description, record, repo_id, base_model=base_model, license=license, picture=picture)
     warnings, text = list(written.warnings), written.text
-    own_card = card or (folder / CARD_FILE if (folder / CARD_FILE).exists() else None)
+    own_card = settings.card or (folder / CARD_FILE if (folder / CARD_FILE).exists() else None)
     if own_card is not None:
-        text = read_card(Path(own_card))
+        text = read_card(own_card)
         if base_model or license:
             warnings.append(f"{own_card} is uploaded unchanged; --base-model and --license apply to a written card.")
     return text, warnings, pictures
@@ -215,14 +195,10 @@ def push_loaded_model(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         _save_for_push(model, folder, max_shard_size)
-        result = push_model(
-            folder,
-            repo_id,
-            private=bool(private),
-            revision=revision,
-            message=commit_message or DEFAULT_MESSAGE,
-            token=token if isinstance(token, str) else None,
-        )
+        settings = PushSettings(private=bool(private), revision=revision)
+        if commit_message:
+            settings = replace(settings, message=commit_message)
+        result = push_model(folder, repo_id, settings=settings, token=token if isinstance(token, str) else None)
     return f"{result.url}/commit/{result.commit}"
 
 

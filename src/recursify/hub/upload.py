@@ -23,10 +23,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.errors import HTTPError as TransportError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
 
 from recursify.errors import HubError
 
 from .publication import Publication, sha256
+from .settings import PushSettings
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +62,23 @@ class UploadResult:
     commit: str
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Check that ``repo_id`` is a valid repository name.
+
+    Raises:
+        HubError: It is not.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise explain(error, repo_id) from error
+
+
 def upload(
     publication: Publication,
     repo_id: str,
+    settings: PushSettings = PushSettings(),
     *,
-    private: bool = False,
-    revision: str | None = None,
-    overwrite: bool = False,
-    message: str = "Upload recursive model with recursify",
     token: str | None = None,
     wait: Wait = time.sleep,
 ) -> UploadResult:
@@ -76,10 +87,8 @@ def upload(
     Args:
         publication: Result of :func:`recursify.hub.publication.stage_publication`.
         repo_id: Repository ``owner/name``, or ``name`` in the account of the token.
-        private: Make a new repository private; an existing public one is refused.
-        revision: Branch to commit to, created from ``main`` if it does not exist.
-        overwrite: Delete files of the repository that the publication does not have.
-        message: Commit message.
+        settings: Branch, visibility, commit message, and whether to delete other files. A private upload into an
+            existing public repository is refused.
         token: Token of the account; None takes the one of ``hf auth login`` or ``HF_TOKEN``.
         wait: Function that sleeps for a number of seconds between attempts.
 
@@ -88,11 +97,12 @@ def upload(
             file changed during the upload.
     """
     api = HfApi(token=token)
-    repo_id = _find_repository(api, repo_id, private, wait)
+    repo_id = _find_repository(api, repo_id, settings.private, wait)
+    revision = settings.revision
     if revision is not None:
         _retry(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id, wait)
     others = _other_files(api, repo_id, revision, publication, wait)
-    if others and not overwrite:
+    if others and not settings.overwrite:
         raise HubError(
             f"'{repo_id}' has {len(others)} files that this model does not have, first '{others[0]}'. Choose another "
             f"name, or delete them with --overwrite."
@@ -103,7 +113,7 @@ def upload(
             repo_id=repo_id,
             folder_path=publication.stage,
             revision=revision,
-            commit_message=message,
+            commit_message=settings.message,
             delete_patterns=[glob.escape(name) for name in others] or None,
         )
         return commit.oid

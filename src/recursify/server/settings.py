@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from recursify.settings import Option, Settings
+from recursify.settings import ExitOptions, Option
 
 
 def _check_key(key: str | None) -> str | None:
@@ -17,12 +17,13 @@ def _check_key(key: str | None) -> str | None:
     return key or None
 
 
-class ServerSettings(Settings):
-    """Options of ``recursify serve``; a YAML file given with ``--config`` has the same names."""
+class ServerSettings(ExitOptions):
+    """Options of ``recursify serve``; its exit options are the defaults of requests that do not name a policy."""
 
     panels: ClassVar[Mapping[str, str]] = {
         "model_name": "Server",
         "exit_policy": "Early exit",
+        "max_depth": "Early exit",
         "max_tokens": "Limits of requests",
     }
 
@@ -33,13 +34,6 @@ class ServerSettings(Settings):
     )
     """API key that clients must send. Prefer the environment variable: other users see the options of a process."""
 
-    exit_policy: Annotated[str | None, Option("--exit")] = None
-    """Exit policy of requests that do not name one: head, confidence, entropy, saturation, convergence, divergence or
-    fixed. Early exit changes the output. Without it, every token runs all recursions."""
-    threshold: float | None = None
-    """Confidence above which tokens exit. Without it, the calibrated threshold, else the policy's."""
-    min_depth: NonNegativeInt = 0
-    """First depth after which tokens may exit."""
     max_depth: NonNegativeInt | None = None
     """Last depth that new tokens run. Without it, the last one."""
 

@@ -34,7 +34,7 @@ LossBackend = Literal["auto", "torch", "liger"]
 
 
 class UptrainSettings(Settings):
-    """Options of ``recursify uptrain``; a YAML file given with ``--config`` has the same names."""
+    """Options of ``recursify uptrain``."""
 
     panels: ClassVar[Mapping[str, str]] = {
         "stage": "Stage",
