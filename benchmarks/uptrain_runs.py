@@ -28,7 +28,6 @@ from convert import commit, versions
 from recursify.checkpoint.shards import folder_tensors
 from recursify.evaluation.text import default_text
 from recursify.uptrain import checkpoints
-from recursify.uptrain.output import CHECKPOINT_FOLDER
 from recursify.uptrain.run import uptrain_model
 from recursify.uptrain.settings import UptrainSettings
 
@@ -60,7 +59,7 @@ def measure(case: Case, model: Path, base: UptrainSettings) -> dict[str, Any]:
         start = time.perf_counter()
         result = uptrain_model(model, Path(scratch) / "out", settings=settings)
         seconds = time.perf_counter() - start
-        last = checkpoints.list_checkpoints(Path(scratch) / "out" / CHECKPOINT_FOLDER)[-1]
+        last = checkpoints.list_checkpoints(Path(scratch) / "out" / checkpoints.FOLDER)[-1]
         trained = sum(info.num_parameters for info in folder_tensors(last).values())
         state = torch.load(last / "optimizer.pt", mmap=True, weights_only=True)["state"]
         num_bytes = sum(v.nbytes for entry in state.values() for v in entry.values() if isinstance(v, torch.Tensor))

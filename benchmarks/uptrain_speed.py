@@ -141,7 +141,7 @@ def train(specification: dict[str, Any]) -> dict[str, float]:
         else:
             model = RecursiveForCausalLM.from_pretrained(folder, dtype=torch.float32)
             teacher = checkpoint.load_model().requires_grad_(False) if settings.kl_weight else None
-            trainer = RecursiveTrainer(model, Heal(settings, teacher), settings, data, arguments, tokenizer, [clock])
+            trainer = RecursiveTrainer(model, Heal(settings, teacher), data, arguments, tokenizer, [clock])
             arguments.eval_strategy = arguments.save_strategy = "no"
         trainer.train()
 

@@ -7,14 +7,14 @@ They are tested and keep their option names. Stages, optimizers and rank allocat
 module                   use                                  result
 =======================  ===================================  ========================================================
 ``layer_healing``        ``uptrain --stage layers``           Perplexity 22.21 → 21.84 in 186 s, where ``heal``
-                                                              reaches 19.16 in 183 s (a short run). Neither model is
-                                                              ever in memory as a whole.
-``soft_tying``           ``uptrain --stage tie``              Not measured at size; as many weights as the dense model.
-``hfac``                 ``uptrain``, ``optimizer: hfac``     Not measured at size.
-``rank_allocation``      ``convert --rank-allocation tail``   ``tail``: perplexity 27.3, uniform ranks 24.4.
-                                                              ``fisher``: not measured.
-``adaptive_thresholds``  ``ExitSettings(adapt=…)``            Not measured at size.
-``kernels``              –                                    ``route``, ``grouped_lora``: not called by the engine.
+                                                              reaches 19.16 in 183 s.
+``soft_tying``           ``uptrain --stage tie``              Not measured.
+``hfac``                 ``uptrain``, ``optimizer: hfac``     Not measured.
+``rank_allocation``      ``convert --rank-allocation tail``   Perplexity 27.26, uniform ranks 24.39.
+``rank_allocation``      ``… --rank-allocation fisher``       Not measured.
+``adaptive_thresholds``  ``ExitSettings(adapt=…)``            Not measured.
+``kernels``              –                                    ``route``, ``grouped_lora``: speed not measured, not
+                                                              called by the engine.
 =======================  ===================================  ========================================================
 
 Figures are of SmolLM2-135M, from ``benchmarks/results/layer_healing.csv`` and ``quality.md``.

@@ -166,13 +166,11 @@ class AdaptiveThresholds:
         """Fit the thresholds, at the beginning of ``num_sequences`` sequences."""
         if not self.learning:
             return
-        for depth, *found in self._new:
-            confidence, agrees, counted = (values.flatten().cpu() for values in found)
-            old = self.samples(depth)
-            self._samples[depth] = (
-                torch.cat([old[0], confidence[counted].float()]),
-                torch.cat([old[1], agrees[counted]]),
-            )
+        for depth, *recorded in self._new:
+            confidence, agrees, counted = (values.flatten().cpu() for values in recorded)
+            known, known_agrees = self.samples(depth)
+            confidence, agrees = confidence[counted].float(), agrees[counted]
+            self._samples[depth] = torch.cat([known, confidence]), torch.cat([known_agrees, agrees])
         self._new.clear()
         for depth, (confidence, agrees) in self._samples.items():
             if self.compatible:

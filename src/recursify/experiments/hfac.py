@@ -37,7 +37,7 @@ class HFac(torch.optim.Optimizer):
     The state is ``2 (m + n)`` float32 numbers per matrix.
 
     Args:
-        params: Parameters or parameter groups; a group may have its own ``lr``, ``weight_decay`` and ``factored``.
+        params: Parameters or parameter groups, which may have their own values of the other arguments.
         lr: Learning rate η. The RMS of an update before it is at most about 1, as for Adam, so similar rates work.
         betas: Decay rates β₁ and β₂.
         eps: Constant ε, added to squared gradients of matrices.
@@ -73,24 +73,15 @@ class HFac(torch.optim.Optimizer):
                 f"H-Fac's eps, vector_eps and clip_threshold must be above 0, got {eps}, {vector_eps} and "
                 f"{clip_threshold}."
             )
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "vector_eps": vector_eps,
-            "clip_threshold": clip_threshold,
-            "weight_decay": weight_decay,
-            "factored": factored,
-        }
-        super().__init__(params, defaults)
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "factored": factored}
+        constants = {"eps": eps, "vector_eps": vector_eps, "clip_threshold": clip_threshold}
+        super().__init__(params, {**defaults, **constants})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; return the result of ``closure``."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

@@ -13,6 +13,7 @@ Shape legend: b sequences, T tokens, D hidden size.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -33,14 +34,12 @@ from recursify.checkpoint.writer import ShardedCheckpoint
 from recursify.errors import TrainingError
 from recursify.uptrain.arguments import training_arguments
 from recursify.uptrain.data import IGNORED, Collator, Rows, TextData
-from recursify.uptrain.lora_balance import balance_factors
-from recursify.uptrain.losses import Sums, add_sums, cross_entropy, forward_kl
-from recursify.uptrain.objectives import same_top1
-from recursify.uptrain.param_groups import find_optimizer, is_trained, parameter_groups
+from recursify.uptrain.losses import Sums, add_sums, cross_entropy, forward_kl, same_top1
+from recursify.uptrain.param_groups import balance_factors, find_optimizer, is_trained, parameter_groups
 from recursify.uptrain.stage import TrainingRun
 from recursify.uptrain.trainer import perplexity_of
 
-from .recursive_parts import EMBEDDING, RecursiveParts
+EMBEDDING, NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 Layer = Callable[..., Tensor]
 """Layer of either model, with the call signature of the model family."""
@@ -57,6 +56,55 @@ class Batch:
     position_ids: Tensor
     labels: Tensor
     is_real: Tensor
+
+
+class RecursiveParts:
+    """Loader of the parts of one model, in float32 and eval mode.
+
+    Args:
+        names: Names of the model's parameters.
+        read: Function from a parameter name of the recursive model to its tensor. Outside the shared block the tensors
+            may be those of the dense model.
+        device: Device of the parts.
+    """
+
+    def __init__(self, names: DenseNames, read: Callable[[str], Tensor], device: str = "cpu"):
+        self.names = names
+        self.read = read
+        self.device = device
+
+    def load(self, name: str) -> nn.Module:
+        """Load the module ``name`` (``model.block.3`` for example), frozen."""
+        skeleton = self.names.skeleton
+        module = copy.deepcopy(skeleton.get_submodule(name)).to_empty(device=self.device)
+        for inner in module.modules():  # buffers are not stored
+            if any(True for _ in inner.buffers(recurse=False)):
+                skeleton._init_weights(inner)
+        state = {}
+        for parameter, _ in module.named_parameters():
+            full = f"{name}.{parameter}"
+            if name == HEAD and full not in self.names.parameters:  # tied
+                full = f"{EMBEDDING}.{parameter}"
+            state[parameter] = self.read(full).to(self.device, torch.float32)
+        module.load_state_dict(state, assign=True)
+        return module.requires_grad_(False).eval()
+
+    def layer(self, position: int) -> Callable[..., Tensor]:
+        """Load the layer that runs at ``position``, bound to its depth, with the call signature of the model family."""
+        ref = self.names.layout.layer_ref(position)
+        layer = self.load(f"model.{ref.part}.{ref.index}")
+        return partial(layer, depth=ref.depth) if ref.part == "block" else layer
+
+    def logits_head(self) -> Callable[[Tensor], Tensor]:
+        """Load final norm and head, as a function from hidden states ``[..., D]`` to logits ``[..., V]``."""
+        norm, head = self.load(NORM), self.load(HEAD)
+        softcap = getattr(self.names.skeleton.config, "final_logit_softcapping", None)
+
+        def logits(hidden: Tensor) -> Tensor:
+            raw = head(norm(hidden))
+            return raw if softcap is None else torch.tanh(raw / softcap) * softcap
+
+        return logits
 
 
 @dataclass(frozen=True)
@@ -93,6 +141,7 @@ class LayerFitter:
         pad: int | None,
         log: Callable[[dict[str, Any]], None],
     ):
+        self.settings, self.progress, self.log = run.settings, run.progress, log
         settings, device = run.settings, str(run.state.device)
         self.dense = Layerwise(teacher, run.config, None, device)
         # The layers of both models are made from one config, so that they take the same masks.
@@ -104,9 +153,6 @@ class LayerFitter:
         self.student = Model(recursive_parts, recursive_parts.layer)
         self.weights = weights
         self.collator = Collator(settings.length, pad)
-        self.settings = settings
-        self.log = log
-        self.progress = run.progress
         self.device = device
         self.held_out = self._batches(list(data.evaluation))
         self._rows = _endless(data.train)
@@ -222,7 +268,7 @@ class LayerFitter:
         dense_inputs = self._block_inputs(self.teacher, batches)
         inputs = self._block_inputs(self.student, batches)
         kept = slice(-1, None) if self.layout.order == "sequence" else slice(None)
-        size = self.layout.block_size
+        size, totals = self.layout.block_size, {"step": self.steps, "tokens": self.tokens}
         for index in range(size):
             name = f"model.block.{index}"
             layers: list[Layer] = [self.dense.load(position) for position in self.layout.positions(index)]
@@ -241,17 +287,9 @@ class LayerFitter:
             else:
                 outputs, after = self._evaluate(self.student.parts.load(name), index, inputs, targets, batches)
             inputs = [by_depth[kept] for by_depth in outputs]
-            done = sweep * size + index + 1
-            self.log(
-                {
-                    "step": self.steps * (sweep + 1) // self.num_sweeps,
-                    "tokens": self.tokens * (sweep + 1) // self.num_sweeps,
-                    "layer": index,
-                    "error_before": before,
-                    "error_after": after,
-                }
-            )
-            self.progress("heal layers", done, self.num_sweeps * size)
+            done = {name: total * (sweep + 1) // self.num_sweeps for name, total in totals.items()}
+            self.log({**done, "layer": index, "error_before": before, "error_after": after})
+            self.progress("heal layers", sweep * size + index + 1, self.num_sweeps * size)
 
     def _at_depths(self, layer: nn.Module) -> list[Layer]:
         return [partial(layer, depth=depth) for depth in range(self.layout.num_recursions)]
@@ -276,9 +314,7 @@ class LayerFitter:
         optimizer_class, options = find_optimizer(settings, self._arguments)
         optimizer = optimizer_class(parameter_groups(named, settings), **options)
         steps = self._steps_per_sweep(len(batches))
-        schedule = get_scheduler(
-            settings.schedule, optimizer, round(settings.warmup_fraction * steps), num_training_steps=steps
-        )
+        schedule = get_scheduler(settings.schedule, optimizer, round(settings.warmup_fraction * steps), steps)
         generator = torch.Generator().manual_seed(settings.seed)
         for _ in range(settings.layer_passes):
             for indices in torch.randperm(len(batches), generator=generator).split(settings.accumulate):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import ClassVar
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint
 from recursify.checkpoint.dense_names import DenseNames
@@ -12,8 +11,6 @@ from recursify.checkpoint.writer import ShardedCheckpoint
 from recursify.errors import CheckpointError, SettingsError, TrainingError
 from recursify.uptrain.callbacks import METRICS_FILE, append_metrics, draw_curves
 from recursify.uptrain.data import prepare_data
-from recursify.uptrain.loading import load_tokenizer, open_teacher
-from recursify.uptrain.output import SCRATCH_FOLDER, begin, check_output, publish
 from recursify.uptrain.settings import UptrainSettings
 from recursify.uptrain.stage import Stage, TrainingRun, UptrainResult
 
@@ -23,15 +20,11 @@ from .layer_fitting import LayerFitter
 class LayerHealing(Stage):
     """Healing without the Trainer: neither the dense nor the recursive model is ever in memory as a whole."""
 
-    needs_teacher: ClassVar[bool] = True
+    needs_teacher = True
 
     @classmethod
     def check_settings(cls, settings: UptrainSettings) -> None:
-        """Check that no setting of the Trainer is used.
-
-        Raises:
-            SettingsError: One is.
-        """
+        """Check that no setting of the Trainer is used."""
         unused = {
             "random_recursions": settings.random_recursions,
             "sharding": settings.sharding != "none",
@@ -61,15 +54,14 @@ class LayerHealing(Stage):
                 f"Stage '{run.settings.stage}' runs in one process, but {run.state.num_processes} were started. Omit "
                 f"--num-processes."
             )
-        check_output(run)
-        student, tokenizer = RecursiveCheckpoint(run.source), load_tokenizer(run)
-        teacher = open_teacher(run, needed=True)
+        run.check_output()
+        student, tokenizer = RecursiveCheckpoint(run.source), run.load_tokenizer()
+        teacher = run.open_teacher(needed=True)
         require_same_layers(teacher, student.names)
         data = prepare_data(run.settings, tokenizer)
-        begin(run)
-        scratch = run.output / SCRATCH_FOLDER
-        scratch.mkdir()
-        weights = ShardedCheckpoint(scratch, student.tensors)
+        run.begin()
+        run.scratch.mkdir()
+        weights = ShardedCheckpoint(run.scratch, student.tensors)
         for name in student.tensors:
             weights.write(name, student.read(name))
         log = partial(append_metrics, run.output / METRICS_FILE)
@@ -80,7 +72,7 @@ class LayerHealing(Stage):
         after = fitter.measure()
         log({"step": fitter.steps, "tokens": fitter.tokens, **{f"eval_{name}": value for name, value in after.items()}})
         result = UptrainResult(run.output, fitter.steps, fitter.tokens, before, after, draw_curves(run.output))
-        publish(run, run.config, tokenizer, result, data.name)
+        run.publish(run.config, tokenizer, result, data.name)
         return result
 
 

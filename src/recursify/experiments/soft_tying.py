@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +38,7 @@ from recursify.uptrain.settings import UptrainSettings
 
 @dataclass
 class Mixture:
-    """Mixture of the candidates in the current step, shared by all linear maps.
-
-    It is mutable state instead of an argument (as the depth is) because it is constant within a step, including calls
-    that recompute activations.
+    """Mixture of the candidates in the current step: one mutable object, shared by all linear maps.
 
     Attributes:
         weights: Convex weights ``[R][R]`` by depth and candidate; None for the mean.
@@ -115,13 +112,7 @@ class SoftTiedLinear(RelaxedLinear):
     linear: Candidates  # type: ignore[assignment]
 
     def __init__(self, relaxed: RelaxedLinear, dense: list[Tensor], mixture: Mixture):
-        """Untie ``relaxed`` and take over its residuals and biases.
-
-        Args:
-            relaxed: Linear map to replace.
-            dense: Dense weight ``[O, I]`` of every depth.
-            mixture: Mixture of the current step.
-        """
+        """Untie ``relaxed`` into the ``dense`` weight ``[O, I]`` of every depth, and take over residuals and biases."""
         nn.Module.__init__(self)
         shared = relaxed.linear.weight.detach()
         weight = torch.stack([w.to(shared.device, shared.dtype) for w in dense])
@@ -155,8 +146,8 @@ class SoftTying(Heal):
     Until :meth:`finish`, weights, gradients and optimizer state are as large as the dense model's.
     """
 
-    needs_teacher: ClassVar[bool] = True
-    supports_routing: ClassVar[bool] = False
+    needs_teacher = True
+    supports_routing = False
 
     def __init__(self, settings: UptrainSettings, teacher: PreTrainedModel | None):
         super().__init__(settings, teacher)
@@ -165,11 +156,7 @@ class SoftTying(Heal):
 
     @classmethod
     def check_settings(cls, settings: UptrainSettings) -> None:
-        """Check that the weights are not sharded.
-
-        Raises:
-            SettingsError: They are, or there is nothing to learn.
-        """
+        """Check that there is something to learn, and that the weights are not sharded."""
         super().check_settings(settings)
         if settings.sharding != "none":
             raise SettingsError(
@@ -177,24 +164,16 @@ class SoftTying(Heal):
             )
 
     def prepare(self, model: RecursiveForCausalLM) -> None:
-        """Untie the linear maps of the shared block.
-
-        Raises:
-            CheckpointError: The teacher's layers do not match the tied groups.
-        """
+        """Untie the linear maps of the shared block; a CheckpointError if the teacher's layers do not match."""
         assert self.teacher is not None, "needs_teacher is set"
         names = DenseNames(model.config)
         dense = dict(self.teacher.named_parameters())
         self.num_recursions = model.config.layout.num_recursions
-        for index, layer in enumerate(model.model.block):
-            assert isinstance(layer, SharedLayer)
-            for path, stored in list(layer.stored_modules()):
-                if not isinstance(stored, RelaxedLinear):
-                    continue
-                group = [names.dense(position, path, "weight") for position in names.layout.positions(index)]
-                _check_dense(group, dense, tuple(stored.linear.weight.shape))
-                weights = [dense[name].detach() for name in group]
-                layer.replace_stored(path, SoftTiedLinear(stored, weights, self.mixture))
+        for index, layer, path, linear in _linears(model):
+            group = [names.dense(position, path, "weight") for position in names.layout.positions(index)]
+            _check_dense(group, dense, tuple(linear.linear.weight.shape))
+            weights = [dense[name].detach() for name in group]
+            layer.replace_stored(path, SoftTiedLinear(linear, weights, self.mixture))
         # The offsets are constant and as large as the shared weights, so DDP should not broadcast them every step.
         offsets = [name for name, _ in model.named_buffers() if name.endswith(".linear.offset")]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, offsets)
@@ -208,11 +187,18 @@ class SoftTying(Heal):
 
     def finish(self, model: RecursiveForCausalLM) -> None:
         """Replace the candidates by their mean, which makes an ordinary recursive model."""
-        for layer in model.model.block:
-            assert isinstance(layer, SharedLayer)
-            for path, stored in list(layer.stored_modules()):
-                if isinstance(stored, SoftTiedLinear):
-                    layer.replace_stored(path, stored.collapsed())
+        for _, layer, path, linear in _linears(model):
+            assert isinstance(linear, SoftTiedLinear)
+            layer.replace_stored(path, linear.collapsed())
+
+
+def _linears(model: RecursiveForCausalLM) -> Iterator[tuple[int, SharedLayer, str, RelaxedLinear]]:
+    """Shared linear maps, with the index of their layer, the layer, and their path in it."""
+    for index, layer in enumerate(model.model.block):
+        assert isinstance(layer, SharedLayer)
+        for path, module in list(layer.stored_modules()):
+            if isinstance(module, RelaxedLinear):
+                yield index, layer, path, module
 
 
 def _check_dense(group: list[str], dense: dict[str, nn.Parameter], shape: tuple[int, ...]) -> None:

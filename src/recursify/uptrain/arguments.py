@@ -63,9 +63,13 @@ def training_arguments(settings: UptrainSettings, folder: Path, *, world_size: i
     return arguments
 
 
+def tokens_per_step(settings: UptrainSettings, world_size: int) -> int:
+    """Number of tokens of an optimizer step, over all ranks."""
+    return settings.batch_size * settings.accumulate * settings.length * world_size
+
+
 def _fields(settings: UptrainSettings, folder: Path, world_size: int, resumes: bool) -> dict[str, Any]:
-    per_step = settings.batch_size * settings.accumulate * settings.length * world_size
-    steps = math.ceil(settings.max_tokens / per_step)
+    steps = math.ceil(settings.max_tokens / tokens_per_step(settings, world_size))
     return {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -97,13 +101,3 @@ def _fields(settings: UptrainSettings, folder: Path, world_size: int, resumes: b
         "deepspeed": ZERO2 if settings.sharding == "zero2" else None,
         **settings.trainer,
     }
-
-
-def computes_in_bfloat16(precision: str) -> bool:
-    """Tell whether matrix products are in bfloat16; ``auto`` uses it if the GPU has it natively."""
-    return precision == "bfloat16" or (
-        precision == "auto"
-        and torch.cuda.is_available()
-        # Emulated bfloat16 (T4, V100) is slower than float32.
-        and torch.cuda.is_bf16_supported(including_emulation=False)
-    )

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import nn
-
-from recursify.checkpoint.shards import shard_files
 from recursify.errors import SettingsError, TrainingError
 
+FOLDER = "checkpoints"
+"""Subfolder of the output folder for the checkpoints."""
 PREFIX = "checkpoint-"
 SEAL_FILE = "seal.json"
 """File of a checkpoint with the checksums of its other files, written last."""
@@ -36,10 +35,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def seal(checkpoint: Path) -> None:
-    """Write the checksums of all files of ``checkpoint``."""
+    """Write the checksums of all files of ``checkpoint``, and sync everything to disk."""
     files = sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != SEAL_FILE)
     sums = {str(file.relative_to(checkpoint)): _checksum(file) for file in files}
     (checkpoint / SEAL_FILE).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+    for file in [*files, checkpoint / SEAL_FILE]:
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -65,13 +67,6 @@ def newest_intact(folder: Path) -> Path | None:
             return checkpoint
         logger.warning("'%s' is damaged (%s); trying the checkpoint before it.", checkpoint, reason)
     return None
-
-
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Load the weights of ``checkpoint`` into ``model``, which its objective has prepared."""
-    for shard in sorted(set(shard_files(checkpoint).values())):
-        unexpected = model.load_state_dict(load_file(checkpoint / shard), strict=False).unexpected_keys
-        assert not unexpected, f"{checkpoint} belongs to another model: {unexpected}"
 
 
 def remove_old(folder: Path, *, keep: int, best_step: int | None) -> None:

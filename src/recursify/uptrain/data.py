@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
@@ -68,7 +69,7 @@ def prepare_data(settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase) 
     data = _pack_all(settings, tokenizer)
     # A stream cannot be checked without reading it, but its held-out rows can, and are probably similar.
     for rows, which in ((data.evaluation, "held-out "), (data.train, "")):
-        if isinstance(rows, Dataset) and not any(_learns(row) for row in rows):
+        if isinstance(rows, Dataset) and all(label == IGNORED for row in rows for label in row["labels"]):
             raise TextError(
                 f"The {which}rows of {data.name} have no tokens to learn: no completion or assistant turn within "
                 f"{settings.length} tokens. Give other rows, a larger length, or turn off completions_only."
@@ -76,43 +77,26 @@ def prepare_data(settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase) 
     return data
 
 
-def _learns(row: dict[str, Any]) -> bool:
-    return any(label != IGNORED for label in row["labels"])
-
-
 def _pack_all(settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase) -> TextData:
     pack = _Packer(settings, tokenizer)
-    if settings.data is None:
-        text = default_text("calibration")
-        held_out = default_text("held_out")
-        train = pack([_Source(Dataset.from_dict({"text": text.documents}), text.name, ())], shuffle=True)
-        evaluation = pack([_Source(Dataset.from_dict({"text": held_out.documents}), held_out.name, ())], shuffle=False)
-        if settings.eval_data is None:
-            return TextData(train, _first(evaluation, settings), text.name)
-    else:
-        train = pack(_open(settings.data, settings), shuffle=True)
-    name = ", ".join(settings.data or ("pydoc_data.topics",))
-    if settings.eval_data is not None:
-        evaluation = _first(pack(_open(settings.eval_data, settings), shuffle=False), settings)
-    elif isinstance(train, IterableDataset):
+    sources = _sources(settings.data, "calibration", settings)
+    name = ", ".join(settings.data or (source.name for source in sources))
+    train = pack(sources, shuffle=True)
+    if settings.data is None or settings.eval_data is not None:
+        rows = pack(_sources(settings.eval_data, "held_out", settings), shuffle=False)
+        first = list(rows.take(settings.eval_sequences))
+        if not first:
+            raise TextError("The held-out text does not fill one sequence. Give more text.")
+        return TextData(train, Dataset.from_list(first), name)
+    if isinstance(train, IterableDataset):
         raise TextError(f"{name} is streamed, so no part of it can be held out. Give --eval-data.")
-    else:
-        if len(train) < 2:
-            raise TextError(
-                f"{name} fills {len(train)} sequences of {settings.length} tokens, but at least 2 are needed, one of "
-                f"them held out. Give more text, a shorter length, or separate evaluation text (--eval-data)."
-            )
-        size = max(1, min(settings.eval_sequences, round(EVAL_FRACTION * len(train))))
-        evaluation, train = train.select(range(size)), train.select(range(size, len(train)))
-    return TextData(train, evaluation, name)
-
-
-def _first(rows: Rows, settings: UptrainSettings) -> Dataset:
-    """The first ``eval_sequences`` of ``rows``, in memory."""
-    first = list(rows.take(settings.eval_sequences))
-    if not first:
-        raise TextError("The held-out text does not fill one sequence. Give more text.")
-    return Dataset.from_list(first)
+    if len(train) < 2:
+        raise TextError(
+            f"{name} fills {len(train)} sequences of {settings.length} tokens, but at least 2 are needed, one of "
+            f"them held out. Give more text, a shorter length, or separate evaluation text (--eval-data)."
+        )
+    size = max(1, min(settings.eval_sequences, round(EVAL_FRACTION * len(train))))
+    return TextData(train.select(range(size, len(train))), train.select(range(size)), name)
 
 
 @dataclass(frozen=True)
@@ -124,8 +108,13 @@ class _Source:
     files: tuple[Path, ...]
 
 
-def _open(names: Iterable[str], settings: UptrainSettings) -> list[_Source]:
-    """Open files, folders and Hub data sets; all files with the same builder become one source."""
+def _sources(
+    names: Sequence[str] | None, split: Literal["calibration", "held_out"], settings: UptrainSettings
+) -> list[_Source]:
+    """Open files, folders and Hub data sets, or a split of the default text; files with one builder are one source."""
+    if names is None:
+        text = default_text(split)
+        return [_Source(Dataset.from_dict({"text": text.documents}), text.name, ())]
     by_builder: dict[str, list[Path]] = {}
     sources = []
     for name in names:
@@ -147,15 +136,10 @@ def _open(names: Iterable[str], settings: UptrainSettings) -> list[_Source]:
             if file.stat().st_size:
                 by_builder.setdefault(BUILDERS[file.suffix], []).append(file)
     for builder, files in by_builder.items():
-        options = {"sample_by": "document"} if builder == "text" else {}
+        options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
+        paths = [str(file) for file in files]
         try:
-            rows = load_dataset(
-                builder,
-                data_files={"train": [str(file) for file in files]},
-                split="train",
-                streaming=settings.streaming,
-                **options,
-            )
+            rows = load_dataset(builder, data_files=paths, split="train", streaming=settings.streaming, **options)
         except (DatasetGenerationError, ValueError, UnicodeDecodeError, OSError) as error:
             raise TextError(_why_unreadable(files, error)) from error
         sources.append(_Source(rows, ", ".join(file.name for file in files[:3]), tuple(files)))
@@ -202,7 +186,8 @@ def _place(files: tuple[Path, ...], index: int) -> str:
         if file.suffix in (".jsonl", ".csv"):
             with open(file, newline="", encoding="utf-8-sig") as stream:
                 if file.suffix == ".csv":
-                    lines = [0, *range(2, 2 + sum(1 for _ in csv.reader(stream)) - 1)][1:]
+                    reader = csv.reader(stream)
+                    lines = [reader.line_num for _ in reader][1:]
                 else:
                     lines = [number for number, line in enumerate(stream, start=1) if line.strip()]
         elif file.suffix == ".parquet":
@@ -215,6 +200,13 @@ def _place(files: tuple[Path, ...], index: int) -> str:
             return f"{file}:{lines[index]}"
         index -= len(lines)
     return f"row {index + 1}"
+
+
+def _encode_at(encode: Callable[[dict], dict], source: _Source, row: dict, index: int) -> dict:
+    try:
+        return encode(row)
+    except TextError as error:
+        raise TextError(f"{_place(source.files, index) if source.files else source.name}: {error}") from error
 
 
 class _Packer:
@@ -234,14 +226,14 @@ class _Packer:
                 rows = rows.shuffle(seed=self.settings.seed, buffer_size=SHUFFLE_BUFFER)
             columns = rows.column_names or list(next(iter(rows.take(1)), {}))
             encode, is_chat = self._encoder(columns, source)
-            tokenized = rows.map(encode, with_indices=True, remove_columns=columns)
+            tokenized = rows.map(partial(_encode_at, encode, source), with_indices=True, remove_columns=columns)
             # A split chat would teach answers without their questions; plain text can be split.
             packed.append(pack_dataset(tokenized, self.settings.length, "bfd" if is_chat else "bfd_split"))
         rows = packed[0] if len(packed) == 1 else concatenate_datasets(packed)
         # Packing sorts the rows of each source by length.
         return rows.shuffle(seed=self.settings.seed) if shuffle and isinstance(rows, Dataset) else rows
 
-    def _encoder(self, columns: list[str], source: _Source) -> tuple[Callable[[dict, int], dict], bool]:
+    def _encoder(self, columns: list[str], source: _Source) -> tuple[Callable[[dict], dict], bool]:
         """The function from a row to its tokens, and whether rows are chats or completions."""
         if "messages" in columns:
             if not self.tokenizer.chat_template:
@@ -249,25 +241,15 @@ class _Packer:
                     f"{source.name} contains chats, but the model's tokenizer has no chat template. Give text or "
                     f"prompt/completion rows, or put a chat_template.jinja into the model's folder."
                 )
-            return self._guarded(self._encode_chat, source), True
+            return self._encode_chat, True
         if "prompt" in columns and "completion" in columns:
-            return self._guarded(self._encode_completion, source), True
+            return self._encode_completion, True
         if "text" in columns or "content" in columns:
-            return self._guarded(self._encode_text, source), False
+            return self._encode_text, False
         raise TextError(
             f"{source.name} has the fields {', '.join(columns)}. Give rows with 'text', with 'prompt' and "
             f"'completion', or with 'messages'."
         )
-
-    @staticmethod
-    def _guarded(encode: Callable[[dict], dict], source: _Source) -> Callable[[dict, int], dict]:
-        def with_place(row: dict, index: int) -> dict:
-            try:
-                return encode(row)
-            except TextError as error:
-                raise TextError(f"{_place(source.files, index) if source.files else source.name}: {error}") from error
-
-        return with_place
 
     def _encode_text(self, row: dict) -> dict[str, list[int]]:
         text = row.get("text", row.get("content"))
@@ -356,9 +338,9 @@ class Collator:
         self.pad = 0 if pad is None else pad
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        ids = torch.full((len(rows), self.length), self.pad)
-        labels = torch.full((len(rows), self.length), IGNORED)
-        positions = torch.empty((len(rows), self.length), dtype=torch.int64)
+        shape = len(rows), self.length
+        ids, labels = torch.full(shape, self.pad), torch.full(shape, IGNORED)
+        positions = torch.empty(shape, dtype=torch.int64)
         for index, row in enumerate(rows):
             used = len(row["input_ids"])
             ids[index, :used] = torch.as_tensor(row["input_ids"])

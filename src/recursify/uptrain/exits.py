@@ -101,8 +101,8 @@ class Exits(Heal):
         log_odds = head.agreement(output.boundary).float()
         test_loss = F.binary_cross_entropy_with_logits(log_odds, output.agrees, reduction="sum")
         num_correct = ((log_odds > 0) == (output.agrees > 0)).float().sum()
-        figures = {"test_loss": test_loss, "test_accuracy": num_correct}
-        return coefficient * total + settings.test_weight * test_loss, figures
+        total = coefficient * total + settings.test_weight * test_loss
+        return total, {"test_loss": test_loss, "test_accuracy": num_correct}
 
     def _layer_distillation(
         self, model: RecursiveForCausalLM, layer_states: tuple[Tensor, ...], num_exits: int, labels: Tensor

@@ -13,8 +13,16 @@ from recursify.modeling import RecursiveConfig, RecursiveForCausalLM, RecursiveO
 
 from .data import IGNORED
 from .end_to_end import EndToEndStage
-from .losses import Sums, chunked_loss, cross_entropy, forward_kl
-from .objectives import dense_logits, last_hidden_state, logits_parameters, same_top1
+from .losses import (
+    Sums,
+    chunked_loss,
+    cross_entropy,
+    dense_logits,
+    forward_kl,
+    last_hidden_state,
+    logits_parameters,
+    same_top1,
+)
 from .settings import UptrainSettings
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from recursify.errors import SettingsError, TrainingError
 
-from .run import check_settings
 from .settings import UptrainSettings
 
 
@@ -36,10 +35,12 @@ def launch(num_processes: int, arguments: Sequence[str], settings: UptrainSettin
         TrainingError: One of them failed; the message names its rank.
         SettingsError: The settings are invalid, or the processes cannot be started.
     """
-    check_settings(settings)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from .run import check_settings
+
+    check_settings(settings)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

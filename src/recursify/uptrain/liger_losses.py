@@ -56,10 +56,7 @@ def check_backend(backend: LossBackend, device: torch.device) -> None:
 
 
 def fused_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """:func:`~recursify.uptrain.losses.cross_entropy` of logits ``[n, V]``, which are not modified.
-
-    Supports one backward pass.
-    """
+    """:func:`~recursify.uptrain.losses.cross_entropy` of logits ``[n, V]``; supports one backward pass."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     if torch.is_grad_enabled() and logits.requires_grad:
@@ -69,10 +66,7 @@ def fused_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def fused_forward_kl(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """:func:`~recursify.uptrain.losses.forward_kl` of logits ``[n, V]``, which are not modified.
-
-    Supports one backward pass.
-    """
+    """:func:`~recursify.uptrain.losses.forward_kl` of logits ``[n, V]``; supports one backward pass."""
     loss: Tensor = _FusedForwardKL.apply(logits, teacher_logits, temperature)
     return loss
 

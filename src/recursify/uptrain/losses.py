@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from recursify.modeling import RecursiveForCausalLM
 
 from .liger_losses import fused_cross_entropy, fused_forward_kl, uses_liger
 from .settings import LayerDistillation, LossBackend
@@ -117,6 +120,34 @@ def layer_distillation(states: list[Tensor], num_shallow: int, kind: LayerDistil
 
 def _squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().mean(-1).sum()
+
+
+def logits_parameters(model: RecursiveForCausalLM) -> list[nn.Parameter]:
+    """All parameters that logits may depend on, at the end or at an exit."""
+    parts = [model.lm_head, model.model.norm, *([] if model.exit_heads is None else [model.exit_heads])]
+    return [parameter for part in parts for parameter in part.parameters()]
+
+
+def same_top1(logits: Tensor, others: Tensor) -> Tensor:
+    """1 for each token where both ``[N, V]`` logits have the same argmax, else 0; float32 ``[N]``."""
+    return (logits.argmax(-1) == others.argmax(-1)).float()
+
+
+@torch.no_grad()
+def last_hidden_state(teacher: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Normed hidden states ``[B, T, D]`` of a dense model, on its own device."""
+    device = teacher.device
+    arguments = {key: inputs[key].to(device) for key in ("input_ids", "position_ids")}
+    return teacher.base_model(**arguments, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def dense_logits(teacher: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits ``[N, V]`` of a dense model's normed hidden states ``[N, D]``."""
+    head: Any = teacher.get_output_embeddings()
+    logits = head(hidden)
+    softcap = getattr(teacher.config, "final_logit_softcapping", None)
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def chunked_loss(hidden: list[Tensor], weights: list[nn.Parameter], loss: ChunkLoss, chunk: int) -> tuple[Tensor, Sums]:

@@ -75,7 +75,7 @@ def updated_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 class RouterFigures:
     """Statistics of the routing of a batch.
 
-    Args:
+    Attributes:
         routing: Routing of the forward.
         keep: Tokens that count, bool ``[B, T]``.
         capacities: Target load by depth; None for equal shares.
@@ -171,9 +171,8 @@ class Routers(Heal):
         if config.router == "expert_choice":
             steps = self.settings.router_warmup_fraction * max_steps
             progress = step / steps if steps else 1.0
-            self._model.model.training_capacities = [
-                warmed_up(capacity, progress) for capacity in capacities_of(config)
-            ]
+            capacities = [warmed_up(capacity, progress) for capacity in capacities_of(config)]
+            self._model.model.training_capacities = capacities
         self._update_bias()
 
     def calibrate(self, model: RecursiveForCausalLM, sequences: Callable[[int], list[Tensor]]) -> bool:
@@ -191,16 +190,15 @@ class Routers(Heal):
         self._update_bias()
 
     def _update_bias(self) -> None:
-        router = self._router()
-        if router is None or self.settings.router_balance != "bias" or not router.load.any():
-            return
-        router.bias.copy_(updated_bias(router.bias, router.load, self.settings.router_bias_rate))
-        router.load.zero_()
+        router = self._biased_router()
+        if router is not None and router.load.any():
+            router.bias.copy_(updated_bias(router.bias, router.load, self.settings.router_bias_rate))
+            router.load.zero_()
 
-    def _router(self) -> TokenRouter | None:
-        """The router of token choice; None for expert choice."""
+    def _biased_router(self) -> TokenRouter | None:
+        """The router of token choice, if it is balanced by a bias."""
         routers = self._model.model.routers
-        if routers is None or self._model.config.router != "token_choice":
+        if routers is None or self._model.config.router != "token_choice" or self.settings.router_balance != "bias":
             return None
         return cast(TokenRouter, routers[0])
 
@@ -248,8 +246,8 @@ class Routers(Heal):
     @torch.no_grad()
     def _add_loads(self, routing: Routing) -> None:
         """Add the choices in this micro-batch, over all ranks, to the router's buffer, which checkpoints contain."""
-        router = self._router()
-        if router is None or self.settings.router_balance != "bias":
+        router = self._biased_router()
+        if router is None:
             return
         chosen = routing.depths.flatten()
         load = torch.bincount(chosen[chosen >= 0], minlength=router.num_options).to(router.load.dtype)

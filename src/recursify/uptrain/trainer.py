@@ -7,7 +7,7 @@ the position in the data on resume. FSDP2 is in ``sharding.py``.
 from __future__ import annotations
 
 import math
-import os
+import random
 import shutil
 from functools import partial
 from pathlib import Path
@@ -15,20 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from recursify.errors import TrainingError
-from recursify.modeling import RecursiveForCausalLM
+from recursify.modeling import LayerLayout, RecursiveForCausalLM
 
 from . import checkpoints, sharding
-from .arguments import computes_in_bfloat16
 from .data import IGNORED, Collator, TextData
 from .losses import Sums, add_sums
-from .objectives import Objective
 from .param_groups import find_optimizer, parameter_groups
-from .schedules import draw_recursions
 from .settings import UptrainSettings
+from .stage import Objective
 
 
 class RecursiveTrainer(Trainer):
@@ -37,10 +35,8 @@ class RecursiveTrainer(Trainer):
     Args:
         model: Model in float32.
         objective: Loss of the stage.
-        settings: Settings of the stage.
         data: Packed sequences.
-        arguments: Arguments from :func:`~recursify.uptrain.arguments.training_arguments`; ``output_dir`` gets the
-            checkpoints.
+        arguments: Arguments from :func:`~recursify.uptrain.arguments.training_arguments`.
         tokenizer: Tokenizer to save with every checkpoint.
         callbacks: Callbacks of transformers.
     """
@@ -49,18 +45,17 @@ class RecursiveTrainer(Trainer):
         self,
         model: RecursiveForCausalLM,
         objective: Objective,
-        settings: UptrainSettings,
         data: TextData,
         arguments: TrainingArguments,
         tokenizer: Any,
         callbacks: list[Any],
     ):
         self.objective = objective
-        self.settings = settings
+        self.settings = settings = objective.settings
         self._sums: Sums = {}
         self._scratch: Path | None = None
         self._micro_batch = 0
-        if computes_in_bfloat16(settings.precision):
+        if _computes_in_bfloat16(settings.precision):
             # For the matrix products of the model and, inside its objective, of the teacher; weights and losses stay
             # float32. It wraps the model's own forward, since DeepSpeed disables an autocast around its engine.
             autocast = torch.autocast(arguments.device.type, torch.bfloat16)
@@ -104,38 +99,32 @@ class RecursiveTrainer(Trainer):
         total, sums = self._run(model, inputs, draw_recursions(self.settings, layout, self.state))
         self._micro_batch += 1
         if not torch.isfinite(total):
-            raise TrainingError(self._diverged(total))
+            raise TrainingError(
+                f"The loss is {float(total.detach())} at step {self.state.global_step + 1}, micro-batch "
+                f"{self._micro_batch} of this run, rank {self.args.process_index}. {self._remedy()}"
+            )
         add_sums(self._sums, sums)
         # DDP and FSDP average gradients over ranks, and the divisor counts the tokens of all of them.
         loss = total * self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
         return (loss, sums) if return_outputs else loss
 
     def _run(self, model: nn.Module, inputs: dict[str, Tensor], recursions: int | None) -> tuple[Tensor, Sums]:
-        objective = partial(self.objective, inputs=inputs)
         unwrapped = self.accelerator.unwrap_model(self.model)
-        arguments = self.objective.forward_arguments(unwrapped, recursions or unwrapped.config.num_recursions)
         return model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
             use_cache=False,
             num_recursions=recursions,
-            objective=objective,
-            **arguments,
+            objective=partial(self.objective, inputs=inputs),
+            **self.objective.forward_arguments(unwrapped, recursions or unwrapped.config.num_recursions),
         )
 
-    def _diverged(self, total: Tensor) -> str:
-        value, step = float(total.detach()), self.state.global_step + 1
-        return (
-            f"The loss is {value} at step {step}, micro-batch {self._micro_batch} of this run, rank "
-            f"{self.args.process_index}. {self._last_good()}. Use a lower learning rate, or check the data for broken "
-            f"rows."
-        )
-
-    def _last_good(self) -> str:
+    def _remedy(self) -> str:
         intact = checkpoints.list_checkpoints(Path(self.args.output_dir))
-        return f"The last good checkpoint is '{intact[-1]}'" if intact else "No checkpoint had been written yet"
+        last = f"The last good checkpoint is '{intact[-1]}'" if intact else "No checkpoint had been written yet"
+        return f"{last}. Use a lower learning rate, or check the data for broken rows."
 
-    def _refuse_nan_weights(self) -> None:
+    def _check_weights(self) -> None:
         """Check the weights before a checkpoint: after a NaN gradient they are NaN, while the loss was finite."""
         finite = [
             torch.isfinite(sharding.local_shard(p.detach())).all() for p in self.model.parameters() if p.requires_grad
@@ -146,7 +135,7 @@ class RecursiveTrainer(Trainer):
         if bad:
             raise TrainingError(
                 f"The weights after step {self.state.global_step} contain NaN or infinities, so they were not saved. "
-                f"{self._last_good()}. Use a lower learning rate, or check the data for broken rows."
+                f"{self._remedy()}"
             )
 
     # --- Optimizer -----------------------------------------------------------------------------------------------
@@ -187,8 +176,7 @@ class RecursiveTrainer(Trainer):
         model.eval()
         sums: Sums = {}
         for inputs in self.get_eval_dataloader(eval_dataset):
-            _, figures = self._run(model, self._prepare_inputs(inputs), None)
-            add_sums(sums, figures)
+            add_sums(sums, self._run(model, self._prepare_inputs(inputs), None)[1])
         model.train(was_training)
         sharding.reshard(model)
         per_token = self._per_token(sums)
@@ -207,12 +195,12 @@ class RecursiveTrainer(Trainer):
         return str(self._scratch) if self._scratch is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the Trainer's checkpoint into a hidden folder, sync it to disk, seal it with checksums and rename it.
+        """Write the Trainer's checkpoint into a hidden folder, seal it with checksums and rename it.
 
         Raises:
             TrainingError: The disk is full, or the weights contain NaN; earlier checkpoints stay as they are.
         """
-        self._refuse_nan_weights()
+        self._check_weights()
         folder = Path(self.args.output_dir)
         name = f"{checkpoints.PREFIX}{self.state.global_step}"
         self._scratch = folder / ".writing"
@@ -223,11 +211,9 @@ class RecursiveTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                written = self._scratch / name
-                checkpoints.seal(written)
-                _sync_folder(written)
+                checkpoints.seal(self._scratch / name)
                 shutil.rmtree(folder / name, ignore_errors=True)
-                written.rename(folder / name)
+                (self._scratch / name).rename(folder / name)
                 checkpoints.remove_old(folder, keep=self.settings.keep, best_step=self._best_step())
         except (OSError, RuntimeError) as error:
             # torch.save and safetensors raise a RuntimeError when the disk is full.
@@ -284,13 +270,41 @@ class RecursiveTrainer(Trainer):
         return min(measured, key=lambda line: line["eval_loss"])["step"] if measured else None
 
 
+def _computes_in_bfloat16(precision: str) -> bool:
+    """Tell whether matrix products are in bfloat16; ``auto`` uses it if the GPU has it natively."""
+    return precision == "bfloat16" or (
+        precision == "auto"
+        and torch.cuda.is_available()
+        # Emulated bfloat16 (T4, V100) is slower than float32.
+        and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+
+
+def draw_recursions(settings: UptrainSettings, layout: LayerLayout, state: TrainerState) -> int | None:
+    """Number of recursions of the step after ``state.global_step``; None for all.
+
+    It depends on seed and step only, so that all ranks and a resumed run draw the same: if ranks ran different numbers,
+    their collectives would wait for each other forever.
+    """
+    if not settings.random_recursions:
+        return None
+    progress = state.global_step / max(1, state.max_steps)
+    fewest = _fewest_recursions(settings, layout.num_recursions, progress)
+    return random.Random(f"{settings.seed}:{state.global_step}").randint(fewest, layout.num_recursions)
+
+
+def _fewest_recursions(settings: UptrainSettings, num_recursions: int, progress: float) -> int:
+    """The smallest number of recursions that may be drawn at ``progress`` (0 .. 1) of a run.
+
+    It falls from all to one over the first ``recursion_curriculum`` of the steps: a converted model is good at full
+    depth only and learns shallower depths from there.
+    """
+    if settings.recursion_curriculum == 0:
+        return 1
+    done = min(1.0, progress / settings.recursion_curriculum)
+    return max(1, num_recursions - math.floor(done * num_recursions))
+
+
 def perplexity_of(loss: float) -> float:
     """``exp(loss)``; infinite where that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def _sync_folder(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())

@@ -7,7 +7,7 @@ import torch
 from helpers.tiny_models import convert_tiny, random_ids, save_tiny
 from helpers.tolerances import LOGITS
 from recursify.modeling import RelaxedLinear
-from recursify.uptrain.lora_balance import balance_factors
+from recursify.uptrain.param_groups import balance_factors
 
 
 def residuals(model):
