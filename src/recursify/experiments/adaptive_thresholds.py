@@ -128,10 +128,7 @@ class AdaptiveThresholds:
                 f"An estimate needs 2 samples of each class at least, and a window for them: got minimum={minimum} and "
                 f"window={window}."
             )
-        self.initial = initial
-        self.minimum = minimum
-        self.window = window
-        self.compatible = compatible
+        self.initial, self.minimum, self.window, self.compatible = initial, minimum, window, compatible
         self.num_sequences = FREE_SEQUENCES if compatible and num_sequences is None else num_sequences
         self.seen = 0
         self._fitted: dict[int, float] = {}

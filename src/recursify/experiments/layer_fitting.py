@@ -34,7 +34,7 @@ from recursify.checkpoint.writer import ShardedCheckpoint
 from recursify.errors import TrainingError
 from recursify.uptrain.arguments import training_arguments
 from recursify.uptrain.data import IGNORED, Collator, Rows, TextData
-from recursify.uptrain.losses import Sums, add_sums, cross_entropy, forward_kl, same_top1
+from recursify.uptrain.losses import Sums, add_sums, cross_entropy, forward_kl, same_top1, softcapped
 from recursify.uptrain.param_groups import balance_factors, find_optimizer, is_trained, parameter_groups
 from recursify.uptrain.stage import TrainingRun
 from recursify.uptrain.trainer import perplexity_of
@@ -98,13 +98,7 @@ class RecursiveParts:
     def logits_head(self) -> Callable[[Tensor], Tensor]:
         """Load final norm and head, as a function from hidden states ``[..., D]`` to logits ``[..., V]``."""
         norm, head = self.load(NORM), self.load(HEAD)
-        softcap = getattr(self.names.skeleton.config, "final_logit_softcapping", None)
-
-        def logits(hidden: Tensor) -> Tensor:
-            raw = head(norm(hidden))
-            return raw if softcap is None else torch.tanh(raw / softcap) * softcap
-
-        return logits
+        return lambda hidden: softcapped(head(norm(hidden)), self.names.skeleton.config)
 
 
 @dataclass(frozen=True)
@@ -118,9 +112,7 @@ class Model:
 class LayerFitter:
     """Layer-wise healing of the shared block of one model.
 
-    Attributes:
-        tokens: Number of tokens that each layer is trained on, over all passes.
-        steps: Number of optimizer steps of each layer.
+    Each layer takes ``steps`` optimizer steps, on ``tokens`` tokens over all passes.
 
     Args:
         run: Run with the settings, the recursive model's config and the device.
@@ -167,11 +159,7 @@ class LayerFitter:
 
     @torch.no_grad()
     def fit(self) -> None:
-        """Run all sweeps.
-
-        Raises:
-            TrainingError: The error of a layer is NaN or infinite.
-        """
+        """Run all sweeps; a TrainingError if the error of a layer is NaN or infinite."""
         self.progress("heal layers", 0, self.num_sweeps * self.layout.block_size)
         for sweep in range(self.num_sweeps):
             rows = islice(self._rows, self.batches_per_sweep * self.settings.batch_size)

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from recursify.progress import Progress
 
@@ -30,43 +30,28 @@ logger = logging.getLogger(__name__)
 
 
 class Watcher(TrainerCallback):
-    """Callback that writes every log line to ``metrics.jsonl`` and reports the progress of every step.
-
-    Args:
-        folder: Output folder.
-        tokens_per_step: Number of tokens of a step, over all ranks.
-        progress: Callback for the number of tokens done.
-    """
+    """Callback that writes every log line to ``metrics.jsonl`` and reports the tokens done after every step."""
 
     def __init__(self, folder: Path, tokens_per_step: int, progress: Progress):
         self.file = folder / METRICS_FILE
         self.tokens_per_step = tokens_per_step
         self.progress = progress
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Remove lines that an interrupted run logged after the checkpoint that it is resumed from."""
         if state.is_world_process_zero:
             lines = read_metrics(self.file) if state.global_step else []
             valid = [line for line in lines if line["step"] <= state.global_step]
             self.file.write_text("".join(json.dumps(line) + "\n" for line in valid), encoding="utf-8")
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         line = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step, **logs}
         line.pop("epoch", None)
         append_metrics(self.file, line)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             step, steps = state.global_step, state.max_steps
             self.progress("uptrain, tokens", step * self.tokens_per_step, steps * self.tokens_per_step)

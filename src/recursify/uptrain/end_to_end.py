@@ -82,11 +82,7 @@ def _make_trainer(
 
 
 def _run_trainer(trainer: RecursiveTrainer, resumed: Path | None) -> None:
-    """Train to the end of the run.
-
-    Raises:
-        TrainingError: Out of memory.
-    """
+    """Train to the end of the run, and report if memory does not suffice."""
     try:
         if resumed is not None and step_of(resumed) >= trainer.args.max_steps:
             # All steps are done and only the model is missing; the Trainer would train one more step.

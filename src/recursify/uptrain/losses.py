@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from recursify.modeling import RecursiveForCausalLM
 
@@ -145,8 +145,12 @@ def last_hidden_state(teacher: PreTrainedModel, inputs: dict[str, Tensor]) -> Te
 def dense_logits(teacher: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits ``[N, V]`` of a dense model's normed hidden states ``[N, D]``."""
     head: Any = teacher.get_output_embeddings()
-    logits = head(hidden)
-    softcap = getattr(teacher.config, "final_logit_softcapping", None)
+    return softcapped(head(hidden), teacher.config)
+
+
+def softcapped(logits: Tensor, config: PreTrainedConfig) -> Tensor:
+    """``c · tanh(logits / c)`` if the config of a dense model has a softcap ``c``."""
+    softcap = getattr(config, "final_logit_softcapping", None)
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 

@@ -108,12 +108,7 @@ def _check_sharding(settings: UptrainSettings) -> None:
 
 
 def _check_model(source: Path, config: RecursiveConfig, stage: type[Stage], settings: UptrainSettings) -> None:
-    """Check that the stage can train a model of this config.
-
-    Raises:
-        SettingsError: The stage does not support routers, or sequences are longer than the model's context.
-        TrainingError: The stage pairs layers with the dense model's, and the model runs other recursions.
-    """
+    """Check that the stage can train a model of this config, on sequences of this length."""
     if config.router is not None and not stage.supports_routing:
         raise SettingsError(
             f"Stage '{settings.stage}' does not support routed models; this one has {config.router} routers. Train "
