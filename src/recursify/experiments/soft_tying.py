@@ -38,7 +38,7 @@ from recursify.uptrain.settings import UptrainSettings
 
 @dataclass
 class Mixture:
-    """Mixture of the candidates in the current step: one mutable object, shared by all linear maps.
+    """Mixture of the candidates in a step, also where it recomputes activations; one object for all linear maps.
 
     Attributes:
         weights: Convex weights ``[R][R]`` by depth and candidate; None for the mean.
