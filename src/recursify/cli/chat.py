@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import typer
 from annotated_types import Ge
@@ -92,9 +92,9 @@ def _sampling_params(
     settings: ChatSettings, engine: recursify.Engine, config: recursify.RecursiveConfig
 ) -> recursify.SamplingParams:
     names = ("max_tokens", "temperature", "top_p", "seed", "max_depth")
-    exits = {"threshold": settings.threshold, "min_depth": settings.min_depth}
+    limits: dict[str, Any] = {"threshold": settings.threshold, "min_depth": settings.min_depth}
     try:
-        exit = recursify.ExitSettings.from_options(settings.exit_policy, kv=engine.kv, config=config, **exits)
+        exit = recursify.ExitSettings.from_options(settings.exit_policy, kv=engine.kv, config=config, **limits)
     except ValueError as error:
         raise SettingsError(str(error)) from error
     return recursify.SamplingParams(exit=exit, **{name: getattr(settings, name) for name in names})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,25 +43,17 @@ def command(
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
+    source: dict[str, Any] = {"settings": settings, "revision": revision, "trust_remote_code": trust_remote_code}
     if dry_run:
-        plan = recursify.plan_conversion(
-            model, settings=settings, revision=revision, trust_remote_code=trust_remote_code
-        )
+        plan = recursify.plan_conversion(model, **source)
         print_json(plan.to_dict()) if json else print_data(str(plan))
         return
     if output is None:
         raise typer.BadParameter("give the folder to write, or --dry-run", param_hint="--output / -o")
     with progress_report() as progress:
+        show = None if json else lambda plan: talk.print(str(plan))
         result = recursify.convert_model(
-            model,
-            output,
-            settings=settings,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            check=check,
-            overwrite=overwrite,
-            on_plan=None if json else lambda plan: talk.print(str(plan)),
-            progress=progress,
+            model, output, **source, check=check, overwrite=overwrite, on_plan=show, progress=progress
         )
     print_json(result.to_dict()) if json else print_data(_summary(result))
 

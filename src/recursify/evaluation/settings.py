@@ -34,11 +34,6 @@ class RecursionSettings(Settings):
     """Anderson acceleration depth for repeated recursions (requires recursions)."""
 
     def __post_init__(self) -> None:
-        """Check combinations.
-
-        Raises:
-            SettingsError: Two options that exclude each other, or one that requires another.
-        """
         if self.recursions is None and (self.residual_scale is not None or self.anderson):
             name = "--anderson" if self.anderson else "--residual-scale"
             raise SettingsError(f"{name} requires --recursions. Give both or neither.")

@@ -209,10 +209,5 @@ class UptrainSettings(Settings):
     """Further fields of transformers' TrainingArguments (deepspeed, torch_compile, ...)."""
 
     def __post_init__(self) -> None:
-        """Check combinations that no stage supports; stages and optimizers check their own.
-
-        Raises:
-            SettingsError: Two values that exclude each other.
-        """
         if "fsdp" in self.trainer:
             raise SettingsError("trainer: fsdp would shard a shared layer like any other. Use sharding: fsdp2 instead.")
