@@ -2,8 +2,8 @@
 # peft: merge_and_unload() after LoraConfig(layer_replication=...) changes the predictions, without a warning.
 #
 # Expected: merging adapters into the weights leaves the logits as they were, or raises.
-# Guess before the first run: copies of a layer share their base weight, so each gets the adapters of all copies added.
-# Found: exactly that. Logits of the merged model are wrong by more than half of the largest logit. Before merging, and
+# Cause: copies of a layer share their base weight, so each gets the adapters of all copies added.
+# Found: logits of the merged model are wrong by more than half of the largest logit. Before merging, and
 #        for a model without replication, everything is right.
 set -euo pipefail
 folder=$(mktemp -d)

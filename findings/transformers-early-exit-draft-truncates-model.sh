@@ -3,8 +3,8 @@
 #
 # Expected: a call of generate() that ends with an exception (a stop by the user, no memory, a timeout in a callback)
 #           leaves the model as it was.
-# Guess before the first run: the draft sets config.num_hidden_layers = N and does not restore it.
-# Found: yes, if the exception comes while a draft is generated. From then on every forward pass runs N layers, without a
+# Cause: the draft sets config.num_hidden_layers = N and restores it only if nothing is raised.
+# Found: if the exception comes while a draft is generated, from then on every forward pass runs N layers, without a
 #        warning, and save_pretrained() writes the wrong number of layers into config.json.
 set -euo pipefail
 folder=$(mktemp -d)

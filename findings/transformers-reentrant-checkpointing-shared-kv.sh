@@ -3,7 +3,6 @@
 #
 # Expected: gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True}) changes memory and
 #           time, not the gradients (or raises for models that it does not support).
-# Guess before the first run: gradients of the layers that provide keys and values to later layers are wrong.
 # Found: in Gemma 3n (num_kv_shared_layers > 0) the loss is the same to the bit and gradients of nearly all weights up to
 #        the layer that provides the keys and values are wrong, by about half of their norm: the part that flows through
 #        the shared keys and values is missing. With use_reentrant=False all are right.

@@ -3,7 +3,7 @@
 #
 # Expected: modeling code from a folder loads if Python can import it. An example in a docstring is text; an import under
 #           TYPE_CHECKING, in a function that is not called or in try/except ImportError is optional.
-# Guess before the first run: imports in functions are followed (the loader finds imports by a regular expression).
+# Cause: the loader finds imports by a regular expression.
 # Found: all four are followed, and the model does not load with FileNotFoundError although "import" works. Comments are
 #        not.
 set -euo pipefail

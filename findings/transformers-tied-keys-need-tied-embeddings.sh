@@ -3,7 +3,6 @@
 #
 # Expected: a tie between two weights that are not embeddings, declared in _tied_weights_keys and present in the model,
 #           survives save_pretrained() and from_pretrained().
-# Guess before the first run: the tie is saved once and comes back as two weights, one of them random.
 # Found: save_pretrained() uses the declaration and writes the weight once; from_pretrained() does not, unties the two
 #        and initializes the second at random. The load report calls it "newly initialized"; nothing is raised. With
 #        tie_word_embeddings=True, in a model that has no embeddings, it works.

@@ -3,7 +3,6 @@
 #
 # Expected: a kernel that is right in float32 and float16 is right in bfloat16, within rounding. The interpreter is how
 #           kernels are tested where there is no GPU.
-# Guess before the first run: addition of bfloat16 is wrong, by orders of magnitude.
 # Found: the interpreter keeps bfloat16 as the bits of a uint16 and computes on those: sums, products and maxima
 #        are wrong, by up to 1e38 or NaN. Loads, stores and casts are right, so casting to float32 after each load
 #        is a workaround.
