@@ -2,24 +2,14 @@
 
 import pytest
 
-from recursify.bench.ideal import (
-    Costs,
-    ideal_gain,
-    ideal_gain_per_call,
-    lockstep_recursions,
-    mean_recursions,
-    measure_gain,
-)
+from recursify.bench.ideal import Costs, ideal_gain, ideal_gain_per_call, measure_gain
 from recursify.bench.workload import ForcedExits, Workload
 from recursify.engine import EngineStats
 from recursify.errors import EngineError
 
-FRACTIONS = {0: 0.5, 1: 0.3, 2: 0.2}
-
 
 def test_free_ends():
     """With free ends and skips the gain is R / D: 3 / 1.7."""
-    assert mean_recursions(FRACTIONS) == pytest.approx(1.7)
     assert ideal_gain(Costs(0, 1, 0), 3, 1.7) == pytest.approx(3 / 1.7)
     assert ideal_gain_per_call(Costs(0, 1, 0), 3, 1.7) == pytest.approx(3 / 1.7)
 
@@ -28,13 +18,6 @@ def test_ends_by_hand():
     costs = Costs(enter=1, block=2, leave=3, skip=0.5)
     assert ideal_gain(costs, 3, 1.5) == pytest.approx((1 + 6 + 3) / (1 + 3 + 3 + 0.5))
     assert ideal_gain_per_call(costs, 3, 1.5) == pytest.approx((1 + 6 + 3) / (1.5 * 6 + 0.5))
-
-
-def test_lockstep_batching():
-    """E[max]: 2.83 of 3 recursions where eight rows wait for the deepest."""
-    assert lockstep_recursions(FRACTIONS, 1) == pytest.approx(1.7)
-    assert lockstep_recursions(FRACTIONS, 8) == pytest.approx(2.83, abs=0.005)
-    assert lockstep_recursions(FRACTIONS, 1000) == pytest.approx(3)
 
 
 def test_tables():

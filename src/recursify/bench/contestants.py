@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from recursify.engine import Engine, EngineStats, RequestOutput, SamplingParams
@@ -39,7 +40,8 @@ class BenchRun:
 
 
 Runner = Callable[[Workload], BenchRun]
-"""Callable that runs a workload."""
+Params = Callable[[Workload, int], dict[str, Any]]
+"""Callable that makes the further sampling parameters of a workload's request, by its number."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,10 @@ def choose_clock(device: torch.device) -> Callable[[], float]:
     return wall_time
 
 
-# --- transformers --------------------------------------------------------------------------------------------------
-
-
 def generate_runner(model: Any, exit_policy: Any = None, **options: Any) -> Runner:
     """Make a runner of ``generate`` on static batches, padded on the left, until the longest request ends.
 
-    Args:
-        model: Model to run.
-        exit_policy: Exit policy of a recursive model.
-        options: Further options of ``GenerationConfig``.
+    ``options`` are further options of ``GenerationConfig``.
     """
     exits = {} if exit_policy is None else {"exit_policy": exit_policy}
     clock = choose_clock(model.device)
@@ -90,20 +86,15 @@ def generate_runner(model: Any, exit_policy: Any = None, **options: Any) -> Runn
         started, latencies = clock(), []
         for start in range(0, len(workload.prompts), workload.concurrency):
             batch = slice(start, start + workload.concurrency)
-            new = max(workload.new_tokens[batch])
+            new, prompts = max(workload.new_tokens[batch]), [torch.tensor(ids) for ids in workload.prompts[batch]]
+            inputs = pad_sequence(prompts, batch_first=True, padding_side="left").to(model.device)
+            mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left")
             config = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0, eos_token_id=None, **options)
-            model.generate(**_pad(workload.prompts[batch], model.device), generation_config=config, **exits)
-            latencies += [clock() - started] * len(workload.prompts[batch])
+            model.generate(inputs, attention_mask=mask.to(model.device), generation_config=config, **exits)
+            latencies += [clock() - started] * len(prompts)
         return BenchRun(clock() - started, latencies)
 
     return run
-
-
-def _pad(prompts: list[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def generate_batch_runner(model: Any) -> Runner:
@@ -111,15 +102,12 @@ def generate_batch_runner(model: Any) -> Runner:
     clock = choose_clock(model.device)
 
     def run(workload: Workload) -> BenchRun:
-        config = GenerationConfig(
-            do_sample=False, max_new_tokens=max(workload.new_tokens), pad_token_id=0, eos_token_id=-1
-        )
-        pages = ContinuousBatchingConfig(**_page_options(workload))
+        new = max(workload.new_tokens)
+        config = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0, eos_token_id=-1)
+        batching = {"generation_config": config, "continuous_batching_config": _batching_config(workload)}
         attention = model.config._attn_implementation
         try:
-            with model.continuous_batching_context_manager(
-                generation_config=config, continuous_batching_config=pages
-            ) as manager:
+            with model.continuous_batching_context_manager(**batching) as manager:
                 started = clock()
                 for prompt, new in zip(workload.prompts, workload.new_tokens, strict=True):
                     manager.add_request(prompt, max_new_tokens=new)
@@ -138,20 +126,12 @@ def generate_batch_runner(model: Any) -> Runner:
     return run
 
 
-def _page_options(workload: Workload) -> dict[str, int]:
-    """Options for enough pages, under their names in the installed transformers."""
-    known = inspect.signature(ContinuousBatchingConfig).parameters
-    size = "page_size" if "page_size" in known else "block_size"
-    options = {
-        size: 32,
-        "num_blocks": workload.concurrency * (-(-workload.context // 32) + 1),
-        "max_batch_tokens": max(workload.concurrency, 256),
-        "max_requests_per_batch": workload.concurrency,
-    }
-    return {name: value for name, value in options.items() if name in known}
-
-
-# --- The engine ----------------------------------------------------------------------------------------------------
+def _batching_config(workload: Workload) -> ContinuousBatchingConfig:
+    """Configure enough pages, with the options that the installed transformers has."""
+    known, size = inspect.signature(ContinuousBatchingConfig).parameters, workload.concurrency
+    options = {"num_blocks": size * (-(-workload.context // 32) + 1), "max_batch_tokens": max(size, 256)}
+    options |= {"page_size" if "page_size" in known else "block_size": 32, "max_requests_per_batch": size}
+    return ContinuousBatchingConfig(**{name: value for name, value in options.items() if name in known})
 
 
 class EngineRunner:
@@ -159,20 +139,13 @@ class EngineRunner:
 
     Args:
         model: Model to run.
-        params: Callable that makes further sampling parameters of a request, by workload and number.
+        params: Further sampling parameters of each request.
         sync_phases: Wait for a GPU at the end of each phase of the engine, so that the times of phases are exact.
         options: Further options of the engine.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        params: Callable[[Workload, int], dict[str, Any]] = lambda workload, number: {},
-        *,
-        sync_phases: bool = True,
-        **options: Any,
-    ) -> None:
-        self.model, self.params, self.options = model, params, options
+    def __init__(self, model: Any, params: Params | None = None, *, sync_phases: bool = True, **options: Any) -> None:
+        self.model, self.params, self.options = model, params or (lambda workload, number: {}), options
         self._engines: dict[int, Engine] = {}
         self._clock = choose_clock(model.device)
         self._engine_clock = self._clock if sync_phases or model.device.type != "cuda" else time.perf_counter
@@ -190,13 +163,11 @@ class EngineRunner:
             first.setdefault(output.request_id, last[output.request_id])
 
         engine.on_token = record
-        engine.generate(
-            workload.prompts,
-            [
-                SamplingParams(max_tokens=new, ignore_eos=True, **self.params(workload, number))
-                for number, new in enumerate(workload.new_tokens)
-            ],
-        )
+        params = [
+            SamplingParams(max_tokens=new, ignore_eos=True, **self.params(workload, number))
+            for number, new in enumerate(workload.new_tokens)
+        ]
+        engine.generate(workload.prompts, params)
         seconds = self._clock() - started
         return BenchRun(seconds, list(last.values()), list(first.values()), replace(engine.stats))
 

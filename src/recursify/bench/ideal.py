@@ -28,14 +28,7 @@ PHASES = ("enter_seconds", "block_seconds", "test_seconds", "exit_seconds", "sec
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds per new token.
-
-    Attributes:
-        enter: Embedding and prelude.
-        block: One recursion.
-        leave: Coda, LM head and sampling.
-        skip: Exit tests, and keys and values of skipped depths.
-    """
+    """Seconds per new token: ``c_in``, ``c_b``, ``c_out`` and ``c_f`` of the formula."""
 
     enter: float
     block: float
@@ -66,8 +59,7 @@ class Gain:
     def to_dict(self) -> dict[str, float]:
         """Return JSON-ready data, with the costs in milliseconds."""
         figures = asdict(self)
-        costs = figures.pop("costs")
-        return figures | {f"{name}_milliseconds": 1e3 * seconds for name, seconds in costs.items()}
+        return figures | {f"{name}_milliseconds": 1e3 * cost for name, cost in figures.pop("costs").items()}
 
 
 def ideal_gain(costs: Costs, num_recursions: int, mean_recursions: float) -> float:
@@ -79,30 +71,13 @@ def ideal_gain(costs: Costs, num_recursions: int, mean_recursions: float) -> flo
 def ideal_gain_per_call(costs: Costs, num_recursions: int, mean_recursions: float) -> float:
     """Compute ``G*`` if a call costs the same for few rows as for many, as it does when reading weights dominates.
 
-    At full depth, rows that start together enter and exit together, so that ``S`` tokens need one call of prelude and
-    coda and ``R`` of the block. With early exit every call of the block needs one of prelude and coda, for ``S / D``
-    tokens::
+    At full depth, rows that start together need one call of prelude and coda, and ``R`` of the block. With early exit,
+    every call of the block needs one of prelude and coda, for ``1 / D`` of the rows; below 1, lock-step batching wins::
 
         G*_call = (c_in + R c_b + c_out) / (D (c_in + c_b + c_out) + c_f)
-
-    The costs are per token in a full batch, proportional to those of a call. Below 1, lock-step batching is faster.
     """
     ends = costs.enter + costs.leave
     return (ends + num_recursions * costs.block) / (mean_recursions * (ends + costs.block) + costs.skip)
-
-
-def mean_recursions(fractions: Mapping[int, float]) -> float:
-    """Compute ``D`` from the fraction of tokens per exit depth."""
-    return sum((depth + 1) * fraction for depth, fraction in fractions.items()) / sum(fractions.values())
-
-
-def lockstep_recursions(fractions: Mapping[int, float], batch: int) -> float:
-    """Compute the recursions per token of lock-step batching: the mean of the deepest of ``batch`` rows."""
-    total, expected, below = sum(fractions.values()), 0.0, 0.0
-    for depth in range(max(fractions) + 1):
-        expected += 1 - (below / total) ** batch
-        below += fractions.get(depth, 0.0)
-    return expected
 
 
 def prompt_costs(run: Runner, workload: Workload, rounds: int) -> dict[str, float]:
@@ -117,8 +92,8 @@ def measure_gain(
     """Compare an engine with early exit to the same engine at full depth.
 
     Args:
-        full: Statistics at full depth, from which the costs of entering, exiting and a recursion are taken.
-        early: Statistics with early exit, from which the cost of skipping is taken.
+        full: Statistics at full depth, which give the costs of entering, exiting and a recursion.
+        early: Statistics with early exit, which give the cost of skipping.
         prompts: Seconds per phase of the prompts with their first tokens.
         num_requests: Number of requests in a run.
         num_recursions: Number of recursions of the model.

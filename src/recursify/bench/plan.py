@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,12 @@ from recursify.progress import Progress, silent
 from recursify.settings import resolve_settings
 
 from .contestants import BenchRun, Contestant, EngineRunner, choose_clock, generate_batch_runner, generate_runner
-from .ideal import measure_gain, prompt_costs
+from .ideal import Gain, measure_gain, prompt_costs
 from .results import BenchmarkResult, BenchmarkRow, plot_speeds
 from .settings import BenchSettings
 from .workload import ForcedExits, Workload
 
-FULL = "engine, full depth"
-FORCED = "engine, forced exits"
-LOCKSTEP = "engine, forced exits, rows wait"
-GENERATE = "generate"
+GENERATE, FULL = "generate", "engine, full depth"
 
 
 def benchmark_model(
@@ -80,18 +78,14 @@ class BenchPlan:
             real text exits.
         settings: Settings.
         dense: Dense model to measure as a control.
-
-    Raises:
-        EngineError: Exits that the model does not support.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: BenchSettings, *, dense: Any = None) -> None:
-        self.model, self.tokenizer, self.settings, self.dense = model, tokenizer, settings, dense
-        config = model.config
-        self.is_recursive = config.model_type == "recursive"
-        self.is_routed = self.is_recursive and config.router is not None
-        self.has_exits = self.is_recursive and not self.is_routed and bool(config.exit_depths)
-        self.num_recursions = config.num_recursions if self.is_recursive else 1
+        self.model, self.tokenizer, self.settings, self.dense, config = model, tokenizer, settings, dense, model.config
+        is_recursive = config.model_type == "recursive"
+        self.is_routed = is_recursive and config.router is not None
+        self.has_exits = is_recursive and not self.is_routed and bool(config.exit_depths)
+        self.num_recursions = config.num_recursions if is_recursive else 1
         forced = settings.forced
         if forced is not None and (not self.has_exits or len(forced) != self.num_recursions):
             raise EngineError(
@@ -106,7 +100,10 @@ class BenchPlan:
     def run(self, progress: Progress = silent) -> BenchmarkResult:
         """Run all contestants on all workloads."""
         settings, device = self.settings, self.model.device
-        workloads = [self._workload(concurrency) for concurrency in settings.concurrency]
+        workloads = [
+            Workload.draw(self.sources, size, size * settings.requests, settings.new, even=settings.even, seed=size)
+            for size in settings.concurrency
+        ]
         contestants = self._contestants(workloads)
         rows = run_contestants(contestants, workloads, rounds=settings.rounds, progress=progress)
         return BenchmarkResult(
@@ -128,22 +125,12 @@ class BenchPlan:
         """Return token sequences whose beginnings are prompts."""
         length = self.settings.prompt
         if self.tokenizer is not None:
-            sources = []
-            for document in default_text("held_out").documents:
-                ids = self.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"][:length]
-                if len(ids) == length:
-                    sources.append(ids)
-            if sources:
+            documents = list(default_text("held_out").documents)
+            ids = self.tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+            if sources := [document[:length] for document in ids if len(document) >= length]:
                 return sources
         generator = torch.Generator().manual_seed(0)
         return torch.randint(3, self.model.config.vocab_size, (64, length), generator=generator).tolist()
-
-    def _workload(self, concurrency: int) -> Workload:
-        settings = self.settings
-        count = concurrency * settings.requests
-        return Workload.draw(self.sources, concurrency, count, settings.new, even=settings.even, seed=concurrency)
-
-    # --- Contestants ---------------------------------------------------------------------------------------------
 
     def _contestants(self, workloads: Sequence[Workload]) -> list[Contestant]:
         model, settings = self.model, self.settings
@@ -167,15 +154,12 @@ class BenchPlan:
         return contestants
 
     def _forced_exits(self) -> list[Contestant]:
-        """Return the engine with forced exits, continuous and in lockstep.
-
-        The model is not trained for the keys and values of skipped depths: speed is measured, not output.
-        """
-        params = ForcedExits.draw(self.fractions).params
-        options: dict[str, Any] = {"kv": self.settings.kv, "force_kv": True}
+        """Return the engine with forced exits, continuous and in lockstep."""
+        # kv is forced, since the model is not trained for forced exits: speed is measured, not output.
+        run = partial(EngineRunner, self.model, ForcedExits.draw(self.fractions).params, force_kv=True)
         return [
-            Contestant(FORCED, EngineRunner(self.model, params, **options)),
-            Contestant(LOCKSTEP, EngineRunner(self.model, params, **options, lockstep=True)),
+            Contestant("engine, forced exits", run(kv=self.settings.kv)),
+            Contestant("engine, forced exits, rows wait", run(kv=self.settings.kv, lockstep=True)),
         ]
 
     def _policy_exits(self) -> list[Contestant]:
@@ -195,16 +179,11 @@ class BenchPlan:
     def _oracle(self, workloads: Sequence[Workload]) -> Contestant:
         """Return the engine with exits at the first depth that predicts the final token, from a run of ``generate``."""
         depths: dict[tuple[int, int], tuple[int, ...]] = {}
+        options = {"do_sample": False, "exit_policy": "oracle", "return_dict_in_generate": True}
         for workload in workloads:
             for number, (prompt, new) in enumerate(zip(workload.prompts, workload.new_tokens, strict=True)):
-                output = self.model.generate(
-                    torch.tensor([prompt], device=self.model.device),
-                    max_new_tokens=new,
-                    min_new_tokens=new,
-                    do_sample=False,
-                    exit_policy="oracle",
-                    return_dict_in_generate=True,
-                )
+                ids = torch.tensor([prompt], device=self.model.device)
+                output = self.model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options)
                 recorded = tuple(output.exit_depths[0, 1:].tolist())
                 depths[workload.concurrency, number] = recorded or (self.num_recursions - 1,)
 
@@ -213,29 +192,24 @@ class BenchPlan:
 
         return Contestant("engine, exits by an oracle", EngineRunner(self.model, params), is_simulation=True)
 
-    # --- Comparison ----------------------------------------------------------------------------------------------
-
     def _compare(
         self, rows: Sequence[BenchmarkRow], workloads: Sequence[Workload], contestants: Sequence[Contestant]
     ) -> list[BenchmarkRow]:
         """Complete rows with the ratio to ``generate`` and the gain of early exit."""
-        by_key = {(row.contestant, row.concurrency): row for row in rows}
+        runs = {contestant.name: contestant.run for contestant in contestants}
         compared = []
         for workload in workloads:
-            base = by_key[GENERATE, workload.concurrency].tokens_per_second
-            full = by_key.get((FULL, workload.concurrency))
-            prompts = None
-            if full is not None and self.has_exits:
-                run = next(contestant.run for contestant in contestants if contestant.name == FULL)
-                prompts = prompt_costs(run, workload, self.settings.rounds)
-            for row in (row for row in rows if row.concurrency == workload.concurrency):
-                gain = None
-                if prompts is not None and row is not full and row.contestant.startswith("engine"):
-                    assert full is not None
-                    assert full.stats is not None
-                    assert row.stats is not None
-                    gain = measure_gain(full.stats, row.stats, prompts, len(workload.prompts), self.num_recursions)
-                compared.append(replace(row, ratio=row.tokens_per_second / base, gain=gain))
+            by_name = {row.contestant: row for row in rows if row.concurrency == workload.concurrency}
+            gains: dict[str, Gain] = {}
+            if self.has_exits:
+                prompts = prompt_costs(runs[FULL], workload, self.settings.rounds)
+                stats = {name: row.stats for name, row in by_name.items() if name.startswith("engine") and row.stats}
+                full = stats.pop(FULL)
+                for name, early in stats.items():
+                    gains[name] = measure_gain(full, early, prompts, len(workload.prompts), self.num_recursions)
+            base = by_name[GENERATE].tokens_per_second
+            for name, row in by_name.items():
+                compared.append(replace(row, ratio=row.tokens_per_second / base, gain=gains.get(name)))
         return compared
 
 

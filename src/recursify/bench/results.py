@@ -12,26 +12,11 @@ from recursify.engine import EngineStats
 from recursify.pictures import DARK, SHARED, new_figure, save_figure
 
 from .contestants import BenchRun, Contestant
-from .ideal import Gain
+from .ideal import PHASES, Gain
 from .workload import Workload
 
-STATS = (
-    "mean_recursions",
-    "block_calls",
-    "block_rows",
-    "occupancy",
-    "kv_bytes",
-    "enter_seconds",
-    "block_seconds",
-    "test_seconds",
-    "exit_seconds",
-    "seconds",
-    "loop_seconds",
-    "loop_iterations",
-    "graph_replays",
-    "implementation",
-    "new_tokens",
-)
+COUNTS = ("new_tokens", "block_calls", "block_rows", "loop_iterations", "graph_replays", "kv_bytes")
+STATS = (*COUNTS, *PHASES, "loop_seconds", "mean_recursions", "occupancy", "implementation")
 """Statistics of the engine that are reported."""
 
 FIGURES = ("tokens/s", "× generate", "recursions", "occupancy", "KV MiB")
@@ -73,13 +58,14 @@ class BenchmarkRow:
     @classmethod
     def of(cls, contestant: Contestant, workload: Workload, runs: Sequence[BenchRun]) -> BenchmarkRow:
         """Summarize the runs of a contestant."""
-        median = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+        runs = sorted(runs, key=lambda run: run.seconds)
+        fastest, median, slowest = runs[0], runs[len(runs) // 2], runs[-1]
         return cls(
             contestant.name,
             workload.concurrency,
             tokens_per_second=workload.total / median.seconds,
-            slowest=workload.total / max(run.seconds for run in runs),
-            fastest=workload.total / min(run.seconds for run in runs),
+            slowest=workload.total / slowest.seconds,
+            fastest=workload.total / fastest.seconds,
             median_latency=statistics.median(median.latencies),
             longest_latency=max(median.latencies),
             median_first_token=statistics.median(median.first_tokens) if median.first_tokens else None,
@@ -95,32 +81,27 @@ class BenchmarkRow:
     @property
     def figures(self) -> list[str]:
         """Cells of the columns :data:`FIGURES`; those of the engine are empty for other contestants."""
-        cells, stats = [""] * 3, self.stats
-        if stats is not None:
+        cells = [""] * 3
+        if (stats := self.stats) is not None:
             cells = [f"{stats.mean_recursions:.2f}", f"{stats.occupancy:.0%}", f"{stats.kv_bytes / 2**20:.1f}"]
         return [f"{self.tokens_per_second:.1f}", "" if self.ratio is None else f"{self.ratio:.2f}", *cells]
 
     @property
     def ideals(self) -> list[str]:
         """Cells of the columns :data:`IDEALS`, empty without early exit."""
-        gain = self.gain
-        if gain is None:
+        if (gain := self.gain) is None:
             return [""] * len(IDEALS)
-        values = (gain.gain, gain.ideal_gain, gain.ideal_gain_per_call, gain.efficiency)
-        return [f"{value:.2f}" for value in values]
+        return [f"{value:.2f}" for value in (gain.gain, gain.ideal_gain, gain.ideal_gain_per_call, gain.efficiency)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data, without figures that were not measured."""
-        names = ("concurrency", "tokens_per_second", "slowest", "fastest", "median_latency", "longest_latency")
-        row: dict[str, Any] = {"row": self.contestant, **{name: getattr(self, name) for name in names}}
-        row["is_simulation"] = self.is_simulation
-        if (stats := self.stats) is not None:
+        measured = {name: value for name, value in vars(self).items() if value is not None}
+        stats, gain = measured.pop("stats", None), measured.pop("gain", None)
+        row = {"row": measured.pop("contestant"), **measured}
+        if stats is not None:
             row |= {name: getattr(stats, name) for name in STATS}
             row |= {"recursions": stats.depth_sum, "fetches_per_iteration": stats.fetches / max(stats.iterations, 1)}
-        for name in ("median_first_token", "ratio"):
-            if getattr(self, name) is not None:
-                row[name] = getattr(self, name)
-        return row if self.gain is None else row | self.gain.to_dict()
+        return row if gain is None else row | gain.to_dict()
 
 
 @dataclass(frozen=True)

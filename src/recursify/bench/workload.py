@@ -64,11 +64,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class ForcedExits:
-    """Exit depths that are forced on tokens: a table in random order, rotated for every request.
-
-    Attributes:
-        table: Exit depths.
-    """
+    """Exit depths that are forced on tokens: a table in random order, rotated for every request."""
 
     table: tuple[int, ...]
 
