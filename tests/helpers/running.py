@@ -21,7 +21,7 @@ from recursify.engine import Engine
 from recursify.server.app import create_app
 from recursify.server.engine_supervisor import EngineSupervisor
 from recursify.server.settings import ServerSettings
-from recursify.server.uvicorn_server import Server, listen, uvicorn_config
+from recursify.server.uvicorn_server import Server, listen
 
 NAME = "tiny"
 TEMPLATE = (
@@ -145,7 +145,7 @@ def running(
     chosen = ServerSettings(**{"model_name": NAME, **settings})
     listener = listen("127.0.0.1", 0)
     app = create_app(builder if own_process else made_here, chosen, own_process=own_process)
-    server = Server(uvicorn_config(app, chosen), app.state.supervisor)
+    server = Server(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     made = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.supervisor, server, thread, engines)

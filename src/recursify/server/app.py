@@ -11,11 +11,10 @@ from fastapi import FastAPI
 import recursify
 from recursify.engine import Engine
 
-from .access_log import AccessLogMiddleware
 from .engine_supervisor import EngineSupervisor
-from .errors import UncaughtErrorMiddleware, add_error_handlers
+from .errors import add_error_handlers
 from .http_routes import router
-from .middleware import RequestGuardMiddleware
+from .middleware import AccessLogMiddleware, RequestGuardMiddleware
 from .settings import ServerSettings
 
 
@@ -25,8 +24,10 @@ def create_app(build: Callable[[], Engine], settings: ServerSettings, *, own_pro
     Args:
         build: Callable that makes the engine, with its tokenizer; called again for a restart.
         settings: Settings of the server.
-        own_process: Run the engine in a process of its own, which has its own interpreter lock and whose crash leaves
-            the server alive; ``build`` is pickled for it. Otherwise run it in a thread, with any ``build``.
+        own_process: Place of the engine, see :meth:`~recursify.server.engine_process.client.EngineClient.open`.
+
+    Raises:
+        SettingsError: The default exit policy is not served.
     """
 
     @contextlib.asynccontextmanager
@@ -44,6 +45,5 @@ def create_app(build: Callable[[], Engine], settings: ServerSettings, *, own_pro
     app.include_router(router)
     add_error_handlers(app)
     app.add_middleware(RequestGuardMiddleware, settings=settings)
-    app.add_middleware(UncaughtErrorMiddleware)
     app.add_middleware(AccessLogMiddleware)
     return app

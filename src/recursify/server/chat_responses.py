@@ -2,58 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from recursify.engine import RequestOutput
+from recursify.server.engine_process import OutputChunk
 
 from .logprobs import chat_logprobs
-from .responses import CompletionDelta, ResponseFormat
+from .responses import ResponseFormat, choice
 
 
 class ChatFormat(ResponseFormat):
-    """Format of one response.
-
-    Args:
-        model: Name of the model for clients.
-        tokenizer: Tokenizer of the model.
-        top_logprobs: Number of likeliest tokens per position, if log-probabilities are requested.
-        stream: True for a streamed response.
-    """
+    """Format of one response, with the ``top_logprobs`` likeliest tokens if log-probabilities are requested."""
 
     def __init__(self, model: str, tokenizer: Any, top_logprobs: int, *, stream: bool) -> None:
         super().__init__(model, tokenizer, "chat.completion.chunk" if stream else "chat.completion", "chatcmpl")
         self.top_logprobs = top_logprobs
 
-    def finished_choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
-        """Format a finished completion as a choice."""
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": output.text, "refusal": None},
-            "logprobs": self._logprobs(output.token_ids, output.logprobs),
-            "finish_reason": output.finish_reason,
-            "recursify": {"depths": output.depths},
-        }
+    def finished_content(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        message = {"role": "assistant", "content": output.text, "refusal": None}
+        return {"message": message, "logprobs": self._logprobs(output)}
 
     def opening(self, count: int) -> list[dict[str, Any]]:
         """Return one choice per completion, with the role of the speaker."""
-        choice: dict[str, Any] = {
-            "delta": {"role": "assistant", "content": ""},
-            "logprobs": None,
-            "finish_reason": None,
-            "recursify": {"depths": []},
-        }
-        return [choice | {"index": index} for index in range(count)]
+        content = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
+        return [choice(index, content, None, depths=[]) for index in range(count)]
 
-    def event_choice(self, delta: CompletionDelta) -> dict[str, Any]:
-        """Format new output as the choice of an event."""
-        return {
-            "index": delta.index,
-            "delta": {"content": delta.text} if delta.token_ids or delta.text else {},
-            "logprobs": self._logprobs(delta.token_ids, delta.logprobs),
-            "finish_reason": delta.finish_reason,
-            "recursify": delta.extension,
-        }
+    def new_content(self, index: int, chunk: OutputChunk) -> dict[str, Any]:
+        delta = {"content": chunk.text} if chunk.token_ids or chunk.text else {}
+        return {"delta": delta, "logprobs": self._logprobs(chunk)}
 
-    def _logprobs(self, tokens: Sequence[int], logprobs: Sequence[dict[int, float]] | None) -> dict[str, Any] | None:
-        return None if logprobs is None else chat_logprobs(self.tokenizer, tokens, logprobs, self.top_logprobs)
+    def _logprobs(self, output: RequestOutput | OutputChunk) -> dict[str, Any] | None:
+        rows = output.logprobs
+        return None if rows is None else chat_logprobs(self.tokenizer, output.token_ids, rows, self.top_logprobs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -27,48 +27,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ReadyEngine:
-    """An engine that takes requests, with the parts that requests need.
-
-    Attributes:
-        client: Client of the engine.
-        prompts: Encoder of prompts.
-        sampling: Builder of sampling parameters.
-        num_recursions: Number of recursions of the model.
-    """
+    """Client of an engine that takes requests, and the parts that make requests for it."""
 
     client: EngineClient
     prompts: PromptEncoder
     sampling: SamplingParamsBuilder
-    num_recursions: int
 
 
 class EngineSupervisor:
-    """Loads an engine, submits requests to it, and reports its state.
-
-    Args:
-        build: Callable that makes the engine, with its tokenizer; called again for a restart.
-        settings: Settings of the server.
-        own_process: Place of the engine, see :meth:`~recursify.server.engine_process.client.EngineClient.open`.
-
-    Raises:
-        SettingsError: The default exit policy is not served.
-    """
+    """Loads an engine, submits requests to it, and reports its state; see :func:`~recursify.server.app.create_app`."""
 
     def __init__(self, build: Callable[[], Engine], settings: ServerSettings, *, own_process: bool) -> None:
         check_exit_policy(settings.exit_policy)
-        self.settings = settings
-        self.model_name = settings.model_name or "model"
-        self.metrics = Metrics()
-        self.admission = Admission(1, settings.max_queue)
+        self.settings, self.model_name = settings, settings.model_name or "model"
+        self.metrics, self.admission = Metrics(), Admission(1, settings.max_queue)
         self.load_error: BaseException | None = None
         self.has_loaded = False
         self._build, self._own_process = build, own_process
         self._engine: ReadyEngine | None = None
-        self._loading = asyncio.Lock()
-        self._closing = False
+        self._loading, self._closing = asyncio.Lock(), False
         self._streams: set[ResponseStream] = set()
-
-    # --- State ---------------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> State:
@@ -94,14 +72,16 @@ class EngineSupervisor:
     @property
     def num_recursions(self) -> int:
         """Number of recursions of the model; 0 while none is loaded."""
-        return 0 if self._engine is None else self._engine.num_recursions
+        return 0 if self._engine is None else self._engine.client.info.num_recursions
+
+    def check_model(self, name: str | None) -> None:
+        """Raise an ApiError for a request to a model of another name."""
+        if name not in (None, self.model_name):
+            message = f"Model not found. This server serves '{self.model_name}'. Use that name."
+            raise ApiError(404, message, param="model", code="model_not_found")
 
     def ready(self) -> ReadyEngine:
-        """Return the engine.
-
-        Raises:
-            ApiError: No engine runs.
-        """
+        """Return the engine; raise an ApiError if none runs."""
         if self.state != "ready" or self._engine is None:
             raise self.unavailable()
         return self._engine
@@ -111,19 +91,11 @@ class EngineSupervisor:
         return ApiError(503, self.reason, code=f"engine_{self.state}", headers={"retry-after": "5"})
 
     async def snapshot(self, timeout: float) -> EngineSnapshot:
-        """Read the engine's counts.
-
-        Raises:
-            ApiError: No engine runs, or it did not respond in time.
-        """
+        """Read the engine's counts; raise an ApiError if none runs, or it does not respond in time."""
         return await self._call(self.ready().client.snapshot(), timeout)
 
     async def score(self, ids: list[int], count: int) -> list[dict[int, float] | None]:
-        """Call :func:`~recursify.server.engine_process.scoring.score_prompt` in the engine.
-
-        Raises:
-            ApiError: No engine runs, or it did not respond in time.
-        """
+        """Call :func:`~recursify.server.engine_process.scoring.score_prompt`, with the errors of :meth:`snapshot`."""
         return await self._call(self.ready().client.score(ids, count), self.settings.request_timeout)
 
     async def _call(self, call: Coroutine[Any, Any, T], timeout: float) -> T:
@@ -134,34 +106,24 @@ class EngineSupervisor:
         except EngineError:
             raise self.unavailable() from None
 
-    # --- Requests ------------------------------------------------------------------------------------------------
-
     @contextlib.asynccontextmanager
-    async def submit(
-        self, prompts: list[list[int]], params: list[list[SamplingParams]]
-    ) -> AsyncIterator[ResponseStream]:
-        """Generate completions of ``prompts``, one per entry of their ``params``; they are cancelled with the block.
+    async def submit(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> AsyncIterator[ResponseStream]:
+        """Generate completions of prompts with sampling parameters; they are cancelled with the block.
 
         Raises:
             ApiError: The queue is full, or no engine runs.
             EngineError: The engine has refused one request; all are cancelled.
         """
         engine = self.ready()
-        requests = [(prompt, entry) for prompt, entries in zip(prompts, params, strict=True) for entry in entries]
-        ticket = self.admission.admit(len(requests))
-        stream = ResponseStream(
-            engine.client, requests, timeout=self.settings.request_timeout, unavailable=self.unavailable
-        )
-        self._streams.add(stream)
-        try:
-            await stream.submit()
-            yield stream
-        finally:
-            stream.close()
-            self._streams.discard(stream)
-            ticket.release()
-
-    # --- Loading and closing -------------------------------------------------------------------------------------
+        with self.admission.admit(len(requests)):
+            stream = ResponseStream(engine.client, requests, self.settings.request_timeout, self.unavailable)
+            self._streams.add(stream)
+            try:
+                await stream.submit()
+                yield stream
+            finally:
+                stream.close()
+                self._streams.discard(stream)
 
     async def load(self) -> bool:
         """Start the engine unless one runs, and return whether it was started."""
@@ -183,19 +145,13 @@ class EngineSupervisor:
                 log_event("error", "the model did not load", message=str(error), exception=None if expected else error)
                 return False
             info = client.info
-            self.admission.running = info.max_num_seqs
-            self.admission.capacity = info.max_num_seqs + self.settings.max_queue
+            self.admission = Admission(info.max_num_seqs, self.settings.max_queue)
             self.has_loaded = True
             log_event("info", "ready", model=self.model_name, pages=info.num_pages, engine_pid=client.pid)
             return True
 
     async def _warm_up(self, client: EngineClient) -> ReadyEngine:
-        """Generate one token with the default settings, so that an engine that cannot do so fails now.
-
-        Raises:
-            EngineError, SettingsError: The engine refuses the default settings.
-            EngineFailure: The engine fails.
-        """
+        """Generate one token with the default settings, so that an engine that cannot do so fails now."""
         info, limit = client.info, self.settings.max_prompt_tokens
         sampling = SamplingParamsBuilder(self.settings, info.config, info.kv, info.max_model_len)
         params = SamplingParams(max_tokens=1, **sampling.exit_parameters(sampling.default_exit))
@@ -203,7 +159,7 @@ class EngineSupervisor:
             pass
         await client.reset_stats()
         longest = info.max_model_len - 1 if limit is None else min(limit, info.max_model_len - 1)
-        return ReadyEngine(client, PromptEncoder(info.tokenizer, longest), sampling, info.num_recursions)
+        return ReadyEngine(client, PromptEncoder(info.tokenizer, longest), sampling)
 
     def _log_stop(self, error: Exception) -> None:
         """Log the reason for the engine's stop, which clients do not get, and keep the engine's counts."""
@@ -221,9 +177,10 @@ class EngineSupervisor:
     async def finish(self) -> None:
         """Refuse new requests, wait for the running ones, and fail those that have not ended in time."""
         self._closing = True
-        deadline = asyncio.get_running_loop().time() + self.settings.shutdown_timeout
-        while self._streams and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.shutdown_timeout):
+                while self._streams:
+                    await asyncio.sleep(0.02)
         if self._streams:
             log_event("warning", "requests were ended by the shutdown", requests=len(self._streams))
         for stream in list(self._streams):

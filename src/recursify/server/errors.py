@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recursify.errors import ContextLengthError, EngineError, SettingsError
-
-from .access_log import log_event, request_id_of
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 """Mapping from statuses to OpenAI's error types; others are ``invalid_request_error`` below 500, else
@@ -23,10 +21,11 @@ KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_e
 TYPES = ("str", "int", "float", "bool")
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """Error that is sent to the client.
 
-    Args:
+    Attributes:
         status: HTTP status.
         message: Description of the error, and what to do.
         param: Field of the request that caused it.
@@ -34,17 +33,11 @@ class ApiError(Exception):
         headers: Headers of the response.
     """
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] | None = None
 
     @property
     def body(self) -> dict[str, Any]:
@@ -76,10 +69,18 @@ def internal_error(request_id: str) -> ApiError:
     return ApiError(500, f"Internal server error. See the server's log for request {request_id}.")
 
 
-def engine_refusal(error: EngineError | SettingsError) -> ApiError:
-    """Convert an error of the engine about a request."""
-    is_too_long = isinstance(error, ContextLengthError)
-    return ApiError(400, str(error), code="context_length_exceeded" if is_too_long else "invalid_value")
+def api_error(error: Exception) -> ApiError:
+    """Convert an error about a request, of one of the classes :data:`REQUEST_ERRORS`."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return validation_error(error)
+    if isinstance(error, HTTPException):
+        messages = {404: "Not found. See /openapi.json for the paths.", 405: "Method not allowed for this path."}
+        message = messages.get(error.status_code, "The body cannot be read: it must be JSON in UTF-8.")
+        return ApiError(error.status_code, message, headers=dict(error.headers or {}))
+    code = "context_length_exceeded" if isinstance(error, ContextLengthError) else "invalid_value"
+    return ApiError(400, str(error), code=code)
 
 
 def validation_error(error: RequestValidationError) -> ApiError:
@@ -106,49 +107,21 @@ def validation_error(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{name}: {message}.", param=param, code="invalid_value")
 
 
+def check_limit(param: str, value: int, limit: int, what: str) -> None:
+    """Raise an ApiError if a field of a request asks for more than ``limit`` of something."""
+    if value > limit:
+        message = f"{param}: At most {limit} {what} are allowed, got {value}."
+        raise ApiError(400, message, param=param, code="limit_exceeded")
+
+
+REQUEST_ERRORS = (ApiError, RequestValidationError, HTTPException, EngineError, SettingsError)
+
+
 def add_error_handlers(app: FastAPI) -> None:
-    """Register the handlers that convert exceptions to error responses."""
+    """Register handlers that convert :data:`REQUEST_ERRORS` to responses."""
 
-    @app.exception_handler(ApiError)
-    async def handle_api_error(request: Request, error: ApiError) -> Response:
-        return error_response(error)
+    async def handle(request: Request, error: Exception) -> Response:
+        return error_response(api_error(error))
 
-    @app.exception_handler(RequestValidationError)
-    async def handle_validation_error(request: Request, error: RequestValidationError) -> Response:
-        return error_response(validation_error(error))
-
-    @app.exception_handler(EngineError)
-    @app.exception_handler(SettingsError)
-    async def handle_refusal(request: Request, error: EngineError | SettingsError) -> Response:
-        return error_response(engine_refusal(error))
-
-    @app.exception_handler(HTTPException)
-    async def handle_http_exception(request: Request, error: HTTPException) -> Response:
-        messages = {404: "Not found. See /openapi.json for the paths.", 405: "Method not allowed for this path."}
-        message = messages.get(error.status_code, "The body cannot be read: it must be JSON in UTF-8.")
-        return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
-
-
-class UncaughtErrorMiddleware:
-    """Logs uncaught exceptions, and responds with an internal error that names the request's id."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        has_started = False
-
-        async def send_and_mark(message: Message) -> None:
-            nonlocal has_started
-            has_started = True
-            await send(message)
-
-        try:
-            await self.app(scope, receive, send_and_mark)
-        except Exception as error:
-            if scope["type"] != "http":
-                raise
-            request_id = request_id_of(scope)
-            log_event("error", "a request failed", id=request_id, exception=error)
-            if not has_started:
-                await error_response(internal_error(request_id))(scope, receive, send)
+    for kind in REQUEST_ERRORS:
+        app.add_exception_handler(kind, handle)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
@@ -14,8 +14,8 @@ from recursify.server.engine_process import EngineSnapshot
 from .chat_responses import ChatFormat
 from .completion_responses import CompletionFormat, Echo
 from .engine_supervisor import EngineSupervisor, ReadyEngine
-from .errors import ApiError, json_response
-from .handlers import CompletionJob, respond
+from .errors import ApiError, check_limit, json_response
+from .handlers import CompletionJob
 from .metrics import CONTENT_TYPE
 from .page import CONTENT_SECURITY_POLICY, PAGE
 from .schema import ChatRequest, CompletionRequest
@@ -24,80 +24,64 @@ router = APIRouter()
 CREATED = int(time.time())
 
 
-def supervisor_of(http: Request) -> EngineSupervisor:
+async def supervisor_of(http: Request) -> EngineSupervisor:
     """Return the supervisor of the engine."""
     return http.app.state.supervisor
 
 
-def ready_engine(http: Request, model: str | None) -> tuple[EngineSupervisor, ReadyEngine]:
-    """Return the supervisor and the engine, for a request to ``model``.
-
-    Raises:
-        ApiError: No engine runs, or its model has another name.
-    """
-    supervisor = supervisor_of(http)
-    if model is not None:
-        _check_model(supervisor, model)
-    return supervisor, supervisor.ready()
+Supervisor = Annotated[EngineSupervisor, Depends(supervisor_of)]
 
 
 @router.post("/v1/completions", summary="Create a completion")
-async def completions(body: CompletionRequest, http: Request) -> Response:
+async def completions(body: CompletionRequest, http: Request, supervisor: Supervisor) -> Response:
     """OpenAI's completions; `exit` selects early exit."""
-    supervisor, engine = ready_engine(http, body.model)
+    supervisor.check_model(body.model)
+    engine = supervisor.ready()
     prompts = await engine.prompts.encode_completion(body.prompt)
-    if len(prompts) > supervisor.settings.max_prompts:
-        message = f"prompt: At most {supervisor.settings.max_prompts} prompts are allowed, got {len(prompts)}."
-        raise ApiError(400, message, param="prompt", code="limit_exceeded")
-    params = [engine.sampling.build(body, len(prompt), body.logprobs) for prompt in prompts]
+    check_limit("prompt", len(prompts), supervisor.settings.max_prompts, "prompts")
+    build = engine.sampling.build
+    completions = [(prompt, params) for prompt in prompts for params in build(body, len(prompt), body.logprobs)]
     echoes = await _echoes(supervisor, engine, body, prompts) if body.echo else []
     form = CompletionFormat(supervisor.model_name, engine.prompts.tokenizer, echoes)
-    return await respond(supervisor, http, CompletionJob("completions", body, prompts, params, form))
+    return await CompletionJob(supervisor, "completions", body, completions, form).respond(http)
 
 
 @router.post("/v1/chat/completions", summary="Create a chat completion")
-async def chat_completions(body: ChatRequest, http: Request) -> Response:
+async def chat_completions(body: ChatRequest, http: Request, supervisor: Supervisor) -> Response:
     """OpenAI's chat completions, with the model's own chat template; `exit` selects early exit."""
-    supervisor, engine = ready_engine(http, body.model)
+    supervisor.check_model(body.model)
+    engine = supervisor.ready()
     prompt = await engine.prompts.encode_chat(body.messages)
     count = body.top_logprobs or 0
     params = engine.sampling.build(body, len(prompt), count if body.logprobs else None)
     form = ChatFormat(supervisor.model_name, engine.prompts.tokenizer, count, stream=bool(body.stream))
-    return await respond(supervisor, http, CompletionJob("chat", body, [prompt], [params], form))
+    return await CompletionJob(supervisor, "chat", body, [(prompt, entry) for entry in params], form).respond(http)
 
 
 @router.get("/v1/models", summary="List the models")
-async def models(http: Request) -> Response:
+async def models(supervisor: Supervisor) -> Response:
     """The one model of this server."""
-    return json_response({"object": "list", "data": [_model(supervisor_of(http))]})
+    return json_response({"object": "list", "data": [_model(supervisor)]})
 
 
 @router.get("/v1/models/{name:path}", summary="Get a model")
-async def model(name: str, http: Request) -> Response:
+async def model(name: str, supervisor: Supervisor) -> Response:
     """The model of that name."""
-    supervisor = supervisor_of(http)
-    _check_model(supervisor, name)
+    supervisor.check_model(name)
     return json_response(_model(supervisor))
 
 
 @router.get("/health", summary="Check whether the server is ready")
-async def health(http: Request) -> Response:
+async def health(supervisor: Supervisor) -> Response:
     """200 if the server takes requests, else 503 with the reason."""
-    supervisor = supervisor_of(http)
-    state = supervisor.state
-    report = {
-        "status": state,
-        "reason": supervisor.reason,
-        "model": supervisor.model_name,
-        "num_recursions": supervisor.num_recursions,
-    }
+    state, reason, model = supervisor.state, supervisor.reason, supervisor.model_name
+    report = {"status": state, "reason": reason, "model": model, "num_recursions": supervisor.num_recursions}
     return json_response(report, 200 if state == "ready" else 503)
 
 
 @router.get("/metrics", summary="Get metrics in Prometheus' format")
-async def metrics(http: Request) -> Response:
+async def metrics(supervisor: Supervisor) -> Response:
     """Metrics of the server and its engine."""
-    supervisor = supervisor_of(http)
     try:
         snapshot: EngineSnapshot | None = await supervisor.snapshot(5.0)
     except ApiError:  # no engine, or one in a long iteration: the other metrics are still valid
@@ -106,14 +90,13 @@ async def metrics(http: Request) -> Response:
 
 
 @router.post("/restart", summary="Start a new engine after one has stopped")
-async def restart(http: Request) -> Response:
+async def restart(supervisor: Supervisor) -> Response:
     """409 while an engine runs."""
-    supervisor = supervisor_of(http)
-    if supervisor.state in ("ready", "loading", "closing"):
+    if supervisor.state != "stopped":
         message = f"No engine has stopped. {supervisor.reason}"
         raise ApiError(409, message, code=f"engine_{supervisor.state}")
     if not await supervisor.load():
-        raise ApiError(503, supervisor.reason, code=f"engine_{supervisor.state}")
+        raise supervisor.unavailable()
     return json_response({"status": supervisor.state})
 
 
@@ -121,13 +104,6 @@ async def restart(http: Request) -> Response:
 async def page() -> Response:
     """The chat page."""
     return HTMLResponse(PAGE, headers={"content-security-policy": CONTENT_SECURITY_POLICY})
-
-
-def _check_model(supervisor: EngineSupervisor, name: str) -> None:
-    """Raise an ApiError unless ``name`` is the model's."""
-    if name != supervisor.model_name:
-        message = f"Model not found. This server serves '{supervisor.model_name}'. Use that name."
-        raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def _model(supervisor: EngineSupervisor) -> dict[str, Any]:
@@ -140,8 +116,6 @@ async def _echoes(
     """Return the prompt to repeat for each completion, with log-probabilities if requested."""
     echoes: list[Echo] = []
     for ids in prompts:
-        logprobs = None
-        if body.logprobs is not None:
-            logprobs = await supervisor.score(ids, body.logprobs)
+        logprobs = None if body.logprobs is None else await supervisor.score(ids, body.logprobs)
         echoes += [Echo(engine.prompts.decode(ids), ids, logprobs)] * (body.n or 1)
     return echoes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from .responses import Logprobs
@@ -10,32 +11,16 @@ from .responses import Logprobs
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
 
-def token_text(tokenizer: Any, token: int) -> str:
-    """Decode a single token."""
-    return tokenizer.decode([token])
-
-
 def completion_logprobs(
     tokenizer: Any, tokens: Sequence[int], logprobs: Sequence[Logprobs | None], offset: int = 0
 ) -> dict[str, Any]:
-    """Format log-probabilities as lists with an entry per token.
-
-    Args:
-        tokenizer: Tokenizer of the model.
-        tokens: Tokens of the prompt or the completion.
-        logprobs: Log-probabilities per token; None for the first token of a prompt.
-        offset: Position of the first token in the text.
-    """
-    texts = [token_text(tokenizer, token) for token in tokens]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
+    """Format log-probabilities as lists with an entry per token, of which the first is ``offset`` into the text."""
+    texts = [tokenizer.decode([token]) for token in tokens]
     return {
         "tokens": texts,
         "token_logprobs": [row and row[token] for token, row in zip(tokens, logprobs, strict=True)],
         "top_logprobs": [row and _by_text(tokenizer, row) for row in logprobs],
-        "text_offset": offsets,
+        "text_offset": list(accumulate(map(len, texts), initial=offset))[:-1],
     }
 
 
@@ -43,7 +28,7 @@ def _by_text(tokenizer: Any, row: Logprobs) -> dict[str, float]:
     """Key log-probabilities by text; of tokens with the same text (parts of characters) the likeliest is kept."""
     by_text: dict[str, float] = {}
     for token, value in row.items():
-        text = token_text(tokenizer, token)
+        text = tokenizer.decode([token])
         by_text[text] = max(value, by_text.get(text, value))
     return by_text
 
@@ -58,5 +43,5 @@ def chat_logprobs(tokenizer: Any, tokens: Sequence[int], logprobs: Sequence[Logp
 
 
 def _entry(tokenizer: Any, token: int, logprob: float) -> dict[str, Any]:
-    text = token_text(tokenizer, token)
+    text = tokenizer.decode([token])
     return {"token": text, "logprob": logprob, "bytes": None if UNREADABLE in text else list(text.encode())}

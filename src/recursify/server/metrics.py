@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client import Counter as CounterMetric
@@ -31,23 +32,13 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = CounterMetric(
-            "recursify_requests", "Requests by outcome.", ["endpoint", "outcome"], registry=self.registry
-        )
-        self.first_token = Histogram(
-            "recursify_time_to_first_token_seconds",
-            "Time from the arrival of a request to its first token.",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.duration = Histogram(
-            "recursify_request_seconds",
-            "Time from the arrival of a request to its end.",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self._snapshot = EngineSnapshot()
-        self._ready = False
+        make = partial(Histogram, buckets=SECONDS, registry=self.registry)
+        since = "Time from the arrival of a request to its"
+        self.first_token = make("recursify_time_to_first_token_seconds", f"{since} first token.")
+        self.duration = make("recursify_request_seconds", f"{since} end.")
+        labels = ["endpoint", "outcome"]
+        self.requests = CounterMetric("recursify_requests", "Requests by outcome.", labels, registry=self.registry)
+        self._snapshot, self._ready = EngineSnapshot(), False
         self._stopped_exits: Counter[int] = Counter()
         self._stopped_totals: Counter[str] = Counter()
         self.registry.register(self)
@@ -72,12 +63,10 @@ class Metrics:
         yield GaugeMetricFamily("recursify_pages", "KV pages.", now.pages)
         yield GaugeMetricFamily("recursify_pages_used", "KV pages in use.", now.pages_used)
         rows = GaugeMetricFamily("recursify_rows", "Scheduled chunks per depth.", labels=["depth"])
-        for depth, count in sorted(now.rows.items()):
-            rows.add_metric([str(depth)], count)
-        yield rows
         exits = CounterMetricFamily("recursify_exits", "New tokens per exit depth.", labels=["depth"])
-        for depth, count in sorted((self._stopped_exits + Counter(now.exits)).items()):
-            exits.add_metric([str(depth)], count)
-        yield exits
+        for family, counts in ((rows, now.rows), (exits, self._stopped_exits + Counter(now.exits))):
+            for depth, count in sorted(counts.items()):
+                family.add_metric([str(depth)], count)
+            yield family
         for name, text in HELP.items():
             yield CounterMetricFamily(f"recursify_{name}", text, self._stopped_totals[name] + now.totals.get(name, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
@@ -16,12 +17,7 @@ T = TypeVar("T")
 
 
 class PromptEncoder:
-    """Encodes prompts in a thread of its own, so that a long one does not delay the event loop.
-
-    Args:
-        tokenizer: Tokenizer of the model.
-        max_tokens: Maximum number of tokens in a prompt.
-    """
+    """Encodes prompts of at most ``max_tokens`` in a thread of its own, so that they do not delay the event loop."""
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
@@ -29,37 +25,26 @@ class PromptEncoder:
         self._pool = ThreadPoolExecutor(1, "recursify-tokenizer")
 
     async def encode_completion(self, prompt: str | Sequence[Any]) -> list[list[int]]:
-        """Encode the prompts of a completion: one or several, as text or token ids.
-
-        Raises:
-            ApiError: A prompt is empty or too long.
-        """
+        """Encode the prompts of a completion, one or several; raise an ApiError if one is empty or too long."""
         is_single = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
         prompts: list[Any] = [prompt] if is_single else [*prompt]
         if not prompts:
             raise ApiError(400, "prompt: The list is empty. Give at least one prompt.", param="prompt")
-        texts = [entry for entry in prompts if isinstance(entry, str)]
-        if not texts:
-            return [self._checked(list(ids), "prompt") for ids in prompts]
-        encoded = await self._run(lambda: [self.tokenizer(text)["input_ids"] for text in texts])
-        return [self._checked(ids, "prompt") for ids in encoded]
+        if isinstance(prompts[0], str):
+            prompts = await self._run(lambda: [self.tokenizer(text)["input_ids"] for text in prompts])
+        return [self._checked([*ids], "prompt") for ids in prompts]
 
     async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Encode a conversation with the model's chat template, up to the start of the assistant's reply.
-
-        Raises:
-            ApiError: The model has no template, its template rejects the messages, or they are too long.
-        """
+        """Encode a conversation with the chat template, for a reply; raise an ApiError if it cannot, or is too long."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise ApiError(400, "The model has no chat template. Use /v1/completions.", code="no_chat_template")
         conversation = [
             {"role": message.role, "content": message.text} | ({"name": message.name} if message.name else {})
             for message in messages
         ]
+        render = partial(self.tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
         try:
-            encoding = await self._run(
-                lambda: self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
-            )
+            encoding = await self._run(lambda: render(conversation))
         except TemplateError as error:
             message = f"messages: The model's chat template rejects them: {error}"
             raise ApiError(400, message, param="messages") from error

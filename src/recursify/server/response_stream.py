@@ -12,46 +12,36 @@ from recursify.server.engine_process import Accepted, EngineClient, OutputChunk
 
 from .errors import ApiError
 
+Chunks = dict[int, list[OutputChunk]]
+"""Mapping from the indices of completions to their new chunks."""
+
 
 class ResponseStream:
     """Completions for one HTTP request, which may submit several requests to the engine.
 
-    Args:
-        client: Client of the engine.
-        requests: Prompts and sampling parameters.
-        timeout: Seconds in which all completions must end.
-        unavailable: Callable that makes the error for an engine that has stopped.
+    They must end within ``timeout`` seconds; ``unavailable`` makes the error for an engine that has stopped.
     """
 
     def __init__(
         self,
         client: EngineClient,
         requests: Sequence[tuple[list[int], SamplingParams]],
-        *,
         timeout: float,
         unavailable: Callable[[], ApiError],
     ) -> None:
         self._client, self._requests, self._unavailable = client, requests, unavailable
+        self._num_unaccepted, self._open = len(requests), set(range(len(requests)))
         self._numbers: dict[int, int] = {}
-        self._num_unaccepted = len(requests)
-        self._open = set(range(len(requests)))
-        self._chunks: list[tuple[int, OutputChunk]] = []
+        self._outputs: dict[int, RequestOutput] = {}
+        self._chunks: Chunks = {}
         self._error: Exception | None = None
         self._arrival = asyncio.Event()
         late = ApiError(504, f"The completion was not ready within {timeout:g} seconds.", code="timeout")
         # One timer per request: a timeout of every wait would need a task per token.
         self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, late)
-        self._outputs: dict[int, RequestOutput] = {}
-
-    # --- For the handler -----------------------------------------------------------------------------------------
 
     async def submit(self) -> None:
-        """Submit all requests, and wait until the engine has taken them.
-
-        Raises:
-            EngineError: The engine has refused one.
-            ApiError: The engine has stopped.
-        """
+        """Submit all requests, and wait until the engine has taken them; raise its refusal, or an ApiError."""
         for index, (prompt, params) in enumerate(self._requests):
             try:
                 self._numbers[index] = self._client.submit(prompt, params, partial(self._receive, index))
@@ -60,15 +50,11 @@ class ResponseStream:
         while self._num_unaccepted:
             await self._wait()
 
-    async def chunks(self) -> AsyncIterator[list[tuple[int, OutputChunk]]]:
-        """Yield the chunks since the last time, each with the index of its completion, until all have ended.
-
-        Raises:
-            ApiError: The engine has stopped, the server shuts down, or the time is over.
-        """
+    async def chunks(self) -> AsyncIterator[Chunks]:
+        """Yield the chunks since the last time, until all completions have ended or :meth:`fail` is called."""
         while self._open or self._chunks:
             if self._chunks:
-                chunks, self._chunks = self._chunks, []
+                chunks, self._chunks = self._chunks, {}
                 yield chunks
             else:
                 await self._wait()
@@ -90,25 +76,21 @@ class ResponseStream:
             self._client.cancel(self._numbers[index])
         self._open.clear()
 
-    # --- From the engine -----------------------------------------------------------------------------------------
-
     def _receive(self, index: int, item: Accepted | OutputChunk | Exception) -> None:
-        """Listen to the request with this index."""
-        if isinstance(item, Exception):
+        """Handle an event of the request with this index."""
+        if isinstance(item, Exception) or (isinstance(item, OutputChunk) and item.finish_reason is not None):
             self._open.discard(index)
+        if isinstance(item, Exception):
             self.fail(item if self._client.is_running else self._unavailable())
-            return
-        if isinstance(item, OutputChunk):
+        elif isinstance(item, OutputChunk):
             self._outputs[index] = item.output
-            if item.finish_reason is not None:
-                self._open.discard(index)
-            self._chunks.append((index, item))
+            self._chunks.setdefault(index, []).append(item)
         else:
             self._num_unaccepted -= 1
         self._arrival.set()
 
     async def _wait(self) -> None:
-        """Wait for the next item from the engine."""
+        """Wait for the next event from the engine."""
         if self._error is None:
             self._arrival.clear()
             await self._arrival.wait()

@@ -1,4 +1,4 @@
-"""Parts that responses of both endpoints share: the response object, usage, and the content of an event."""
+"""Parts that responses of both endpoints share: the response object, its choices, and usage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from recursify.engine import RequestOutput
@@ -16,60 +15,34 @@ Logprobs = dict[int, float]
 """Mapping from token ids to log-probabilities, the likeliest first."""
 
 
-@dataclass(frozen=True)
-class CompletionDelta:
-    """New output of one completion, sent as one event.
-
-    Attributes:
-        index: Index of the completion.
-        text: New text.
-        token_ids: New tokens.
-        depths: Exit depth of each new token.
-        pieces: Text of each new token.
-        logprobs: Log-probabilities per new token, if requested.
-        finish_reason: Reason for the end of the completion, in its last event.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    depths: list[int]
-    pieces: list[str]
-    logprobs: list[Logprobs] | None
-    finish_reason: str | None
-
-    @property
-    def extension(self) -> dict[str, Any]:
-        """Fields outside OpenAI's format; pieces only if there are several."""
-        return {"depths": self.depths} | ({"pieces": self.pieces} if len(self.pieces) > 1 else {})
-
-
 class ResponseFormat(ABC):
-    """Format of one response.
-
-    Args:
-        model: Name of the model for clients.
-        tokenizer: Tokenizer of the model.
-        kind: OpenAI's name of the response object.
-        prefix: Prefix of the response's id.
-    """
+    """Format of one response; ``kind`` is OpenAI's name of the object, and ``prefix`` begins its id."""
 
     def __init__(self, model: str, tokenizer: Any, kind: str, prefix: str) -> None:
         self.tokenizer = tokenizer
-        self._header = {
-            "id": f"{prefix}-{uuid.uuid4().hex[:24]}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": model,
-        }
+        response_id = f"{prefix}-{uuid.uuid4().hex[:24]}"
+        self._header = {"id": response_id, "object": kind, "created": int(time.time()), "model": model}
 
     @abstractmethod
+    def finished_content(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        """Format the text and the log-probabilities of a finished completion."""
+
+    @abstractmethod
+    def new_content(self, index: int, chunk: OutputChunk) -> dict[str, Any]:
+        """Format the text and the log-probabilities of new output."""
+
     def finished_choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
         """Format a finished completion as a choice."""
+        content = self.finished_content(index, output)
+        return choice(index, content, output.finish_reason, depths=output.depths)
 
-    @abstractmethod
-    def event_choice(self, delta: CompletionDelta) -> dict[str, Any]:
-        """Format new output as the choice of an event."""
+    def event_choice(self, index: int, chunks: Sequence[OutputChunk]) -> dict[str, Any]:
+        """Format the new output of a completion as the choice of an event, with the text of each of several tokens."""
+        chunk = merge_chunks(chunks)
+        extension: dict[str, Any] = {"depths": chunk.depths}
+        if len(chunk.token_ids) > 1:
+            extension["pieces"] = [piece for part in chunks for piece in _pieces(part)]
+        return choice(index, self.new_content(index, chunk), chunk.finish_reason, **extension)
 
     def opening(self, count: int) -> list[dict[str, Any]]:
         """Return the choices of the events that open a stream of ``count`` completions; by default none."""
@@ -80,29 +53,27 @@ class ResponseFormat(ABC):
         return self._header | {"choices": choices, "usage": usage}
 
 
-def merge_chunks(chunks: Sequence[tuple[int, OutputChunk]]) -> list[CompletionDelta]:
-    """Merge chunks, each with the index of its completion, into one delta per completion."""
-    by_index: dict[int, list[OutputChunk]] = {}
-    for index, chunk in chunks:
-        by_index.setdefault(index, []).append(chunk)
-    return [_merge(index, chunks) for index, chunks in by_index.items()]
+def choice(index: int, content: dict[str, Any], finish_reason: str | None, **extension: Any) -> dict[str, Any]:
+    """Make a choice; ``extension`` has the fields outside OpenAI's format."""
+    return {"index": index, **content, "finish_reason": finish_reason, "recursify": extension}
 
 
-def _merge(index: int, chunks: Sequence[OutputChunk]) -> CompletionDelta:
-    pieces: list[str] = []
-    for chunk in chunks:
-        # A chunk usually has one token; if it has more, the last one completed the text.
-        pieces += [*[""] * (len(chunk.token_ids) - 1), chunk.text][: len(chunk.token_ids)]
-    logprobs = [row for chunk in chunks for row in chunk.logprobs or ()]
-    return CompletionDelta(
-        index,
-        "".join(chunk.text for chunk in chunks),
+def merge_chunks(chunks: Sequence[OutputChunk]) -> OutputChunk:
+    """Merge consecutive chunks of one completion."""
+    last = chunks[-1]
+    return OutputChunk(
         [token for chunk in chunks for token in chunk.token_ids],
+        "".join(chunk.text for chunk in chunks),
         [depth for chunk in chunks for depth in chunk.depths],
-        pieces,
-        None if chunks[0].logprobs is None else logprobs,
-        chunks[-1].finish_reason,
+        None if last.logprobs is None else [row for chunk in chunks for row in chunk.logprobs or ()],
+        last.finish_reason,
+        last.output,
     )
+
+
+def _pieces(chunk: OutputChunk) -> list[str]:
+    """Return the text of each token; of several in a chunk, the last one completed the text."""
+    return [*[""] * (len(chunk.token_ids) - 1), chunk.text][: len(chunk.token_ids)]
 
 
 def usage_of(outputs: Sequence[RequestOutput], num_choices: int, num_recursions: int) -> dict[str, Any]:

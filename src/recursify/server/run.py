@@ -39,8 +39,7 @@ def serve_model(
             :class:`~recursify.engine.EngineConfig`.
 
     Raises:
-        SettingsError: An invalid setting, or the extra ``serve`` is not installed.
-        EngineError: An invalid setting of the engine.
+        SettingsError, EngineError: An invalid setting, or the extra ``serve`` is not installed.
         RecursifyError: The model does not load, or the port is taken.
     """
     names = list(ServerSettings.__dataclass_fields__)

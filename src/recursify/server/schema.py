@@ -73,6 +73,7 @@ class GenerationRequest(Strict):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0, lt=2**31)
     n: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: StopText | list[StopText] | None = None
     stop_token_ids: list[Token] | None = Field(default=None, max_length=64)
@@ -84,11 +85,7 @@ class GenerationRequest(Strict):
     @model_validator(mode="before")
     @classmethod
     def drop_neutral_fields(cls, body: Any) -> Any:
-        """Drop fields without an effect.
-
-        Raises:
-            ValueError: An unsupported field has another value.
-        """
+        """Drop fields without an effect; raise a ValueError for an unsupported one that would have an effect."""
         if not isinstance(body, dict):
             return body
         supported = {name: value for name, value in body.items() if name not in IGNORED}
@@ -99,7 +96,6 @@ class GenerationRequest(Strict):
 
     @model_validator(mode="after")
     def check_stream_options(self) -> GenerationRequest:
-        """Raise a ValueError for stream options without a stream."""
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options requires stream=true. Set it")
         return self
@@ -107,27 +103,18 @@ class GenerationRequest(Strict):
     @property
     def stops(self) -> tuple[str, ...]:
         """Stop strings."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-    @property
-    def has_exit(self) -> bool:
-        """True if the request sets ``exit``; null turns early exit off."""
-        return "exit" in self.model_fields_set
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 class CompletionRequest(GenerationRequest):
     """Body of ``POST /v1/completions``."""
 
     prompt: Text | list[Text] | list[Token] | list[list[Token]] = Field(union_mode="left_to_right")
-    max_tokens: int | None = Field(default=None, ge=1)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool | None = None
 
     @model_validator(mode="after")
     def check_echo(self) -> CompletionRequest:
-        """Raise a ValueError for an echo in a stream."""
         if self.echo and self.stream:
             raise ValueError("echo is not supported with stream=true. Remove one of them")
         return self
@@ -157,14 +144,12 @@ class ChatRequest(GenerationRequest):
     """Body of ``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
     @model_validator(mode="after")
     def check_logprobs(self) -> ChatRequest:
-        """Raise a ValueError for ``top_logprobs`` without ``logprobs``."""
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs requires logprobs=true. Set it")
         return self

@@ -35,12 +35,7 @@ def encode_event(data: Any) -> bytes:
 async def run_until_disconnect(
     receive: Receive, work: Coroutine[Any, Any, T], has_stalled: Callable[[], bool] | None = None
 ) -> T:
-    """Run ``work``, and cancel it when the client disconnects.
-
-    Args:
-        receive: ASGI channel of the request.
-        work: Coroutine to run.
-        has_stalled: Callable that tells whether the client has stalled, called at intervals.
+    """Run ``work``, and cancel it when the client disconnects, or ``has_stalled``.
 
     Raises:
         ClientDisconnected: The client has disconnected.
@@ -48,15 +43,15 @@ async def run_until_disconnect(
     """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
     try:
-        done: set[asyncio.Future[Any]] = set()
-        while not done:
+        while True:
             timeout = None if has_stalled is None else CHECK_SECONDS
             done, _ = await asyncio.wait({working, leaving}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if not done and has_stalled is not None and has_stalled():
+            if working in done:
+                return working.result()
+            if leaving in done:
+                raise ClientDisconnected
+            if has_stalled is not None and has_stalled():
                 raise TimeoutError
-        if working.done():
-            return working.result()
-        raise ClientDisconnected
     finally:
         for task in (working, leaving):
             task.cancel()
@@ -70,12 +65,9 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class EventStreamResponse(Response):
-    """Response that sends the events of a generator, and closes the generator in any case.
+    """Response that sends the ``first`` event and those of a generator, and closes the generator in any case.
 
-    Args:
-        first: First event.
-        events: Generator of the other events.
-        write_timeout: Seconds in which the client must read an event.
+    It ends when the client does not read an event within ``write_timeout`` seconds.
     """
 
     media_type = "text/event-stream"

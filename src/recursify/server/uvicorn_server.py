@@ -26,9 +26,21 @@ MAX_CONNECTIONS = 2048
 class Server(uvicorn.Server):
     """uvicorn server that finishes running requests before it exits, and exits if the model does not load."""
 
-    def __init__(self, config: uvicorn.Config, supervisor: EngineSupervisor) -> None:
+    def __init__(self, app: FastAPI) -> None:
+        self.supervisor: EngineSupervisor = app.state.supervisor
+        config = uvicorn.Config(
+            app,
+            # httptools, uvicorn's parser in C, would save 6 microseconds per token, but accepts headers of any size.
+            http="h11",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=30,
+            # The supervisor has ended all requests by then; clients get 5 seconds to read the last events.
+            timeout_graceful_shutdown=round(self.supervisor.settings.shutdown_timeout) + 5,
+        )
         super().__init__(config)
-        self.supervisor = supervisor
 
     async def on_tick(self, counter: int) -> bool:
         """Check ten times a second whether the model failed to load."""
@@ -47,12 +59,7 @@ class Server(uvicorn.Server):
 def run_server(build: Callable[[], Engine], settings: ServerSettings, *, host: str, port: int) -> None:
     """Serve requests until a signal ends the process, with the engine in a process of its own.
 
-    Args:
-        build: Callable that makes the engine, with its tokenizer. It is pickled: a function of a module, or a
-            ``partial`` of one.
-        settings: Settings of the server.
-        host: Address to listen on.
-        port: Port to listen on; 0 chooses a free one.
+    The arguments are those of :func:`~recursify.server.app.create_app` and :func:`listen`.
 
     Raises:
         RecursifyError: The model does not load, or the port is taken.
@@ -60,8 +67,7 @@ def run_server(build: Callable[[], Engine], settings: ServerSettings, *, host: s
     log_to_stderr()
     listener = listen(host, port)
     number = listener.getsockname()[1]
-    app = create_app(build, settings, own_process=True)
-    server = Server(uvicorn_config(app, settings), app.state.supervisor)
+    server = Server(create_app(build, settings, own_process=True))
     name = f"[{host}]" if ":" in host else host
     log_event("info", "listening", url=f"http://{name}:{number}", key="required" if settings.api_key else "none")
     if host not in LOOPBACK and settings.api_key is None:
@@ -73,11 +79,7 @@ def run_server(build: Callable[[], Engine], settings: ServerSettings, *, host: s
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Bind a socket to ``host`` and ``port``; port 0 chooses a free one.
-
-    Raises:
-        EngineError: The address is not available.
-    """
+    """Bind a socket, or raise an EngineError; port 0 chooses a free one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -87,22 +89,6 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise EngineError(f"Cannot listen on {host} port {port}: {error.strerror}. Choose another --port.") from error
     return listener
-
-
-def uvicorn_config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
-    """Configure uvicorn for ``app``."""
-    return uvicorn.Config(
-        app,
-        # httptools, uvicorn's parser in C, would save 6 microseconds per token, but accepts headers of any size.
-        http="h11",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=30,
-        # The supervisor has ended all requests by then; clients get 5 seconds to read the last events.
-        timeout_graceful_shutdown=round(settings.shutdown_timeout) + 5,
-    )
 
 
 def log_to_stderr() -> None:

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from recursify.engine.checks import encode
 from recursify.engine.engine import Engine
@@ -29,7 +29,7 @@ from recursify.engine.request import RequestOutput, SamplingParams
 from recursify.errors import EngineError
 
 from .process import serve_engine
-from .protocol import Accepted, EngineFailure, EngineInfo, Failure, OutputChunk, OutputDelta, Stopped, pack, unpack
+from .protocol import Accepted, EngineFailure, EngineInfo, OutputChunk, OutputDelta, pack, unpack
 from .snapshot import EngineSnapshot
 
 logger = logging.getLogger(__name__)
@@ -37,24 +37,21 @@ logger = logging.getLogger(__name__)
 END_SECONDS = 10.0
 """Seconds in which an engine must end after the client closes, at most one iteration; then its process is killed."""
 
-Listener = Callable[[Accepted | OutputChunk | Exception], None]
-"""Callback in the event loop: called when the engine has taken a request, with every chunk of its output, and with the
-error that refused or ended it."""
+Item = Accepted | OutputChunk | Exception
+"""Event of a request: the engine has taken it, has new output of it, or has refused or ended it with an error."""
+Listener = Callable[[Item], None]
+"""Callback in the event loop for the events of a request."""
+OnStop = Callable[[Exception], None] | None
 
 
 @dataclass
 class PendingRequest:
-    """A request that has not ended.
-
-    Attributes:
-        listener: Callback for everything that happens to the request.
-        output: Output so far.
-    """
+    """A request that has not ended, and its output so far."""
 
     listener: Listener
     output: RequestOutput
 
-    def notify(self, item: Accepted | OutputChunk | Exception) -> None:
+    def notify(self, item: Item) -> None:
         """Call the listener; its errors are logged, so that other requests go on."""
         try:
             self.listener(item)
@@ -63,24 +60,16 @@ class PendingRequest:
 
     def append(self, delta: OutputDelta) -> OutputChunk:
         """Add ``delta`` to the output, and return it as a chunk."""
-        output = self.output
-        num_characters = len(output.text)
-        output.token_ids += delta.token_ids
-        output.depths += delta.depths
-        output.text = output.text[: delta.start] + delta.text
+        output, new, num_characters = self.output, delta.new, len(self.output.text)
+        output.token_ids += new.token_ids
+        output.depths += new.depths
+        output.text = output.text[: delta.start] + new.text
         if output.logprobs is not None:
-            output.logprobs += delta.logprobs or []
-        output.finish_reason = delta.finish_reason
-        output.cached_tokens, output.preemptions = delta.cached_tokens, delta.preemptions
-        return OutputChunk(
-            output.request_id,
-            delta.token_ids,
-            output.text[num_characters:],
-            delta.depths,
-            delta.logprobs,
-            delta.finish_reason,
-            output,
-        )
+            output.logprobs += new.logprobs or []
+        output.finish_reason = new.finish_reason
+        output.cached_tokens, output.preemptions = new.cached_tokens, new.preemptions
+        text = output.text[num_characters:]
+        return OutputChunk(new.token_ids, text, new.depths, new.logprobs, new.finish_reason, output)
 
 
 class EngineClient(asyncio.Protocol):
@@ -88,14 +77,13 @@ class EngineClient(asyncio.Protocol):
 
     Attributes:
         info: Properties of the engine.
-        error: Reason why the engine has stopped, or None: a RecursifyError or an
-            :class:`~recursify.server.engine_process.protocol.EngineFailure`.
+        error: RecursifyError or EngineFailure that has stopped the engine, or None.
         last_snapshot: Most recent counts of the engine.
     """
 
     info: EngineInfo
 
-    def __init__(self, on_stop: Callable[[Exception], None] | None = None) -> None:
+    def __init__(self, on_stop: OnStop = None) -> None:
         self.error: Exception | None = None
         self.last_snapshot = EngineSnapshot()
         self._on_stop = on_stop
@@ -110,20 +98,14 @@ class EngineClient(asyncio.Protocol):
         self._is_closed = False
 
     @classmethod
-    async def open(
-        cls,
-        build: Callable[[], Engine],
-        *,
-        own_process: bool = True,
-        on_stop: Callable[[Exception], None] | None = None,
-    ) -> EngineClient:
+    async def open(cls, build: Callable[[], Engine], *, own_process: bool = True, on_stop: OnStop = None) -> Self:
         """Start an engine, and wait until it takes requests. Cancelling the wait ends the engine.
 
         Args:
-            build: Callable that makes the engine. For a process of its own it is pickled: a function of a module, or a
+            build: Callable that makes the engine. For a new process it is pickled: a function of a module, or a
                 ``functools.partial`` of one.
             own_process: Run the engine in a new process, which shares only the environment; otherwise in a thread.
-            on_stop: Callback for when the engine stops unasked, called with the reason after all listeners.
+            on_stop: Callback for an engine that stops unasked, called with the reason after all listeners.
 
         Raises:
             RecursifyError: ``build`` raised one.
@@ -143,14 +125,12 @@ class EngineClient(asyncio.Protocol):
         return client
 
     def _start(self, theirs: socket.socket, build: Callable[[], Engine], own_process: bool) -> None:
+        options: dict[str, Any] = {"target": serve_engine, "args": (theirs, build), "name": "recursify-engine"}
         if not own_process:
-            self._runner = threading.Thread(
-                target=serve_engine, args=(theirs, build), name="recursify-engine", daemon=True
-            )
+            self._runner = threading.Thread(**options, daemon=True)
             self._runner.start()
             return
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(target=serve_engine, args=(theirs, build), name="recursify-engine", daemon=True)
+        process = multiprocessing.get_context("spawn").Process(**options, daemon=True)
         try:
             with _signals_blocked():
                 process.start()
@@ -173,12 +153,7 @@ class EngineClient(asyncio.Protocol):
         return getattr(self._runner, "pid", None)
 
     def submit(self, prompt: str | Sequence[int], params: SamplingParams, listener: Listener) -> int:
-        """Submit a request, and return its number.
-
-        Args:
-            prompt: Text or token ids.
-            params: Sampling parameters.
-            listener: Callback for everything that happens to the request.
+        """Submit a request of a text or token ids, and return its number.
 
         Raises:
             EngineError: The engine has stopped.
@@ -193,27 +168,23 @@ class EngineClient(asyncio.Protocol):
     async def stream(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
     ) -> AsyncIterator[OutputChunk]:
-        """Submit a request, and yield its output as it is generated; closing the iterator cancels the request.
-
-        Args:
-            prompt: Text or token ids.
-            params: Sampling parameters.
+        """Submit a request of a text or token ids, and yield its output; closing the iterator cancels the request.
 
         Raises:
             RecursifyError: The engine has refused the request, or stopped.
             EngineFailure: The engine has failed.
         """
-        items: asyncio.Queue[Accepted | OutputChunk | Exception] = asyncio.Queue()
+        items: asyncio.Queue[Item] = asyncio.Queue()
         number = self.submit(prompt, params or SamplingParams(), items.put_nowait)
         try:
-            finished = False
-            while not finished:
+            while True:
                 item = await items.get()
                 if isinstance(item, Exception):
                     raise item
                 if isinstance(item, OutputChunk):
-                    finished = item.finish_reason is not None
                     yield item
+                    if item.finish_reason is not None:
+                        return
         finally:
             self.cancel(number)
 
@@ -223,20 +194,12 @@ class EngineClient(asyncio.Protocol):
             self._write(("cancel", number))
 
     async def snapshot(self) -> EngineSnapshot:
-        """Read the counts of the engine between two iterations.
-
-        Raises:
-            EngineError: The engine has stopped.
-        """
+        """Read the counts of the engine between two iterations; raise an EngineError if it has stopped."""
         self.last_snapshot = await self._call("snapshot")
         return self.last_snapshot
 
     async def score(self, ids: Sequence[int], count: int) -> list[dict[int, float] | None]:
-        """Call :func:`~recursify.server.engine_process.scoring.score_prompt` between two iterations.
-
-        Raises:
-            EngineError: The engine has stopped.
-        """
+        """Call :func:`~recursify.server.engine_process.scoring.score_prompt` between two iterations."""
         return await self._call("score", list(ids), count)
 
     async def reset_stats(self) -> None:
@@ -292,34 +255,19 @@ class EngineClient(asyncio.Protocol):
             self._ending = self._loop.create_task(self._find_reason(error))
 
     def _receive(self, number: int, item: Any) -> None:
-        if isinstance(item, Stopped):
-            self.last_snapshot = item.snapshot or self.last_snapshot
-            self._stop(item.failure.exception)
-        elif isinstance(item, EngineInfo):
-            if not self._ready.done():
-                self._ready.set_result(item)
-        elif number in self._requests:
-            self._receive_output(number, item)
-        elif number in self._calls:
-            reply = self._calls.pop(number)
-            if not reply.done():
-                if isinstance(item, Failure):
-                    reply.set_exception(item.exception)
-                else:
-                    reply.set_result(item.value)
-
-    def _receive_output(self, number: int, item: Accepted | OutputDelta | Failure) -> None:
-        request = self._requests[number]
-        if isinstance(item, OutputDelta):
-            chunk = request.append(item)
-            if request.output.finished:
+        if (request := self._requests.get(number)) is not None:
+            event: Item = request.append(item) if isinstance(item, OutputDelta) else item
+            if request.output.finished or isinstance(event, Exception):
                 del self._requests[number]
-            request.notify(chunk)
-        elif isinstance(item, Failure):
-            del self._requests[number]
-            request.notify(item.exception)
-        else:
-            request.notify(item)
+            request.notify(event)
+        elif number in self._calls:
+            _settle(self._calls.pop(number), item)
+        elif isinstance(item, EngineInfo):
+            _settle(self._ready, item)
+        elif isinstance(item, EngineSnapshot):  # the last counts, before the failure of the engine itself
+            self.last_snapshot = item
+        elif number == 0:
+            self._stop(item)
 
     # --- End of the engine ---------------------------------------------------------------------------------------
 
@@ -355,8 +303,14 @@ class EngineClient(asyncio.Protocol):
         for request in requests.values():
             request.notify(error)
         for reply in calls.values():
-            if not reply.done():
-                reply.set_exception(EngineError(f"The engine has stopped: {error}"))
+            _settle(reply, EngineError(f"The engine has stopped: {error}"))
+
+
+def _settle(reply: asyncio.Future[Any], result: Any) -> None:
+    """Complete a future with the engine's result or error, unless it was cancelled."""
+    if not reply.done():
+        complete = reply.set_exception if isinstance(result, Exception) else reply.set_result
+        complete(result)
 
 
 @contextlib.contextmanager

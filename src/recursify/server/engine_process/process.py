@@ -6,14 +6,14 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from recursify.engine.engine import Engine
 from recursify.engine.request import RequestOutput, SamplingParams
 
-from .protocol import Accepted, Connection, ConnectionClosed, EngineInfo, Failure, OutputDelta, Reply, Stopped
+from .protocol import Accepted, Connection, ConnectionClosed, EngineInfo, OutputDelta, portable_error
 from .scoring import score_prompt
 from .snapshot import EngineSnapshot
 
@@ -32,9 +32,9 @@ def serve_engine(end: socket.socket, build: Callable[[], Engine]) -> None:
     except ConnectionClosed:
         pass
     except BaseException as error:
-        snapshot = None if process is None else EngineSnapshot.of(process.engine)
+        snapshots = [] if process is None else [(0, EngineSnapshot.of(process.engine))]
         try:
-            connection.send([(0, Stopped(Failure.of(error), snapshot))])
+            connection.send([*snapshots, (0, portable_error(error))])
         except ConnectionClosed:
             raise error from None
     finally:
@@ -43,13 +43,7 @@ def serve_engine(end: socket.socket, build: Callable[[], Engine]) -> None:
 
 @dataclass
 class SentOutput:
-    """The part of a request's output that has been sent.
-
-    Attributes:
-        number: Number of the request at the client.
-        tokens: Number of tokens.
-        text: Text.
-    """
+    """The number of tokens and the text that have been sent of the request that the client calls ``number``."""
 
     number: int
     tokens: int = 0
@@ -58,27 +52,20 @@ class SentOutput:
     def advance(self, output: RequestOutput) -> OutputDelta:
         """Mark all of ``output`` as sent, and return what is new."""
         start = 0 if output.finished and not output.text.startswith(self.text) else len(self.text)
-        delta = OutputDelta(
-            output.token_ids[self.tokens :],
-            start,
-            output.text[start:],
-            output.depths[self.tokens :],
-            None if output.logprobs is None else output.logprobs[self.tokens :],
-            output.finish_reason,
-            output.cached_tokens,
-            output.preemptions,
+        new = replace(
+            output,
+            prompt_ids=[],
+            token_ids=output.token_ids[self.tokens :],
+            text=output.text[start:],
+            depths=output.depths[self.tokens :],
+            logprobs=None if output.logprobs is None else output.logprobs[self.tokens :],
         )
         self.tokens, self.text = len(output.token_ids), output.text
-        return delta
+        return OutputDelta(start, new)
 
 
 class EngineProcess:
-    """Runs an engine for a client.
-
-    Args:
-        engine: Engine to run.
-        connection: Connection to the client.
-    """
+    """Runs an engine for the client at the other end of a connection."""
 
     def __init__(self, engine: Engine, connection: Connection) -> None:
         self.engine, self._connection = engine, connection
@@ -90,11 +77,7 @@ class EngineProcess:
         engine.on_token = self._mark_changed
 
     def run(self) -> None:
-        """Run until the client closes.
-
-        Raises:
-            ConnectionClosed: The client has closed the connection.
-        """
+        """Run until ConnectionClosed is raised."""
         self._post(0, self._info())
         while True:
             self._flush()
@@ -119,8 +102,6 @@ class EngineProcess:
             num_recursions=engine.decoder.num_depths,
         )
 
-    # --- Commands ------------------------------------------------------------------------------------------------
-
     def _receive_commands(self, *, wait: bool) -> None:
         self._run_commands(self._connection.receive(None if wait else 0.0))
         if wait and self.engine.has_work:
@@ -135,14 +116,13 @@ class EngineProcess:
 
     def do_submit(self, number: int, prompt: Sequence[int], params: SamplingParams) -> None:
         """Add a request, which the client calls ``number``."""
-        try:
-            request_id = self.engine.add(prompt, params)
-        except Exception as error:  # an error of this request alone; the engine goes on
-            self._post(number, Failure.of(error))
-            return
-        self._ids[number] = request_id
-        self._sent[request_id] = SentOutput(number)
-        self._post(number, Accepted())
+
+        def add() -> Accepted:
+            request_id = self._ids[number] = self.engine.add(prompt, params)
+            self._sent[request_id] = SentOutput(number)
+            return Accepted()
+
+        self._reply(number, add)
 
     def do_cancel(self, number: int) -> None:
         """Cancel a request, without a message about it."""
@@ -152,11 +132,9 @@ class EngineProcess:
             self.engine.cancel(request_id)
 
     def do_snapshot(self, number: int) -> None:
-        """Send the counts."""
         self._reply(number, partial(EngineSnapshot.of, self.engine))
 
     def do_reset_stats(self, number: int) -> None:
-        """Reset the counts."""
         self._reply(number, self.engine.reset_stats)
 
     def do_score(self, number: int, ids: Sequence[int], count: int) -> None:
@@ -168,12 +146,11 @@ class EngineProcess:
         self._unscored = deque(entry for entry in self._unscored if entry[0] != number)
 
     def _reply(self, number: int, compute: Callable[[], Any]) -> None:
+        """Send a result, or the error of this call alone; the engine goes on."""
         try:
-            self._post(number, Reply(compute()))
+            self._post(number, compute())
         except Exception as error:
-            self._post(number, Failure.of(error))
-
-    # --- Output --------------------------------------------------------------------------------------------------
+            self._post(number, portable_error(error))
 
     def _mark_changed(self, output: RequestOutput) -> None:
         if output.request_id in self._sent:

@@ -6,7 +6,6 @@ Both ends belong to this program, and one starts the other, so that no foreign d
 from __future__ import annotations
 
 import pickle
-import selectors
 import socket
 import traceback
 from collections.abc import Iterator
@@ -16,26 +15,12 @@ from typing import Any, NamedTuple
 from recursify.engine.request import FinishReason, RequestOutput
 from recursify.errors import RecursifyError
 
-from .snapshot import EngineSnapshot
-
-LENGTH_BYTES = 8
-"""Size of the length that precedes each message."""
-READ_BYTES = 2**16
+LENGTH_BYTES, READ_BYTES = 8, 2**16
+"""Size of the length that precedes each message, and maximum size of one read."""
 
 
-@dataclass(frozen=True)
-class EngineInfo:
-    """Properties of an engine, sent once it takes requests.
-
-    Attributes:
-        config: Configuration of the model.
-        tokenizer: Tokenizer of the model, or None.
-        kv: Source of the keys and values of skipped depths, one of :data:`~recursify.engine.KV_MODES`.
-        max_model_len: Maximum number of tokens in a request, prompt and completion together.
-        max_num_seqs: Maximum number of requests that run at once.
-        num_pages: Number of KV pages in the first pool.
-        num_recursions: Number of recursions of the model.
-    """
+class EngineInfo(NamedTuple):
+    """Properties of an engine, sent once it takes requests: of its model, and of its resolved settings."""
 
     config: Any
     tokenizer: Any
@@ -54,25 +39,13 @@ class OutputDelta(NamedTuple):
     """New output of a request, as it is sent.
 
     Attributes:
-        token_ids: New tokens.
         start: Number of characters of the text so far that remain; fewer than all only if decoding the finished text
             at once differs from decoding it piece by piece.
-        text: Text after those characters.
-        depths: Exit depth of each new token.
-        logprobs: Log-probabilities per new token, if requested.
-        finish_reason: Reason for the end of the request, in its last delta.
-        cached_tokens: Number of prompt tokens whose keys and values were cached.
-        preemptions: Number of times the request was preempted.
+        new: Output with the new tokens only, and the text after those characters.
     """
 
-    token_ids: list[int]
     start: int
-    text: str
-    depths: list[int]
-    logprobs: list[dict[int, float]] | None
-    finish_reason: FinishReason | None
-    cached_tokens: int
-    preemptions: int
+    new: RequestOutput
 
 
 @dataclass(frozen=True)
@@ -80,7 +53,6 @@ class OutputChunk:
     """New output of a request since the last chunk, as a listener gets it.
 
     Attributes:
-        request_id: Number of the request.
         token_ids: New tokens; empty if the chunk only ends the request.
         text: New text.
         depths: Exit depth of each new token.
@@ -89,19 +61,12 @@ class OutputChunk:
         output: Entire output so far; read-only.
     """
 
-    request_id: int
     token_ids: list[int]
     text: str
     depths: list[int]
     logprobs: list[dict[int, float]] | None
     finish_reason: FinishReason | None
     output: RequestOutput
-
-
-class Reply(NamedTuple):
-    """Result of a call."""
-
-    value: Any
 
 
 class EngineFailure(Exception):
@@ -112,53 +77,19 @@ class EngineFailure(Exception):
     """
 
     def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(kind, message)
         self.kind = kind
 
-
-@dataclass(frozen=True)
-class Failure:
-    """An exception in the engine process, as it is sent.
-
-    Attributes:
-        kind: Name of its class.
-        message: Text of the exception.
-        traceback: Traceback as Python prints it.
-        expected: Class of the exception, if it is a RecursifyError.
-    """
-
-    kind: str
-    message: str
-    traceback: str
-    expected: type[RecursifyError] | None
-
-    @classmethod
-    def of(cls, error: BaseException) -> Failure:
-        """Describe ``error``."""
-        expected = type(error) if isinstance(error, RecursifyError) else None
-        return cls(type(error).__name__, str(error), "".join(traceback.format_exception(error)), expected)
-
-    @property
-    def exception(self) -> Exception:
-        """A RecursifyError of the same class, or else an EngineFailure, with the traceback as a note."""
-        if self.expected is None:
-            error: Exception = EngineFailure(self.kind, f"{self.kind}: {self.message}")
-        else:
-            error = self.expected(self.message)
-        error.add_note(f"In the engine:\n{self.traceback}")
-        return error
+    def __str__(self) -> str:
+        return self.args[1]
 
 
-class Stopped(NamedTuple):
-    """The last message of an engine that failed or could not be made.
-
-    Attributes:
-        failure: Reason.
-        snapshot: Last counts of the engine, if it was made.
-    """
-
-    failure: Failure
-    snapshot: EngineSnapshot | None
+def portable_error(error: BaseException) -> Exception:
+    """Copy an error for the client: a RecursifyError, or else an EngineFailure, with the traceback as a note."""
+    name, message = type(error).__name__, str(error)
+    copy = type(error)(message) if isinstance(error, RecursifyError) else EngineFailure(name, f"{name}: {message}")
+    copy.add_note(f"In the engine:\n{''.join(traceback.format_exception(error))}")
+    return copy
 
 
 def pack(message: Any) -> bytes:
@@ -179,51 +110,38 @@ def unpack(buffer: bytearray) -> Iterator[Any]:
 
 
 class ConnectionClosed(Exception):
-    """The other end of the connection is closed."""
+    """The client has closed the connection."""
 
 
 class Connection:
-    """The engine's end of the socket pair. Writes block, since the client always reads.
-
-    Args:
-        end: Connected socket, which the connection owns from now on.
-    """
+    """The engine's end of the socket pair, which it owns. Writes block, since the client always reads."""
 
     def __init__(self, end: socket.socket) -> None:
         self._socket, self._buffer = end, bytearray()
-        end.setblocking(True)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(end, selectors.EVENT_READ)
 
     def receive(self, timeout: float | None) -> list[Any]:
-        """Read the messages that have arrived.
+        """Read the messages that have arrived, or raise ConnectionClosed.
 
         Args:
             timeout: Seconds to wait for data, which may be a part of a message; None waits without a limit.
-
-        Raises:
-            ConnectionClosed: The client has closed the connection.
         """
         messages: list[Any] = []
-        while self._selector.select(timeout):
-            try:
-                data = self._socket.recv(READ_BYTES)
-            except OSError as error:
-                raise ConnectionClosed from error
-            if not data:
-                raise ConnectionClosed
-            self._buffer += data
-            messages += unpack(self._buffer)
-            timeout = 0.0
-        return messages
+        self._socket.settimeout(timeout)
+        try:
+            while data := self._socket.recv(READ_BYTES):
+                self._buffer += data
+                messages += unpack(self._buffer)
+                self._socket.settimeout(0.0)
+        except (BlockingIOError, TimeoutError):
+            return messages
+        except OSError as error:
+            raise ConnectionClosed from error
+        raise ConnectionClosed
 
     def send(self, message: Any) -> None:
-        """Write a message.
-
-        Raises:
-            ConnectionClosed: The client has closed the connection.
-        """
+        """Write a message, or raise ConnectionClosed."""
         data = pack(message)
+        self._socket.settimeout(None)
         try:
             self._socket.sendall(data)
         except OSError as error:
@@ -231,5 +149,4 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket, which the client notices."""
-        self._selector.close()
         self._socket.close()
