@@ -288,7 +288,7 @@ def test_perplexity(models, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dtype", "int4"], "Unknown dtype 'int4'"),
+        (["--dtype", "int4"], "Unknown --dtype 'int4'. Use one of: auto, float32"),
         (["--device", "warp"], "Cannot run on 'warp'"),
         (["--length", 10**6], "is too short"),
         (["--depth", 1], "has exits after depths 0, so none at --depth 1"),
