@@ -17,5 +17,5 @@ def test_the_engine_exits_by_the_one_rule(device_loop, module, monkeypatch):
         return {depth for output in engine.generate(prompts(4, 6), params) for depth in output.depths[1:]}
 
     assert exit_depths() == {0}
-    monkeypatch.setattr(f"recursify.engine.{module}.exits", lambda _, limits: limits.depth >= 2)
+    monkeypatch.setattr(f"recursify.engine.{module}.decide_exits", lambda _, limits: limits.depth >= 2)
     assert exit_depths() == {2}

@@ -19,7 +19,7 @@ from recursify.modeling import (
     ExitLimits,
     ExitSettings,
     RecursiveForCausalLM,
-    exits,
+    decide_exits,
     make_policy,
 )
 
@@ -577,7 +577,7 @@ def test_the_exit_rule_is_one_for_numbers_and_tensors():
         max_pending=torch.randint(1, 5, (count,)),
         forced_depth=torch.randint(-4, 4, (count,)),
     )
-    found = exits(confidence, limits)
+    found = decide_exits(confidence, limits)
 
     def rule(sure, depth, last_depth, threshold, min_depth, pending, max_pending, forced_depth):
         if depth >= last_depth:
@@ -588,10 +588,12 @@ def test_the_exit_rule_is_one_for_numbers_and_tensors():
 
     by_token = list(zip(*(values.tolist() for values in limits), strict=True))
     assert found.tolist() == [rule(sure, *numbers) for sure, numbers in zip(confidence.tolist(), by_token, strict=True)]
-    numbers = [exits(sure, ExitLimits(*token)) for sure, token in zip(confidence.tolist(), by_token, strict=True)]
+    numbers = [
+        decide_exits(sure, ExitLimits(*token)) for sure, token in zip(confidence.tolist(), by_token, strict=True)
+    ]
     assert found.tolist() == numbers
     assert {True, False} == set(numbers)
-    on_meta = exits(confidence.to("meta"), ExitLimits(*(values.to("meta") for values in limits)))
+    on_meta = decide_exits(confidence.to("meta"), ExitLimits(*(values.to("meta") for values in limits)))
     assert (on_meta.dtype, on_meta.shape) == (torch.bool, (count,))
 
 
@@ -601,6 +603,6 @@ def test_generate_exits_by_the_one_rule(monkeypatch):
     settings = ExitSettings(make_policy("confidence", 1.0))
     found = model.generate(inputs, exit_policy=settings, max_new_tokens=5, return_dict_in_generate=True)
     assert set(found.exit_depths[0, 1:].tolist()) == {3}
-    monkeypatch.setattr("recursify.modeling.recursive_decoding.exits", lambda _, limits: limits.depth >= 1)
+    monkeypatch.setattr("recursify.modeling.recursive_decoding.decide_exits", lambda _, limits: limits.depth >= 1)
     found = model.generate(inputs, exit_policy=settings, max_new_tokens=5, return_dict_in_generate=True)
     assert set(found.exit_depths[0, 1:].tolist()) == {1}

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 KV_MODES = (*EXIT_KV, *ROUTED_KV)
 """Sources of the keys and values of depths that a token skips: those of models with exits
-(``recursive_policies.KV_MODES``), then those of routed models (``recursive_routing.ROUTED_KV``)."""
+(``recursive_exits.KV_MODES``), then those of routed models (``configuration_recursive.ROUTED_KV``)."""
 
 PARITY = {torch.float64: 1e-2, torch.float32: 1e-2}
 """Parity tolerance relative to the largest logit, 0.1 in other dtypes. The order of sums differs from the model's

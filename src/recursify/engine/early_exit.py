@@ -1,7 +1,8 @@
 """Early exit: after each recursion, every token continues or exits.
 
-Prompt tokens always continue. A new token exits where its policy decides. Tokens that are computed again after a
-preemption exit where they exited before. The engine's KV mode provides the keys and values of the skipped depths:
+Prompt tokens always continue. A new token exits where its policy's confidence is above the threshold. Tokens that are
+computed again after a preemption exit where they exited before. The engine's KV mode provides the keys and values of the
+skipped depths:
 
 - ``deferred``: the token waits, and runs them together with the next token of its request that gets there;
 - ``copied``: they are projected from the state at the exit;
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from recursify.modeling import ExitLimits, exits
+from recursify.modeling import ExitLimits, decide_exits
 from recursify.modeling.recursive_columns import on_device
 from recursify.modeling.recursive_policies import ExitContext
 
@@ -76,14 +77,14 @@ class EarlyExitStage:
     def _decide(self, chunks: Sequence[Chunk]) -> dict[Chunk, bool]:
         """Decide which new tokens exit here, with one device-to-host copy for those whose confidence matters."""
         limits = {chunk: self._limits(chunk) for chunk in chunks}
-        decided = {chunk: bool(exits(-math.inf, limits[chunk])) for chunk in chunks}
+        decided = {chunk: bool(decide_exits(-math.inf, limits[chunk])) for chunk in chunks}
         groups: dict[object, list[Chunk]] = {}
         for chunk, is_exiting in decided.items():
             settings = chunk.request.settings
             if is_exiting or settings is None:
                 continue
             policy = settings.policy
-            if policy.needs_previous_logits or exits(math.inf, limits[chunk]):
+            if policy.needs_previous_logits or decide_exits(math.inf, limits[chunk]):
                 groups.setdefault((chunk.depth, type(policy), policy.vocabulary), []).append(chunk)
         if groups:
             tests = [self._test(group, [limits[chunk] for chunk in group]) for group in groups.values()]
@@ -150,7 +151,7 @@ class EarlyExitStage:
             if policy.needs_previous_logits:
                 chunk.previous_logits = context.logits[row]
         columns = on_device(list(zip(*limits, strict=True)), confidence.device, torch.float32)
-        return exits(confidence, ExitLimits(*columns))
+        return decide_exits(confidence, ExitLimits(*columns))
 
     # --- Exits ---------------------------------------------------------------------------------------------------
 

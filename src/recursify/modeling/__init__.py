@@ -28,7 +28,7 @@ from .recursive_policies import (
     ExitContext,
     ExitLimits,
     ExitPolicy,
-    exits,
+    decide_exits,
     make_policy,
 )
 from .recursive_routed_cache import RoutedCache
@@ -84,7 +84,7 @@ __all__ = [
     "UnsupportedFamily",
     "code_files",
     "copy_travelling_files",
-    "exits",
+    "decide_exits",
     "make_policy",
     "travelling_files",
 ]

@@ -34,7 +34,7 @@ from .recursive_columns import (
     with_room,
 )
 from .recursive_exit_settings import ExitSettings, check_depths, layers_before_exits
-from .recursive_policies import ExitContext, ExitLimits, exits
+from .recursive_policies import ExitContext, ExitLimits, decide_exits
 
 
 class DepthDecoder:
@@ -190,9 +190,9 @@ class DepthDecoder:
         before: Tensor | None = None
         for depth in range(self.num_exits):
             states = self.advance(depth, rows)[:, -1]
-            boundary = self._boundary(depth, states, rows, before)
+            context = self._context(depth, states, rows, before)
             here = unfinished if len(rows) == len(unfinished) else unfinished[self._places(rows)[0]]
-            goes_on, is_exiting = torch.stack([here, self._decide(boundary, rows)]).tolist()
+            goes_on, is_exiting = torch.stack([here, self._decide(context, rows)]).tolist()
             for row in [row for row, on in zip(rows, goes_on, strict=True) if not on]:
                 self.rewind(row, 1)
                 self.layers_run[row] = cost[row]
@@ -200,13 +200,13 @@ class DepthDecoder:
             staying = [place for place in range(len(rows)) if goes_on[place] and not is_exiting[place]]
             if exiting:
                 exited = [rows[place] for place in exiting]
-                outcome.add(exited, self._exit_logits(boundary, exiting, exited), depth)
+                outcome.add(exited, self._exit_logits(context, exiting, exited), depth)
                 self._fill_skipped(depth, pick(states, exiting), exited)
             rows = [rows[place] for place in staying]
             if policy.simulated:
-                top_tokens.append(pick(boundary.logits.argmax(-1), staying))
+                top_tokens.append(pick(context.logits.argmax(-1), staying))
             if policy.needs_previous_logits:
-                before = pick(boundary.logits, staying)
+                before = pick(context.logits, staying)
             if not rows:
                 return outcome
         outcome.add(rows, self._last_logits(self.advance(self.num_exits, rows), rows), self.num_exits)
@@ -232,18 +232,18 @@ class DepthDecoder:
             self.learning.learn(depth, confidence, choice == logits.argmax(-1), choice >= 0)
         return logits[:, -1]
 
-    def _decide(self, boundary: ExitContext, rows: list[int]) -> Tensor:
+    def _decide(self, context: ExitContext, rows: list[int]) -> Tensor:
         """Decide which of ``rows`` exit, bool ``[s]``."""
-        depth = boundary.depth
+        depth = context.depth
         limits = [self._limits(row, depth) for row in rows]
-        if self.learning is None and not any(exits(math.inf, row) for row in limits):
-            return torch.zeros(len(rows), dtype=torch.bool, device=boundary.states.device)
-        confidence = self.settings[0].policy.confidence(boundary)
+        if self.learning is None and not any(decide_exits(math.inf, row) for row in limits):
+            return torch.zeros(len(rows), dtype=torch.bool, device=context.states.device)
+        confidence = self.settings[0].policy.confidence(context)
         if self.learning is not None:
             columns = max(self.columns) + 1
-            self.readings.note(depth, self._places(rows), columns, confidence, boundary.all_logits.argmax(-1))
+            self.readings.note(depth, self._places(rows), columns, confidence, context.all_logits.argmax(-1))
         by_name = on_device(list(zip(*limits, strict=True)), confidence.device, torch.float32)
-        return exits(confidence, ExitLimits(*by_name))
+        return decide_exits(confidence, ExitLimits(*by_name))
 
     def _limits(self, row: int, depth: int) -> ExitLimits:
         """The limits of the last token of ``row`` after ``depth``."""
@@ -264,7 +264,7 @@ class DepthDecoder:
         """Number of tokens of ``row``, its last included, that have not run the last segment."""
         return self.columns[row] + 1 - self.done[-1][row]
 
-    def _boundary(self, depth: int, states: Tensor, rows: list[int], before: Tensor | None) -> ExitContext:
+    def _context(self, depth: int, states: Tensor, rows: list[int], before: Tensor | None) -> ExitContext:
         index, columns = self._places(rows)
         previous = self.entering[depth][index, columns]
         heads = self.model.exit_heads if self.settings[0].layers is None else None
@@ -279,14 +279,14 @@ class DepthDecoder:
             vocabulary=self.settings[0].policy.vocabulary,
         )
 
-    def _exit_logits(self, boundary: ExitContext, places: list[int], rows: list[int]) -> Tensor:
+    def _exit_logits(self, context: ExitContext, places: list[int], rows: list[int]) -> Tensor:
         """The exit's logits for ``rows``, at ``places`` in the context; computed for them alone unless known."""
-        logits, exit_states = boundary.known("all_logits"), boundary.known("exit_states")
+        logits, exit_states = context.known("all_logits"), context.known("exit_states")
         if logits is not None:
             return pick(logits, places)
         if exit_states is None:
-            return self.compute_exit_logits(boundary.depth, pick(boundary.states, places), rows)
-        return self._head_logits(boundary.depth, pick(exit_states, places))
+            return self.compute_exit_logits(context.depth, pick(context.states, places), rows)
+        return self._head_logits(context.depth, pick(exit_states, places))
 
     def compute_exit_logits(self, depth: int, states: Tensor, rows: list[int]) -> Tensor:
         """Logits ``[s, V]`` of an exit, given the states ``[s, D]`` there."""

@@ -1,4 +1,4 @@
-"""Exit heads: logits after each recursion, and a classifier that decides whether to exit.
+"""Exit heads: logits after each recursion, and a classifier that estimates their agreement with the last recursion.
 
 Shape legend: D hidden size, V vocabulary, r rank.
 
@@ -22,7 +22,6 @@ EXIT_HEADS = ("shared", "norm", "low_rank", "full")
 """Kinds of exit heads: the model's own final norm and LM head; a norm of its own; that, and a low-rank residual on the
 LM head; a norm and a head of its own."""
 
-
 KV_MODES = ("deferred", "copied", "latest")
 """Sources of the keys and values of depths that a token skips. ``deferred``: computed exactly, together, when a later
 token of the row needs them (FREE's synchronized parallel decoding). ``copied``: projected at once from the state at the
@@ -30,7 +29,7 @@ exit (CALM's state copying). ``latest``: those of the deepest depth that ran. Th
 
 
 class ExitHead(nn.Module):
-    """Norm and LM head of the exit after one recursion, and the test that decides whether to exit.
+    """Norm and LM head of the exit after one recursion, and the test that estimates its agreement with the last one.
 
     ``logits = W n + B (A n)`` with ``n = norm(h)``: norm and ``W`` are the model's own final norm and LM head
     (Relaxed Recursive Transformers, arXiv 2410.20672, section 2.3) unless ``kind`` gives this exit its own.

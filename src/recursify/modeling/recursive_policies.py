@@ -89,7 +89,7 @@ class ExitContext:
 
 
 class ExitLimits(NamedTuple):
-    """The numbers that :func:`exits` compares, each one number or a tensor ``[s]``.
+    """The numbers that :func:`decide_exits` compares, each one number or a tensor ``[s]``.
 
     Attributes:
         depth: Depth that the token has run.
@@ -110,11 +110,12 @@ class ExitLimits(NamedTuple):
     forced_depth: Any = -1
 
 
-def exits(confidence: Any, limits: ExitLimits) -> Any:
+def decide_exits(confidence: Any, limits: ExitLimits) -> Any:
     """Decide which tokens exit: the one rule for ``generate``, the engine and its device loop.
 
     Elementwise, for numbers and tensors ``[s]``. It neither branches on data nor synchronizes with the device, so it
-    runs under CUDA graphs. With a confidence of ±infinity it tells whether the confidence matters at all.
+    runs under CUDA graphs. With −infinity it is
+    true if the token exits whatever its confidence; with +infinity, if any confidence lets it exit.
     """
     free = limits.forced_depth < 0
     sure = (confidence > limits.threshold) & (limits.depth >= limits.min_depth) & (limits.pending <= limits.max_pending)
@@ -180,7 +181,7 @@ class ExitPolicy(ABC):
         return self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * num_exits
 
     @abstractmethod
-    def confidence(self, boundary: ExitContext) -> Tensor:
+    def confidence(self, context: ExitContext) -> Tensor:
         """Confidence ``[s]``; a token above the threshold exits."""
 
 
@@ -191,8 +192,8 @@ class Fixed(ExitPolicy):
     highest: ClassVar[float] = math.inf
     default: ClassVar[float] = 0
 
-    def confidence(self, boundary: ExitContext) -> Tensor:
-        return boundary.states.new_full((len(boundary.states),), boundary.depth + 0.5)
+    def confidence(self, context: ExitContext) -> Tensor:
+        return context.states.new_full((len(context.states),), context.depth + 0.5)
 
 
 class Confidence(ExitPolicy):
@@ -200,8 +201,8 @@ class Confidence(ExitPolicy):
 
     reads_logits: ClassVar[bool] = True
 
-    def confidence(self, boundary: ExitContext) -> Tensor:
-        best = boundary.logits.float().softmax(-1).topk(2).values
+    def confidence(self, context: ExitContext) -> Tensor:
+        best = context.logits.float().softmax(-1).topk(2).values
         return best[:, 0] - best[:, 1]
 
 
@@ -210,8 +211,8 @@ class Entropy(ExitPolicy):
 
     reads_logits: ClassVar[bool] = True
 
-    def confidence(self, boundary: ExitContext) -> Tensor:
-        log_p = boundary.logits.float().log_softmax(-1)
+    def confidence(self, context: ExitContext) -> Tensor:
+        log_p = context.logits.float().log_softmax(-1)
         return 1 + (log_p.exp() * log_p).sum(-1) / math.log(log_p.shape[-1])
 
 
@@ -220,9 +221,9 @@ class Saturation(ExitPolicy):
 
     default: ClassVar[float] = 0.98
 
-    def confidence(self, boundary: ExitContext) -> Tensor:
+    def confidence(self, context: ExitContext) -> Tensor:
         # Rounding can put the cosine of a vector with itself above 1.
-        return F.cosine_similarity(boundary.states.float(), boundary.previous.float(), dim=-1).clamp(max=1)
+        return F.cosine_similarity(context.states.float(), context.previous.float(), dim=-1).clamp(max=1)
 
 
 class Convergence(ExitPolicy):
@@ -230,9 +231,9 @@ class Convergence(ExitPolicy):
 
     default: ClassVar[float] = 0.97
 
-    def confidence(self, boundary: ExitContext) -> Tensor:
-        states = boundary.states.float()
-        change = (states - boundary.previous.float()).norm(dim=-1) / states.norm(dim=-1).clamp(min=1e-12)
+    def confidence(self, context: ExitContext) -> Tensor:
+        states = context.states.float()
+        change = (states - context.previous.float()).norm(dim=-1) / states.norm(dim=-1).clamp(min=1e-12)
         return (1 - change).clamp(min=0)
 
 
@@ -243,11 +244,11 @@ class Divergence(ExitPolicy):
     reads_logits: ClassVar[bool] = True
     needs_previous_logits: ClassVar[bool] = True
 
-    def confidence(self, boundary: ExitContext) -> Tensor:
-        before = boundary.previous_logits
+    def confidence(self, context: ExitContext) -> Tensor:
+        before = context.previous_logits
         if before is None:
-            return boundary.states.new_zeros(len(boundary.states), dtype=torch.float32)
-        here, before = boundary.logits.float().log_softmax(-1), before.float().log_softmax(-1)
+            return context.states.new_zeros(len(context.states), dtype=torch.float32)
+        here, before = context.logits.float().log_softmax(-1), before.float().log_softmax(-1)
         return torch.exp(-F.kl_div(before, here, log_target=True, reduction="none").sum(-1)).clamp(max=1)
 
 
@@ -257,8 +258,8 @@ class Head(ExitPolicy):
     needs_head: ClassVar[bool] = True
     default: ClassVar[float] = 0.8
 
-    def confidence(self, boundary: ExitContext) -> Tensor:
-        return boundary.log_odds.float().sigmoid()
+    def confidence(self, context: ExitContext) -> Tensor:
+        return context.log_odds.float().sigmoid()
 
 
 class Oracle(ExitPolicy):
@@ -267,7 +268,7 @@ class Oracle(ExitPolicy):
     simulated: ClassVar[bool] = True
     default: ClassVar[float] = 0.5
 
-    def confidence(self, boundary: ExitContext) -> Tensor:
+    def confidence(self, context: ExitContext) -> Tensor:
         raise AssertionError("the decoder compares choices when all depths have run")
 
 

@@ -30,7 +30,7 @@ from recursify.engine.sampler import choose
 from recursify.kernels.dispatch import Implementation
 from recursify.kernels.exit_head import ExitStatistics, exit_statistics
 from recursify.kernels.slot_advance import OutputRing, Slots, advance_slots
-from recursify.modeling.recursive_policies import Confidence, Entropy, ExitContext, ExitLimits, ExitPolicy, exits
+from recursify.modeling.recursive_policies import Confidence, Entropy, ExitContext, ExitLimits, ExitPolicy, decide_exits
 
 from .slots import MAX_EOS_TOKENS, MAX_PENDING, LoopShape, RowAssignment, SlotSettings, SlotState
 
@@ -276,7 +276,7 @@ class DeviceLoop:
             )
             if self.policy is not None:
                 confidence = self._confidence(self.policy, span, statistics)
-        return exits(confidence, limits) & ran
+        return decide_exits(confidence, limits) & ran
 
     def _confidence(self, policy: ExitPolicy, span: slice, statistics: ExitStatistics | None) -> Tensor:
         """Confidence of the policy at each token's depth, float32 ``[S]``."""
