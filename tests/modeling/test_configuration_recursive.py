@@ -81,6 +81,10 @@ def test_edited_layout_is_refused():
         ("format_version", 99, "format_version 99, newer than"),
         ("sharing", "spiral", "Unknown sharing 'spiral'"),
         ("lora_rank", -1, "LoRA ranks cannot be negative"),
+        ("num_recursions", "two", r"config.num_recursions is 'two', which is not int\. Correct it in config\.json"),
+        ("lora_rank_pattern", {"mlp": "4"}, r"is \{'mlp': '4'\}, which is not dict\[str, int\] \| None"),
+        ("exit_thresholds", [0.5, "0.5"], r"which is not list\[float\] \| None"),
+        ("tie_norms", "no", "config.tie_norms is 'no', which is not bool"),
     ],
 )
 def test_wrong_values_are_refused(field, value, message):

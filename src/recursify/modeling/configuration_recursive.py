@@ -12,7 +12,9 @@ import difflib
 import functools
 import inspect
 import math
-from typing import Any, ClassVar
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -87,8 +89,9 @@ class RecursiveConfig(PreTrainedConfig):
         dense_fields: Fields of the dense family's configuration, ``num_hidden_layers`` being the effective depth.
 
     Raises:
-        ValueError: An unknown ``dense_model_type``, a newer ``format_version``, a misspelt field of our own, exits or
-            routers without a boundary between recursions, or exit, loop or router fields that do not fit.
+        ValueError: A field of our own that is misspelt or has a wrong type, an unknown ``dense_model_type``, a newer
+            ``format_version``, exits or routers without a boundary between recursions, or exit, loop or router fields
+            that do not fit.
         LayoutError: The effective depth does not fold as the other fields require.
     """
 
@@ -131,6 +134,7 @@ class RecursiveConfig(PreTrainedConfig):
         **dense_fields: Any,
     ):
         own = {name: value for name, value in locals().items() if name in _own_fields()}
+        _check_types(own)
         if dense_model_type not in CONFIG_MAPPING:
             raise ValueError(
                 f"Unknown dense_model_type '{dense_model_type}': the installed transformers has no such family."
@@ -342,6 +346,26 @@ def _own_fields() -> dict[str, Any]:
     """Fields of :class:`RecursiveConfig` that are not the dense family's, with their defaults."""
     parameters = inspect.signature(RecursiveConfig.__init__).parameters
     return {name: entry.default for name, entry in parameters.items() if name not in ("self", "dense_fields")}
+
+
+def _check_types(own: dict[str, Any]) -> None:
+    """Raise a ValueError if a field of :class:`RecursiveConfig` does not have the type of its annotation."""
+    for name, kind in get_type_hints(RecursiveConfig.__init__).items():
+        if name in own and not _has_type(own[name], kind):
+            raise ValueError(
+                f"config.{name} is {own[name]!r}, which is not {RecursiveConfig.__init__.__annotations__[name]}. "
+                f"Correct it in config.json, or convert again."
+            )
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    if isinstance(kind, UnionType):
+        return any(_has_type(value, option) for option in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list | tuple) and all(_has_type(entry, *get_args(kind)) for entry in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_has_type(entry, get_args(kind)[1]) for entry in value.values())
+    return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
 
 
 def _refuse_misspelt(fields: dict[str, Any], dense: PreTrainedConfig) -> None:
