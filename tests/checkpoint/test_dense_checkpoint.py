@@ -110,6 +110,13 @@ def test_wrong_shape(folder, tmp_path):
     refuse(folder, tmp_path / "out", CheckpointError, r"has shape \[48, 32\], but config.json requires \[64, 32\]")
 
 
+def test_wrong_type_in_the_config(folder, tmp_path):
+    """The field, its value, and what to do."""
+    edit_config(folder, num_hidden_layers="six")
+    message = r"'num_hidden_layers' expected int, got str \(value: 'six'\)\. Correct the field, or fetch the model"
+    refuse(folder, tmp_path / "out", CheckpointError, message)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(
     "name", ["model.layers.2.mlp.up_proj.weight", "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"]

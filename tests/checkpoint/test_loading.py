@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
 from helpers.tiny_models import convert_tiny
+from recursify.checkpoint.description import inspect_model
 from recursify.checkpoint.loading import load_model, require_exit, require_recursive
+from recursify.convert.export import export_model
 from recursify.errors import CheckpointError, SettingsError
 
 
@@ -47,6 +52,23 @@ def test_what_does_not_load(recursive, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "recursive"}')
     with pytest.raises(CheckpointError, match="does not load"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_recursions", "two", r"config.num_recursions is 'two', which is not int\. Correct it in config.json"),
+        ("num_hidden_layers", "six", r"'num_hidden_layers' expected int, got str \(value: 'six'\)"),
+    ],
+)
+@pytest.mark.parametrize("read", [load_model, inspect_model, lambda folder: export_model(folder, folder / "out")])
+def test_a_field_of_a_wrong_type(recursive, tmp_path, read, field, value, message):
+    """Field, value and what to do, in one error, however the folder is read."""
+    folder = shutil.copytree(recursive, tmp_path / "recursive")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(CheckpointError, match=message):
+        read(folder)
 
 
 def test_requirements(tiny_llama, recursive, tmp_path):

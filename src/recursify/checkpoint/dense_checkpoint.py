@@ -10,10 +10,12 @@ import copy
 import json
 import shutil
 from abc import ABC, abstractmethod
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -34,13 +36,14 @@ class DenseCheckpoint(ABC):
 
     Attributes:
         source: Model as the user named it.
+        location: Folder or file on disk.
         config: Config of the dense family.
         parameters: Shape and dtype of every parameter by its name in transformers; without a head that is tied to the
             embedding.
-        dtype: Floating-point dtype of most weights, by bytes.
     """
 
     source: str
+    location: Path
     config: PreTrainedConfig
     parameters: dict[str, TensorInfo]
 
@@ -61,29 +64,17 @@ class DenseCheckpoint(ABC):
         """Write tokenizer, chat template, generation config and licences into ``folder``."""
 
     @property
-    def location(self) -> Path | None:
-        """Folder or file on disk."""
-        return None
-
-    @property
     def embedding_name(self) -> str:
         """Parameter name of the token embedding."""
         return next(name for name in self.parameters if name.endswith(("embed_tokens.weight", "embed_in.weight")))
 
     @property
     def dtype(self) -> torch.dtype:
-        sizes: dict[torch.dtype, int] = {}
+        """Floating-point dtype of most weights, by bytes."""
+        sizes: Counter[torch.dtype] = Counter()
         for info in self.parameters.values():
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_bytes
+            sizes[info.dtype] += info.num_bytes
         return max(sizes, key=lambda dtype: sizes[dtype])
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(info.num_parameters for info in self.parameters.values())
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(info.num_bytes for info in self.parameters.values())
 
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Load the whole dense model in eval mode; ``dtype`` defaults to the one on disk."""
@@ -131,19 +122,15 @@ class SafetensorsFolder(DenseCheckpoint):
 
     def __init__(self, source: str, folder: Path, *, trust_remote_code: bool = False):
         self.source = source
-        self.folder = folder
+        self.location = folder
         self.config = _read_config(folder, trust_remote_code)
         shard_of = shard_files(folder)
         stored = read_headers(folder, shard_of)
         self._stored_names, self.parameters = _match(self.config, stored, folder)
         self._shard_of = {name: shard_of.get(stored_name) for name, stored_name in self._stored_names.items()}
 
-    @property
-    def location(self) -> Path:
-        return self.folder
-
     def read(self, name: str) -> Tensor:
-        shard = self.folder / str(self._shard_of[name])
+        shard = self.location / str(self._shard_of[name])
         # One handle per tensor: its memory map is released with it, so unused pages do not stay resident.
         try:
             with safe_open(shard, framework="pt") as file:
@@ -153,10 +140,10 @@ class SafetensorsFolder(DenseCheckpoint):
         return _refuse_non_finite(tensor, name, str(shard))
 
     def origin(self) -> Origin:
-        return origin_of_folder(self.source, self.folder)
+        return origin_of_folder(self.source, self.location)
 
     def save_auxiliary_files(self, folder: Path) -> None:
-        copy_auxiliary_files(self.folder, folder)
+        copy_auxiliary_files(self.location, folder)
 
 
 def copy_auxiliary_files(source: Path, target: Path) -> None:
@@ -174,7 +161,7 @@ class GgufCheckpoint(DenseCheckpoint):
 
     def __init__(self, source: str, file: Path):
         self.source = source
-        self.file = file
+        self.location = file
         try:
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         except Exception as error:  # the gguf reader raises errors of any type
@@ -184,24 +171,17 @@ class GgufCheckpoint(DenseCheckpoint):
             ) from error
         self.config = _plain_config(model.config)
         self._model = model
-        self._tensors = dict(model.named_parameters())
-        self.parameters = {
-            name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()
-        }
-
-    @property
-    def location(self) -> Path:
-        return self.file
+        self.parameters = {name: TensorInfo(tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
 
     def read(self, name: str) -> Tensor:
         # A copy, since the caller may modify it.
-        return _refuse_non_finite(self._tensors[name].detach().clone(), name, str(self.file))
+        return _refuse_non_finite(self._model.get_parameter(name).detach().clone(), name, str(self.location))
 
     def origin(self) -> Origin:
-        return origin_of_gguf(self.file, EMBEDDED_HUB_IDS.get(self.source))
+        return origin_of_gguf(self.location, EMBEDDED_HUB_IDS.get(self.source))
 
     def save_auxiliary_files(self, folder: Path) -> None:
-        AutoTokenizer.from_pretrained(self.file.parent, gguf_file=self.file.name).save_pretrained(folder)
+        load_tokenizer(self).save_pretrained(folder)
         if self._model.generation_config is not None:
             self._model.generation_config.save_pretrained(folder)
 
@@ -213,7 +193,6 @@ def load_tokenizer(checkpoint: DenseCheckpoint):
         CheckpointError: It has none that loads.
     """
     path = checkpoint.location
-    assert path is not None
     try:
         if path.suffix == ".gguf":
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -229,9 +208,8 @@ def _plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
     is the original one.
     """
     config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    for key, value in list(vars(config).items()):
+    vars(config).pop("quantization_config", None)
+    for key, value in vars(config).items():
         if isinstance(value, float):
             setattr(config, key, float(str(np.float32(value))))
     return config
@@ -257,6 +235,10 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except StrictDataclassError as error:
+        raise CheckpointError(
+            f"'{file}' does not load: {' '.join(str(error).split())}. Correct the field, or fetch the model again."
+        ) from error
     except (ValueError, KeyError, OSError) as error:
         raise UnsupportedModelError(
             f"transformers does not support the model in '{folder}' (model_type '{fields.get('model_type')}'): "
@@ -273,18 +255,13 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
 def _match(
     config: PreTrainedConfig, stored: dict[str, TensorInfo | str], folder: Path
 ) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """Match the family's parameters with the tensors on disk.
-
-    Returns:
-        Name on disk, and shape and dtype, by parameter name.
-    """
+    """Name on disk, and shape and dtype, of the family's parameters."""
     with torch.device("meta"):
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    prefix = model.base_model_prefix + "."
     names: dict[str, str] = {}
     infos: dict[str, TensorInfo] = {}
     for name, parameter in model.named_parameters():  # a tied head is listed once, under the embedding
-        candidates = (name, RENAMED.get(name, name), name.removeprefix(prefix))
+        candidates = (name, RENAMED.get(name, name), name.removeprefix(f"{model.base_model_prefix}."))
         stored_name = next((candidate for candidate in candidates if candidate in stored), None)
         if stored_name is None:
             raise CheckpointError(

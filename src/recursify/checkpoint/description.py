@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -9,13 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from recursify.errors import CheckpointError
-from recursify.modeling import LayerLayout, RecursiveConfig
+from recursify.modeling import LayerLayout
 from recursify.modeling.recursive_routing import capacities_of
 from recursify.pictures import save_figure
 
 from .layout_picture import depth_lines, draw_layout, plot_layout
-from .loading import require_recursive
+from .loading import read_config, require_recursive
 from .record import read_record
 from .shards import TensorInfo, folder_tensors
 
@@ -148,8 +148,9 @@ class ModelDescription:
         """
         source = PurePath(self.made_from or "").name
         millions = {name: f"{count / 1e6:,.1f}M" for name, count in asdict(self.parameters).items()}
-        own = f", {len(self.lora_rank_pattern)} modules with their own" if self.lora_rank_pattern else ""
-        residual = (f"rank {self.lora_rank}" if self.lora_rank else "no residual") + own
+        residual = f"rank {self.lora_rank}" if self.lora_rank else "no residual"
+        if self.lora_rank_pattern:
+            residual += f", {len(self.lora_rank_pattern)} modules with their own"
         captions = [
             f"{self.family}, {self.layout}",
             *depth_lines(self.layout, residual, self.exit_depth),
@@ -186,23 +187,30 @@ def inspect_model(model: str | Path) -> ModelDescription:
     """
     folder = require_recursive(model)
     record = read_record(folder)
-    try:
-        config = RecursiveConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"'{folder}' has a config that does not load: {error}") from error
+    config = read_config(folder)
     tensors = folder_tensors(folder)
     dtype = max(tensors.values(), key=lambda info: info.num_bytes).dtype
     plan = record.get("plan", {})
+    configured = ("layout", "lora_rank", "lora_rank_pattern", "tie_norms", "exit_depth")
+    exits = routing = None
+    if config.exit_head is not None:
+        exits = ExitDescription(
+            head=config.exit_head, depths=list(config.exit_depths), through_coda=config.exit_through_coda
+        )
+    if config.router is not None:
+        routing = RouterDescription(
+            router=config.router,
+            capacities=capacities_of(config) if config.router == "expert_choice" else None,
+            thresholds=config.router_thresholds,
+            kv=config.router_kv,
+            gate=config.router_gate,
+        )
     return ModelDescription(
         family=config.dense_model_type,
-        layout=config.layout,
-        lora_rank=config.lora_rank,
-        lora_rank_pattern=config.lora_rank_pattern,
-        tie_norms=config.tie_norms,
+        **{name: getattr(config, name) for name in configured},
         parameters=_count_parameters(tensors, config.layout.num_recursions),
-        exits=_describe_exits(config),
-        exit_depth=config.exit_depth,
-        routing=_describe_routing(config),
+        exits=exits,
+        routing=routing,
         num_bytes=sum(info.num_bytes for info in tensors.values()),
         dtype=str(dtype).removeprefix("torch."),
         kv_bytes_per_token=kv_bytes_per_token(config, dtype),
@@ -217,36 +225,19 @@ def inspect_model(model: str | Path) -> ModelDescription:
 
 def _count_parameters(tensors: dict[str, TensorInfo], num_recursions: int) -> ParameterCounts:
     counts = {name: info.num_parameters for name, info in tensors.items()}
-    block = {name: count for name, count in counts.items() if name.startswith("model.block.")}
-    stored = sum(counts.values())
-    shared = sum(count for name, count in block.items() if name.endswith(".linear.weight"))
-    residuals = sum(count for name, count in block.items() if ".lora_" in name)
-    exits = sum(count for name, count in counts.items() if name.startswith("exit_heads."))
-    routers = sum(count for name, count in counts.items() if "routers." in name)
-    effective = stored + (num_recursions - 1) * shared - residuals - exits - routers
-    return ParameterCounts(
-        stored=stored, effective=effective, shared=shared, residuals=residuals, exits=exits, routers=routers
-    )
 
+    def total(pattern: str) -> int:
+        return sum(count for name, count in counts.items() if re.search(pattern, name))
 
-def _describe_exits(config: RecursiveConfig) -> ExitDescription | None:
-    if config.exit_head is None:
-        return None
-    return ExitDescription(
-        head=config.exit_head, depths=list(config.exit_depths), through_coda=config.exit_through_coda
-    )
-
-
-def _describe_routing(config: RecursiveConfig) -> RouterDescription | None:
-    if config.router is None:
-        return None
-    return RouterDescription(
-        router=config.router,
-        capacities=capacities_of(config) if config.router == "expert_choice" else None,
-        thresholds=config.router_thresholds,
-        kv=config.router_kv,
-        gate=config.router_gate,
-    )
+    parts = {
+        "shared": total(r"^model\.block\..*\.linear\.weight$"),
+        "residuals": total(r"^model\.block\..*\.lora_"),
+        "exits": total(r"^exit_heads\."),
+        "routers": total(r"routers\."),
+    }
+    stored = total("")
+    effective = stored + num_recursions * parts["shared"] - sum(parts.values())
+    return ParameterCounts(stored=stored, effective=effective, **parts)
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:

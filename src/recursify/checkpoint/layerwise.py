@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,37 +63,29 @@ class Layerwise:
         # A private copy, since building layers modifies the config.
         self.config = copy.deepcopy(config)
         self.device = device
-        family = DenseFamily(self.config)
-        self._layers = family.layers
-        self._embed = family.embed_tokens
-        self._initialize = family.skeleton._init_weights
-        self.stem = f"{family.model_class.base_model_prefix}.layers"
-        self.rotary_emb = self._computed(family.rotary_emb)
-        self._rope_by_layer_type = family.rope_by_layer_type
-        self._cache_argument = family.cache_argument
+        self.family = DenseFamily(self.config)
+        self.stem = f"{self.family.model_class.base_model_prefix}.layers"
+        self.rotary_emb = self._computed(self.family.rotary_emb)
         self.batches = [] if windows is None else list(windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1])))
-        self.num_tokens = 0 if windows is None else windows.numel()
-        self._arguments: dict[tuple[int, int], dict[str, Any]] = {}
+        self._cached_arguments: dict[tuple[int, int], dict[str, Any]] = {}
         self.stages, self.writes = self._find_stages()
 
     def _computed(self, module: nn.Module) -> nn.Module:
-        """Materialize a module without stored weights (RoPE)."""
+        """Materialize a module, its buffers computed (RoPE)."""
         module = module.to_empty(device=self.device)
-        self._initialize(module)
+        self.family.skeleton._init_weights(module)
         return module
 
     def embed(self) -> list[Tensor]:
         """Compute the hidden states before the first layer."""
-        module = copy.deepcopy(self._embed).to_empty(device=self.device)
-        self._initialize(module)
-        module.weight = nn.Parameter(
-            self.checkpoint.read(self.checkpoint.embedding_name).to(self.device, torch.float32), requires_grad=False
-        )
+        module = self._computed(copy.deepcopy(self.family.embed_tokens))
+        weight = self.checkpoint.read(self.checkpoint.embedding_name).to(self.device, torch.float32)
+        module.weight = nn.Parameter(weight, requires_grad=False)
         return [module(batch.to(self.device)) for batch in self.batches]
 
     def load(self, position: int) -> nn.Module:
         """Load the dense layer at ``position`` in float32."""
-        layer = copy.deepcopy(self._layers[position])
+        layer = copy.deepcopy(self.family.layers[position])
         state = {
             name: self.checkpoint.read(f"{self.stem}.{position}.{name}").to(self.device, torch.float32)
             for name, _ in layer.named_parameters()
@@ -104,9 +97,14 @@ class Layerwise:
         self, layer: Callable[..., Tensor], position: int, hidden: Tensor, position_ids: Tensor | None = None
     ) -> Tensor:
         """Run a layer, ``[b, T, D] -> [b, T, D]``; a packed document begins where ``position_ids [b, T]`` restart."""
-        if position_ids is None:
-            return layer(hidden, **self._layer_arguments(position, hidden))
-        return layer(hidden, **self._arguments_at(position, hidden, position_ids))
+        if position_ids is not None:
+            return layer(hidden, **self._arguments(position, hidden, position_ids))
+        key = (hidden.shape[0], position)
+        if key not in self._cached_arguments:
+            positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+            # One entry at a time, since masks are as large as hidden states.
+            self._cached_arguments = {key: self._arguments(position, hidden, positions)}
+        return layer(hidden, **self._cached_arguments[key])
 
     def observe(
         self, layer: nn.Module, position: int, hidden: Tensor, paths: list[str]
@@ -114,13 +112,10 @@ class Layerwise:
         """:meth:`run`, and the inputs of the linear maps at ``paths``, each ``[b·T, I]``."""
         inputs: dict[str, Tensor] = {}
 
-        def record(path: str):
-            def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                inputs[path] = arguments[0].flatten(0, -2)
+        def record(path: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs[path] = arguments[0].flatten(0, -2)
 
-            return hook
-
-        hooks = [layer.get_submodule(path).register_forward_pre_hook(record(path)) for path in paths]
+        hooks = [layer.get_submodule(path).register_forward_pre_hook(partial(record, path)) for path in paths]
         try:
             return self.run(layer, position, hidden), inputs
         finally:
@@ -151,15 +146,7 @@ class Layerwise:
         assert recorder.input is not None
         return recorder.input, stream
 
-    def _layer_arguments(self, position: int, hidden: Tensor) -> dict[str, Any]:
-        key = (hidden.shape[0], position)
-        if key not in self._arguments:
-            positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-            # One entry at a time, since masks are as large as hidden states.
-            self._arguments = {key: self._arguments_at(position, hidden, positions)}
-        return self._arguments[key]
-
-    def _arguments_at(self, position: int, hidden: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    def _arguments(self, position: int, hidden: Tensor, position_ids: Tensor) -> dict[str, Any]:
         masks = create_masks_for_generate(
             config=self.config,
             inputs_embeds=hidden,
@@ -169,13 +156,13 @@ class Layerwise:
         )
         kinds = getattr(self.config, "layer_types", None)
         kind = kinds[position] if kinds else None
-        rope = (position_ids, kind) if self._rope_by_layer_type else (position_ids,)
+        rope = (position_ids, kind) if self.family.rope_by_layer_type else (position_ids,)
         return {
             "attention_mask": masks[kind] if isinstance(masks, dict) else masks,
             "position_embeddings": self.rotary_emb(hidden, *rope),
             "position_ids": position_ids,
             "use_cache": False,
-            self._cache_argument: None,
+            self.family.cache_argument: None,
         }
 
     def _find_stages(self) -> tuple[list[list[str]], list[bool]]:
@@ -184,7 +171,7 @@ class Layerwise:
         Maps with the same input tensor form one stage; for Llama: q/k/v, o, gate/up, down. Fused, parallel and
         sandwich-normed layers therefore need no table.
         """
-        layer = copy.deepcopy(self._layers[0]).to_empty(device=self.device)
+        layer = copy.deepcopy(self.family.layers[0]).to_empty(device=self.device)
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=0.1)
         layer.requires_grad_(False).eval()
@@ -192,20 +179,17 @@ class Layerwise:
         inputs: list[Tensor] = []  # kept alive, so that identity means the same tensor
         outputs: dict[str, Tensor] = {}
 
-        def record(path: str):
-            def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-                outputs[path] = output
-                for stage, tensor in zip(stages, inputs, strict=True):
-                    if tensor is arguments[0]:
-                        stage.append(path)
-                        return
-                stages.append([path])
-                inputs.append(arguments[0])
-
-            return hook
+        def record(path: str, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            outputs[path] = output
+            for stage, tensor in zip(stages, inputs, strict=True):
+                if tensor is arguments[0]:
+                    stage.append(path)
+                    return
+            stages.append([path])
+            inputs.append(arguments[0])
 
         linears = [(path, module) for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
-        hooks = [module.register_forward_hook(record(path)) for path, module in linears]
+        hooks = [module.register_forward_hook(partial(record, path)) for path, module in linears]
         hidden = torch.randn(1, 4, self.config.hidden_size, device=self.device)
         self.run(layer, 0, hidden)
         for hook in hooks:

@@ -75,10 +75,12 @@ def plot_layout(
         is_block = color == SHARED
         _draw_part(axes, x, middle, half, label, color, cells, loops=is_block and layout.order == "sequence")
         if is_block:
-            top, center = middle + half, x + part_width / 2
+            top = middle + half
             exit_x = x + part_width + GAP / 2
-            _write(axes, center, top + 0.28, _times(layout), weight="bold")
-            if layout.order == "cycle" and layout.num_recursions > 1:
+            cycles = layout.order == "cycle"
+            times = f"{'' if cycles else 'each '}× {layout.num_recursions}"
+            _write(axes, x + part_width / 2, top + 0.28, times, weight="bold")
+            if cycles and layout.num_recursions > 1:
                 _loop(axes, x + 0.15, x + part_width - 0.15, top, 0.16)
         x += part_width + GAP
     if exits:
@@ -116,10 +118,6 @@ def _parts(layout: LayerLayout) -> list[tuple[str, str, list[str]]]:
         ("coda, once", ONCE, [_span(last + i for i in run) for run in _elide(layout.num_coda_layers, MAX_ONCE)]),
         ("", END, ["final norm\nand head"]),
     ]
-
-
-def _times(layout: LayerLayout) -> str:
-    return f"{'each ' if layout.order == 'sequence' else ''}× {layout.num_recursions}"
 
 
 def _cell_width(cell: str) -> float:

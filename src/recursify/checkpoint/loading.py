@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import recursify.modeling  # noqa: F401  (registers recursive models with transformers)
 from recursify.errors import CheckpointError, SettingsError
+from recursify.modeling import RecursiveConfig
 from recursify.settings import require_device
 
 from .dense_checkpoint import load_tokenizer, open_checkpoint
@@ -51,6 +52,7 @@ def load_model(
     target = require_device(device)
     path = locate(source)
     if is_recursive(path):
+        read_config(path)
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -63,12 +65,24 @@ def load_model(
         tokenizer = load_tokenizer(checkpoint)
     if recursions is not None:
         require_recursive_model(model, source)
-        scale = "auto" if residual_scale is None else residual_scale
         try:
+            scale = "auto" if residual_scale is None else residual_scale
             model = model.with_recursions(recursions, residual_scale=scale, anderson=anderson)
         except ValueError as error:
             raise SettingsError(str(error)) from error
     return model, tokenizer
+
+
+def read_config(folder: Path) -> RecursiveConfig:
+    """Config of a recursive model.
+
+    Raises:
+        CheckpointError: It is damaged, or a field has a wrong type or value.
+    """
+    try:
+        return RecursiveConfig.from_pretrained(folder)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        raise CheckpointError(f"'{folder}' has a config that does not load: {' '.join(str(error).split())}") from error
 
 
 def is_recursive(path: Path) -> bool:
@@ -80,11 +94,7 @@ def is_recursive(path: Path) -> bool:
 
 
 def require_recursive(model: str | Path) -> Path:
-    """Return the folder of a recursive model as a path.
-
-    Raises:
-        CheckpointError: ``model`` is not the folder of a recursive model.
-    """
+    """Path of a recursive model's folder; a CheckpointError if ``model`` is not one."""
     folder = Path(model)
     if not folder.is_dir():
         raise CheckpointError(f"There is no model folder at '{folder}'.")
@@ -97,21 +107,13 @@ def require_recursive(model: str | Path) -> Path:
 
 
 def require_recursive_model(loaded: PreTrainedModel, source: str | Path) -> None:
-    """Check that the model loaded from ``source`` is recursive.
-
-    Raises:
-        SettingsError: It is a dense model.
-    """
+    """Raise a SettingsError if the model loaded from ``source`` is a dense one."""
     if loaded.config.model_type != "recursive":
         raise SettingsError(f"'{source}' is a dense model, and this needs a recursive one. Convert it first.")
 
 
 def require_exit(config: Any, source: str | Path, depth: int) -> None:
-    """Check that a model has an exit after ``depth``.
-
-    Raises:
-        SettingsError: There is none.
-    """
+    """Raise a SettingsError if a model has no exit after ``depth``."""
     exits = getattr(config, "exit_depths", ())
     if depth not in exits:
         available = f"exits after depths {', '.join(map(str, exits))}" if exits else "no exits"

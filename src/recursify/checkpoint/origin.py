@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 
 @dataclass(frozen=True)
 class Origin:
-    """Origin of a dense model; a field that its files do not state is None.
+    """Origin of a dense model, entry ``base`` of ``recursify.json``; a field that its files do not state is None.
 
     Attributes:
         hub_id: Hub id.
@@ -27,10 +27,6 @@ class Origin:
     license_link: str | None = None
     languages: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Entry ``base`` of ``recursify.json``."""
-        return asdict(self)
-
     @classmethod
     def from_mapping(cls, mapping: dict[str, Any]) -> Origin:
         """Read an entry of ``recursify.json``, or the front matter of a model card."""
@@ -43,12 +39,8 @@ class Origin:
             hub_id=mapping.get("hub_id"),
             # YAML reads the code of Norwegian, no, as a boolean.
             languages=tuple("no" if code is False else str(code) for code in listed if code is not None),
-            **{key: _first(text) for key, text in stated.items() if text},
+            **{key: str(text[0] if isinstance(text, list) else text) for key, text in stated.items() if text},
         )
-
-
-def _first(text: Any) -> str:
-    return str(text[0] if isinstance(text, list) else text)
 
 
 def origin_of_folder(source: str, folder: Path) -> Origin:
@@ -62,25 +54,16 @@ def origin_of_gguf(file: Path, hub_id: str | None) -> Origin:
     from gguf import GGUFReader
 
     fields = GGUFReader(str(file)).fields
-    names = {
-        "license": "general.license",
-        "license_name": "general.license.name",
-        "license_link": "general.license.link",
-        "languages": "general.languages",
-    }
-    stated = {name: fields[key].contents() for name, key in names.items() if key in fields}
+    keys = ("license", "license.name", "license.link", "languages")
+    stated = {key.replace(".", "_"): fields[f"general.{key}"].contents() for key in keys if f"general.{key}" in fields}
     return Origin.from_mapping({**stated, "hub_id": hub_id})
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
     """YAML at the head of a model card; empty if there is none or it cannot be read."""
-    if not card.exists():
-        return {}
-    opening, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
-    if opening.strip():
-        return {}
     try:
-        loaded = yaml.safe_load(rest.partition("\n---")[0])
-    except yaml.YAMLError:
+        opening, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
+        loaded = None if opening.strip() else yaml.safe_load(rest.partition("\n---")[0])
+    except (FileNotFoundError, yaml.YAMLError):
         return {}
     return loaded if isinstance(loaded, dict) else {}

@@ -1,18 +1,17 @@
-"""Lazy reading of recursive checkpoints by module and depth."""
+"""Lazy reading of recursive checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from recursify.errors import CheckpointError
-from recursify.modeling import LayoutError, RecursiveConfig
 
-from .dense_names import DenseNames, StoredModule
+from .dense_names import DenseNames
+from .loading import read_config
 from .shards import folder_tensors, shard_files
 
 
@@ -28,16 +27,12 @@ class RecursiveCheckpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        try:
-            self.config = RecursiveConfig.from_pretrained(folder)
-            self.names = DenseNames(self.config)
-        except (ValueError, OSError, LayoutError) as error:
-            raise CheckpointError(f"'{folder}' has a config that does not load: {error}") from error
+        self.config = read_config(folder)
+        self.names = DenseNames(self.config)
         self.layout = self.config.layout
         self.tensors = folder_tensors(folder)
         self._shard_of = shard_files(folder)
-        missing = sorted(self.names.parameters.keys() - self.tensors.keys())
-        if missing:
+        if missing := sorted(self.names.parameters.keys() - self.tensors.keys()):
             raise CheckpointError(
                 f"'{folder}' lacks {len(missing)} of the model's tensors, first '{missing[0]}'. Convert it again."
             )
@@ -48,36 +43,11 @@ class RecursiveCheckpoint:
         with safe_open(self.folder / self._shard_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    def read_depth(self, module: StoredModule, parameter: str, depth: int) -> Tensor:
-        """Dense parameter of ``module`` at ``depth``; merged weights are in float32 or better."""
-        if not module.is_linear:
-            is_tied = f"{module.name}.copies.{depth}.{parameter}" not in self.tensors
-            return self.read(f"{module.name}.copies.{0 if is_tied else depth}.{parameter}")
-        if parameter == "bias":
-            biases = self.read(f"{module.name}.bias")
-            return biases[depth if len(biases) > 1 else 0]
-        weight = self.read(f"{module.name}.linear.weight")
-        if not module.rank:
-            return weight
-        b, a = self.read_factors(module, depth)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return weight.to(dtype) + b.to(dtype) @ a.to(dtype)
-
-    def read_factors(self, module: StoredModule, depth: int) -> tuple[Tensor, Tensor]:
-        """LoRA factors ``(B [O, r], A [r, I])`` of one depth."""
-        return self.read(f"{module.name}.lora_b")[depth], self.read(f"{module.name}.lora_a")[depth]
-
-    def unrolled(self) -> Iterator[tuple[str, str, StoredModule | None, int]]:
-        """Iterate over the parameters of the unrolled dense model.
-
-        Yields:
-            ``(dense name, recursive name, None, 0)`` outside the shared block, and ``(dense name, parameter, module,
-            depth)`` inside it.
-        """
+    def unrolled(self) -> Iterator[tuple[str, Tensor]]:
+        """Read the parameters of the unrolled dense model: dense names and tensors."""
         for name, dense_name in self.names.unshared.items():
-            yield dense_name, name, None, 0
-        for index in range(self.layout.block_size):
-            for module in self.names.stored_modules(index):
-                for depth, position in enumerate(self.layout.positions(index)):
-                    for parameter in module.parameters:
-                        yield self.names.dense(position, module.path, parameter), parameter, module, depth
+            yield dense_name, self.read(name)
+        for module in self.names.stored_modules():
+            for depth, position in enumerate(self.layout.positions(module.index)):
+                for parameter in module.parameters:
+                    yield self.names.dense(position, module.path, parameter), module.read(self, parameter, depth)

@@ -55,17 +55,14 @@ def shard_files(folder: Path) -> dict[str, str]:
             shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"'{index}' is damaged: {error}. Fetch it again.") from error
-        missing = sorted({shard for shard in shard_of.values() if not (folder / shard).exists()})
-        if missing:
+        if missing := sorted({shard for shard in shard_of.values() if not (folder / shard).exists()}):
             raise CheckpointError(
                 f"'{folder}' lacks {len(missing)} of its shards: {', '.join(missing)}. Fetch them again."
             )
         return shard_of
-    single = folder / SINGLE_FILE
-    if single.exists():
-        return dict.fromkeys(_read_header(single), SINGLE_FILE)
-    pickles = sorted(file.name for pattern in PICKLE_PATTERNS for file in folder.glob(pattern))
-    if pickles:
+    if (folder / SINGLE_FILE).exists():
+        return dict.fromkeys(_read_header(folder / SINGLE_FILE), SINGLE_FILE)
+    if pickles := sorted(file.name for pattern in PICKLE_PATTERNS for file in folder.glob(pattern)):
         raise CheckpointError(
             f"'{folder}' has only pickled weights ({', '.join(pickles[:3])}), and a pickle can run any code. Convert "
             f'it once where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
@@ -75,11 +72,7 @@ def shard_files(folder: Path) -> dict[str, str]:
 
 
 def folder_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Floating-point tensors of a folder.
-
-    Raises:
-        CheckpointError: A shard is missing or truncated, or lacks a tensor of the index.
-    """
+    """Floating-point tensors of a folder; errors are those of :func:`shard_files` and :func:`read_headers`."""
     tensors = read_headers(folder, shard_files(folder))
     return {name: info for name, info in tensors.items() if isinstance(info, TensorInfo)}
 

@@ -41,13 +41,9 @@ class ShardedCheckpoint:
         self._unwritten = set(tensors)
         self._places: dict[str, tuple[Path, int]] = {}
         shards = _split(tensors, max_shard_bytes)
-        names = (
-            [SINGLE_FILE]
-            if len(shards) == 1
-            else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        )
-        for file_name, shard in zip(names, shards, strict=True):
-            self._write_header(folder / file_name, shard)
+        for number, shard in enumerate(shards, start=1):
+            name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._write_header(folder / name, shard)
         if len(shards) > 1:
             weight_map = {name: self._places[name][0].name for name in tensors}
             total = sum(info.num_bytes for info in tensors.values())
@@ -56,24 +52,21 @@ class ShardedCheckpoint:
 
     def _write_header(self, file: Path, names: list[str]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
+        starts, offset = {}, 0
         for name in names:
-            info = self.tensors[name]
+            info, starts[name] = self.tensors[name], offset
+            offset += info.num_bytes
             header[name] = {
                 "dtype": _NAMES[info.dtype],
                 "shape": list(info.shape),
-                "data_offsets": [offset, offset + info.num_bytes],
+                "data_offsets": [starts[name], offset],
             }
-            offset += info.num_bytes
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         with open(file, "wb") as stream:
             stream.write(len(encoded).to_bytes(8, "little") + encoded)
             stream.truncate(8 + len(encoded) + offset)
-        start = 8 + len(encoded)
-        for name in names:
-            self._places[name] = (file, start)
-            start += self.tensors[name].num_bytes
+        self._places |= {name: (file, 8 + len(encoded) + start) for name, start in starts.items()}
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write ``tensor`` under ``name``, cast to the dtype in the header; a later call replaces an earlier one."""
@@ -107,22 +100,16 @@ def _split(tensors: dict[str, TensorInfo], max_shard_bytes: int) -> list[list[st
     shards: list[list[str]] = [[]]
     size = 0
     for name, info in tensors.items():
-        if shards[-1] and size + info.num_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
         size += info.num_bytes
+        if shards[-1] and size > max_shard_bytes:
+            shards.append([])
+            size = info.num_bytes
+        shards[-1].append(name)
     return shards
 
 
 def check_target(target: Path, source: Path | None, *, overwrite: bool, num_bytes: int) -> None:
-    """Check that a folder can be written, before any work is done.
-
-    Args:
-        target: Folder to write.
-        source: Model that is read.
-        overwrite: Permission to replace an existing target.
-        num_bytes: Disk space that is needed.
+    """Check that a folder of ``num_bytes`` can be written, before any work is done; ``source`` is the model to read.
 
     Raises:
         OutputError: The target exists (without ``overwrite``), overlaps with the source, or does not fit on the disk.
@@ -162,9 +149,9 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     scratch.mkdir()
     try:
         yield scratch
-        for file in scratch.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        for file in filter(Path.is_file, scratch.rglob("*")):
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
         if target.exists():
             assert overwrite
             target.rename(aside)
@@ -190,13 +177,6 @@ def _recover(target: Path) -> None:
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True
-
-
-def _sync(file: Path) -> None:
-    with open(file, "rb") as stream:
-        os.fsync(stream.fileno())

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, load_tokenizer
-from recursify.checkpoint.dense_names import DenseNames, StoredModule
+from recursify.checkpoint.dense_names import Factors, StoredModule
 from recursify.checkpoint.layerwise import Layerwise
 from recursify.checkpoint.writer import ShardedCheckpoint
 from recursify.evaluation.text import Text, token_windows
 from recursify.progress import Progress
 
-from .factors import read_merged, write_factors, write_factors_at
 from .fisher import fisher_information
 from .initialization import average
 from .low_rank import WeightedNorm, regress, share, share_for_residuals
@@ -40,13 +39,7 @@ MIN_WINDOWS = 2
 
 @dataclass(frozen=True)
 class TiedLinears:
-    """Linear maps of the dense layers that share one weight.
-
-    Attributes:
-        module: Shared linear map.
-        weights: Dense weights by depth, each ``[O, I]``, float32, on the CPU.
-        norms: Norms of their inputs by depth.
-    """
+    """Dense weights ``[O, I]`` (float32, on the CPU) that share one linear map, and norms of their inputs, by depth."""
 
     module: StoredModule
     weights: list[Tensor]
@@ -55,13 +48,10 @@ class TiedLinears:
 
 @dataclass(frozen=True)
 class RegressionMoments:
-    """Second moments for refitting a residual, with inputs ``x`` of the converted layer and ``y`` of the dense one.
+    """Second moments for refitting a residual: norm of ``Σ x xᵀ``, and ``cross = Σ y xᵀ [I, I]``.
 
-    Attributes:
-        norm: Norm of ``Σ x xᵀ``.
-        cross: ``Σ y xᵀ``, ``[I, I]``.
-        drift: ``Σ (s_dense − s_converted) xᵀ``, ``[D, I]``, where the stage adds to a residual stream ``s``, so that
-            the map can correct the error of earlier layers. None elsewhere.
+    ``x`` are inputs of the converted layer and ``y`` of the dense one. Where the stage adds to the residual stream
+    ``s``, ``drift = Σ (s_dense − s_converted) xᵀ [D, I]`` lets the map correct the error of earlier layers.
     """
 
     norm: WeightedNorm
@@ -72,12 +62,6 @@ class RegressionMoments:
 class Calibration:
     """Fit of one conversion's shared block to a text.
 
-    Args:
-        checkpoint: Dense model.
-        plan: Plan, its ``auto`` resolved.
-        text: Calibration text.
-        progress: Callback for progress.
-
     Raises:
         TextError: The text is too short.
         CheckpointError: The model has no tokenizer.
@@ -87,7 +71,7 @@ class Calibration:
         self.checkpoint = checkpoint
         self.plan = plan
         self.layout = plan.layout
-        self.names = DenseNames(plan.config)
+        self.generator = torch.Generator().manual_seed(plan.settings.seed)
         self.text = text
         self.progress = progress
         settings = plan.settings
@@ -103,16 +87,11 @@ class Calibration:
         allocate = find_rank_allocation(self.plan.settings.rank_allocation)
         if allocate is not None and self.plan.has_residuals:
             self.plan = self.plan.with_rank_pattern(allocate(self))
-            self.names = DenseNames(self.plan.config)
         return self.plan
 
     @torch.no_grad()
     def run(self, output: ShardedCheckpoint) -> dict[str, Any]:
-        """Fit every shared weight and residual of the plan and write them into ``output``.
-
-        Returns:
-            Entry ``calibration`` of ``recursify.json``.
-        """
+        """Fit and write every shared weight and residual; returns the entry ``calibration`` of ``recursify.json``."""
         starts = self._walk_to_starts()
         for linears in self._tied_linears(starts, "share"):
             self._write_linears(output, linears)
@@ -137,11 +116,11 @@ class Calibration:
     def curvatures(self, module: StoredModule) -> list[Tensor]:
         """Fisher information of a module's dense weights by depth, each ``[O, I]``."""
         positions = self.layout.positions(module.index)
-        return [self._fisher[self.names.dense(position, module.path, "weight")] for position in positions]
+        return [self._fisher[self.plan.names.dense(position, module.path, "weight")] for position in positions]
 
     @cached_property
     def _fisher(self) -> dict[str, Tensor]:
-        return fisher_information(self.checkpoint, self.names.stem, self.windows, self.progress)
+        return fisher_information(self.checkpoint, self.plan.names.stem, self.windows, self.progress)
 
     # --- Pass 1: share -------------------------------------------------------------------------------------------
 
@@ -151,9 +130,8 @@ class Calibration:
         In a cycle, cursor ``d`` starts at recursion ``d``; in a sequence one cursor visits all depths of a tied group
         in turn.
         """
-        layout = self.layout
-        first_positions = [layout.position(0, depth) for depth in range(layout.num_recursions)]
-        if layout.order == "sequence":
+        first_positions = self.layout.positions(0)
+        if self.layout.order == "sequence":
             first_positions = first_positions[:1]
         hidden = self.dense.embed()
         starts = []
@@ -176,7 +154,7 @@ class Calibration:
                 cursors[cursor], input_moments = self._run_and_measure(layer, position, cursors[cursor])
                 layers.append(layer)
                 moments.append(input_moments)
-            modules = {module.path: module for module in self.names.stored_modules(index) if module.is_linear}
+            modules = {module.path: module for module in self.plan.names.stored_modules(index) if module.is_linear}
             for stage in self.dense.stages:
                 norms = [WeightedNorm(moment.pop(stage[0])) for moment in moments]
                 for path in stage:
@@ -186,11 +164,7 @@ class Calibration:
     def _run_and_measure(
         self, layer: nn.Module, position: int, hidden: list[Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Run a layer on the whole text.
-
-        Returns:
-            Outputs, and second moments ``Σ x xᵀ [I, I]`` of the inputs by the first path of each stage.
-        """
+        """Outputs of a layer, and second moments ``Σ x xᵀ [I, I]`` of the inputs by the first path of each stage."""
         paths = [stage[0] for stage in self.dense.stages]
         outputs: list[Tensor] = []
         moments: dict[str, Tensor] = {}
@@ -206,89 +180,71 @@ class Calibration:
         module, weights, norms = linears.module, linears.weights, linears.norms
         settings = self.plan.settings
         factors = find_relaxation(settings.relaxation).factors
+
+        def fit(depth: int, residual: Tensor, rank: int) -> Factors:
+            if factors is None:
+                return norms[depth].low_rank(residual, rank)
+            return factors(residual, rank, self.generator)
+
         if settings.initialization == "calibrated":
             fits_residuals = factors is None and module.rank > 0
             shared = share_for_residuals(weights, norms, module.rank) if fits_residuals else share(weights, norms)
         elif settings.initialization == "fisher":
             shared = average(weights, self.curvatures(module))
         else:
-            sources = self.plan.sources[module.index]
-            shared = average([self.checkpoint.read(self.names.dense(p, module.path, "weight")) for p in sources])
-        output.write(f"{module.name}.linear.weight", shared)
-        if not module.rank:
-            return
-        rounded = output.read(f"{module.name}.linear.weight").float()
-        generator = torch.Generator().manual_seed(settings.seed)
-        pairs = [
-            norm.low_rank(weight - rounded, module.rank)
-            if factors is None
-            else factors(weight - rounded, module.rank, generator)
-            for weight, norm in zip(weights, norms, strict=True)
-        ]
-        write_factors(output, module, pairs)
+            shared = self.plan.initial_weight(self.checkpoint, module, self.generator)
+        module.write_linear(output, shared, weights, fit)
 
     # --- Pass 2: correct drift -----------------------------------------------------------------------------------
 
     def _correct_drift(self, output: ShardedCheckpoint, start: list[Tensor]) -> None:
         layout = self.layout
-        dense_hidden, converted_hidden = start, start
+        hidden = [start, start]
         first = layout.num_prelude_layers
         # The coda is not refitted: refitted at full rank on 16k tokens it learned the text, and held-out perplexity on
         # SmolLM2-135M rose from 22.2 to 23.2.
         last = layout.num_layers - layout.num_coda_layers - 1
         for position in range(first, last + 1):
             ref = layout.layer_ref(position)
-            dense_layer = self.dense.load(position)
-            converted_layer = self._load_converted(output, position)
-            modules = {module.path: module for module in self.names.stored_modules(ref.index)}
+            layers = self.dense.load(position), self._load_converted(output, position)
+            modules = {module.path: module for module in self.plan.names.stored_modules(ref.index)}
             for index, stage in enumerate(self.dense.stages):
-                moments = self._regression_moments(
-                    dense_layer, converted_layer, position, dense_hidden, converted_hidden, index
-                )
+                moments = self._regression_moments(layers, position, hidden, index)
                 for path in stage:
                     module = modules[path]
                     if module.rank:
-                        target = regress(_weight(dense_layer, path).cpu(), moments.cross, moments.norm, moments.drift)
-                        shared = output.read(f"{module.name}.linear.weight").double()
-                        write_factors_at(output, module, ref.depth, moments.norm.low_rank(target - shared, module.rank))
+                        target = regress(_weight(layers[0], path).cpu(), moments.cross, moments.norm, moments.drift)
+                        shared = output.read(module.shared_weight).double()
+                        module.rewrite_factors(output, ref.depth, moments.norm.low_rank(target - shared, module.rank))
                     # The next stage's inputs pass through this map.
-                    _weight(converted_layer, path).copy_(read_merged(output, module, ref.depth))
+                    _weight(layers[1], path).copy_(module.read(output, "weight", ref.depth))
             if position < last:
-                dense_hidden = [self.dense.run(dense_layer, position, batch) for batch in dense_hidden]
-                converted_hidden = [self.dense.run(converted_layer, position, batch) for batch in converted_hidden]
+                hidden = [
+                    [self.dense.run(layer, position, batch) for batch in batches]
+                    for layer, batches in zip(layers, hidden, strict=True)
+                ]
             self.progress("correct", position - first + 1, last - first + 1)
 
     def _load_converted(self, output: ShardedCheckpoint, position: int) -> nn.Module:
         """Load the converted layer at ``position`` as a dense one: residuals merged, norms as written."""
         ref = self.layout.layer_ref(position)
         layer = self.dense.load(position)
-        for module in self.names.stored_modules(ref.index):
+        for module in self.plan.names.stored_modules(ref.index):
             for parameter in module.parameters:
-                if module.is_linear and parameter == "weight":
-                    value = read_merged(output, module, ref.depth)
-                elif module.is_linear:
-                    biases = output.read(f"{module.name}.bias")
-                    value = biases[ref.depth % len(biases)]
-                else:
-                    is_tied = f"{module.name}.copies.{ref.depth}.{parameter}" not in output.tensors
-                    value = output.read(f"{module.name}.copies.{0 if is_tied else ref.depth}.{parameter}")
-                layer.get_parameter(f"{module.path}.{parameter}").copy_(value)
+                stored = module.read(output, parameter, ref.depth)
+                layer.get_parameter(f"{module.path}.{parameter}").copy_(stored)
         return layer
 
     def _regression_moments(
-        self,
-        dense_layer: nn.Module,
-        converted_layer: nn.Module,
-        position: int,
-        dense_hidden: list[Tensor],
-        converted_hidden: list[Tensor],
-        stage: int,
+        self, layers: tuple[nn.Module, nn.Module], position: int, hidden: list[list[Tensor]], stage: int
     ) -> RegressionMoments:
-        """Run both layers up to a stage on the whole text."""
+        """Run the dense and the converted layer up to a stage on the whole text."""
         second = cross = drift = torch.zeros(())
-        for dense_batch, converted_batch in zip(dense_hidden, converted_hidden, strict=True):
-            y, dense_stream = self.dense.input_and_stream(dense_layer, position, dense_batch, stage)
-            x, stream = self.dense.input_and_stream(converted_layer, position, converted_batch, stage)
+        for batches in zip(*hidden, strict=True):
+            (y, dense_stream), (x, stream) = (
+                self.dense.input_and_stream(layer, position, batch, stage)
+                for layer, batch in zip(layers, batches, strict=True)
+            )
             second = second + _sum_of_products(x, x)
             cross = cross + _sum_of_products(y, x)
             if dense_stream is not None and stream is not None:

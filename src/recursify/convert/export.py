@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,76 +98,66 @@ def export_model(
         raise PlanError(f"Unknown format '{format}'. Use one of: {', '.join(FORMATS)}.")
     checkpoint = RecursiveCheckpoint(folder)
     _require_stock_steps(checkpoint)
-    facts = FORMATS[format](checkpoint, target, overwrite, progress)
-    difference = check_export(folder, target, format) if check else None
-    return ExportResult(output=target, format=format, max_logit_difference=difference, **facts)
+    if format == "peft":
+        _require_replicable(checkpoint)
+    architecture, num_bytes = _write_stock_model(checkpoint, target, format, overwrite=overwrite, progress=progress)
+    return ExportResult(
+        output=target,
+        format=format,
+        architecture=architecture,
+        num_bytes=num_bytes,
+        left_out="exit heads" if any(name.startswith("exit_heads.") for name in checkpoint.tensors) else None,
+        adapter="adapter" if format == "peft" else None,
+        max_logit_difference=check_export(folder, target, format) if check else None,
+    )
 
 
-def _export_dense(checkpoint: RecursiveCheckpoint, target: Path, overwrite: bool, progress: Progress) -> dict[str, Any]:
+def _write_stock_model(
+    checkpoint: RecursiveCheckpoint, target: Path, format: str, *, overwrite: bool, progress: Progress
+) -> tuple[str, int]:
+    """Write the files of an export; returns the model's class and the bytes of weights."""
     config = checkpoint.config.dense_config()
+    if format == "peft":
+        config.num_hidden_layers = checkpoint.layout.block_size
     config.dtype = checkpoint.dtype
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config.architectures = [model_class.__name__]
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in model_class(config).named_parameters()}
     renamed = RENAMED if config.model_type in OLD_NAMES_ON_DISK else {}
-    tensors = {
-        renamed.get(name, name): TensorInfo(shape, checkpoint.dtype)
-        for name, shape in checkpoint.names.dense_parameters.items()
-    }
-    num_bytes = sum(info.num_bytes for info in tensors.values())
+    tensors = {renamed.get(name, name): TensorInfo(shape, checkpoint.dtype) for name, shape in shapes.items()}
+    num_bytes = sum(info.num_bytes for info in (checkpoint.tensors if format == "peft" else tensors).values())
     check_target(target, checkpoint.folder, overwrite=overwrite, num_bytes=num_bytes)
     with atomic_folder(target, overwrite=overwrite) as scratch:
         output = ShardedCheckpoint(scratch, tensors)
-        for done, (dense_name, name, module, depth) in enumerate(checkpoint.unrolled()):
-            tensor = checkpoint.read(name) if module is None else checkpoint.read_depth(module, name, depth)
-            output.write(renamed.get(dense_name, dense_name), tensor)
-            progress("unroll", done + 1, len(tensors))
+        for done, (name, tensor) in enumerate(FORMATS[format](checkpoint)):
+            output.write(renamed.get(name, name), tensor)
+            progress("export", done + 1, len(tensors))
         output.finish()
         config.save_pretrained(scratch)
         copy_auxiliary_files(checkpoint.folder, scratch)
-    has_exit_heads = any(name.startswith("exit_heads.") for name in checkpoint.tensors)
-    return {
-        "architecture": config.architectures[0],
-        "num_bytes": num_bytes,
-        "left_out": "exit heads" if has_exit_heads else None,
-    }
+        if format == "peft":
+            _write_adapter(checkpoint, scratch / "adapter")
+    return model_class.__name__, num_bytes
 
 
-def _export_peft(checkpoint: RecursiveCheckpoint, target: Path, overwrite: bool, progress: Progress) -> dict[str, Any]:
-    _require_replicable(checkpoint)
-    num_bytes = sum(info.num_bytes for info in checkpoint.tensors.values())
-    check_target(target, checkpoint.folder, overwrite=overwrite, num_bytes=num_bytes)
-    layout = checkpoint.layout
-    config = checkpoint.config.dense_config()
-    config.num_hidden_layers = layout.block_size
-    config.dtype = checkpoint.dtype
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).named_parameters()}
-    with atomic_folder(target, overwrite=overwrite) as scratch:
-        output = ShardedCheckpoint(scratch, {n: TensorInfo(tuple(s), checkpoint.dtype) for n, s in shapes.items()})
-        for name, dense_name in checkpoint.names.unshared.items():
-            output.write(dense_name, checkpoint.read(name))
-        for index in range(layout.block_size):
-            for module in checkpoint.names.stored_modules(index):
-                for parameter in module.parameters:
-                    tensor = (
-                        checkpoint.read(f"{module.name}.linear.weight")
-                        if module.is_linear and parameter == "weight"
-                        else checkpoint.read_depth(module, parameter, 0)
-                    )
-                    output.write(checkpoint.names.dense(index, module.path, parameter), tensor)
-            progress("share", index + 1, layout.block_size)
-        output.finish()
-        config.save_pretrained(scratch)
-        copy_auxiliary_files(checkpoint.folder, scratch)
-        _write_adapter(checkpoint, scratch / "adapter")
-    return {"architecture": config.architectures[0], "num_bytes": num_bytes, "adapter": "adapter"}
+def _shared_layers(checkpoint: RecursiveCheckpoint) -> Iterator[tuple[str, Tensor]]:
+    """Read a stock model of the ``K`` shared layers: dense names and tensors; vectors are those of depth 0."""
+    names = checkpoint.names
+    for name, dense_name in names.unshared.items():
+        yield dense_name, checkpoint.read(name)
+    for module in names.stored_modules():
+        for parameter in module.parameters:
+            is_shared = module.is_linear and parameter == "weight"
+            stored = checkpoint.read(module.shared_weight) if is_shared else module.read(checkpoint, parameter, 0)
+            yield names.dense(module.index, module.path, parameter), stored
 
 
-FORMATS: dict[str, Callable[[RecursiveCheckpoint, Path, bool, Progress], dict[str, Any]]] = {
-    "dense": _export_dense,
-    "peft": _export_peft,
+FORMATS: dict[str, Callable[[RecursiveCheckpoint], Iterator[tuple[str, Tensor]]]] = {
+    "dense": RecursiveCheckpoint.unrolled,
+    "peft": _shared_layers,
 }
-"""Export formats by name; each writes a folder and returns fields of :class:`ExportResult`."""
+"""Export formats by name, with the tensors that each writes."""
 
 
 def _require_stock_steps(checkpoint: RecursiveCheckpoint) -> None:
@@ -177,10 +167,10 @@ def _require_stock_steps(checkpoint: RecursiveCheckpoint) -> None:
             f"'{checkpoint.folder}' has {config.router} routers, and stock layers process every token. Export the "
             f"model that the routers were added to."
         )
-    if config.residual_scale != 1 or config.anderson:
+    difference = f"mixes {config.anderson} earlier recursions into each one" if config.anderson else ""
+    if config.residual_scale != 1:
         difference = f"scales its layers' updates by {config.residual_scale:g}"
-        if config.residual_scale == 1:
-            difference = f"mixes {config.anderson} earlier recursions into each one"
+    if difference:
         raise PlanError(
             f"'{checkpoint.folder}' {difference}, which stock layers cannot do. Export the model that it was made "
             f"from, or make it with_recursions(..., residual_scale=1, anderson=0)."
@@ -212,30 +202,24 @@ def _write_adapter(checkpoint: RecursiveCheckpoint, folder: Path) -> None:
     folder.mkdir()
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    norms: set[str] = set()
-    has_bias = False
-    for index in range(layout.block_size):
-        for module in checkpoint.names.stored_modules(index):
-            for depth, position in enumerate(layout.positions(index)):
-                stem = f"base_model.model.{checkpoint.names.stem}.{position}.{module.path}"
-                if not module.is_linear:
-                    norms.add(module.path)
-                    for parameter in module.parameters:
-                        tensors[f"{stem}.{parameter}"] = checkpoint.read_depth(module, parameter, depth)
-                    continue
-                rows, columns = checkpoint.tensors[f"{module.name}.linear.weight"].shape
-                left, right = (
-                    torch.zeros(rows, 1, dtype=checkpoint.dtype),
-                    torch.zeros(1, columns, dtype=checkpoint.dtype),
-                )
-                if module.rank:
-                    left, right = checkpoint.read_factors(module, depth)
-                tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = right, left
-                ranks[f"layers.{position}.{module.path}"] = len(right)
-                if "bias" in module.parameters:
-                    has_bias = True
-                    biases = [checkpoint.read_depth(module, "bias", d) for d in (0, depth)]
-                    tensors[f"{stem}.lora_B.bias"] = biases[1] - biases[0]
+    modules = list(checkpoint.names.stored_modules())
+    for module in modules:
+        for depth, position in enumerate(layout.positions(module.index)):
+            stem = f"base_model.model.{checkpoint.names.stem}.{position}.{module.path}"
+            if not module.is_linear:
+                for parameter in module.parameters:
+                    tensors[f"{stem}.{parameter}"] = module.read(checkpoint, parameter, depth)
+                continue
+            if module.rank:
+                left, right = module.read_factors(checkpoint, depth)
+            else:
+                rows, columns = checkpoint.tensors[module.shared_weight].shape
+                left, right = (torch.zeros(size, dtype=checkpoint.dtype) for size in ((rows, 1), (1, columns)))
+            tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = right, left
+            ranks[f"layers.{position}.{module.path}"] = len(right)
+            if "bias" in module.parameters:
+                first, bias = (module.read(checkpoint, "bias", d) for d in (0, depth))
+                tensors[f"{stem}.lora_B.bias"] = bias - first
     rank = max(ranks.values())
     other_ranks = {key: value for key, value in ranks.items() if value != rank}
     config = {
@@ -244,11 +228,11 @@ def _write_adapter(checkpoint: RecursiveCheckpoint, folder: Path) -> None:
         "base_model_name_or_path": "..",
         "r": rank,
         "lora_alpha": rank,
-        "lora_bias": has_bias,
+        "lora_bias": any(module.is_linear and "bias" in module.parameters for module in modules),
         "rank_pattern": other_ranks,
         "alpha_pattern": other_ranks,
-        "target_modules": sorted({key.rpartition(".")[2] for key in ranks}),
-        "modules_to_save": sorted({path.rpartition(".")[2] for path in norms}),
+        "target_modules": sorted({module.path.rpartition(".")[2] for module in modules if module.is_linear}),
+        "modules_to_save": sorted({module.path.rpartition(".")[2] for module in modules if not module.is_linear}),
         "layer_replication": [[0, layout.block_size]] * layout.num_recursions,
         "inference_mode": True,
     }
@@ -269,13 +253,12 @@ def check_export(folder: Path, exported: Path, format: str) -> float:
         from peft import PeftModel
 
         stock = PeftModel.from_pretrained(stock, str(exported / "adapter")).eval()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (2, CHECK_TOKENS), generator=generator)
-    logits, stock_logits = model(ids).logits.float(), stock(ids).logits.float()
-    difference = float((logits - stock_logits).abs().max())
-    if difference > TOLERANCE[model.dtype] * float(logits.std()):
+    ids = torch.randint(0, model.config.vocab_size, (2, CHECK_TOKENS), generator=torch.Generator().manual_seed(0))
+    logits = model(ids).logits.float()
+    difference, deviation = float((logits - stock(ids).logits.float()).abs().max()), float(logits.std())
+    if difference > TOLERANCE[model.dtype] * deviation:
         raise ParityError(
             f"The export in '{exported}' is wrong: its logits differ from those of '{folder}' by {difference:.3g}, at "
-            f"a standard deviation of {float(logits.std()):.3g}. Please report this with both folders' config.json."
+            f"a standard deviation of {deviation:.3g}. Please report this with both folders' config.json."
         )
     return difference

@@ -16,12 +16,7 @@ def fisher_information(
     """Mean squared gradient of the loss over token windows ``[N, T]``, by parameter name.
 
     The whole dense model, its gradients and their squares are in memory, unlike in the rest of the calibration.
-
-    Args:
-        checkpoint: Dense model.
-        stem: Prefix of the layers' parameter names.
-        windows: Token ids.
-        progress: Callback for progress.
+    ``stem`` is the prefix of the layers' parameter names.
     """
     model = checkpoint.load_model(torch.float32)
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}

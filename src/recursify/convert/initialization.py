@@ -16,9 +16,6 @@ from torch import Tensor
 from recursify.errors import PlanError
 from recursify.modeling import LayerLayout
 
-Sources = Callable[[LayerLayout, torch.Generator], list[list[int]]]
-"""Function that returns the source positions of each block layer."""
-
 
 @dataclass(frozen=True)
 class Initialization:
@@ -33,10 +30,16 @@ class Initialization:
     """
 
     name: str
-    sources: Sources
+    sources: Callable[[LayerLayout, torch.Generator], list[list[int]]]
     needs_text: bool = False
     from_scratch: bool = False
     reference: str = "Relaxed Recursive Transformers, arXiv 2410.20672"
+
+    def weight(self, sources: list[Tensor], std: float, generator: torch.Generator) -> Tensor:
+        """Shared weight ``[O, I]`` from the source layers' weights; ``std`` is that of a random one."""
+        if self.from_scratch:
+            return torch.randn(sources[0].shape, generator=generator) * std
+        return sources[0] if len(sources) == 1 else average(sources)
 
 
 def _stepwise(layout: LayerLayout, generator: torch.Generator) -> list[list[int]]:
@@ -93,30 +96,23 @@ INITIALIZATIONS = {
 
 
 def find_initialization(name: str) -> Initialization:
-    """Look up an initialization.
-
-    Raises:
-        PlanError: The name is unknown.
-    """
+    """Initialization called ``name``; a PlanError if there is none."""
     if name not in INITIALIZATIONS:
         raise PlanError(f"Unknown initialization '{name}'. Use one of: auto, {', '.join(INITIALIZATIONS)}.")
     return INITIALIZATIONS[name]
 
 
 def average(weights: list[Tensor], importances: list[Tensor] | None = None) -> Tensor:
-    """Mean of ``weights`` in float32, optionally weighted elementwise.
+    """Mean of ``weights`` (one shape, any float dtype) in float32, summed in this order.
 
-    Args:
-        weights: Dense tensors of one shape, any float dtype, summed in this order.
-        importances: Non-negative tensors of the same shape (Fisher information); uniform ones give the plain mean.
+    ``importances``, non-negative tensors of the same shape (Fisher information), weight it elementwise.
     """
     if importances is None:
         total = weights[0].to(torch.float32, copy=True)
         for weight in weights[1:]:
             total.add_(weight)  # in place: 92 MB against 184 for two matrices of a 1.1B model, and a third of the time
         return total.div_(len(weights))
-    stacked = torch.stack([weight.float() for weight in weights])
-    weighting = torch.stack([importance.float() for importance in importances])
+    stacked, weighting = (torch.stack([tensor.float() for tensor in tensors]) for tensors in (weights, importances))
     # The floor gives elements of zero importance at all depths their plain mean instead of 0/0.
     weighting = weighting + 1e-6 * weighting.mean().clamp_min(1e-30)
     return (stacked * weighting).sum(dim=0) / weighting.sum(dim=0)

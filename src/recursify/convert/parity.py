@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from recursify.checkpoint.dense_names import DenseNames
 from recursify.errors import UnsupportedModelError
 from recursify.modeling import (
     LayerLayout,
@@ -72,21 +73,14 @@ def fold_exactly(dense: PreTrainedModel, num_recursions: int) -> RecursiveForCau
     layout = LayerLayout.fold(dense.config.num_hidden_layers, num_recursions, "cycle")
     config = RecursiveConfig.from_dense(dense.config, layout, lora_rank=0 if num_recursions == 1 else 2**20)
     model = RecursiveForCausalLM(config).to(dense.dtype).eval()
-    base = dense.base_model
-    state = dict(dense.named_parameters())
-    stem = f"{dense.base_model_prefix}.layers"
+    names, state = DenseNames(config), dict(dense.named_parameters())
     with torch.no_grad():
-        model.get_input_embeddings().weight.copy_(base.get_input_embeddings().weight)
-        for name, parameter in model.lm_head.named_parameters():
-            parameter.copy_(dense.get_output_embeddings().get_parameter(name))
-        norm = next(
-            getattr(base, name) for name in ("norm", "final_layer_norm", "final_layernorm") if hasattr(base, name)
-        )
-        model.model.norm.load_state_dict(norm.state_dict())
+        for name, dense_name in names.unshared.items():
+            model.get_parameter(name).copy_(state[dense_name])
         for index, layer in enumerate(model.model.block):
             for depth, position in enumerate(layout.positions(index)):
                 for path, module in layer.stored_modules():
-                    _copy_depth(module, depth, f"{stem}.{position}.{path}", state)
+                    _copy_depth(module, depth, f"{names.stem}.{position}.{path}", state)
     return model
 
 
@@ -113,12 +107,10 @@ def _difference(dense: PreTrainedModel, model: PreTrainedModel) -> float:
     ids = torch.randint(2, dense.config.vocab_size, (2, 13), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    worst = float((dense(ids).logits - model(ids).logits).abs().max())
-    padded = [run(ids, attention_mask=mask).logits for run in (dense, model)]
-    worst = max(worst, float((padded[0] - padded[1])[mask.bool()].abs().max()))
-    caches = [dense(ids[:, :9], use_cache=True).past_key_values, model(ids[:, :9], use_cache=True).past_key_values]
-    for step in range(9, 13):
-        token = ids[:, step : step + 1]
-        steps = [run(token, past_key_values=cache).logits for run, cache in zip((dense, model), caches, strict=True)]
-        worst = max(worst, float((steps[0] - steps[1]).abs().max()))
-    return worst
+    logits = []
+    for run in (dense, model):
+        cache = run(ids[:, :9], use_cache=True).past_key_values
+        steps = [run(ids[:, step : step + 1], past_key_values=cache).logits for step in range(9, 13)]
+        padded = run(ids, attention_mask=mask).logits[mask.bool()]
+        logits.append(torch.cat([part.flatten() for part in (run(ids).logits, padded, *steps)]))
+    return float((logits[0] - logits[1]).abs().max())

@@ -78,14 +78,7 @@ def plan_conversion(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> ConversionPlan:
-    """Plan a conversion without writing anything.
-
-    Args:
-        model: Folder, ``.gguf`` file, embedded model or Hub id of the dense model.
-        settings: Settings; alternatively, give their fields as keywords.
-        revision: Branch, tag or commit of a Hub id.
-        trust_remote_code: Permission to run code from the model's folder.
-        **options: Fields of :class:`~recursify.convert.settings.ConversionSettings`.
+    """Plan a conversion without writing anything; the arguments are those of :func:`convert_model`.
 
     Raises:
         RecursifyError: The model, the settings or the text cannot be used.
@@ -152,29 +145,26 @@ def _prepare(
 
 
 def _has_tokenizer(checkpoint: DenseCheckpoint) -> bool:
-    path = checkpoint.location
-    return path is not None and (path.suffix == ".gguf" or any(path.glob("tokenizer*")))
+    return checkpoint.location.suffix == ".gguf" or any(checkpoint.location.glob("tokenizer*"))
 
 
 def _check(checkpoint: DenseCheckpoint, target: Path, progress: Progress) -> ConversionCheck:
     """Compare the written model with the dense one; record the figures and a fingerprint of its outputs."""
     model = RecursiveForCausalLM.from_pretrained(target).eval()
     dense = checkpoint.load_model()
-    if not _has_tokenizer(checkpoint):
+    entries: dict[str, Any] = {}
+    if _has_tokenizer(checkpoint):
+        tokenizer, text = load_tokenizer(checkpoint), default_text("held_out")
+        length = min(CHECK_LENGTH, model.config.max_position_embeddings)
+        windows = token_windows(tokenizer, text, length, max_tokens=CHECK_WINDOWS * length)
+        comparison = compare(model, dense, windows, progress=progress)
+        prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt")
+        tokens = model.generate(**prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)[0]
+        name, sample = text.name, tokenizer.decode(tokens, skip_special_tokens=True)
+        entries["evaluation"] = [comparison.as_evaluation(name)]
+    else:
         ids = torch.randint(0, model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
         comparison = compare(model, dense, ids)
-        update_record(target, fingerprint=take_fingerprint(model.float()).to_dict())
-        return ConversionCheck(comparison, "random tokens (the model has no tokenizer)", "")
-    tokenizer = load_tokenizer(checkpoint)
-    text = default_text("held_out")
-    length = min(CHECK_LENGTH, model.config.max_position_embeddings)
-    windows = token_windows(tokenizer, text, length, max_tokens=CHECK_WINDOWS * length)
-    comparison = compare(model, dense, windows, progress=progress)
-    prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt")
-    sample = model.generate(**prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
-    update_record(
-        target,
-        evaluation=[comparison.as_evaluation(text.name)],
-        fingerprint=take_fingerprint(model.float()).to_dict(),
-    )
-    return ConversionCheck(comparison, text.name, tokenizer.decode(sample[0], skip_special_tokens=True))
+        name, sample = "random tokens (the model has no tokenizer)", ""
+    update_record(target, **entries, fingerprint=take_fingerprint(model.float()).to_dict())
+    return ConversionCheck(comparison, name, sample)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from recursify import plugins
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint
+from recursify.checkpoint.dense_names import DenseNames, StoredModule
 from recursify.checkpoint.description import kv_bytes_per_token
 from recursify.checkpoint.shards import TensorInfo
 from recursify.errors import PlanError, UnsupportedModelError
-from recursify.modeling import LayerLayout, LayoutError, RecursiveConfig, RecursiveForCausalLM, UnsupportedFamily
+from recursify.modeling import LayerLayout, LayoutError, RecursiveConfig, UnsupportedFamily
 
 from .initialization import find_initialization
 from .relaxation import find_relaxation
@@ -65,8 +67,14 @@ class Size:
     num_bytes: int
     kv_bytes_per_token: int
 
-    def to_dict(self) -> dict[str, int]:
-        return dict(vars(self))
+    @classmethod
+    def of(cls, config: PreTrainedConfig, tensors: dict[str, TensorInfo], dtype: torch.dtype) -> Size:
+        """Size of a model of these tensors, with keys and values in ``dtype``."""
+        return cls(
+            num_parameters=sum(info.num_parameters for info in tensors.values()),
+            num_bytes=sum(info.num_bytes for info in tensors.values()),
+            kv_bytes_per_token=kv_bytes_per_token(config, dtype),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +86,8 @@ class ConversionPlan:
         config: Config of the recursive model.
         settings: Settings with ``auto`` resolved.
         sources: Positions of the dense layers that initialize each block layer.
-        tensors: Tensors of the output in the order on disk.
+        names: Names of the model's parameters, and of the dense model's.
         dense: Size of the dense model, in the dtype of its checkpoint.
-        recursive: Size of the recursive model, in the dtype written.
         warnings: Warnings for the user.
     """
 
@@ -88,14 +95,27 @@ class ConversionPlan:
     config: RecursiveConfig
     settings: ConversionSettings
     sources: list[list[int]]
-    tensors: dict[str, TensorInfo]
+    names: DenseNames
     dense: Size
-    recursive: Size
     warnings: list[str]
 
     @property
     def layout(self) -> LayerLayout:
         return self.config.layout
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Tensors of the output in the order on disk."""
+        return {name: TensorInfo(shape, self.config.dtype) for name, shape in self.names.parameters.items()}
+
+    @property
+    def recursive(self) -> Size:
+        """Size of the recursive model, in the dtype written."""
+        return Size.of(self.config, self.tensors, self.config.dtype)
+
+    @property
+    def has_residuals(self) -> bool:
+        return _has_residuals(self.settings)
 
     @property
     def needs_text(self) -> bool:
@@ -129,20 +149,22 @@ class ConversionPlan:
             "rank_allocation": self.settings.rank_allocation,
             "tie_norms": self.settings.tie_norms,
             "dtype": self.settings.dtype,
-            "dense": self.dense.to_dict(),
-            "recursive": self.recursive.to_dict(),
+            "dense": asdict(self.dense),
+            "recursive": asdict(self.recursive),
             "warnings": self.warnings,
         }
 
-    @property
-    def has_residuals(self) -> bool:
-        return self.settings.lora_rank > 0 or any(self.settings.lora_rank_pattern.values())
+    def initial_weight(self, checkpoint: DenseCheckpoint, module: StoredModule, generator: torch.Generator) -> Tensor:
+        """Shared weight of ``module``, made from the source layers without text."""
+        weights = [checkpoint.read(self.names.dense(p, module.path, "weight")) for p in self.sources[module.index]]
+        std = getattr(self.config, "initializer_range", 0.02)
+        return find_initialization(self.settings.initialization).weight(weights, std, generator)
 
     def with_rank_pattern(self, pattern: dict[str, int]) -> ConversionPlan:
-        """The same plan with other ranks, and the tensors and sizes that follow."""
+        """The same plan with other ranks."""
         config = RecursiveConfig(**{**self.config.to_dict(), "lora_rank_pattern": pattern})
-        tensors = recursive_tensors(config, next(iter(self.tensors.values())).dtype)
-        return replace(self, config=config, tensors=tensors, recursive=_size(config, tensors))
+        config.dtype = self.config.dtype
+        return replace(self, config=config, names=_names(config))
 
     def __str__(self) -> str:
         layout = self.layout
@@ -161,10 +183,8 @@ class ConversionPlan:
         ]
         if layout.num_prelude_layers:
             lines.append(f"  prelude         dense {_span(range(layout.num_prelude_layers))}")
-        for index in range(layout.block_size):
-            lines.append(
-                f"  block {index:<9d} runs at {_span(layout.positions(index))}, from dense {_span(self.sources[index])}"
-            )
+        for index, sources in enumerate(self.sources):
+            lines.append(f"  block {index:<9d} runs at {_span(layout.positions(index))}, from dense {_span(sources)}")
         if layout.num_coda_layers:
             lines.append(f"  coda            dense {_span(layout.coda_positions)}")
         return "\n".join(lines + [f"  warning: {warning}" for warning in self.warnings])
@@ -179,70 +199,52 @@ def _span(positions: Iterable[int]) -> str:
 
 
 def make_plan(checkpoint: DenseCheckpoint, settings: ConversionSettings, *, has_text: bool) -> ConversionPlan:
-    """Plan a conversion.
-
-    Args:
-        checkpoint: Dense model.
-        settings: Settings of the user.
-        has_text: Availability of calibration text, on which ``auto`` depends.
+    """Plan a conversion; ``has_text`` is the availability of calibration text, on which ``auto`` depends.
 
     Raises:
-        PlanError: The layers do not fold, or a strategy is unknown or needs text.
+        PlanError: The layers do not fold or differ in structure, or a strategy is unknown or needs text.
         UnsupportedModelError: The family cannot be made recursive.
     """
     family = checkpoint.config.model_type
     if family in REFUSED_FAMILIES:
         raise UnsupportedModelError(
-            f"'{family}' cannot be made recursive: {REFUSED_FAMILIES[family]}. "
-            f"Supported families: {', '.join(SUPPORTED_FAMILIES)}."
+            f"'{family}' cannot be made recursive: {REFUSED_FAMILIES[family]}. Supported families: "
+            f"{', '.join(SUPPORTED_FAMILIES)}."
         )
-    layout = fold_layers(
-        checkpoint.config.num_hidden_layers,
-        settings.num_recursions,
-        settings.sharing,
-        num_prelude_layers=settings.num_prelude_layers,
-        num_coda_layers=settings.num_coda_layers,
-    )
+    layout = _fold(checkpoint.config.num_hidden_layers, settings)
     settings = _resolve(settings, layout, has_text=has_text)
-    config = _recursive_config(checkpoint.config, layout, settings)
-    dtype = checkpoint.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    config.dtype = dtype
-    tensors = recursive_tensors(config, dtype)
+    widest = max(checkpoint.config.hidden_size, getattr(checkpoint.config, "intermediate_size", 0))
+    config = RecursiveConfig.from_dense(
+        checkpoint.config,
+        layout,
+        # "full" is stored as the width, which is meaningful to a reader of config.json.
+        lora_rank=min(settings.lora_rank, widest),
+        lora_rank_pattern={name: min(rank, widest) for name, rank in settings.lora_rank_pattern.items()},
+        tie_norms=settings.tie_norms,
+    )
+    config.dtype = checkpoint.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     generator = torch.Generator().manual_seed(settings.seed)
-    dense_kv = kv_bytes_per_token(checkpoint.config, checkpoint.dtype)
     return ConversionPlan(
         source=checkpoint.source,
         config=config,
         settings=settings,
         sources=find_initialization(settings.initialization).sources(layout, generator),
-        tensors=tensors,
-        dense=Size(
-            num_parameters=checkpoint.num_parameters, num_bytes=checkpoint.num_bytes, kv_bytes_per_token=dense_kv
-        ),
-        recursive=_size(config, tensors),
+        names=_names(config),
+        dense=Size.of(checkpoint.config, checkpoint.parameters, checkpoint.dtype),
         warnings=_warnings(config, layout, family),
     )
 
 
-def fold_layers(
-    num_layers: int,
-    num_recursions: int,
-    sharing: str | None = None,
-    *,
-    num_prelude_layers: int | None = None,
-    num_coda_layers: int | None = None,
-) -> LayerLayout:
-    """Fold ``num_layers`` dense layers into a layout.
+def _fold(num_layers: int, settings: ConversionSettings) -> LayerLayout:
+    """Fold ``num_layers`` dense layers.
 
     The default scheme is ``middle_cycle`` (one prelude and one coda layer), the best in MoR's tables 10 and 12; with an
     explicit prelude or coda, it is ``cycle``.
-
-    Raises:
-        PlanError: The layers do not divide (the message lists the nearest folds), or the scheme is unknown.
     """
-    is_explicit = num_prelude_layers is not None or num_coda_layers is not None
+    sharing, ends = settings.sharing, (settings.num_prelude_layers, settings.num_coda_layers)
+    is_explicit = ends != (None, None)
     if sharing is None:
-        sharing = "cycle" if is_explicit or num_recursions == 1 else "middle_cycle"
+        sharing = "cycle" if is_explicit or settings.num_recursions == 1 else "middle_cycle"
     if is_explicit and sharing.startswith("middle_"):
         raise PlanError(
             f"--sharing {sharing} already implies one prelude and one coda layer. Use --sharing "
@@ -250,29 +252,20 @@ def fold_layers(
         )
     try:
         return LayerLayout.fold(
-            num_layers,
-            num_recursions,
-            sharing,
-            num_prelude_layers=num_prelude_layers,
-            num_coda_layers=num_coda_layers,
+            num_layers, settings.num_recursions, sharing, num_prelude_layers=ends[0], num_coda_layers=ends[1]
         )
     except LayoutError as error:
         raise PlanError(str(error)) from error
 
 
 def find_rank_allocation(name: str) -> RankAllocation | None:
-    """Look up a rank allocation; None is the same rank everywhere.
-
-    Raises:
-        PlanError: The name is unknown.
-    """
+    """Rank allocation called ``name``, None for the same rank everywhere; a PlanError if there is none."""
     return plugins.find("recursify.rank_allocations", name, RANK_ALLOCATIONS, kind="rank allocation", error=PlanError)
 
 
 def _resolve(settings: ConversionSettings, layout: LayerLayout, *, has_text: bool) -> ConversionSettings:
     """Replace ``auto`` by the strategies that it selects."""
-    allocates_ranks = find_rank_allocation(settings.rank_allocation) is not None
-    has_residuals = settings.lora_rank > 0 or any(settings.lora_rank_pattern.values())
+    has_residuals = _has_residuals(settings)
     initialization, relaxation = settings.initialization, settings.relaxation
     if layout.num_recursions == 1:
         # Each tied group has one layer: the shared weight is that layer, and there is no residual to fit.
@@ -282,10 +275,12 @@ def _resolve(settings: ConversionSettings, layout: LayerLayout, *, has_text: boo
         initialization = "calibrated" if has_text else "average" if has_residuals else "stepwise"
     if relaxation == "auto":
         relaxation = "calibrated" if has_text and initialization == "calibrated" else "svd"
-    needs_text = find_initialization(initialization).needs_text or (
-        has_residuals and find_relaxation(relaxation).needs_text
-    )
-    if (needs_text or allocates_ranks) and not has_text:
+    needs_text = [  # a list, since it looks up every name
+        find_initialization(initialization).needs_text,
+        find_relaxation(relaxation).needs_text and has_residuals,
+        find_rank_allocation(settings.rank_allocation) is not None,
+    ]
+    if any(needs_text) and not has_text:
         raise PlanError(
             f"initialization '{initialization}', relaxation '{relaxation}' and rank allocation "
             f"'{settings.rank_allocation}' need text to calibrate on. Give --calibration-data, or use "
@@ -296,28 +291,13 @@ def _resolve(settings: ConversionSettings, layout: LayerLayout, *, has_text: boo
     return replace(settings, initialization=initialization, relaxation=relaxation)
 
 
-def _recursive_config(dense: PreTrainedConfig, layout: LayerLayout, settings: ConversionSettings) -> RecursiveConfig:
-    widest = max(dense.hidden_size, getattr(dense, "intermediate_size", dense.hidden_size))
-    return RecursiveConfig.from_dense(
-        dense,
-        layout,
-        # "full" is stored as the width, which is meaningful to a reader of config.json.
-        lora_rank=min(settings.lora_rank, widest),
-        lora_rank_pattern={name: min(rank, widest) for name, rank in settings.lora_rank_pattern.items()},
-        tie_norms=settings.tie_norms,
-    )
+def _has_residuals(settings: ConversionSettings) -> bool:
+    return settings.lora_rank > 0 or any(settings.lora_rank_pattern.values())
 
 
-def recursive_tensors(config: RecursiveConfig, dtype: torch.dtype) -> dict[str, TensorInfo]:
-    """Parameters of the recursive model, from the model on the meta device.
-
-    Raises:
-        UnsupportedModelError: The family's layers cannot be shared.
-        PlanError: The layers of a tied group differ in structure.
-    """
+def _names(config: RecursiveConfig) -> DenseNames:
     try:
-        with torch.device("meta"):
-            model = RecursiveForCausalLM(config)
+        return DenseNames(config)
     except UnsupportedFamily as error:
         raise UnsupportedModelError(
             f"'{config.dense_model_type}' cannot be made recursive: {error} Supported families: "
@@ -325,32 +305,16 @@ def recursive_tensors(config: RecursiveConfig, dtype: torch.dtype) -> dict[str, 
         ) from error
     except LayoutError as error:
         raise PlanError(str(error)) from error
-    return {name: TensorInfo(tuple(parameter.shape), dtype) for name, parameter in model.named_parameters()}
-
-
-def _size(config: RecursiveConfig, tensors: dict[str, TensorInfo]) -> Size:
-    dtype = next(iter(tensors.values())).dtype
-    return Size(
-        num_parameters=sum(info.num_parameters for info in tensors.values()),
-        num_bytes=sum(info.num_bytes for info in tensors.values()),
-        kv_bytes_per_token=kv_bytes_per_token(config, dtype),
-    )
 
 
 def _warnings(config: RecursiveConfig, layout: LayerLayout, family: str) -> list[str]:
     warnings = []
     if family not in SUPPORTED_FAMILIES:
         warnings.append(f"family '{family}' is not a tested one; it is converted because it passes the parity check")
-    varying = {
-        "attention types": getattr(config, "layer_types", None),
-        "RoPE use": getattr(config, "no_rope_layers", None),
-    }
-    for property_name, kinds in varying.items():
-        mixed = [
-            index
-            for index in range(layout.block_size)
-            if kinds and len({kinds[position] for position in layout.positions(index)}) > 1
-        ]
+    for property_name, field in (("attention types", "layer_types"), ("RoPE use", "no_rope_layers")):
+        kinds = getattr(config, field, None)
+        groups = [{kinds[p] for p in layout.positions(index)} if kinds else set() for index in range(layout.block_size)]
+        mixed = [index for index, group in enumerate(groups) if len(group) > 1]
         if mixed:
             warnings.append(
                 f"block layers {_span(mixed)} tie dense layers of different {property_name}; each position keeps its "

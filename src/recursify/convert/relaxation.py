@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from recursify.checkpoint.dense_names import Factors
 from recursify.errors import PlanError
 
-from .factors import Factors
 from .low_rank import truncated_svd
 
 
@@ -41,9 +40,8 @@ def _svd(residual: Tensor, rank: int, generator: torch.Generator) -> Factors:
 def _zero(residual: Tensor, rank: int, generator: torch.Generator) -> Factors:
     """LoRA's usual initialization: A as in ``nn.Linear`` (Kaiming uniform with a = √5), B zero."""
     rows, columns = residual.shape
-    bound = 1 / math.sqrt(columns)
-    a = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
-    return torch.zeros(rows, rank), a
+    bound = columns**-0.5
+    return torch.zeros(rows, rank), torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
 
 
 RELAXATIONS = {
@@ -57,11 +55,7 @@ RELAXATIONS = {
 
 
 def find_relaxation(name: str) -> Relaxation:
-    """Look up a relaxation.
-
-    Raises:
-        PlanError: The name is unknown.
-    """
+    """Relaxation called ``name``; a PlanError if there is none."""
     if name not in RELAXATIONS:
         raise PlanError(f"Unknown relaxation '{name}'. Use one of: auto, {', '.join(RELAXATIONS)}.")
     return RELAXATIONS[name]

@@ -61,16 +61,7 @@ def _allocate(calibration: Calibration, measure_gains: Callable[[TiedLinears], T
 
 
 def spend(gains: dict[str, Tensor], costs: dict[str, int], budget: int) -> dict[str, int]:
-    """Buy ranks in order of gain per parameter.
-
-    Args:
-        gains: Gain of each further rank, by module.
-        costs: Parameters per rank, by module.
-        budget: Number of parameters to spend.
-
-    Returns:
-        Ranks by module, at least 1 each.
-    """
+    """Buy ranks, at least 1 by module, in order of gain per parameter; ``costs`` and ``budget`` are in parameters."""
     ranks = dict.fromkeys(gains, 1)
     remaining = budget - sum(costs.values())
     offers = sorted(((float(gain) / costs[key], key) for key, tail in gains.items() for gain in tail[1:]), reverse=True)
