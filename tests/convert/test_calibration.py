@@ -106,6 +106,15 @@ def test_strategies_mix(tmp_path, combination):
         assert model(random_ids(1, 8)).logits.isfinite().all()
 
 
+def test_a_random_start_is_random_with_calibrated_residuals(tmp_path):
+    """The seed decides the shared weights, and the residuals are fitted to them."""
+    save_tiny(tmp_path / "dense")
+    settings = {**SMALL, "initialization": "random", "relaxation": "calibrated", "lora_rank": 4}
+    models = [convert_tiny(tmp_path / "dense", tmp_path / f"out{seed}", **settings, seed=seed) for seed in (0, 1)]
+    first, second = (model.model.block[0].mlp.up_proj.linear.weight for model in models)
+    assert not torch.allclose(first, second, atol=1e-2)
+
+
 def test_fisher(tmp_path):
     """Curvature from the dense model's gradients weighs the merge: between the layers it merges, and not their mean."""
     dense = save_tiny(tmp_path / "dense")
