@@ -10,7 +10,7 @@ import torch
 
 from recursify.experiments.kernels.grouped_lora import add_depth_lora, reference
 from recursify.experiments.kernels.route import GATES, scatter_gated
-from recursify.kernels.dispatch import implementation_on, uses_triton, why_not_triton
+from recursify.kernels.dispatch import implementation_on, why_not_triton
 from recursify.kernels.exit_head import exit_statistics
 from recursify.kernels.slot_advance import OutputRing, Slots, advance_slots
 from recursify.modeling import ROUTER_GATES
@@ -94,7 +94,7 @@ def test_a_cpu_takes_the_reference():
     with pytest.raises(RuntimeError, match="'triton' cannot run on 'cpu'"):
         exit_statistics(torch.zeros(1, 2), torch.zeros(3, 2), implementation="triton")
     with pytest.raises(ValueError, match=r"Unknown implementation 'cuda'\. Use one of: auto, reference, triton"):
-        uses_triton("cuda", CPU)
+        implementation_on(CPU, "cuda")
 
 
 @pytest.mark.parametrize(("capability", "taken"), [((7, 5), "reference"), ((8, 0), "triton"), ((9, 0), "triton")])
@@ -107,7 +107,7 @@ def test_a_gpu_takes_triton_where_it_compiles(monkeypatch, capability, taken):
     assert implementation_on(gpu) == taken
     if taken == "reference":
         with pytest.raises(RuntimeError, match=r"its compute capability is 7\.5, and kernels need 8\.0"):
-            uses_triton("triton", gpu)
+            implementation_on(gpu, "triton")
     why_not_triton.cache_clear()
 
 

@@ -29,11 +29,7 @@ class ExitedTokens:
 
 
 class Chunk:
-    """Tokens of one request that entered together. A request has one chunk at a time.
-
-    Args:
-        request: Request of the tokens.
-        count: Number of tokens, starting with the first one that has not been computed.
+    """Next ``count`` tokens of a request, which enter together. A request has one chunk at a time.
 
     Attributes:
         depth: Depth of the next recursion.

@@ -16,9 +16,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Detokenizer:
     """Convert the tokens of one request to text, and search new text for stop strings.
 
-    Args:
-        tokenizer: Tokenizer of the model; None disables text and stop strings.
-        stop: Strings that end the text.
+    Without a tokenizer there are no text and no stop strings.
 
     Attributes:
         text: Text that is certain. It excludes a stop string and everything after it, and a beginning of a stop string

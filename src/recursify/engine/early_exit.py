@@ -32,13 +32,7 @@ from .request import Request
 
 
 class EarlyExitStage:
-    """Stage between two recursions of a model without routers.
-
-    Args:
-        runner: Runner of the model.
-        kv: Source of the keys and values of skipped depths.
-        host_sync: Device-to-host copies.
-    """
+    """Stage between two recursions of a model without routers, in the KV mode ``kv``."""
 
     def __init__(self, runner: ModelRunner, kv: str, host_sync: HostSync) -> None:
         self.runner, self.kv, self.host_sync = runner, kv, host_sync
@@ -61,7 +55,9 @@ class EarlyExitStage:
             if depth == self.last_depth:
                 self._exit_last(chunk)
             elif exiting.get(chunk, False):
-                skipping = self._exit_new(chunk)
+                chunk.exit_tokens(chunk.positions[-1:], chunk.states[-1:], depth)
+                # Deferred tokens that caught up with the new token are deferred again.
+                skipping, chunk.positions = (chunk.positions, chunk.states), []
             elif not chunk.is_new and chunk.stop > chunk.request.prompt_length:
                 skipping = self._exit_again(chunk)
             if not chunk.is_done:
@@ -124,14 +120,12 @@ class EarlyExitStage:
         runner, depth, policy = self.runner, chunks[0].depth, settings.policy
         states = torch.stack([chunk.states[-1] for chunk in chunks])
         heads = getattr(runner.decoder.model, "exit_heads", None)
-        previous = None
-        if policy.needs_previous_logits and depth:
-            previous = torch.stack([known(chunk.previous_logits) for chunk in chunks])
+        compares = policy.needs_previous_logits and depth > 0
+        previous = torch.stack([known(chunk.previous_logits) for chunk in chunks]) if compares else None
 
         def arrive() -> Tensor:
-            if not self.exits_run_coda:
-                return states
-            return runner.coda([TokenSpan(chunk.request, None, [chunk.stop - 1]) for chunk in chunks], states)
+            spans = [TokenSpan(chunk.request, None, [chunk.stop - 1]) for chunk in chunks]
+            return runner.coda(spans, states) if self.exits_run_coda else states
 
         context = ExitContext(
             depth,
@@ -144,10 +138,10 @@ class EarlyExitStage:
             vocabulary=policy.vocabulary,
         )
         confidence = policy.confidence(context)
+        exit_states, exit_logits = context.known("exit_states"), context.known("all_logits")
         for row, chunk in enumerate(chunks):
-            for name in ("exit_states", "all_logits"):
-                values = context.known(name)
-                setattr(chunk, name.replace("all", "exit"), None if values is None else values[row])
+            chunk.exit_states = None if exit_states is None else exit_states[row]
+            chunk.exit_logits = None if exit_logits is None else exit_logits[row]
             if policy.needs_previous_logits:
                 chunk.previous_logits = context.logits[row]
         columns = on_device(list(zip(*limits, strict=True)), confidence.device, torch.float32)
@@ -162,19 +156,11 @@ class EarlyExitStage:
             chunk.request.full_until = max(chunk.request.full_until, chunk.positions[-1] + 1)
         chunk.positions = []
 
-    def _exit_new(self, chunk: Chunk) -> tuple[list[int], Tensor]:
-        """Exit the new token of ``chunk``; deferred tokens that caught up with it are deferred again.
-
-        Returns:
-            Positions and states ``[n, D]`` of all tokens that skip deeper recursions.
-        """
-        chunk.exit_tokens(chunk.positions[-1:], chunk.states[-1:], chunk.depth)
-        skipping = chunk.positions, chunk.states
-        chunk.positions = []
-        return skipping
-
     def _exit_again(self, chunk: Chunk) -> tuple[list[int], Tensor] | None:
-        """Exit the tokens of ``chunk`` that exited here before a preemption; returns the same as :meth:`_exit_new`."""
+        """Exit the tokens of ``chunk`` that exited here before a preemption.
+
+        Returns positions and states ``[n, D]`` of all tokens that skip deeper recursions.
+        """
         request, depth = chunk.request, chunk.depth
         exit_depths = [self._past_exit(request, position) for position in chunk.positions]
         exiting = [index for index, exit_depth in enumerate(exit_depths) if exit_depth == depth]
@@ -214,14 +200,14 @@ class EarlyExitStage:
         deeper = range(depth + 1, self.last_depth + 1)
         if self.kv == "copied":
             spans = [TokenSpan(request, skipped, positions) for skipped in deeper]
-            self.runner.write_only(decoder.block, spans, states.repeat(len(spans), 1))
+            self.runner.run(decoder.block, spans, states.repeat(len(spans), 1), only_writes=True)
         else:
             slots = [self.runner.kv_cache.slots(request, at, positions) for at in (depth, *deeper)]
             sources, *targets = on_device(slots, states.device, torch.long)
             for target in targets:
                 copy_slots(decoder.block, sources, target)
         if not self.exits_run_coda:
-            self.runner.write_only(decoder.coda, [TokenSpan(request, None, positions)], states)
+            self.runner.run(decoder.coda, [TokenSpan(request, None, positions)], states, only_writes=True)
 
     def _take_deferred(self, chunk: Chunk) -> None:
         """Add the request's tokens that were deferred at ``chunk.depth`` to ``chunk``."""

@@ -18,16 +18,7 @@ import torch
 from recursify.errors import EngineError
 from recursify.settings import resolve_settings
 
-from .checks import (
-    check_fits,
-    check_parity,
-    choose_implementation,
-    choose_kv,
-    encode,
-    eos_tokens,
-    exit_settings,
-    loop_obstacle,
-)
+from . import checks
 from .chunk import Chunk
 from .config import EngineConfig
 from .detokenizer import Detokenizer
@@ -81,29 +72,25 @@ class Engine:
         self.model, self.tokenizer, self.on_token = model.eval(), tokenizer, on_token
         self.clock = time.perf_counter
         self.decoder = adapt_decoder(model)
-        self.kv = choose_kv(self.decoder, config.kv, force=config.force_kv)
+        self.kv = checks.choose_kv(self.decoder, config.kv, force=config.force_kv)
         context = getattr(model.config, "max_position_embeddings", None) or 2**20
         self.max_model_len = min(config.max_model_len or context, context)
         self.kv_cache = self._make_kv_cache()
-        self.implementation = choose_implementation(config.implementation, self.decoder)
+        self.implementation = checks.choose_implementation(config.implementation, self.decoder)
         self.runner = ModelRunner(self.decoder, self.kv_cache, kernels=self.implementation == "triton")
         self.scheduler = Scheduler(self.kv_cache, config)
-        self.eos = eos_tokens(model)
-        self.slot_manager = self._make_slot_manager()
+        self.eos = checks.eos_tokens(model)
         self.host_sync = HostSync()
+        self.slot_manager = self._make_slot_manager()
+        stage: RoutingStage | EarlyExitStage = EarlyExitStage(self.runner, self.kv, self.host_sync)
+        if self.decoder.is_routed:
+            stage = RoutingStage(self.runner, self.host_sync)
         self.host_loop = HostLoop(
-            self.runner,
-            RoutingStage(self.runner, self.host_sync)
-            if self.decoder.is_routed
-            else EarlyExitStage(self.runner, self.kv, self.host_sync),
-            self.scheduler,
-            self.host_sync,
-            async_output=self.async_output,
-            deliver=self._deliver,
+            self.runner, stage, self.scheduler, self.host_sync, async_output=self.async_output, deliver=self._deliver
         )
         self.requests: dict[int, Request] = {}
         self.reset_stats()
-        check_parity(self.runner)
+        checks.check_parity(self.runner)
 
     @classmethod
     def from_pretrained(
@@ -149,16 +136,15 @@ class Engine:
     def _make_slot_manager(self) -> SlotManager | None:
         """Create the host side of the device loop, where the config or the device asks for it."""
         config = self.config
-        obstacle = loop_obstacle(self.decoder, lockstep=config.lockstep)
+        obstacle = checks.loop_obstacle(self.decoder, lockstep=config.lockstep)
         if config.device_loop and obstacle:
             raise EngineError(f"The device loop does not support {obstacle}. Leave device_loop out.")
         is_faster = self.decoder.device.type == "cuda" and self.implementation == "triton"
         if not (config.device_loop or (config.device_loop is None and is_faster and not obstacle)):
             return None
         with torch.inference_mode():
-            return SlotManager(
-                self.runner, self.kv, self.scheduler, self.eos, config.num_device_steps, self.implementation
-            )
+            settings = (config.num_device_steps, self.implementation)
+            return SlotManager(self.runner, self.kv, self.scheduler, self.eos, self.host_sync, *settings)
 
     @property
     def async_output(self) -> bool:
@@ -178,9 +164,9 @@ class Engine:
                 not have.
         """
         params = params or SamplingParams()
-        ids = encode(prompt, self.tokenizer, self.decoder.config.vocab_size)
-        settings = exit_settings(params, self.decoder, self.kv)
-        check_fits(len(ids), params, self.max_model_len, self.kv_cache)
+        ids = checks.encode(prompt, self.tokenizer, self.decoder.config.vocab_size)
+        settings = checks.exit_settings(params, self.decoder, self.kv)
+        checks.check_fits(len(ids), params, self.max_model_len, self.kv_cache)
         if params.stop and self.tokenizer is None:
             raise EngineError("Stop strings need a tokenizer. Give the engine one, or use stop_token_ids.")
         request = Request(ids, params, settings, len(self.kv_cache.pools), Detokenizer(self.tokenizer, params.stop))
@@ -267,9 +253,8 @@ class Engine:
 
     def _run_device_loop(self, slot_manager: SlotManager, times: int) -> None:
         """Run iterations of the device loop, and deliver the tokens generated in them."""
-        stats, started = self._stats, self.clock()
-        before = slot_manager.counters
-        replays, syncs = slot_manager.graphs.num_replays, slot_manager.num_syncs
+        stats, started, before = self._stats, self.clock(), slot_manager.counters
+        replays = slot_manager.graphs.num_replays
         try:
             times = slot_manager.run(times, stats.mean_recursions if stats.new_tokens > 100 else 1.0)
             if not times:
@@ -278,7 +263,6 @@ class Engine:
         except BaseException:
             slot_manager.discard_unread()
             raise
-        self.host_sync.count += slot_manager.num_syncs - syncs
         stats.iterations += times
         stats.loop_iterations += times
         stats.block_calls += times

@@ -25,11 +25,8 @@ from .stats import EngineStats
 class HostLoop:
     """Run chunks through one recursion per iteration, and sample from those that exited.
 
-    Args:
-        runner: Runner of the model.
+    Attributes:
         stage: Stage between two recursions.
-        scheduler: Scheduler of the chunks.
-        host_sync: Device-to-host copies.
         async_output: True to copy sampled tokens to the host an iteration later, with its exit decisions.
         deliver: Callback that takes sampled tokens and their ids.
     """

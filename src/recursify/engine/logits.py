@@ -56,9 +56,8 @@ class LogitsHead:
             by_head.setdefault(None if uses_lm_head else tokens.depth, []).append(index)
         for depth, indices in by_head.items():
             states = torch.stack([exited[index].states[-1] for index in indices])
-            logits = (
-                self.runner.compute_logits(states) if depth is None else self.runner.compute_exit_logits(depth, states)
-            )
+            runner = self.runner
+            logits = runner.compute_logits(states) if depth is None else runner.compute_exit_logits(depth, states)
             if len(indices) == len(chunks):
                 return logits
             rows.update(zip(indices, logits, strict=True))

@@ -16,15 +16,10 @@ class PagePool:
 
     A free page keeps its content until it is allocated again, so a prefix can be found long after its request ended.
     The page that has been free the longest is allocated first.
-
-    Args:
-        num_pages: Number of pages.
-        page_size: Tokens per page.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
-        self.num_pages = num_pages
-        self.page_size = page_size
+        self.num_pages, self.page_size = num_pages, page_size
         self._free = dict.fromkeys(range(num_pages))  # an ordered set
         self._users = [0] * num_pages
         self._key_of: list[bytes | None] = [None] * num_pages

@@ -121,14 +121,8 @@ class RequestOutput:
 class Request:
     """State of a request in the engine. Only the scheduler and the engine change it.
 
-    Args:
-        prompt_ids: Token ids of the prompt.
-        params: Sampling parameters.
-        settings: Exit settings; None for no policy.
-        num_streams: Number of streams of the KV cache.
-        detokenizer: Detokenizer of the output; None for token ids only.
-
     Attributes:
+        settings: Exit settings; None for no policy.
         tokens: Token ids of the prompt, then of the output.
         computed: Number of tokens that have been through the model.
         exit_depths: Depth after which each new token exited. Tokens that are computed again after a preemption exit
@@ -152,10 +146,8 @@ class Request:
         detokenizer: Detokenizer | None = None,
     ) -> None:
         self.id = next(self._ids)
-        self.prompt_ids = list(prompt_ids)
-        self.params = params
-        self.settings = settings
-        self.num_streams = num_streams
+        self.prompt_ids, self.params, self.settings = list(prompt_ids), params, settings
+        self.num_streams = num_streams  # of the KV cache
         self.detokenizer = detokenizer or Detokenizer(None, ())
         self.tokens = list(prompt_ids)
         self.output = RequestOutput(self.id, self.prompt_ids, logprobs=None if params.logprobs is None else [])

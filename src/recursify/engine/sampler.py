@@ -40,21 +40,19 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     index = on_device(rows, logits.device, torch.long)
     params = [requests[row].params for row in rows]
     # Random numbers come from the request's own generator on the host, so they are the same for any device.
-    temperatures, top_p, draws = on_device(
-        [
-            [row_params.temperature for row_params in params],
-            [row_params.top_p for row_params in params],
-            [requests[row].use_draw() for row in rows],
-        ],
-        logits.device,
-        torch.float64,
+    numbers = [
+        (entry.temperature, entry.top_p, requests[row].use_draw()) for row, entry in zip(rows, params, strict=True)
+    ]
+    temperatures, top_p, draws = on_device(numbers, logits.device, torch.float64).unbind(-1)
+    top_k = on_device([entry.top_k for entry in params], logits.device, torch.long)
+    tokens = choose(
+        logits[index],
+        temperatures,
+        top_k if any(entry.top_k for entry in params) else None,
+        top_p if any(entry.top_p < 1 for entry in params) else None,
+        draws,
     )
-    top_k = None
-    if any(row_params.top_k for row_params in params):
-        top_k = on_device([row_params.top_k or 0 for row_params in params], logits.device, torch.long)
-    if all(row_params.top_p == 1 for row_params in params):
-        top_p = None
-    return greedy.index_put((index,), choose(logits[index], temperatures, top_k, top_p, draws))
+    return greedy.index_put((index,), tokens)
 
 
 def choose(logits: Tensor, temperatures: Tensor, top_k: Tensor | None, top_p: Tensor | None, draws: Tensor) -> Tensor:

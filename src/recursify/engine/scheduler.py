@@ -20,10 +20,6 @@ from .request import Request
 class Scheduler:
     """Queues of requests, and the chunks that they have in progress.
 
-    Args:
-        kv_cache: KV cache whose pages the requests take.
-        config: Settings of the engine.
-
     Attributes:
         waiting: Requests that have not started, or were preempted, in the order in which they start.
         running: Requests in the order in which they started.
@@ -87,8 +83,7 @@ class Scheduler:
     def make_room(self, request: Request, count: int) -> bool:
         """Reserve pages for ``count`` more tokens, preempting younger requests if needed.
 
-        Returns:
-            Whether there was room; False if ``request`` is the youngest one, and was preempted itself.
+        Returns False if ``request`` is the youngest one, and was preempted itself.
         """
         while not self.kv_cache.reserve(request, count):
             youngest = self.running[-1]

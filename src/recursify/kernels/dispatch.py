@@ -1,7 +1,7 @@
 """Selection of a kernel's implementation by device.
 
-Every kernel has two: ``reference.py`` defines it in plain PyTorch and runs on any device; ``triton.py`` takes one or
-two launches on a GPU. Triton is imported on first use, so nothing here needs it installed.
+Every kernel has two modules with the same functions: ``reference.py`` defines them in plain PyTorch and runs on any
+device; ``triton.py`` takes one or two launches on a GPU. It is imported on first use, so nothing here needs Triton.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import torch
 
@@ -22,8 +23,8 @@ OLDEST_CAPABILITY = (8, 0)
 """First NVIDIA compute capability with bfloat16 matrix instructions, which kernels need for bfloat16 inputs."""
 
 
-def uses_triton(implementation: Implementation, device: torch.device) -> bool:
-    """True if ``implementation`` runs in Triton on ``device``.
+def implementation_on(device: torch.device, implementation: Implementation = "auto") -> Literal["reference", "triton"]:
+    """Name of the implementation that runs on ``device``.
 
     Raises:
         ValueError: ``implementation`` is not one of :data:`IMPLEMENTATIONS`.
@@ -31,22 +32,15 @@ def uses_triton(implementation: Implementation, device: torch.device) -> bool:
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"Unknown implementation '{implementation}'. Use one of: {', '.join(IMPLEMENTATIONS)}.")
-    if implementation == "auto":
-        return why_not_triton(device) is None
-    if implementation == "reference":
-        return False
-    if reason := why_not_triton(device):
+    reason = None if implementation == "reference" else why_not_triton(device)
+    if implementation == "triton" and reason:
         raise RuntimeError(f"implementation 'triton' cannot run on '{device}': {reason}. Use 'auto' or 'reference'.")
-    return True
+    return "reference" if implementation == "reference" or reason else "triton"
 
 
-def implementation_on(device: torch.device, implementation: Implementation = "auto") -> Literal["reference", "triton"]:
-    """Name of the implementation that runs on ``device``.
-
-    Raises:
-        ValueError, RuntimeError: See :func:`uses_triton`.
-    """
-    return "triton" if uses_triton(implementation, device) else "reference"
+def load_implementation(package: str, device: torch.device, implementation: Implementation) -> Any:
+    """Module of a kernel's ``package`` that runs on ``device``, by :func:`implementation_on`."""
+    return import_module(f"{package}.{implementation_on(device, implementation)}")
 
 
 @functools.cache

@@ -11,35 +11,26 @@ logger = logging.getLogger(__name__)
 
 
 class CudaGraphs:
-    """Runs functions with static shapes and addresses, on a GPU by replaying CUDA graphs.
-
-    Args:
-        device: Device of the tensors that the functions use.
-        captures: Flag to capture graphs; ignored on devices other than CUDA.
+    """Runs functions with static shapes and addresses, on a GPU by replaying CUDA graphs if it ``captures`` them.
 
     Attributes:
-        num_graphs: Number of captured graphs.
-        num_replays: Number of replays.
+        num_graphs, num_replays: Numbers of captured graphs and of replays.
         problem: Reason why capturing failed, if it did.
     """
 
     def __init__(self, device: torch.device, *, captures: bool = True) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._uses_graphs = captures and device.type == "cuda"
-        self._device = device
+        self._device, self._uses_graphs = device, captures and device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._uses_graphs else None
         self._stream = torch.cuda.Stream(device) if self._uses_graphs else None
         self.num_graphs = self.num_replays = 0
         self.problem: str | None = None
 
     def run(self, key: Hashable, function: Callable[[], None], times: int) -> None:
-        """Run ``function`` ``times`` times.
+        """Run ``function``, which does not synchronize with the device, ``times`` times.
 
-        Args:
-            key: Identity of the function and its shapes. The first run with a key is eager, which warms up kernels,
-                and captures the graph afterwards.
-            function: Function that does not synchronize with the device.
-            times: Number of runs, at least 1.
+        The first run with a ``key``, which identifies the function and its shapes, is eager: it warms up kernels, and
+        the graph is captured after it.
         """
         graph = self._graphs.get(key)
         if graph is not None:

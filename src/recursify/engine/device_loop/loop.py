@@ -17,7 +17,7 @@ Shape legend: S slots, N rows, D hidden size, R depths, W states per slot, E EOS
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,13 +39,6 @@ class DeviceLoop:
     """Slots on the device and the three parts of an iteration.
 
     Tensors have one row more than there are slots: the spare slot, which unused rows write to.
-
-    Args:
-        runner: Model and KV cache, whose layers share one stream of pages.
-        kv: Source of the keys and values of skipped depths, one of :data:`~recursify.modeling.KV_MODES`.
-        num_slots: Number of slots.
-        num_device_steps: Maximum number of iterations between two reads by the host.
-        implementation: Implementation of the kernels.
 
     Attributes:
         policy: Exit policy of all slots; thresholds are in ``settings``.
@@ -74,8 +67,8 @@ class DeviceLoop:
         self.tokens_per_sync = num_device_steps + 1
         max_pages = pages_for(kv_cache.context, self.page_size)
         self.slots = Slots.empty(num_slots + 1, device)
-        self.state = SlotState.empty(num_slots + 1, self.width, decoder)
-        self.settings = SlotSettings.empty(num_slots + 1, max_pages, decoder.num_depths, self.tokens_per_sync, device)
+        self.state = SlotState(num_slots + 1, self.width, decoder)
+        self.settings = SlotSettings(num_slots + 1, max_pages, decoder.num_depths, self.tokens_per_sync, device)
         integers = {"dtype": torch.long, "device": device}
         self.eos_tokens = torch.full((MAX_EOS_TOKENS,), -1, **integers)
         self.ring = OutputRing.empty(num_slots * self.tokens_per_sync, device)
@@ -116,8 +109,8 @@ class DeviceLoop:
     def _assign_rows(self, wanted: Tensor, first: Tensor | None, num_rows: int) -> RowAssignment:
         """Assign ``num_rows`` rows to the ``wanted`` slots, bool ``[S]``.
 
-        A slot gets one row per position from ``first [S]`` (None: that of its token) to that of its token, or no row at
-        all. The slot that goes first changes with every block call.
+        A slot gets one row per position from ``first [S]`` (None: that of its token) to that of its token, or none. The
+        slot that goes first changes with every block call.
         """
         count = len(wanted)
         position = self.slots.position[:count].long()
@@ -295,7 +288,7 @@ class DeviceLoop:
                 arrive=_no_logits,
                 read=_no_logits,
                 previous_logits=None,
-                test=None if heads is None else _agreement(heads[exit_depth], states),
+                test=None if heads is None else partial(heads[exit_depth].agreement, states),
             )
             confidence = torch.where(depth == exit_depth, policy.confidence(context).float(), confidence)
         return confidence
@@ -366,12 +359,6 @@ class DeviceLoop:
         head, implementation = decoder.head, self.implementation
         states = decoder.norm(states)
         return exit_statistics(states, head.weight, head.bias, softcap=decoder.softcap, implementation=implementation)
-
-
-def _agreement(head: torch.nn.Module, states: Tensor) -> Callable[[], Tensor]:
-    """Agreement classifier of an exit head, bound to ``states``."""
-    agreement: Callable[[Tensor], Tensor] = head.agreement  # type: ignore[assignment]
-    return lambda: agreement(states)
 
 
 def _no_logits(*_: object) -> Tensor:

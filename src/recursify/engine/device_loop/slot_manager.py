@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
 import torch
 
+from recursify.engine.host_sync import HostSync
 from recursify.engine.layers.model_runner import ModelRunner
 from recursify.engine.request import Request
 from recursify.engine.scheduler import Scheduler
@@ -35,18 +36,9 @@ SYNC_SLOTS = 4
 class SlotManager:
     """Host side of a :class:`~.loop.DeviceLoop`.
 
-    Args:
-        runner: Model and KV cache.
-        kv: Source of the keys and values of skipped depths, one of :data:`~recursify.modeling.KV_MODES`.
-        scheduler: Scheduler that owns the requests.
-        eos: Tokens that end every sequence.
-        num_device_steps: Maximum number of iterations between two reads of the tokens.
-        implementation: Implementation of the kernels.
-
     Attributes:
         requests: Request of each slot, or None.
         graphs: CUDA graphs of the loop.
-        num_syncs: Number of syncs with the device.
         counters: Counters of the loop as of the last read.
     """
 
@@ -56,23 +48,27 @@ class SlotManager:
         kv: str,
         scheduler: Scheduler,
         eos: Iterable[int],
+        host_sync: HostSync,
         num_device_steps: int,
         implementation: Implementation,
     ) -> None:
         count, device = scheduler.max_num_seqs, runner.device
-        self.runner, self.scheduler, self.num_device_steps = runner, scheduler, num_device_steps
-        self.num_syncs = 0
+        self.runner, self.scheduler, self.host_sync, self.num_device_steps = (
+            runner,
+            scheduler,
+            host_sync,
+            num_device_steps,
+        )
         self.loop = DeviceLoop(runner, kv, count, num_device_steps, implementation)
         # The references of some kernels sync with the device, and so does RoPE whose frequencies depend on the length.
         syncs = implementation != "triton" or runner.decoder.rotates_by_length
         self.graphs = CudaGraphs(device, captures=not syncs)
         self.requests: list[Request | None] = [None] * count
         self._no_eos = torch.full_like(self.loop.eos_tokens, -1)
-        self._eos = self._no_eos.clone()
-        for index, token in enumerate(sorted(eos)[:MAX_EOS_TOKENS]):
-            self._eos[index] = token
+        ids = sorted(eos)[:MAX_EOS_TOKENS]
+        self._eos = on_device(ids + [-1] * (MAX_EOS_TOKENS - len(ids)), device)
         slots, pages = self.loop.settings.block_tables.shape
-        self._settings = SlotSettings.empty(
+        self._settings = SlotSettings(
             slots, pages, runner.decoder.num_depths, self.loop.tokens_per_sync, "cpu", pin=device.type == "cuda"
         )
         self._num_pages = [0] * count
@@ -88,7 +84,10 @@ class SlotManager:
 
     @property
     def num_requests(self) -> int:
-        return sum(request is not None for request in self.requests)
+        return len(self._admitted())
+
+    def _admitted(self) -> list[Request]:
+        return [request for request in self.requests if request is not None]
 
     @property
     def depths(self) -> list[int]:
@@ -131,7 +130,7 @@ class SlotManager:
 
     def _policy(self) -> ExitPolicy | None:
         """Exit policy of the admitted requests, without its thresholds: all of them have the same."""
-        settings = (request.settings for request in self.requests if request is not None)
+        settings = (request.settings for request in self._admitted())
         return next((_without_threshold(entry.policy) for entry in settings if entry is not None), None)
 
     def admit(self, request: Request) -> None:
@@ -190,8 +189,8 @@ class SlotManager:
             mean_recursions: Expected number of recursions per token.
         """
         self.release_ended()
-        for request in list(self.requests):
-            if request is not None and self._is_on_device(request):
+        for request in self._admitted():
+            if self._is_on_device(request):
                 self._reserve_pages(request, num_iterations)
         self.release_ended()
         if not self.num_requests:
@@ -231,7 +230,7 @@ class SlotManager:
 
     def _any_exiting(self, shape: LoopShape) -> bool:
         """True if any token waits for the coda; syncs with the device."""
-        self.num_syncs += 1
+        self.host_sync.count += 1
         return bool(self.loop.state.is_exiting[shape.span].any())
 
     def _run_part(self, part: str, shape: LoopShape, times: int = 1) -> None:
@@ -282,8 +281,8 @@ class SlotManager:
             draws = [used[slot].next_draws(loop.tokens_per_sync) for slot in sampled]
             settings.draws[sampled] = torch.tensor(draws, dtype=torch.float64)
         loop.state.num_unread.zero_()
-        for field in fields(SlotSettings):
-            getattr(loop.settings, field.name).copy_(getattr(settings, field.name), non_blocking=True)
+        for name, values in vars(settings).items():
+            getattr(loop.settings, name).copy_(values, non_blocking=True)
         is_used = [request is not None for request in self.requests]
         loop.slots.active[:-1] = on_device(is_used, self.runner.device, torch.bool)
         # A slot may have lost its request while its token waited for the coda; its pages may be another request's.
@@ -294,7 +293,7 @@ class SlotManager:
     def _choose_shape(self, mean_recursions: float) -> LoopShape:
         """The smallest shape with room for the admitted requests."""
         slots, loop = self._rounded(self._num_slots_used()), self.loop
-        requests = [request for request in self.requests if request is not None]
+        requests = self._admitted()
         exits_early = loop.last_depth > 0 and any(request.params.may_exit_early for request in requests)
         # Room for the deferred tokens of half of the slots, or for all of one.
         deferred = loop.rows_for(max(self._max_rows(request) or 1 for request in requests))
@@ -312,8 +311,8 @@ class SlotManager:
 
     def discard_unread(self) -> None:
         """Recover from an error: drop unread tokens and preempt all requests, which then generate them again."""
-        for request in self.requests:
-            if request is not None and self._is_on_device(request):
+        for request in self._admitted():
+            if self._is_on_device(request):
                 self.scheduler.preempt(request)
         self.release_ended()
         self._num_read = int(self.loop.ring.counts[0])
@@ -323,7 +322,7 @@ class SlotManager:
 
         Tokens after the one that ended a sequence may be among them.
         """
-        self.num_syncs += 1
+        self.host_sync.count += 1
         loop = self.loop
         ring = loop.ring.entries.flatten().long()
         numbers = torch.cat([ring, loop.ring.counts, loop.counters, loop.slots.depth]).tolist()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from recursify.engine.layers.decoder import DecoderAdapter
 
 MAX_PENDING = 64
 """Maximum number of deferred tokens per slot: the default of exit settings."""
@@ -64,9 +66,8 @@ class LoopCounters(NamedTuple):
     waits: int = 0
 
 
-@dataclass(frozen=True)
 class SlotSettings:
-    """Settings of the slots, which the host writes between replays.
+    """Settings of the slots, without a request at first. The host writes them between replays.
 
     Attributes:
         block_tables: Int32 ``[S, M]``: page ids; -1 for no page.
@@ -82,43 +83,25 @@ class SlotSettings:
         draws: Float64 ``[S, T]``: uniform random numbers for the next tokens.
     """
 
-    block_tables: Tensor
-    limits: Tensor
-    max_depth: Tensor
-    max_pending: Tensor
-    forced_depths: Tensor
-    num_forced: Tensor
-    thresholds: Tensor
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    draws: Tensor
-
-    @classmethod
-    def empty(
-        cls, count: int, pages: int, depths: int, tokens: int, device: torch.device | str, *, pin: bool = False
-    ) -> SlotSettings:
-        """Settings of ``count`` slots without a request."""
-
+    def __init__(
+        self, count: int, pages: int, depths: int, tokens: int, device: torch.device | str, *, pin: bool = False
+    ) -> None:
         def full(value: float, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.full((count, *shape), value, dtype=dtype, device=device, pin_memory=pin)
 
-        return cls(
-            block_tables=full(-1, pages, dtype=torch.int32),
-            limits=full(0, dtype=torch.int32),
-            max_depth=full(depths - 1),
-            max_pending=full(MAX_PENDING),
-            forced_depths=full(0, MAX_FORCED_DEPTHS),
-            num_forced=full(0),
-            thresholds=full(math.inf, depths, dtype=torch.float32),
-            temperature=full(0, dtype=torch.float64),
-            top_k=full(0),
-            top_p=full(1, dtype=torch.float64),
-            draws=full(0, tokens, dtype=torch.float64),
-        )
+        self.block_tables = full(-1, pages, dtype=torch.int32)
+        self.limits = full(0, dtype=torch.int32)
+        self.max_depth = full(depths - 1)
+        self.max_pending = full(MAX_PENDING)
+        self.forced_depths = full(0, MAX_FORCED_DEPTHS)
+        self.num_forced = full(0)
+        self.thresholds = full(math.inf, depths, dtype=torch.float32)
+        self.temperature = full(0, dtype=torch.float64)
+        self.top_k = full(0)
+        self.top_p = full(1, dtype=torch.float64)
+        self.draws = full(0, tokens, dtype=torch.float64)
 
 
-@dataclass(frozen=True)
 class SlotState:
     """Progress of the token in each slot, beside :class:`~recursify.kernels.slot_advance.Slots`.
 
@@ -136,37 +119,18 @@ class SlotState:
         next_token: Int64 ``[S]``: argmax or sample of the last logits.
     """
 
-    is_entering: Tensor
-    is_exiting: Tensor
-    num_generated: Tensor
-    num_unread: Tensor
-    first_pending: Tensor
-    coda_start: Tensor
-    states: Tensor
-    embedded: Tensor
-    entered: Tensor
-    next_token: Tensor
-
-    @classmethod
-    def empty(cls, count: int, width: int, decoder: Any) -> SlotState:
-        """State of ``count`` slots without a token, with ``width`` hidden states each."""
-        size, device = decoder.config.hidden_size, decoder.device
+    def __init__(self, count: int, width: int, decoder: DecoderAdapter) -> None:
+        size = decoder.config.hidden_size
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(count, *shape, dtype=dtype, device=device)
+            return torch.zeros(count, *shape, dtype=dtype, device=decoder.device)
 
-        return cls(
-            is_entering=zeros(dtype=torch.bool),
-            is_exiting=zeros(dtype=torch.bool),
-            num_generated=zeros(),
-            num_unread=zeros(),
-            first_pending=zeros(decoder.num_depths),
-            coda_start=zeros(),
-            states=zeros(width, size, dtype=decoder.dtype),
-            embedded=zeros(size, dtype=decoder.dtype),
-            entered=zeros(size, dtype=decoder.dtype),
-            next_token=zeros(),
-        )
+        self.is_entering, self.is_exiting = zeros(dtype=torch.bool), zeros(dtype=torch.bool)
+        self.num_generated, self.num_unread = zeros(), zeros()
+        self.first_pending, self.coda_start = zeros(decoder.num_depths), zeros()
+        self.states = zeros(width, size, dtype=decoder.dtype)
+        self.embedded, self.entered = zeros(size, dtype=decoder.dtype), zeros(size, dtype=decoder.dtype)
+        self.next_token = zeros()
 
 
 @dataclass(frozen=True)

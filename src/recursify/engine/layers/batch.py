@@ -46,13 +46,9 @@ class TokenSpan:
 class AttentionBatch:
     """Rows of ``spans``, which are sorted by depth.
 
-    Args:
-        spans: Tokens that run the layers.
-        kv_cache: KV cache of the layers.
-        kernels: Use Triton for KV-cache writes, and for attention of rows with a block table of their own.
-        only_writes: End every layer after its KV-cache write.
-
     Attributes:
+        kernels: True to use Triton for KV-cache writes, and for attention of rows with a block table of their own.
+        only_writes: True to end every layer after its KV-cache write.
         positions: Positions ``[N]``.
         depths: Depths ``[N]``; 0 in prelude and coda.
         writers: Rows that write keys and values; None for all. With ``shared`` keys only those at depth 0 do.
@@ -138,13 +134,7 @@ class AttentionBatch:
             return attend_singles(layer, group, query, scale, softcap)
         depths = self.no_depth[: len(query)]
         return attend_pages(
-            query,
-            layer.keys,
-            layer.values,
-            group.tables,
-            depths,
-            depths[:1],
-            group.lengths,
+            *(query, layer.keys, layer.values, group.tables, depths, depths[:1], group.lengths),
             scale=scale,
             window=group.window(layer.windows),
             softcap=softcap,
@@ -157,19 +147,13 @@ class AttentionBatch:
 class AttentionGroup:
     """Rows that attend in one call: each over its own pages, or all over the same ones.
 
-    Args:
-        batch: Batch of the rows.
-        rows: Rows of the batch; None for all.
-        tables: Block table of each row, or a single one for all rows.
-        lengths: Number of visible keys of each row, counted from the start of its pages.
-        page_size: Tokens per page.
-        key_positions: Positions of the keys, where KV slots are not positions: ``[pages, page_size]``.
-
     Attributes:
+        rows: Rows of the batch; None for all.
         positions: Positions ``[n]`` of the rows.
+        key_positions: Positions ``[pages, page_size]`` of the keys; None where KV slots are positions.
         tables: Block tables ``[n, pages]`` or ``[1, pages]``, cut to the visible keys and padded with page 0.
         pages: Flattened ``tables``.
-        lengths: Numbers of visible keys ``[n]``.
+        lengths: Numbers of visible keys ``[n]``, counted from the start of the pages.
     """
 
     def __init__(
@@ -206,18 +190,16 @@ class AttentionGroup:
         return self._masks[windows]
 
     def window(self, windows: tuple[int | None, ...]) -> Tensor | None:
-        """Window of each row in such a layer, ``[n]``, 0 for none; None if no row has one."""
+        """Window of each row in such a layer, see :func:`window_per_row`."""
         if windows not in self._windows:
             self._windows[windows] = window_per_row(windows, self._depths)
         return self._windows[windows]
 
 
 def window_per_row(windows: tuple[int | None, ...], depths: Tensor) -> Tensor | None:
-    """Window of each row, ``[N]``, 0 for none; None if no row has one.
+    """Window of each row, ``[N]``, by its depth in ``depths [N]``; 0 for none, None if no row has one.
 
-    Args:
-        windows: Window of each depth, or a single one for all depths.
-        depths: Depths ``[N]`` of the rows.
+    ``windows`` has one entry per depth, or a single one for all depths.
     """
     if not any(windows):
         return None

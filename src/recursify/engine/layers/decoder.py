@@ -53,7 +53,7 @@ class DecoderAdapter:
     Attributes:
         model: The complete model.
         num_depths: Number of recursions; 1 if tokens cannot exit between them.
-        prelude, block, coda: Layers in order.
+        prelude, block, coda: Layers in order; a dense model has only a block.
         depth_context: Depths of the rows in the current call, which mixed-depth layers read.
         embed: Function from token ids ``[N]`` to states ``[N, D]``.
         rotate: Function from states and positions ``[N, 1]`` to RoPE cosines and sines, or a dict of those by layer
@@ -116,8 +116,8 @@ class DecoderAdapter:
 
     @property
     def capacities(self) -> list[float]:
-        """Capacity of the router at each depth; 1 in token choice, which has no capacities."""
-        if self.config.router != "expert_choice":
+        """Capacity of the router at each depth; 1 without capacities, as in token choice."""
+        if getattr(self.config, "router", None) != "expert_choice":
             return [1.0] * self.num_depths
         return list(capacities_of(self.config))
 
@@ -221,10 +221,7 @@ def _adapt_dense(model: Any) -> DecoderAdapter:
         model=model,
         num_depths=1,
         prelude=[],
-        block=[
-            PagedLayer(module, "block", (kinds[index],), (window_of(config, index),))
-            for index, module in enumerate(layers)
-        ],
+        block=[PagedLayer(module, "block", (kinds[i],), (window_of(config, i),)) for i, module in enumerate(layers)],
         coda=[],
         depth_context=DepthContext(),
         embed=model.get_input_embeddings(),

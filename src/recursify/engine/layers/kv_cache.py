@@ -49,14 +49,7 @@ class PageLayout:
 
     @classmethod
     def plan(cls, decoder: DecoderAdapter, kv: str, num_pages: int, longest: int) -> PageLayout:
-        """Lay out pages for a KV mode.
-
-        Args:
-            decoder: Decoder of the model.
-            kv: KV mode, one of :data:`~recursify.engine.KV_MODES`.
-            num_pages: Number of pages of stream 0.
-            longest: Minimum number of pages of a routed model's streams: those of the longest request.
-        """
+        """Lay out ``num_pages`` of stream 0 for a KV mode; a routed model's streams have ``longest`` pages at least."""
         depths = decoder.num_depths
         if kv == "shared":
             return cls((num_pages, num_pages), (1,) * depths, (0,) * depths, num_pages)
@@ -73,14 +66,8 @@ class PageLayout:
 class KVCache:
     """Page pools, and the tensors of the layers.
 
-    Args:
-        decoder: Decoder of the model.
-        kv: KV mode.
-        page_size: Tokens per page.
-        num_pages: Number of pages of stream 0, which holds all tokens.
-        context: Number of tokens of the longest request.
-
     Attributes:
+        context: Number of tokens of the longest request.
         is_packed: True if streams hold only the tokens that run their depth, so that a slot is not a position.
         positions: Positions of packed keys, ``[pages, page_size]``, which windows need.
     """
@@ -96,23 +83,20 @@ class KVCache:
             layer.keys = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
             layer.values = torch.zeros_like(layer.keys)
         self.positions = torch.zeros(self.layout.block_pages, page_size, dtype=torch.long, device=decoder.device)
+        self._page_bytes = [0] * len(self.pools)  # of each stream
+        for layer in decoder.layers:
+            streams = self.layout.stream_of if layer.part == "block" else (0,)
+            for stream in streams[:1] if kv == "shared" else streams:
+                self._page_bytes[stream] += _bytes_per_page(decoder, page_size)
 
     @property
     def num_bytes(self) -> int:
         """Number of bytes of all keys and values."""
-        return sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in self.decoder.layers)
+        return sum(2 * layer.keys.nbytes for layer in self.decoder.layers)
 
     def bytes_used(self) -> int:
         """Number of bytes of the pages in use."""
-        per_page = [0] * len(self.pools)
-        size = 2 * self.page_size * self.decoder.num_kv_heads * self.decoder.head_size * self.decoder.dtype.itemsize
-        for layer in self.decoder.layers:
-            streams = self.layout.stream_of if layer.part == "block" else (0,)
-            if self.kv == "shared":
-                streams = streams[:1]
-            for stream in streams:
-                per_page[stream] += size
-        return sum(pool.num_used * num_bytes for pool, num_bytes in zip(self.pools, per_page, strict=True))
+        return sum(pool.num_used * num_bytes for pool, num_bytes in zip(self.pools, self._page_bytes, strict=True))
 
     @property
     def num_used(self) -> int:
@@ -178,19 +162,20 @@ def pages_that_fit(num_bytes: int, decoder: DecoderAdapter, kv: str, page_size: 
     Raises:
         EngineError: Not even one page fits.
     """
-    depths = float(decoder.num_depths)
-    if kv == "shared":
-        depths = 1.0
-    elif kv == "recursion_wise":
-        depths = sum(decoder.capacities)
-    layers = sum(depths if layer.part == "block" else 1.0 for layer in decoder.layers)
-    size = int(2 * page_size * decoder.num_kv_heads * decoder.head_size * decoder.dtype.itemsize * layers)
+    depths = {"shared": 1.0, "recursion_wise": sum(decoder.capacities)}.get(kv, decoder.num_depths)
+    layers = sum(depths if layer.part == "block" else 1 for layer in decoder.layers)
+    size = int(_bytes_per_page(decoder, page_size) * layers)
     if num_bytes < size:
         raise EngineError(
             f"{num_bytes:,} bytes of KV cache are too few: one page of {page_size} tokens takes {size:,} bytes. "
             f"Increase kv_cache_memory_bytes."
         )
     return num_bytes // size
+
+
+def _bytes_per_page(decoder: DecoderAdapter, page_size: int) -> int:
+    """Number of bytes of a page's keys and values in one layer at one depth."""
+    return 2 * page_size * decoder.num_kv_heads * decoder.head_size * decoder.dtype.itemsize
 
 
 def copy_slots(layers: Sequence[PagedLayer], sources: Tensor, targets: Tensor) -> None:

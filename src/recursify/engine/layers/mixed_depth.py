@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -40,8 +41,7 @@ class DepthContext:
 
     Attributes:
         depths: Depths ``[N]`` of the rows in any order, in static shapes; None if the host knows the depths.
-        counts: Depths of the rows in order, with the number of rows at each.
-        slices: Depths with the slice of their rows.
+        counts, slices: Depths of the rows in order, with the number of rows at each, and with their slice.
         num_rows: Number of rows.
     """
 
@@ -52,13 +52,9 @@ class DepthContext:
         """Set the depths of the rows in order, with the number of rows at each."""
         self.depths: Tensor | None = None
         self.counts = counts
-        self.slices = []
-        start = 0
-        for depth, count in counts:
-            self.slices.append((depth, slice(start, start + count)))
-            start += count
-        self.num_rows = start
-        self.device = device
+        ends = list(accumulate(count for _, count in counts))
+        self.slices = [(depth, slice(end - count, end)) for (depth, count), end in zip(counts, ends, strict=True)]
+        self.num_rows, self.device = ends[-1], device
         self._groups: dict[int, tuple[Tensor, Tensor]] = {}
 
     def set_static(self, depths: Tensor) -> None:
@@ -97,7 +93,7 @@ class DepthContext:
 class MixedDepthLinear(nn.Module):
     """:class:`~recursify.modeling.RelaxedLinear` with a depth per row."""
 
-    stored: RelaxedLinear
+    stored: Any
 
     def __init__(self, stored: RelaxedLinear, depth_context: DepthContext) -> None:
         super().__init__()
@@ -111,8 +107,7 @@ class MixedDepthLinear(nn.Module):
             return stored(x, depth)
         y = stored.linear(x)
         if stored.lora_a is not None:
-            rows = x.flatten(0, -2)
-            y = y + self._residuals(rows).unflatten(0, x.shape[:-1])
+            y = y + self._residuals(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         return y if stored.bias is None else self._add_bias(y, stored.bias)
 
     def _add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
@@ -126,18 +121,17 @@ class MixedDepthLinear(nn.Module):
 
     def _residuals(self, x: Tensor) -> Tensor:
         """Low-rank residuals, ``[N, I] -> [N, O]``."""
-        assert self.stored.lora_a is not None
-        assert self.stored.lora_b is not None
         is_fixed = self.depth_context.depths is not None or (x.is_cuda and len(x) <= MASKED_ROWS)
-        if is_fixed or not _can_group(x, self.stored.lora_a, self.stored.lora_b):
-            return self.masked(x)
-        return self.grouped(x)
+        return self.masked(x) if is_fixed or not self._can_group(x) else self.grouped(x)
+
+    def _can_group(self, x: Tensor) -> bool:
+        """True if ``grouped_mm`` supports the shapes: rows of a multiple of 16 bytes, no float64."""
+        sizes = (x.shape[-1], self.stored.lora_a.shape[1], self.stored.lora_b.shape[1])
+        return x.dtype != torch.float64 and all(size * x.element_size() % 16 == 0 for size in sizes)
 
     def masked(self, x: Tensor) -> Tensor:
         """Residuals ``[N, O]`` as products with the factors of all depths, in static shapes."""
         lora_a, lora_b = self.stored.lora_a, self.stored.lora_b
-        assert lora_a is not None
-        assert lora_b is not None
         mask = self.depth_context.mask(len(lora_a))
         inner = F.linear(x, lora_a.flatten(0, 1)).unflatten(-1, lora_a.shape[:2]) * mask.unsqueeze(-1)
         y = F.linear(inner[:, 0], lora_b[0])
@@ -148,17 +142,9 @@ class MixedDepthLinear(nn.Module):
     def grouped(self, x: Tensor) -> Tensor:
         """Residuals ``[N, O]`` as one product per depth with rows."""
         lora_a, lora_b = self.stored.lora_a, self.stored.lora_b
-        assert lora_a is not None
-        assert lora_b is not None
         ends, _ = self.depth_context.by_group(len(lora_a))
         inner = F.grouped_mm(x, lora_a.transpose(1, 2), offs=ends)
         return F.grouped_mm(inner, lora_b.transpose(1, 2), offs=ends)
-
-
-def _can_group(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
-    """True if ``grouped_mm`` supports the shapes: rows of a multiple of 16 bytes, no float64."""
-    sizes = (x.shape[-1], lora_a.shape[1], lora_b.shape[1])
-    return x.dtype != torch.float64 and all(size * x.element_size() % 16 == 0 for size in sizes)
 
 
 class MixedDepthNorm(nn.Module):
@@ -168,7 +154,7 @@ class MixedDepthNorm(nn.Module):
         kernel_adds: Constant that the kernel for static shapes adds to the weights; None runs without the kernel.
     """
 
-    stored: PerDepth
+    stored: Any
 
     def __init__(self, stored: PerDepth, depth_context: DepthContext) -> None:
         super().__init__()
@@ -195,9 +181,9 @@ class MixedDepthNorm(nn.Module):
     def _by_kernel(self, x: Tensor, depths: Tensor, adds_one: bool) -> Tensor:
         rows = x.flatten(0, -2)
         depths = depths.repeat_interleave(len(rows) // len(x), output_size=len(rows))
-        norm: Any = self.stored.copies[0]
+        norm = self.stored.copies[0]
         if self._weight is None:
-            self._weight = torch.stack([stored.weight for stored in self.stored.copies])  # type: ignore[misc]
+            self._weight = torch.stack([stored.weight for stored in self.stored.copies])
         eps = getattr(norm, "variance_epsilon", None) or norm.eps
         _, normed = add_and_norm(rows, None, self._weight, depths, eps=eps, adds_one=adds_one, implementation="triton")
         return normed.view_as(x)

@@ -23,10 +23,7 @@ from .static_batch import StaticAttentionBatch
 class ModelRunner:
     """Model with its KV cache.
 
-    Args:
-        decoder: Decoder of the model.
-        kv_cache: KV cache of its layers.
-        kernels: Use Triton for KV-cache writes, attention, and norms of rows at mixed depths.
+    ``kernels`` runs KV-cache writes, attention, and norms of rows at mixed depths in Triton.
     """
 
     def __init__(self, decoder: DecoderAdapter, kv_cache: KVCache, *, kernels: bool = False) -> None:
@@ -41,21 +38,20 @@ class ModelRunner:
         return embedded, self.run(self.decoder.prelude, spans, embedded)
 
     def block(self, spans: Sequence[TokenSpan], states: Tensor) -> Tensor:
-        """Run the shared block once, ``[N, D] -> [N, D]``; ``spans`` are sorted by depth."""
+        """Run the shared block once, ``[N, D] -> [N, D]``."""
         return self.run(self.decoder.block, spans, states)
 
     def coda(self, spans: Sequence[TokenSpan], states: Tensor) -> Tensor:
         """Run the coda without the final norm, ``[N, D] -> [N, D]``."""
         return self.run(self.decoder.coda, spans, states)
 
-    def write_only(self, layers: Sequence[PagedLayer], spans: Sequence[TokenSpan], states: Tensor) -> None:
-        """Have each of ``layers`` write its keys and values of the same ``states [N, D]``, and run no further."""
-        self.run(layers, spans, states, only_writes=True)
-
     def run(
         self, layers: Sequence[PagedLayer], spans: Sequence[TokenSpan], states: Tensor, *, only_writes: bool = False
     ) -> Tensor:
-        """Run ``layers`` on ``states [N, D]``."""
+        """Run ``layers`` on ``states [N, D]`` of ``spans`` sorted by depth.
+
+        With ``only_writes`` each layer writes its keys and values of the same ``states``, and does nothing else.
+        """
         if not layers or not len(states):
             return states
         batch = AttentionBatch(spans, self.kv_cache, kernels=self.kernels, only_writes=only_writes)
@@ -72,8 +68,7 @@ class ModelRunner:
     def _run(
         self, layers: Sequence[PagedLayer], batch: AttentionBatch | StaticAttentionBatch, states: Tensor
     ) -> Tensor:
-        hidden = states[:, None]
-        positions = batch.positions[:, None]
+        hidden, positions = states[:, None], batch.positions[:, None]
         rotations = Rotations(self.decoder.rotate(hidden, positions), batch.depths)
         for layer in layers:
             try:

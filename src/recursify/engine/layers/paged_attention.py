@@ -39,9 +39,8 @@ def paged_attention(
 ) -> tuple[Tensor, None]:
     """Attend with queries ``[N, H, 1, D]``, and keys and values ``[N, K, 1, D]`` to store first: ``[N, 1, H, D]``.
 
-    ``paged`` is what the model runner passes to every layer: the attention batch
-    (:class:`~.batch.AttentionBatch` or :class:`~.static_batch.StaticAttentionBatch`) and its
-    :class:`~.decoder.PagedLayer`.
+    ``paged`` is what the model runner passes to every layer: the attention batch (:class:`~.batch.AttentionBatch` or
+    :class:`~.static_batch.StaticAttentionBatch`) and its :class:`~.decoder.PagedLayer`.
 
     Raises:
         KeysAndValuesWritten: The batch only writes the KV cache; this ends the layer's forward.

@@ -50,26 +50,14 @@ class StaticAttentionBatch:
     def store(self, layer: PagedLayer, key: Tensor, value: Tensor) -> None:
         """Write ``key`` and ``value [N, K, D]`` to the rows' KV slots."""
         store_keys_and_values(
-            key,
-            value,
-            layer.keys,
-            layer.values,
-            self.slots,
-            self.depths,
-            self.page_offsets,
+            *(key, value, layer.keys, layer.values, self.slots, self.depths, self.page_offsets),
             implementation=self.implementation,
         )
 
     def attend(self, layer: PagedLayer, query: Tensor, scale: float, softcap: float | None) -> Tensor:
         """Attend with ``query [N, H, D]`` to the rows' visible keys: ``[N, H, D]``, 0 for unused rows."""
         return attend_pages(
-            query,
-            layer.keys,
-            layer.values,
-            self.block_tables,
-            self.depths,
-            self.page_offsets,
-            self.lengths,
+            *(query, layer.keys, layer.values, self.block_tables, self.depths, self.page_offsets, self.lengths),
             scale=scale,
             window=self._window(layer.windows),
             softcap=softcap,

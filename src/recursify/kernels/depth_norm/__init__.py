@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from recursify.kernels.dispatch import Implementation, uses_triton
-
-from . import reference
+from recursify.kernels.dispatch import Implementation, load_implementation
 
 __all__ = ["add_and_norm"]
 
@@ -52,8 +50,5 @@ def add_and_norm(
             f"residual must have the shape and dtype of states, {list(states.shape)} {states.dtype}; got "
             f"{list(residual.shape)} {residual.dtype}."
         )
-    if uses_triton(implementation, states.device):
-        from . import triton
-
-        return triton.add_and_norm(states, residual, weight, depth, eps, adds_one)
-    return reference.add_and_norm(states, residual, weight, depth, eps, adds_one)
+    module = load_implementation(__name__, states.device, implementation)
+    return module.add_and_norm(states, residual, weight, depth, eps, adds_one)

@@ -16,20 +16,9 @@ from recursify.kernels.triton_math import tile_of
 
 @triton.jit
 def add_norm_rows(
-    states,
-    residual,
-    weight,
-    depth,
-    total,
-    normed,
-    H,
-    eps,
-    stride_states,
-    stride_residual,
-    stride_weight,
-    ADDS_ONE: tl.constexpr,
-    BH: tl.constexpr,
-):
+    states, residual, weight, depth, total, normed, H, eps, stride_states, stride_residual, stride_weight,
+    ADDS_ONE: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
     """Program ``i_n``. Writes ``normed [N, H]``, and ``total [N, H]`` if there is a residual."""
     i_n = tl.program_id(0).to(tl.int64)
     o_h = tl.arange(0, BH)
@@ -63,19 +52,8 @@ def add_and_norm(
         return total, normed
     tile = tile_of(size)
     add_norm_rows[(rows,)](
-        states,
-        residual,
-        weight,
-        depth,
-        total,
-        normed,
-        size,
-        eps,
-        states.stride(0),
-        0 if residual is None else residual.stride(0),
-        weight.stride(0),
-        ADDS_ONE=adds_one,
-        BH=tile,
-        num_warps=max(1, min(16, tile // 512)),
-    )
+        states, residual, weight, depth, total, normed, size, eps,
+        states.stride(0), 0 if residual is None else residual.stride(0), weight.stride(0),
+        ADDS_ONE=adds_one, BH=tile, num_warps=max(1, min(16, tile // 512)),
+    )  # fmt: skip
     return total, normed

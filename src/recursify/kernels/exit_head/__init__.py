@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from recursify.kernels.dispatch import Implementation, uses_triton
+from recursify.kernels.dispatch import Implementation, load_implementation
 
-from . import reference
 from .reference import ExitStatistics
 
 __all__ = ["ExitStatistics", "exit_statistics"]
@@ -53,8 +52,4 @@ def exit_statistics(
         if not 1 <= vocabulary <= len(weight):
             raise ValueError(f"vocabulary must be between 1 and {len(weight)}, got {vocabulary}.")
         weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
-    if uses_triton(implementation, states.device):
-        from . import triton
-
-        return triton.exit_statistics(states, weight, bias, softcap)
-    return reference.exit_statistics(states, weight, bias, softcap)
+    return load_implementation(__name__, states.device, implementation).exit_statistics(states, weight, bias, softcap)

@@ -44,23 +44,9 @@ def update_statistics(x, m_v, first, second, index, s, t, i_tile, BV: tl.constex
 
 @triton.jit
 def read_parts(
-    states,
-    weight,
-    bias,
-    tops,
-    choices,
-    sums,
-    N,
-    H,
-    V,
-    stride_states,
-    stride_weight,
-    CAP: tl.constexpr,
-    TILES: tl.constexpr,
-    BN: tl.constexpr,
-    BV: tl.constexpr,
-    BK: tl.constexpr,
-):
+    states, weight, bias, tops, choices, sums, N, H, V, stride_states, stride_weight,
+    CAP: tl.constexpr, TILES: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
     """Program ``(i_n, i_p)``: one tile of rows over ``TILES`` tiles of the vocabulary.
 
     Writes ``tops [P, 2, N]``, ``choices [P, N]``, ``sums [P, 2, N]``.
@@ -132,33 +118,17 @@ def exit_statistics(states: Tensor, weight: Tensor, bias: Tensor | None, softcap
     tiles = triton.cdiv(entries, entry_tile)
     tiles_per_part = triton.cdiv(tiles, WAVES * programs_to_fill(states.device))
     parts = triton.cdiv(tiles, tiles_per_part)
-    tops = torch.empty(parts, 2, rows, dtype=torch.float32, device=states.device)
-    sums = torch.empty(parts, 2, rows, dtype=torch.float32, device=states.device)
+    tops, sums = (torch.empty(parts, 2, rows, dtype=torch.float32, device=states.device) for _ in range(2))
     choices = torch.empty(parts, rows, dtype=torch.int32, device=states.device)
     choice = torch.empty(rows, dtype=torch.int64, device=states.device)
     readings = torch.empty(4, rows, dtype=torch.float32, device=states.device)
     if not rows:
         return ExitStatistics(choice, *readings)
     read_parts[(triton.cdiv(rows, row_tile), parts)](
-        states,
-        weight,
-        bias,
-        tops,
-        choices,
-        sums,
-        rows,
-        size,
-        entries,
-        states.stride(0),
-        weight.stride(0),
-        CAP=softcap,
-        TILES=tiles_per_part,
-        BN=row_tile,
-        BV=entry_tile,
-        BK=64 if states.dtype != torch.float32 else 32,
-        num_warps=4,
-        num_stages=4,
-    )
+        states, weight, bias, tops, choices, sums, rows, size, entries, states.stride(0), weight.stride(0),
+        CAP=softcap, TILES=tiles_per_part, BN=row_tile, BV=entry_tile, BK=64 if states.dtype != torch.float32 else 32,
+        num_warps=4, num_stages=4,
+    )  # fmt: skip
     merge_parts[(rows,)](tops, choices, sums, choice, readings, rows, parts, BP=tile_of(parts), num_warps=4)
     return ExitStatistics(choice, *readings)
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from recursify.kernels.dispatch import Implementation, uses_triton
-
-from . import reference
+from recursify.kernels.dispatch import Implementation, load_implementation
 
 __all__ = ["store_keys_and_values"]
 
@@ -49,10 +47,5 @@ def store_keys_and_values(
         )
     if not key_pages.is_contiguous() or not value_pages.is_contiguous():
         raise ValueError("Pages are not contiguous, and slots are addressed by number. Call contiguous() on them.")
-    if uses_triton(implementation, key.device):
-        from . import triton
-
-        triton.store(key, value, key_pages, value_pages, slots, depth, page_offsets)
-        return
-    reference.store(key, key_pages, slots, depth, page_offsets)
-    reference.store(value, value_pages, slots, depth, page_offsets)
+    module = load_implementation(__name__, key.device, implementation)
+    module.store(key, value, key_pages, value_pages, slots, depth, page_offsets)

@@ -8,8 +8,12 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def store(new: Tensor, pages: Tensor, slots: Tensor, depth: Tensor, page_offsets: Tensor) -> None:
-    """Write ``new [N, K, D]`` to ``pages [P, S, K, D]`` at ``slots + page_offsets[depth] · S``; skip negative slots."""
+def store(
+    key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor,
+    slots: Tensor, depth: Tensor, page_offsets: Tensor,
+) -> None:  # fmt: skip
+    """Write ``[N, K, D]`` to pages ``[P, S, K, D]`` at ``slots + page_offsets[depth] · S``; skip negative slots."""
     rows = slots >= 0
-    offsets = page_offsets.long()[depth[rows].long()] * pages.shape[1]
-    pages.flatten(0, 1)[slots[rows].long() + offsets] = new[rows].to(pages.dtype)
+    targets = slots[rows].long() + page_offsets.long()[depth[rows].long()] * key_pages.shape[1]
+    for new, pages in ((key, key_pages), (value, value_pages)):
+        pages.flatten(0, 1)[targets] = new[rows].to(pages.dtype)

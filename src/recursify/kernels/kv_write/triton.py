@@ -15,22 +15,10 @@ from recursify.kernels.triton_math import tile_of
 
 @triton.jit
 def store_rows(
-    key,
-    value,
-    key_pages,
-    value_pages,
-    slots,
-    depth,
-    page_offsets,
-    stride_key_row,
-    stride_key_head,
-    stride_value_row,
-    stride_value_head,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    S: tl.constexpr,
-    BD: tl.constexpr,
-):
+    key, value, key_pages, value_pages, slots, depth, page_offsets,
+    stride_key_row, stride_key_head, stride_value_row, stride_value_head,
+    K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """Program ``(i_n, i_k)``."""
     i_n, i_k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + i_n).to(tl.int64)
@@ -48,34 +36,16 @@ def store_rows(
 
 
 def store(
-    key: Tensor,
-    value: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    slots: Tensor,
-    depth: Tensor,
-    page_offsets: Tensor,
-) -> None:
+    key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor,
+    slots: Tensor, depth: Tensor, page_offsets: Tensor,
+) -> None:  # fmt: skip
     """Launch; :func:`recursify.kernels.kv_write.store_keys_and_values` has checked the arguments."""
     rows, heads, size = key.shape
     if not rows:
         return
     key, value = (new if new.stride(2) == 1 else new.contiguous() for new in (key, value))
     store_rows[(rows, heads)](
-        key,
-        value,
-        key_pages,
-        value_pages,
-        slots,
-        depth,
-        page_offsets,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        K=heads,
-        D=size,
-        S=key_pages.shape[1],
-        BD=tile_of(size),
-        num_warps=1,
-    )
+        key, value, key_pages, value_pages, slots, depth, page_offsets,
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        K=heads, D=size, S=key_pages.shape[1], BD=tile_of(size), num_warps=1,
+    )  # fmt: skip

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from recursify.kernels.dispatch import Implementation, uses_triton
-
-from . import reference
+from recursify.kernels.dispatch import Implementation, load_implementation
 
 __all__ = ["attend_pages"]
 
@@ -68,15 +66,10 @@ def attend_pages(
     if isinstance(window, int) and window < 1:
         raise ValueError(f"A window must be at least 1, the row's own position; got {window}. Use None for all.")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    module = load_implementation(__name__, query.device, implementation)
     targets = (block_table, depth, page_offsets, lengths)
-    if uses_triton(implementation, query.device):
-        from . import triton
-
-        pages = (key_pages, value_pages)
-        return triton.attend_pages(query, *pages, *targets, scale, window, softcap, key_positions, positions)
-    slots, is_key = reference.slots_of(*targets, key_pages.shape[1])
-    visible = reference.visible_in(slots, is_key, lengths, window, key_positions, positions)
-    return reference.attend(query, key_pages, value_pages, slots, visible, scale, softcap)
+    settings = (scale, window, softcap, key_positions, positions)
+    return module.attend_pages(query, key_pages, value_pages, *targets, *settings)
 
 
 def _check(query: Tensor, key_pages: Tensor, value_pages: Tensor, block_table: Tensor, per_row: dict) -> None:

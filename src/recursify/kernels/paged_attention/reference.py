@@ -10,19 +10,15 @@ import torch
 from torch import Tensor
 
 
-def attend(
-    query: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    slots: Tensor,
-    visible: Tensor,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """``softmax(cap(q kᵀ · scale) | visible) v`` of ``query [N, K·G, D]`` over ``slots [N, L]``.
-
-    A row that sees no key gives 0. Products are in the dtype of the inputs, the softmax in float32.
-    """
+def attend_pages(
+    query: Tensor, key_pages: Tensor, value_pages: Tensor,
+    block_table: Tensor, depth: Tensor, page_offsets: Tensor, lengths: Tensor,
+    scale: float, window: int | Tensor | None, softcap: float | None,
+    key_positions: Tensor | None, positions: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Products are in the dtype of the inputs, the softmax in float32."""
+    slots, is_key = _slots(block_table, depth, page_offsets, lengths, key_pages.shape[1])
+    visible = _visible(slots, is_key, lengths, window, key_positions, positions)
     heads = key_pages.shape[2]
     keys, values = (pages.flatten(0, 1)[slots] for pages in (key_pages, value_pages))  # [N, L, K, D]
     scores = torch.einsum("nkgd,nlkd->nkgl", query.unflatten(1, (heads, -1)), keys).float() * scale
@@ -35,7 +31,7 @@ def attend(
     return torch.einsum("nkgl,nlkd->nkgd", weights.to(values.dtype), values).flatten(1, 2)
 
 
-def slots_of(
+def _slots(
     block_table: Tensor, depth: Tensor, page_offsets: Tensor, lengths: Tensor, page_size: int
 ) -> tuple[Tensor, Tensor]:
     """Slot of every key in flattened pages, ``[N, L]``, and a mask of the keys within the row's length, ``[N, L]``.
@@ -48,7 +44,7 @@ def slots_of(
     return (pages * page_size + keys % page_size).masked_fill(~is_key, 0), is_key
 
 
-def visible_in(
+def _visible(
     slots: Tensor,
     is_key: Tensor,
     lengths: Tensor,

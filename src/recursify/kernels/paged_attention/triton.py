@@ -24,34 +24,11 @@ TILES_PER_PART = 4
 
 @triton.jit
 def attend_parts(
-    query,
-    key_pages,
-    value_pages,
-    block_table,
-    depth,
-    page_offsets,
-    lengths,
-    key_positions,
-    positions,
-    windows,
-    out,
-    parts,
-    sums,
-    scale,
-    stride_query_row,
-    stride_query_head,
-    stride_table,
-    WINDOW: tl.constexpr,
-    CAP: tl.constexpr,
-    K: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    S: tl.constexpr,
-    C: tl.constexpr,
-    BG: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-):
+    query, key_pages, value_pages, block_table, depth, page_offsets, lengths, key_positions, positions, windows,
+    out, parts, sums, scale, stride_query_row, stride_query_head, stride_table,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, K: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr,
+    C: tl.constexpr, BG: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """Program ``(i_n, i_k, i_c)``.
 
     Writes ``out [N, K·G, D]`` where ``C`` is 1, else ``parts [N, K·G, C, D]`` and ``sums [N, K·G, C, 2]``.
@@ -144,19 +121,11 @@ def num_parts(rows: int, heads: int, keys: int, tile: int, device: torch.device)
 
 
 def attend_pages(
-    query: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    block_table: Tensor,
-    depth: Tensor,
-    page_offsets: Tensor,
-    lengths: Tensor,
-    scale: float,
-    window: int | Tensor | None,
-    softcap: float | None,
-    key_positions: Tensor | None,
-    positions: Tensor | None,
-) -> Tensor:
+    query: Tensor, key_pages: Tensor, value_pages: Tensor,
+    block_table: Tensor, depth: Tensor, page_offsets: Tensor, lengths: Tensor,
+    scale: float, window: int | Tensor | None, softcap: float | None,
+    key_positions: Tensor | None, positions: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Launch; :func:`recursify.kernels.paged_attention.attend_pages` has checked the arguments."""
     rows, query_heads, size = query.shape
     _, page_size, heads, _ = key_pages.shape
@@ -174,25 +143,16 @@ def attend_pages(
         parts = torch.empty(rows, query_heads, splits, size, dtype=torch.float32, device=query.device)
         sums = torch.empty(rows, query_heads, splits, 2, dtype=torch.float32, device=query.device)
     attend_parts[(rows, heads, splits)](
-        *(query, key_pages, value_pages, table, depth, page_offsets, lengths, key_positions, positions),
-        *(window if isinstance(window, Tensor) else None, out, parts, sums, scale),
-        *(query.stride(0), query.stride(1), table.stride(0)),
-        WINDOW=None if isinstance(window, Tensor) else window,
-        CAP=softcap,
-        K=heads,
-        G=query_heads // heads,
-        D=size,
-        S=page_size,
-        C=splits,
-        BG=tile_of(query_heads // heads, 16),
-        BT=tile,
-        BD=width,
-        num_warps=4,
-        num_stages=3,  # one for the page ids, which the other loads depend on
-    )
+        query, key_pages, value_pages, table, depth, page_offsets, lengths, key_positions, positions,
+        window if isinstance(window, Tensor) else None, out, parts, sums, scale,
+        query.stride(0), query.stride(1), table.stride(0),
+        WINDOW=None if isinstance(window, Tensor) else window, CAP=softcap,
+        K=heads, G=query_heads // heads, D=size, S=page_size, C=splits,
+        BG=tile_of(query_heads // heads, 16), BT=tile, BD=width,
+        num_warps=4, num_stages=3,  # one for the page ids, which the other loads depend on
+    )  # fmt: skip
     if splits > 1:
-        tiles = {"BC": tile_of(splits), "BD": width}
         merge_parts[(rows * query_heads,)](
-            parts, sums, out, D=size, C=splits, **tiles, num_warps=4 if width > 64 else 2
+            parts, sums, out, D=size, C=splits, BC=tile_of(splits), BD=width, num_warps=4 if width > 64 else 2
         )
     return out

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from recursify.kernels.dispatch import Implementation, uses_triton
+from recursify.kernels.dispatch import Implementation, load_implementation
 
-from . import reference
 from .reference import OutputRing, Slots
 
 __all__ = ["OutputRing", "Slots", "advance_slots"]
@@ -72,10 +71,5 @@ def advance_slots(
         raise ValueError(
             f"The ring has {len(ring.entries)} entries, too few for {count} slots. Make it at least that large."
         )
-    arguments = (slots, leaves, choices, waits, limits, ends, block_table, page_size, num_depths, ring)
-    if uses_triton(implementation, slots.active.device):
-        from . import triton
-
-        triton.advance(*arguments)
-    else:
-        reference.advance(*arguments)
+    module = load_implementation(__name__, slots.active.device, implementation)
+    module.advance(slots, leaves, choices, waits, limits, ends, block_table, page_size, num_depths, ring)

@@ -61,17 +61,9 @@ class OutputRing:
 
 
 def advance(
-    slots: Slots,
-    leaves: Tensor,
-    choices: Tensor,
-    waits: Tensor | None,
-    limits: Tensor,
-    ends: Tensor,
-    block_table: Tensor,
-    page_size: int,
-    num_depths: int,
-    ring: OutputRing,
-) -> None:
+    slots: Slots, leaves: Tensor, choices: Tensor, waits: Tensor | None, limits: Tensor, ends: Tensor,
+    block_table: Tensor, page_size: int, num_depths: int, ring: OutputRing,
+) -> None:  # fmt: skip
     """Reference of :func:`recursify.kernels.slot_advance.advance_slots`."""
     moves = slots.active if waits is None else slots.active & ~waits
     leave = moves & (leaves | (slots.depth == num_depths - 1))

@@ -30,29 +30,10 @@ def append_entries(entries, counts, o_s, m_leave, b_choice, b_depth, written, it
 
 @triton.jit
 def advance_all(
-    active,
-    token,
-    depth,
-    position,
-    address,
-    finished,
-    leaves,
-    choices,
-    waits,
-    limits,
-    ends,
-    block_table,
-    entries,
-    counts,
-    stride_table,
-    S,
-    M: tl.constexpr,
-    E: tl.constexpr,
-    C: tl.constexpr,
-    PAGE: tl.constexpr,
-    DEPTHS: tl.constexpr,
-    BS: tl.constexpr,
-):
+    active, token, depth, position, address, finished, leaves, choices, waits, limits, ends, block_table,
+    entries, counts, stride_table, S,
+    M: tl.constexpr, E: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, DEPTHS: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
     """One program for all slots."""
     o_s = tl.arange(0, BS)
     m_s = o_s < S
@@ -93,43 +74,17 @@ def advance_all(
 
 
 def advance(
-    slots: Slots,
-    leaves: Tensor,
-    choices: Tensor,
-    waits: Tensor | None,
-    limits: Tensor,
-    ends: Tensor,
-    block_table: Tensor,
-    page_size: int,
-    num_depths: int,
-    ring: OutputRing,
-) -> None:
+    slots: Slots, leaves: Tensor, choices: Tensor, waits: Tensor | None, limits: Tensor, ends: Tensor,
+    block_table: Tensor, page_size: int, num_depths: int, ring: OutputRing,
+) -> None:  # fmt: skip
     """Launch; :func:`recursify.kernels.slot_advance.advance_slots` has checked the arguments."""
     count = len(slots.active)
     if not count:
         return
+    table, tile = block_table if block_table.stride(1) == 1 else block_table.contiguous(), tile_of(count)
     advance_all[(1,)](
-        slots.active,
-        slots.token,
-        slots.depth,
-        slots.position,
-        slots.address,
-        slots.finished,
-        leaves,
-        choices,
-        waits,
-        limits,
-        ends,
-        block_table if block_table.stride(1) == 1 else block_table.contiguous(),
-        ring.entries,
-        ring.counts,
-        block_table.stride(0) if block_table.stride(1) == 1 else block_table.shape[1],
-        count,
-        M=block_table.shape[1],
-        E=len(ends),
-        C=len(ring.entries),
-        PAGE=page_size,
-        DEPTHS=num_depths,
-        BS=tile_of(count),
-        num_warps=max(1, min(16, tile_of(count) // 128)),
-    )
+        slots.active, slots.token, slots.depth, slots.position, slots.address, slots.finished,
+        leaves, choices, waits, limits, ends, table, ring.entries, ring.counts, table.stride(0), count,
+        M=table.shape[1], E=len(ends), C=len(ring.entries), PAGE=page_size, DEPTHS=num_depths, BS=tile,
+        num_warps=max(1, min(16, tile // 128)),
+    )  # fmt: skip

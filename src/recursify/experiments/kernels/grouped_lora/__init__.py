@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from recursify.kernels.dispatch import Implementation, uses_triton
-
-from . import reference
+from recursify.kernels.dispatch import Implementation, load_implementation
 
 __all__ = ["add_depth_lora"]
 
@@ -58,8 +56,4 @@ def add_depth_lora(
                 f"The rank must be at most {LARGEST_RANK} in Triton, got {rank}. Use 'auto' or 'reference'."
             )
         implementation = "reference"
-    if uses_triton(implementation, x.device):
-        from . import triton
-
-        return triton.add_depth_lora(y, x, a, b, depth)
-    return reference.add_depth_lora(y, x, a, b, depth)
+    return load_implementation(__name__, x.device, implementation).add_depth_lora(y, x, a, b, depth)

@@ -17,22 +17,9 @@ from recursify.kernels.triton_math import tile_of
 
 @triton.jit
 def add_residuals(
-    y,
-    x,
-    a,
-    b,
-    depth,
-    N,
-    IN,
-    OUT,
-    stride_x,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    BN: tl.constexpr,
-    BI: tl.constexpr,
-    BO: tl.constexpr,
-    BQ: tl.constexpr,
-):
+    y, x, a, b, depth, N, IN, OUT, stride_x,
+    Q: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
     """Program ``(i_o, i_n)``."""
     i_o, i_n = tl.program_id(0), tl.program_id(1)
     o_n, o_i = i_n * BN + tl.arange(0, BN), tl.arange(0, BI)
@@ -69,23 +56,10 @@ def add_depth_lora(y: Tensor, x: Tensor, a: Tensor, b: Tensor, depth: Tensor) ->
     # float32 products use registers: 64 rows of rank 256 spill 4 kB per thread, 16 rows half of that.
     row_tile, out_tile, rank_tile = tile_of(rows, 16, 64 if x.element_size() == 2 else 16), 64, tile_of(rank, 16)
     add_residuals[(triton.cdiv(outputs, out_tile), triton.cdiv(rows, row_tile))](
-        y,
-        x,
-        a.contiguous(),
-        b.contiguous(),
-        depth,
-        rows,
-        inputs,
-        outputs,
-        x.stride(0),
-        Q=rank,
-        R=depths,
-        BN=row_tile,
-        BI=64 if rank_tile <= 64 and x.element_size() == 2 else 32,
-        BO=out_tile,
-        BQ=rank_tile,
+        y, x, a.contiguous(), b.contiguous(), depth, rows, inputs, outputs, x.stride(0),
+        Q=rank, R=depths, BN=row_tile, BI=64 if rank_tile <= 64 and x.element_size() == 2 else 32,
+        BO=out_tile, BQ=rank_tile,
         # With 4 warps, 64 rows of rank 64 spill on compute capability 8.0.
-        num_warps=4 if row_tile * rank_tile <= 2048 else 8,
-        num_stages=3,
-    )
+        num_warps=4 if row_tile * rank_tile <= 2048 else 8, num_stages=3,
+    )  # fmt: skip
     return y

@@ -11,9 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recursify.kernels.dispatch import Implementation, uses_triton
-
-from . import reference
+from recursify.kernels.dispatch import Implementation, load_implementation
 
 __all__ = ["GATES", "gather_normed", "scatter_gated"]
 
@@ -50,11 +48,7 @@ def gather_normed(
             f"and {None if weight is None else list(weight.shape)}."
         )
     eps = torch.finfo(states.dtype).eps if eps is None else eps
-    if uses_triton(implementation, states.device):
-        from . import triton
-
-        return triton.gather_normed(states, rows, weight, eps)
-    return reference.gather_normed(states, rows, weight, eps)
+    return load_implementation(__name__, states.device, implementation).gather_normed(states, rows, weight, eps)
 
 
 def scatter_gated(
@@ -92,8 +86,4 @@ def scatter_gated(
         raise ValueError(
             "The rows of states must be contiguous, since they are written in place. Call contiguous() on it."
         )
-    if uses_triton(implementation, states.device):
-        from . import triton
-
-        return triton.scatter_gated(states, made, gate, rows, kind)
-    return reference.scatter_gated(states, made, gate, rows, kind)
+    return load_implementation(__name__, states.device, implementation).scatter_gated(states, made, gate, rows, kind)

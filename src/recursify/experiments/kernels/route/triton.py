@@ -59,8 +59,8 @@ def gather_normed(states: Tensor, rows: Tensor, weight: Tensor | None, eps: floa
     if count:
         tile = tile_of(size)
         gather_rows[(count,)](
-            *(states, rows, weight, taken, normed, size, eps, states.stride(0)), BH=tile, num_warps=_warps(tile)
-        )
+            states, rows, weight, taken, normed, size, eps, states.stride(0), BH=tile, num_warps=_warps(tile)
+        )  # fmt: skip
     return taken, normed
 
 
@@ -70,11 +70,9 @@ def scatter_gated(states: Tensor, made: Tensor, gate: Tensor, rows: Tensor, kind
     if len(rows):
         tile = tile_of(states.shape[1])
         scatter_rows[(len(rows),)](
-            *(states, made, gate, rows, states.shape[1], states.stride(0), made.stride(0)),
-            RESIDUAL=kind == "residual",
-            BH=tile,
-            num_warps=_warps(tile),
-        )
+            states, made, gate, rows, states.shape[1], states.stride(0), made.stride(0),
+            RESIDUAL=kind == "residual", BH=tile, num_warps=_warps(tile),
+        )  # fmt: skip
     return states
 
 
