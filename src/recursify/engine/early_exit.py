@@ -1,8 +1,8 @@
 """Early exit: after each recursion, every token continues or exits.
 
 Prompt tokens always continue. A new token exits where its policy's confidence is above the threshold. Tokens that are
-computed again after a preemption exit where they exited before. The engine's KV mode provides the keys and values of the
-skipped depths:
+computed again after a preemption exit where they exited before. The engine's KV mode provides the keys and values of
+the skipped depths:
 
 - ``deferred``: the token waits, and runs them together with the next token of its request that gets there;
 - ``copied``: they are projected from the state at the exit;
