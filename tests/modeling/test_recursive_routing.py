@@ -517,7 +517,7 @@ def test_packed_documents_do_not_see_one_another():
             {"router_capacities": [1.0, 0.5]},
             "are for expert_choice: in token_choice every",
         ),
-        ("token_choice", {"router_thresholds": [0.5, 0.5]}, "token_choice has no threshold"),
+        ("token_choice", {"router_thresholds": [0.5, 0.5]}, "in token_choice every token chooses, without a threshold"),
         ("token_choice", {"router_width": "random"}, "A random router and an auxiliary one are for expert_choice"),
     ],
 )

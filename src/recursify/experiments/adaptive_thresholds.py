@@ -51,10 +51,7 @@ def beta_density(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
 def free_threshold(confidence: Tensor, agrees: Tensor, target: float = FREE_TARGET) -> float:
     """Estimate as FREE's released code: where, on a grid, the agreeing class has over ``target`` of both densities.
 
-    Args:
-        confidence: Confidences ``[n]``; without any, the released starting values are used.
-        agrees: Agreement ``[n]``, bool.
-        target: Share ``ζ`` of the densities.
+    ``confidence`` and ``agrees`` (bool) are ``[n]``; without samples, the released starting values are used.
     """
     x = confidence.double().clamp(EDGE, 1 - EDGE)
     if len(x):
@@ -73,12 +70,7 @@ def guarded_threshold(confidence: Tensor, agrees: Tensor, target: float = GUARDE
     """Lowest threshold above which a fraction ``target`` of tokens agrees, by two Betas and the class frequencies.
 
     ``P(agree | c > λ) = π₊ S₊(λ) / (π₊ S₊(λ) + π₋ S₋(λ))``, with ``S`` the mass above. Without such a threshold it is
-    1, above which no token exits.
-
-    Args:
-        confidence: Confidences ``[n]`` of both classes.
-        agrees: Agreement ``[n]``, bool.
-        target: Agreement of the tokens that exit.
+    1, above which no token exits. ``confidence`` and ``agrees`` (bool) are ``[n]``, of both classes.
     """
     x = confidence.double().clamp(EDGE, 1 - EDGE)
     prior = agrees.double().mean()
@@ -149,13 +141,9 @@ class AdaptiveThresholds:
         return self.num_sequences is None or self.seen <= self.num_sequences
 
     def learn(self, depth: int, confidence: Tensor, agrees: Tensor, counted: Tensor) -> None:
-        """Record tokens that ran all layers; tensors of one shape, which stay on their device until the next fit.
+        """Record tokens that ran all layers: their confidence at the exit, and agreement with the whole model.
 
-        Args:
-            depth: Depth of the exit.
-            confidence: Confidences at the exit.
-            agrees: Mask of tokens with the same top-1 token at the exit and in the whole model.
-            counted: Mask of the entries that are tokens.
+        The tensors, of one shape, stay on their device until the next fit; ``counted`` marks entries that are tokens.
         """
         self._new.append((depth, confidence, agrees, counted))
 

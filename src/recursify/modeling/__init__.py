@@ -1,7 +1,7 @@
 """The recursive model. Importing this package registers it with transformers' Auto classes.
 
-The files beside this one are copied into checkpoints, flat, as far as a checkpoint uses them, and import nothing of
-recursify.
+The files named ``*recursive*`` travel inside checkpoints, flat, as far as a checkpoint uses them: they import torch,
+transformers and one another only.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -23,14 +23,7 @@ from .recursive_exit_settings import ExitSettings, LearnedThresholds
 from .recursive_exits import EXIT_HEADS, KV_MODES, ExitHead, ExitKind
 from .recursive_layers import CACHE_ARGUMENT, DepthView, PerDepth, RelaxedLinear, SharedLayer, UnsupportedFamily
 from .recursive_layout import SHARINGS, LayerLayout, LayerRef, LayoutError
-from .recursive_policies import (
-    EXIT_POLICIES,
-    ExitContext,
-    ExitLimits,
-    ExitPolicy,
-    decide_exits,
-    make_policy,
-)
+from .recursive_policies import EXIT_POLICIES, ExitContext, ExitLimits, ExitPolicy, decide_exits, make_policy
 from .recursive_routed_cache import RoutedCache
 from .recursive_routing import RouterKind, Routing, TokenRouter
 from .recursive_speculation import SpeculationOutput, SpeculationSettings

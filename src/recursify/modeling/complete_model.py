@@ -1,7 +1,7 @@
 """The recursive model of an installed recursify: every part, for every configuration.
 
 A checkpoint carries only the classes that its configuration uses (``RecursiveConfig.auto_map``); these here load all
-checkpoints. This file stays in the package.
+checkpoints.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from . import modeling_recursive_anderson, modeling_recursive_exits, modeling_re
 from .configuration_recursive import RecursiveConfig
 from .modeling_recursive import RecursiveModel as PlainModel
 from .recursion_count import with_recursions
+from .recursive_base import RecursivePreTrainedModel
 
 FORMER_FILES = ("recursive_loops.py", "recursive_thresholds.py")
 """Files in checkpoints of earlier versions that have other names now."""
@@ -49,8 +50,8 @@ def copy_travelling_files(config: RecursiveConfig, folder: str | os.PathLike[str
         shutil.copyfile(Path(__file__).with_name(file), Path(folder) / file)
 
 
-class RecursiveModel(modeling_recursive_anderson.RecursiveModel, modeling_recursive_routed.RecursiveModel):
-    """Embedding, prelude, shared block, coda and final norm: ``input_ids [B, T] -> last_hidden_state [B, T, D]``."""
+class SavesCode(RecursivePreTrainedModel):
+    """Base of the classes that save a model with its code."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **kwargs: Any) -> None:
         """Save the model with the code that its configuration uses; arguments are those of transformers."""
@@ -58,7 +59,12 @@ class RecursiveModel(modeling_recursive_anderson.RecursiveModel, modeling_recurs
         copy_travelling_files(self.config, save_directory)
 
 
+class RecursiveModel(SavesCode, modeling_recursive_anderson.RecursiveModel, modeling_recursive_routed.RecursiveModel):
+    """Embedding, prelude, shared block, coda and final norm: ``input_ids [B, T] -> last_hidden_state [B, T, D]``."""
+
+
 class RecursiveForCausalLM(
+    SavesCode,
     modeling_recursive_routed.RecursiveForCausalLM,
     modeling_recursive_exits.RecursiveForCausalLM,
     modeling_recursive_anderson.RecursiveForCausalLM,
@@ -66,11 +72,6 @@ class RecursiveForCausalLM(
     """A recursive model with its language-modelling head."""
 
     base_model_class: ClassVar[type[PlainModel]] = RecursiveModel
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **kwargs: Any) -> None:
-        """Save the model with the code that its configuration uses; arguments are those of transformers."""
-        super().save_pretrained(save_directory, *arguments, **kwargs)
-        copy_travelling_files(self.config, save_directory)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model with the checks of ``recursify push``; options are those of transformers.
@@ -102,7 +103,6 @@ class RecursiveForCausalLM(
                 converges; exit policies and speculation refuse it. Recorded ``hidden_states`` are those before mixing.
 
         Raises:
-            ValueError: Fewer than one recursion, routers, a scale that is not positive, or a history where nothing
-                repeats.
+            ValueError: Fewer than one recursion, routers, a scale that is not positive, or no repeated depth to mix.
         """
         return with_recursions(self, num_recursions, residual_scale=residual_scale, anderson=anderson)

@@ -2,8 +2,6 @@
 
 Everything that reads a config by field name (caches, vLLM, lm-eval, memory estimators) finds the dense model's true
 values. ``num_hidden_layers`` is the *effective* depth, since every KV cache is sized by it.
-
-This file travels inside checkpoints: it imports transformers and its neighbours only.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import difflib
 import functools
 import inspect
 import math
+from collections.abc import Collection
 from numbers import Integral, Real
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
@@ -161,12 +160,7 @@ class RecursiveConfig(PreTrainedConfig):
         self.check_fields()
 
     def _derive(self, given: dict[str, Any]) -> None:
-        """Set the fields that follow from the layout.
-
-        Raises:
-            ValueError: An unknown sharing.
-            LayoutError: The effective depth does not fold, or ``given``, the fields of a file, are others.
-        """
+        """Set the fields that follow from the layout, equal to those ``given`` by a file."""
         if self.sharing not in ("cycle", "sequence"):
             raise ValueError(f"Unknown sharing '{self.sharing}' in the config. Use 'cycle' or 'sequence'.")
         layout = self.layout
@@ -174,10 +168,9 @@ class RecursiveConfig(PreTrainedConfig):
         self.num_unique_layers = layout.num_unique_layers
         self.layer_to_block = layout.layer_to_block()
         for key in ("num_unique_layers", "layer_to_block", "block_size"):
-            value = given[key]
-            if value is not None and value != getattr(self, key):
+            if given[key] not in (None, getattr(self, key)):
                 raise LayoutError(
-                    f"config.{key} is {value}, but {self.num_hidden_layers} layers with {self.num_recursions} "
+                    f"config.{key} is {given[key]}, but {self.num_hidden_layers} layers with {self.num_recursions} "
                     f"recursions, a prelude of {self.num_prelude_layers}, a coda of {self.num_coda_layers} and sharing "
                     f"'{self.sharing}' make it {getattr(self, key)}. The config was edited by hand: convert again "
                     f"instead."
@@ -249,16 +242,22 @@ class RecursiveConfig(PreTrainedConfig):
             "AutoModelForCausalLM": f"{causal_model}.RecursiveForCausalLM",
         }
 
-    def _check_exits(self) -> None:
-        """Check the exit fields.
+    def change(self, **fields: Any) -> None:
+        """Set ``fields`` of this class, all or none.
 
         Raises:
-            ValueError: The exit fields do not fit the layout or one another.
+            ValueError: As :meth:`check_fields`.
         """
-        if self.exit_head not in EXIT_HEADS:
-            raise ValueError(f"Unknown exit_head '{self.exit_head}'. Use one of: {', '.join(EXIT_HEADS)}.")
-        if self.exit_kv not in KV_MODES:
-            raise ValueError(f"Unknown exit_kv '{self.exit_kv}'. Use one of: {', '.join(KV_MODES)}.")
+        before = {name: getattr(self, name) for name in fields}
+        self.__dict__.update(fields)
+        try:
+            self.check_fields()
+        except ValueError:
+            self.__dict__.update(before)
+            raise
+
+    def _check_exits(self) -> None:
+        _check_choices(self, exit_head=EXIT_HEADS, exit_kv=KV_MODES)
         if self.exit_rank < 1:
             raise ValueError(f"exit_rank must be at least 1, got {self.exit_rank}.")
         if not self.exit_depths:
@@ -290,11 +289,6 @@ class RecursiveConfig(PreTrainedConfig):
         return exit_depth
 
     def _check_loops(self) -> None:
-        """Check the loop fields.
-
-        Raises:
-            ValueError: A scale, map or history that the recursions cannot have.
-        """
         if not 0 < self.residual_scale < math.inf:
             raise ValueError(f"residual_scale must be a positive number, got {self.residual_scale}.")
         depths = self.depth_map
@@ -308,7 +302,7 @@ class RecursiveConfig(PreTrainedConfig):
 
     def fields_by_layer(self) -> dict[str, list[Any]]:
         """Fields of the dense family that have an entry for every effective layer."""
-        own = {*_own_fields(), *_DERIVED, *_NOT_COPIED, "eos_token_id"}
+        own = {*_own_fields(), *_NOT_COPIED, "eos_token_id"}
         return {
             key: list(value)
             for key, value in self.to_dict().items()
@@ -317,7 +311,7 @@ class RecursiveConfig(PreTrainedConfig):
 
     def dense_config(self) -> PreTrainedConfig:
         """Configuration of the dense family, with the effective depth."""
-        unwanted = {*_own_fields(), *_DERIVED, *_NOT_COPIED}
+        unwanted = {*_own_fields(), *_NOT_COPIED}
         fields = {key: value for key, value in self.to_dict().items() if key not in unwanted}
         return CONFIG_MAPPING[self.dense_model_type](**fields)
 
@@ -377,32 +371,20 @@ def _refuse_misspelt(fields: dict[str, Any], dense: PreTrainedConfig) -> None:
 
 
 _DERIVED = ("num_unique_layers", "layer_to_block", "block_size", "auto_map")
-_NOT_COPIED = (
-    "model_type",
-    "architectures",
-    "transformers_version",
-    "auto_map",
-    "quantization_config",
-    "_name_or_path",
-)
+_NOT_COPIED = ("model_type", "architectures", "transformers_version", "quantization_config", "_name_or_path", *_DERIVED)
 
 
-def _check_routers(config: Any) -> None:
-    """Check the router fields.
-
-    Raises:
-        ValueError: The router fields do not fit the layout or one another.
-    """
-    choices = {
-        "router": ROUTERS,
-        "router_width": tuple(ROUTER_WIDTHS),
-        "router_gate": ROUTER_GATES,
-        "router_kv": ROUTED_KV,
-        "router_decision": ROUTER_DECISIONS,
-    }
+def _check_choices(config: Any, **choices: Collection[str]) -> None:
     for name, known in choices.items():
         if getattr(config, name) not in known:
             raise ValueError(f"Unknown {name} '{getattr(config, name)}'. Use one of: {', '.join(known)}.")
+
+
+def _check_routers(config: Any) -> None:
+    _check_choices(config, router=ROUTERS, router_width=ROUTER_WIDTHS, router_gate=ROUTER_GATES)
+    _check_choices(config, router_kv=ROUTED_KV, router_decision=ROUTER_DECISIONS)
+    if config.router_activation is not None:
+        _check_choices(config, router_activation=ROUTER_ACTIVATIONS)
     if config.sharing != "cycle" or config.num_recursions < 2:
         raise ValueError(
             f"A model with {config.num_recursions} recursions in {config.sharing} sharing has no boundary between "
@@ -414,9 +396,12 @@ def _check_routers(config: Any) -> None:
         )
     if config.router_temperature <= 0:
         raise ValueError(f"router_temperature must be above 0, got {config.router_temperature:g}.")
-    _check_activation(config)
-    _check_capacities(config)
-    _check_thresholds(config)
+    if config.router == "expert_choice" and config.router_activation == "softmax":
+        raise ValueError(
+            "An expert-choice router cannot have a softmax: over the tokens of a sequence it would look at later ones. "
+            "Use router_activation sigmoid."
+        )
+    _check_router_lists(config)
     if config.router == "token_choice" and (config.router_width == "random" or config.router_decision != "own"):
         raise ValueError(
             "A random router and an auxiliary one are for expert_choice: a token-choice router decides alike in "
@@ -426,55 +411,32 @@ def _check_routers(config: Any) -> None:
         _check_same_layers(config)
 
 
-def _check_activation(config: Any) -> None:
-    activation = config.router_activation
-    if activation not in (None, *ROUTER_ACTIVATIONS):
-        raise ValueError(f"Unknown router_activation '{activation}'. Use one of: {', '.join(ROUTER_ACTIVATIONS)}.")
-    if config.router == "expert_choice" and activation == "softmax":
-        raise ValueError(
-            "An expert-choice router cannot have a softmax: over the tokens of a sequence it would look at later ones. "
-            "Use router_activation sigmoid."
-        )
-
-
-def _check_capacities(config: Any) -> None:
-    given = config.router_capacities
-    if given is None:
-        return
-    if config.router == "token_choice":
-        raise ValueError(
-            f"router_capacities {given} are for expert_choice: in token_choice every token chooses. Leave them out."
-        )
-    if len(given) != config.num_recursions:
-        raise ValueError(
-            f"router_capacities has {len(given)} values, and the model {config.num_recursions} recursions."
-        )
-    for depth, capacity in enumerate(given):
+def _check_router_lists(config: Any) -> None:
+    """Check the router fields that have a value for each recursion."""
+    for name in ("router_capacities", "router_thresholds"):
+        values = getattr(config, name)
+        if values is not None and config.router == "token_choice":
+            raise ValueError(
+                f"{name} {values} are for expert_choice: in token_choice every token chooses, without a threshold. "
+                f"Leave them out."
+            )
+        if values is not None and len(values) != config.num_recursions:
+            raise ValueError(f"{name} has {len(values)} values, and the model {config.num_recursions} recursions.")
+    capacities, thresholds = config.router_capacities or [], config.router_thresholds or []
+    for depth, capacity in enumerate(capacities):
         if not 0 < capacity <= 1:
             raise ValueError(
-                f"router_capacities {given}: {capacity:g} at depth {depth} leaves "
+                f"router_capacities {capacities}: {capacity:g} at depth {depth} leaves "
                 f"{'no token' if capacity <= 0 else 'more tokens than there are'}. A capacity is the part of the "
                 f"tokens that goes into a recursion: above 0, and 1 at most."
             )
-        if depth and capacity > given[depth - 1]:
+        if depth and capacity > capacities[depth - 1]:
             raise ValueError(
-                f"router_capacities {given} rise from {given[depth - 1]:g} to {capacity:g} at depth {depth}, but only "
-                f"tokens of the recursion before can go into one. Give capacities that fall or stay."
+                f"router_capacities {capacities} rise from {capacities[depth - 1]:g} to {capacity:g} at depth {depth}, "
+                f"but only tokens of the recursion before can go into one. Give capacities that fall or stay."
             )
-
-
-def _check_thresholds(config: Any) -> None:
-    given = config.router_thresholds
-    if given is None:
-        return
-    if config.router == "token_choice":
-        raise ValueError("router_thresholds are for expert_choice: token_choice has no threshold. Leave them out.")
-    if len(given) != config.num_recursions:
-        raise ValueError(
-            f"router_thresholds has {len(given)} values, and the model {config.num_recursions} recursions."
-        )
-    if not all(0 <= threshold <= 1 for threshold in given):
-        raise ValueError(f"router_thresholds {given} must be between 0 and 1: a router's score is a probability.")
+    if not all(0 <= threshold <= 1 for threshold in thresholds):
+        raise ValueError(f"router_thresholds {thresholds} must be between 0 and 1: a router's score is a probability.")
 
 
 def _check_same_layers(config: Any) -> None:

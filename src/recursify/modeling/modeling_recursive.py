@@ -6,8 +6,6 @@ mixing, exit policies and speculation are subclasses in files of their own, whic
 them; they override :meth:`RecursiveModel._make_walk` and :meth:`RecursiveForCausalLM.generate`.
 
 Shape legend: B batch, T tokens, D hidden size, V vocabulary, R recursions (depths).
-
-This file travels inside checkpoints: it imports torch, transformers and its neighbours only.
 """
 
 from __future__ import annotations
@@ -28,7 +26,6 @@ from .configuration_recursive import RecursiveConfig
 from .recursive_base import LayerWalk, RecursiveOutput, RecursivePreTrainedModel
 from .recursive_exits import ExitHead, ExitKind, vocabulary_logits
 from .recursive_layers import CACHE_ARGUMENT, DenseFamily, SharedLayer, materialize
-from .recursive_layout import LayerRef
 
 
 class RecursiveModel(RecursivePreTrainedModel):
@@ -111,8 +108,8 @@ class RecursiveModel(RecursivePreTrainedModel):
             num_recursions: Number of applications of the shared block before the coda, 1 .. R; all R if absent.
             exit_depth: Depth after which every token exits, with the coda or without as configured; the input of that
                 exit's head is the last of ``exit_states``. ``config.exit_depth`` if neither is given.
-            exit_depths: Depths to branch off ``exit_states`` at, for training and measuring; without a cache, since a
-                coda that runs more than once would write its slots more than once.
+            exit_depths: Depths to branch off ``exit_states`` at, for training and measuring; without a cache, which a
+                coda that runs more than once would write more than once.
             return_layer_states: Flag to return the hidden states after every position.
             cache: Name of ``past_key_values`` from transformers 5.24 on; before, passed to attention functions.
             kwargs: Arguments passed to every attention function.
@@ -158,18 +155,9 @@ class RecursiveModel(RecursivePreTrainedModel):
         )
 
     def _prepare(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Any,
-        position_ids: Tensor | None,
-        cache: Cache | None,
+        self, input_ids: Any, inputs_embeds: Any, attention_mask: Any, position_ids: Any, cache: Cache | None
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Embeddings ``[B, T, D]`` of a forward, and its masks, position ids and cache.
-
-        Raises:
-            ValueError: Both or none of ``input_ids`` and ``inputs_embeds``.
-        """
+        """Embeddings ``[B, T, D]`` of a forward, and its masks, position ids and cache."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
@@ -215,12 +203,18 @@ class RecursiveModel(RecursivePreTrainedModel):
                 boundary_states = run(position, boundary_states)
         return boundary_states
 
-    def run_layer(self, ref: LayerRef, hidden_states: Tensor, **layer_arguments: Any) -> Tensor:
-        """Run the layer at ``ref``: ``[B, T, D] -> [B, T, D]``."""
+    def run_layer(
+        self, position: int, states: Tensor, *, masks: Any, rotations: Any, cache: Cache | None, **arguments: Any
+    ) -> Tensor:
+        """Run the layer at ``position``, ``[B, T, D] -> [B, T, D]``; masks and rotations are one or by layer type."""
+        ref, kind = self.layout.layer_ref(position), self.layer_type(position)
+        arguments["attention_mask"] = masks[kind] if isinstance(masks, dict) else masks
+        arguments["position_embeddings"] = rotations[kind] if isinstance(rotations, dict) else rotations
+        arguments[self.cache_argument] = cache
         if ref.part == "block":
-            return self.block[ref.index](hidden_states, ref.depth, **layer_arguments)
+            return self.block[ref.index](states, ref.depth, **arguments)
         layer = self.prelude[ref.index] if ref.part == "prelude" else self.coda[ref.index]
-        return layer(hidden_states, **layer_arguments)
+        return layer(states, **arguments)
 
     def layer_type(self, position: int) -> str | None:
         """Attention type at ``position`` (``"sliding_attention"``, ...); None in families with one type."""
@@ -275,8 +269,7 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         """Logits ``[B, T, V]``, or of the last ``logits_to_keep`` tokens; and the loss, given ``labels [B, T]``.
 
         They are those of the last recursion that runs; see :meth:`RecursiveModel.forward` for ``num_recursions`` and
-        ``exit_depth``. ``config.exit_depth``, which ``from_pretrained`` takes as ``exit_depth=``, sets it for all
-        calls.
+        ``exit_depth``.
 
         With an ``objective``, its value for this model and the output of :class:`RecursiveModel` is returned, and no
         logits are computed here: a training loss that uses weights (a head, chunk by chunk) has to run inside this
@@ -314,30 +307,17 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         )
 
     def _make_exit_heads(self) -> nn.ModuleList:
-        kind, lm_head = cast(ExitKind, self.config.exit_head), cast(nn.Linear, self.lm_head)
-        return nn.ModuleList(
-            ExitHead(kind, self.model.norm, lm_head, self.config.exit_rank) for _ in self.config.exit_depths
-        )
+        arguments = (cast(ExitKind, self.config.exit_head), self.model.norm, cast(nn.Linear, self.lm_head))
+        return nn.ModuleList(ExitHead(*arguments, self.config.exit_rank) for _ in self.config.exit_depths)
 
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *arguments: Any,
-        exit_policy: Any = None,
-        speculate: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' ``generate``.
-
-        Raises:
-            ValueError: An exit policy or speculation, which this class does not have.
-        """
+    def generate(self, *arguments: Any, exit_policy: Any = None, speculate: Any = None, **kwargs: Any) -> Any:
+        """transformers' ``generate``, which refuses the arguments of classes with more parts."""
         if exit_policy is not None or speculate:
             raise ValueError(
                 "This checkpoint does not carry the code of exit policies and speculation. Install recursify (pip "
                 "install recursify) and import it before loading the model."
             )
-        return super().generate(inputs, *arguments, **kwargs)
+        return super().generate(*arguments, **kwargs)
 
     def lora_targets(self, *names: str) -> list[str]:
         """Full names of linear maps for peft's ``LoraConfig(target_modules=…)``.
@@ -362,10 +342,7 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         return [path for path, name in maps.items() if not names or name in names]
 
     def compute_logits(self, hidden_states: Tensor, vocabulary: int | None = None) -> Tensor:
-        """Logits ``[..., V]`` of normed hidden states ``[..., D]``, soft-capped where the family does so.
-
-        With ``vocabulary``, those of that number of first entries.
-        """
+        """Logits ``[..., V]`` of normed ``hidden_states [..., D]``, or of the first ``vocabulary`` entries."""
         return self._soft_cap(vocabulary_logits(self.lm_head, hidden_states, vocabulary))
 
     def compute_exit_logits(self, depth: int, exit_states: Tensor, vocabulary: int | None = None) -> Tensor:

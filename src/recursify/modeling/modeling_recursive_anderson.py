@@ -4,8 +4,6 @@ A block that is run until it no longer changes its input has a fixed point, and 
 loops (arXiv 2111.13236).
 
 Shape legend: B batch, T tokens, D hidden size, k loops to mix.
-
-This file travels inside checkpoints whose configuration sets ``anderson``: it imports torch and its neighbours only.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from .configuration_recursive import RecursiveConfig
 from .modeling_recursive import RecursiveForCausalLM as PlainForCausalLM
 from .modeling_recursive import RecursiveModel as PlainModel
 from .recursive_base import LayerWalk
+from .recursive_layout import LayerLayout, LayerRef
 
 RIDGE = 1e-4
 """Addend to the squared differences of residuals, scaled to length 1. It bounds the weights of nearly parallel
@@ -55,24 +54,18 @@ def anderson_mix(entered: Sequence[Tensor], left: Sequence[Tensor]) -> Tensor:
 class LoopMixing:
     """Anderson mixing during one forward.
 
-    A loop is the block, or in a sequence one of its layers. Of consecutive loops that run the same map, each but the
-    first passes on a mix of itself and up to ``history`` loops before it.
-
-    Args:
-        layout: Layout of the model.
-        repetitions: Number of depths right before each depth that run the same map.
-        history: Number of earlier loops to mix in.
+    A loop is the block, or in a sequence one of its layers. Of consecutive loops that run the same map
+    (:func:`repetitions`), each but the first passes on a mix of itself and up to ``history`` loops before it.
     """
 
-    def __init__(self, layout: Any, repetitions: Sequence[int], history: int) -> None:
+    def __init__(self, layout: LayerLayout, repetitions: Sequence[int], history: int) -> None:
         self.is_sequence = layout.order == "sequence"
         self.last_layer = layout.block_size - 1
-        self.repetitions = repetitions
-        self.history = history
+        self.repetitions, self.history = repetitions, history
         self.entered: list[Tensor] = []
         self.left: list[Tensor] = []
 
-    def after(self, ref: Any, entered: Tensor, left: Tensor) -> Tensor:
+    def after(self, ref: LayerRef, entered: Tensor, left: Tensor) -> Tensor:
         """State after the layer at ``ref``, given its input ``entered`` and output ``left``, ``[B, T, D]`` each."""
         if ref.part != "block":
             return left
@@ -121,14 +114,13 @@ class RecursiveModel(PlainModel):
     """Embedding, prelude, shared block with Anderson mixing, coda and final norm."""
 
     def _add_parts(self) -> None:
-        config = self.config
-        if not config.anderson:
+        if not self.config.anderson:
             super()._add_parts()
             return
-        self.repetitions = repetitions(config)
+        self.repetitions = repetitions(self.config)
         if not any(self.repetitions):
             raise ValueError(
-                f"anderson={config.anderson} mixes loops that repeat a depth, and of {config.num_recursions} "
+                f"anderson={self.config.anderson} mixes loops that repeat a depth, and of {self.layout.num_recursions} "
                 f"recursions none does. Take more recursions than the model was made with, or leave anderson out."
             )
 

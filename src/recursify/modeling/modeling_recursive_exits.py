@@ -1,7 +1,4 @@
-"""A recursive model with exit policies and self-speculation in ``generate``.
-
-This file travels inside checkpoints that have exits: it imports torch, transformers and its neighbours only.
-"""
+"""A recursive model with exit policies and self-speculation in ``generate``."""
 
 from __future__ import annotations
 
@@ -30,34 +27,20 @@ class RecursiveForCausalLM(PlainForCausalLM):
         Raises:
             ValueError: A layout without boundaries between recursions, or an unknown kind or rank.
         """
-        before = (self.config.exit_head, self.config.exit_rank, self.config.exit_through_coda)
-        self.config.exit_head, self.config.exit_rank, self.config.exit_through_coda = kind, rank, through_coda
-        try:
-            self.config.check_fields()
-        except ValueError:
-            self.config.exit_head, self.config.exit_rank, self.config.exit_through_coda = before
-            raise
+        self.config.change(exit_head=kind, exit_rank=rank, exit_through_coda=through_coda)
         self.exit_heads = self._make_exit_heads()
         for head in self.exit_heads:
             head.apply(self._init_weights)
             cast(ExitHead, head).copy_from(self.model.norm, self.lm_head)
 
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *arguments: Any,
-        exit_policy: Any = None,
-        speculate: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+    def generate(self, *arguments: Any, exit_policy: Any = None, speculate: Any = None, **kwargs: Any) -> Any:
         """transformers' ``generate``, and two ways to run fewer layers for a token.
 
         With an ``exit_policy`` every row of the batch exits on its own, which is lossy. With ``speculate`` an exit
         drafts and the whole model verifies: the output is that of the whole model.
 
         Args:
-            inputs: Prompts ``[B, T]``, padded on the left.
-            arguments: Further arguments of transformers' ``generate``.
+            arguments: Prompts ``[B, T]``, padded on the left, and further arguments of transformers' ``generate``.
             exit_policy: Name of a policy (``EXIT_POLICIES``), a policy, ``ExitSettings``, or a list of one per prompt.
             speculate: ``True``, or ``SpeculationSettings``.
             kwargs: Keyword arguments of transformers' ``generate``. Beams and assistants exclude both; sampling,
@@ -67,7 +50,7 @@ class RecursiveForCausalLM(PlainForCausalLM):
             ValueError: A model or arguments that do not support it.
         """
         if exit_policy is None and not speculate:
-            return super().generate(inputs, *arguments, **kwargs)
+            return super().generate(*arguments, **kwargs)
         if exit_policy is not None and speculate:
             raise ValueError("Give exit_policy, which is lossy, or speculate, which is not; not both.")
         refuse_arguments(kwargs)
@@ -76,9 +59,10 @@ class RecursiveForCausalLM(PlainForCausalLM):
         def decode(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
             prepared["streamer"] = streamer  # transformers does not pass it to custom methods
             if speculate:
-                return generate_speculatively(model, input_ids, settings=SpeculationSettings.of(speculate), **prepared)
+                settings = SpeculationSettings() if speculate is True else speculate
+                return generate_speculatively(model, input_ids, settings=settings, **prepared)
             policies: list[Any] = exit_policy if isinstance(exit_policy, list) else [exit_policy]
-            settings = [ExitSettings.from_options(entry, config=model.config) for entry in policies]
-            return generate_with_exits(model, input_ids, settings=settings, **prepared)
+            by_prompt = [ExitSettings.from_options(entry, config=model.config) for entry in policies]
+            return generate_with_exits(model, input_ids, settings=by_prompt, **prepared)
 
-        return super().generate(inputs, *arguments, custom_generate=decode, **kwargs)
+        return super().generate(*arguments, custom_generate=decode, **kwargs)

@@ -1,7 +1,4 @@
-"""A recursive model with routers (Mixture-of-Recursions).
-
-This file travels inside checkpoints that have routers: it imports torch, transformers and its neighbours only.
-"""
+"""A recursive model with routers (Mixture-of-Recursions)."""
 
 from __future__ import annotations
 
@@ -13,10 +10,9 @@ from transformers import Cache
 from .modeling_recursive import RecursiveForCausalLM as PlainForCausalLM
 from .modeling_recursive import RecursiveModel as PlainModel
 from .recursive_base import LayerWalk
-from .recursive_layers import CACHE_ARGUMENT
 from .recursive_routed_cache import RoutedCache
 from .recursive_routed_walk import RoutedWalk, drop_key_projections, routed_generate_arguments
-from .recursive_routing import RouterKind, make_auxiliary_routers, make_routers
+from .recursive_routing import RouterKind, make_routers
 
 
 class RecursiveModel(PlainModel):
@@ -32,7 +28,7 @@ class RecursiveModel(PlainModel):
 
     def make_routers(self) -> None:
         """Create the routers of the configuration; their weights are not initialized."""
-        self.routers, self.auxiliary_routers = make_routers(self.config), make_auxiliary_routers(self.config)
+        self.routers, self.auxiliary_routers = make_routers(self.config)
         if self.config.router_kv == "shared":
             drop_key_projections(self.block)
 
@@ -70,33 +66,18 @@ class RecursiveForCausalLM(PlainForCausalLM):
         known = {name: default for name, default in config.router_defaults().items() if name != "router"}
         if unknown := sorted(fields.keys() - known.keys()):
             raise ValueError(f"Unknown router field '{unknown[0]}'. Use one of: {', '.join(known)}.")
-        before = {name: getattr(config, name) for name in ("router", *known)}
-        if before["router_kv"] == "shared" != fields.get("router_kv", "recursion_wise"):
+        if config.router_kv == "shared" != fields.get("router_kv", "recursion_wise"):
             raise ValueError(
                 "The model's deeper recursions read the first one's keys and values and have no projections. "
                 "Keep router_kv at 'shared', or start from the model without routers."
             )
-        for name, value in {**known, **fields, "router": kind}.items():
-            setattr(config, name, value)
-        try:
-            config.check_fields()
-        except ValueError:
-            for name, value in before.items():
-                setattr(config, name, value)
-            raise
+        config.change(**{**known, **fields, "router": kind})
         self.model.make_routers()
         for routers in (self.model.routers, self.model.auxiliary_routers):
             for router in routers or ():
                 router.to(self.device, self.dtype).apply(self._init_weights)
 
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *arguments: Any,
-        exit_policy: Any = None,
-        speculate: Any = None,
-        **kwargs: Any,
-    ) -> Any:
+    def generate(self, *arguments: Any, exit_policy: Any = None, speculate: Any = None, **kwargs: Any) -> Any:
         """transformers' ``generate``, with a cache that fits the routers.
 
         Raises:
@@ -107,5 +88,5 @@ class RecursiveForCausalLM(PlainForCausalLM):
                 raise ValueError(
                     "The model's routers decide how far a token goes. Leave exit_policy and speculate out."
                 )
-            kwargs = routed_generate_arguments(self, kwargs, CACHE_ARGUMENT)
-        return super().generate(inputs, *arguments, exit_policy=exit_policy, speculate=speculate, **kwargs)
+            kwargs = routed_generate_arguments(self, kwargs)
+        return super().generate(*arguments, exit_policy=exit_policy, speculate=speculate, **kwargs)

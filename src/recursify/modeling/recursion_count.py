@@ -2,8 +2,6 @@
 
 A model with residual connections is read as an ordinary differential equation, each layer being one Euler step: with
 another number of steps over the same time, each step is longer or shorter (arXiv 2310.12818).
-
-This file stays in the package.
 """
 
 from __future__ import annotations
@@ -42,16 +40,9 @@ EXIT = re.compile(r"exit_heads\.(\d+)\.(.+)")
 def spread_parameters(
     state: Mapping[str, Tensor], depths: Sequence[int], exits: Sequence[int], *, tied: bool
 ) -> dict[str, Tensor]:
-    """Spread a model's ``state`` over ``len(depths)`` recursions.
+    """Spread a model's ``state`` over ``len(depths)`` recursions, given the sources of depths and exits.
 
-    Shared parameters are the same tensors. Parameters of a depth are copied: two depths that begin alike are two
-    parameters.
-
-    Args:
-        state: State of the model, by name.
-        depths: Source depth of each depth.
-        exits: Source exit of each exit.
-        tied: Flag for norms and biases that all depths share.
+    Shared parameters, among them norms and biases if ``tied``, are the same tensors; those of a depth are copied.
     """
     spread: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -76,11 +67,7 @@ def spread_parameters(
 def config_with_recursions(
     config: RecursiveConfig, num_recursions: int, *, residual_scale: float | Literal["auto"] = "auto", anderson: int = 0
 ) -> RecursiveConfig:
-    """Configuration of :func:`with_recursions`.
-
-    Raises:
-        ValueError: Fewer than one recursion, routers, or a scale or history that the recursions cannot have.
-    """
+    """Configuration of :func:`with_recursions`."""
     if num_recursions < 1:
         raise ValueError(f"A model has at least 1 recursion, got {num_recursions}.")
     if config.router is not None:
@@ -100,9 +87,9 @@ def config_with_recursions(
         changes |= {"exit_policy": None, "exit_thresholds": None, "exit_depth": None}
         if num_recursions == 1:
             changes["exit_head"] = None
-    derived = ("num_unique_layers", "layer_to_block", "block_size")
-    fields = {key: value for key, value in config.to_dict().items() if key not in derived}
-    return type(config)(**{**fields, **changes, "attn_implementation": config._attn_implementation})
+    # Fields that follow from the layout, None here, are computed again.
+    changes |= dict.fromkeys(("num_unique_layers", "layer_to_block", "block_size"))
+    return type(config)(**{**config.to_dict(), **changes, "attn_implementation": config._attn_implementation})
 
 
 def with_recursions(model: Any, num_recursions: int, **options: Any) -> Any:

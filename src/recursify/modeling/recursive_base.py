@@ -1,8 +1,6 @@
 """Base class, output and walk through the layers of recursive models.
 
 Shape legend: B batch, T tokens, D hidden size.
-
-This file travels inside checkpoints: it imports torch, transformers and its neighbours only.
 """
 
 from __future__ import annotations
@@ -100,39 +98,30 @@ class LayerWalk:
         position_ids: ``[B, T]`` or ``[1, T]``.
         cache: KV cache, or None.
         arguments: Further arguments of every layer.
-
-    Attributes:
-        routing: Decisions of routers; None without them.
     """
 
+    routing: Any = None
+    """Decisions of routers; None without them."""
+
     def __init__(
-        self,
-        model: Any,
-        states: Tensor,
-        *,
-        masks: Any,
-        position_ids: Tensor,
-        cache: Cache | None,
-        arguments: dict[str, Any],
+        self, model: Any, states: Tensor, *, masks: Any, position_ids: Tensor, cache: Cache | None, arguments: Any
     ) -> None:
         self.model, self.layout = model, model.layout
         self.masks, self.position_ids, self.cache, self.arguments = masks, position_ids, cache, arguments
         self.rotations = model.rotations(states, position_ids)
-        self.routing: Any = None
 
     def __call__(self, position: int, states: Tensor) -> Tensor:
-        """Run the layer at ``position`` and whatever follows it: ``[B, T, D] -> [B, T, D]``."""
+        """Run the layer at ``position`` and whatever follows it, ``[B, T, D] -> [B, T, D]``."""
         return self.run_layer(position, states)
 
     def run_layer(self, position: int, states: Tensor) -> Tensor:
         """Run the layer at ``position`` on all tokens, ``[B, T, D] -> [B, T, D]``."""
-        layer_type = self.model.layer_type(position)
         return self.model.run_layer(
-            self.layout.layer_ref(position),
+            position,
             states,
-            attention_mask=self.masks[layer_type] if isinstance(self.masks, dict) else self.masks,
-            position_embeddings=self.rotations[layer_type] if isinstance(self.rotations, dict) else self.rotations,
+            masks=self.masks,
+            rotations=self.rotations,
             position_ids=self.position_ids,
-            **{self.model.cache_argument: self.cache},
+            cache=self.cache,
             **self.arguments,
         )

@@ -3,8 +3,6 @@
 A row's *column* is the place of a token in the padded batch.
 
 Shape legend: B rows of the batch, s rows in a call, n columns in a call, T columns in all.
-
-This file travels inside checkpoints that have exits: it imports torch and transformers only.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
@@ -39,22 +38,15 @@ class ColumnCache(Cache):
         self._stop = False
 
     def aim(self, rows: Tensor, columns: Tensor, valid: Tensor, span: int, *, stop: bool = False) -> None:
-        """Set the ``columns [s, n]`` of ``rows [s]`` that layers write where ``valid``, and the columns they read.
+        """Set the ``columns [s, n]`` of ``rows [s]`` that layers write where ``valid``, to read the first ``span``.
 
-        Args:
-            rows: Rows of the batch.
-            columns: Column of each token.
-            valid: Mask of the tokens to write.
-            span: Number of columns to attend to, subject to the mask.
-            stop: Flag to end each layer's forward when its keys and values are written.
+        With ``stop`` each layer's forward ends when its keys and values are written.
         """
         self._rows, self._columns, self._valid, self._span, self._stop = rows, columns, valid, span, stop
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any):
         """Write ``[s, heads, n, head size]``; returns the keys and values to attend to."""
-        read = tuple(
-            self._write(store, layer_idx, new) for store, new in ((self.keys, key_states), (self.values, value_states))
-        )
+        read = self._write(self.keys, layer_idx, key_states), self._write(self.values, layer_idx, value_states)
         if self._stop:
             raise KeysAndValuesWritten
         return read
@@ -97,9 +89,7 @@ def with_room(tensor: Tensor, axis: int, columns: int) -> Tensor:
     missing = columns - tensor.shape[axis]
     if missing <= 0:
         return tensor
-    shape = list(tensor.shape)
-    shape[axis] = -(-missing // GROWTH) * GROWTH
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
+    return F.pad(tensor, (0, 0) * (tensor.ndim - axis - 1) + (0, -(-missing // GROWTH) * GROWTH))
 
 
 def pick(tensor: Tensor, places: list[int]) -> Tensor:
@@ -108,13 +98,7 @@ def pick(tensor: Tensor, places: list[int]) -> Tensor:
 
 
 class ExitReadings:
-    """Confidence and top-1 token of exits for tokens that have not run all layers yet, by exit, row and column.
-
-    Args:
-        num_rows: Number of rows of the batch.
-        num_exits: Number of exits.
-        device: Device of the tensors.
-    """
+    """Confidence and top-1 token of exits for tokens that have not run all layers yet, by exit, row and column."""
 
     def __init__(self, num_rows: int, num_exits: int, device: torch.device) -> None:
         self._confidence = torch.zeros(num_exits, num_rows, 0, device=device)

@@ -8,8 +8,6 @@ values are those of a full forward. Rows need different numbers of tokens in suc
 the left and write nothing there.
 
 Shape legend: B rows of the batch, s rows in a call, n columns in a call, D hidden size, V vocabulary, T columns in all.
-
-This file travels inside checkpoints that have exits: it imports torch, transformers and its neighbours only.
 """
 
 from __future__ import annotations
@@ -58,8 +56,9 @@ class DepthDecoder:
         self.num_exits = len(cuts)
         for row_settings in self.settings:
             check_depths(row_settings, self.num_exits)
-        bounds = [0, *cuts, self.layout.num_layers]
-        self.segments = [range(start, end) for start, end in pairwise(bounds)]
+        self.segments = [range(start, end) for start, end in pairwise([0, *cuts, self.layout.num_layers])]
+        exits_run_coda = self.settings[0].layers is None and model.config.exit_through_coda
+        self.exit_coda = self.layout.coda_positions if exits_run_coda else range(0)
         self.prompt_length = attention_mask.shape[1]
         self.max_length = max_length
         num_rows = len(attention_mask)
@@ -104,11 +103,10 @@ class DepthDecoder:
 
         The last column of each row comes last; rows with fewer deferred tokens are padded on the left.
         """
-        width = max(self.columns[row] + 1 - self.done[segment][row] for row in rows)
-        device = self.first.device
         last, done = [self.columns[row] for row in rows], [self.done[segment][row] for row in rows]
-        index, columns, done = on_device([rows, last, done], device)
-        columns = columns[:, None] + torch.arange(1 - width, 1, device=device)
+        width = max(column + 1 - start for column, start in zip(last, done, strict=True))
+        index, columns, done = on_device([rows, last, done], self.first.device)
+        columns = columns[:, None] + torch.arange(1 - width, 1, device=self.first.device)
         valid = columns >= done[:, None]
         columns = columns.clamp(min=0)
         states = self.entering[segment][index[:, None], columns]
@@ -124,39 +122,31 @@ class DepthDecoder:
         return states
 
     def _run(
-        self,
-        positions: Sequence[int],
-        states: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        valid: Tensor,
-        *,
-        only_keys_and_values: bool = False,
+        self, positions: Sequence[int], states: Tensor, rows: Tensor, columns: Tensor, valid: Tensor, stop: bool = False
     ) -> Tensor:
         """Run the layers at ``positions`` on ``states [s, n, D]``.
 
-        With ``only_keys_and_values`` each layer gets the same states and stops when it has written its KV cache.
+        With ``stop`` each layer gets the same states and ends when its keys and values are written.
         """
         base = self.model.model
         span = max(self.columns) + 1
         position_ids = (columns - self.first[rows][:, None]).clamp(min=0)
         rotations = base.rotations(states, position_ids)
         masks: dict[int | None, Tensor] = {}
-        self.cache.aim(rows, columns, valid, span, stop=only_keys_and_values)
+        self.cache.aim(rows, columns, valid, span, stop=stop)
         for position in positions:
             window = window_of(self.model.config, position)
             if window not in masks:
                 masks[window] = self._mask(states, rows, columns, span, window)
-            kind = base.layer_type(position)
             try:
                 states = base.run_layer(
-                    self.layout.layer_ref(position),
+                    position,
                     states,
-                    attention_mask=masks[window],
-                    position_embeddings=rotations[kind] if isinstance(rotations, dict) else rotations,
+                    masks=masks[window],
+                    rotations=rotations,
                     position_ids=position_ids,
+                    cache=self.cache,
                     use_cache=True,
-                    **{base.cache_argument: self.cache},
                 )
             except KeysAndValuesWritten:
                 continue
@@ -175,13 +165,10 @@ class DepthDecoder:
 
     @torch.no_grad()
     def step(self, tokens: Tensor, rows: list[int], unfinished: Tensor) -> Step:
-        """Run the next token of every row as deep as it needs.
+        """Run the next token of every row, of ``tokens [B]``, as deep as it needs.
 
-        Args:
-            tokens: Next tokens ``[B]``.
-            rows: Rows of the step before.
-            unfinished: Mask ``[B]`` of the rows of this step, on the device. It is copied to the host together with the
-                first exit's decisions, since every copy synchronizes.
+        Of the ``rows`` of the step before, those ``unfinished`` (bool ``[B]``, on the device) run. That mask is copied
+        to the host together with the first exit's decisions, since every copy synchronizes.
         """
         policy, cost = self.settings[0].policy, list(self.layers_run)
         self.append(tokens, rows)
@@ -219,10 +206,7 @@ class DepthDecoder:
         return outcome
 
     def _last_logits(self, states: Tensor, rows: list[int]) -> Tensor:
-        """Logits ``[s, V]`` of the last tokens, given the last segment's output ``[s, n, D]``.
-
-        Adaptive thresholds learn from all of these tokens.
-        """
+        """Logits ``[s, V]`` of the last tokens, given the last segment's output ``[s, n, D]``, all to learn from."""
         if self.learning is None:
             return self.compute_logits(states[:, -1])
         logits = self.compute_logits(states)
@@ -251,27 +235,16 @@ class DepthDecoder:
         threshold = math.inf  # a simulated policy decides when all depths have run
         if not settings.policy.simulated:
             threshold = settings.threshold_at(depth, self.num_exits, self.columns[row] - self.prompt_length, steps)
-        return ExitLimits(
-            depth,
-            self.num_exits,
-            threshold,
-            settings.min_depth,
-            self._pending(row) if settings.kv == "deferred" else 0,
-            settings.max_pending,
-        )
-
-    def _pending(self, row: int) -> int:
-        """Number of tokens of ``row``, its last included, that have not run the last segment."""
-        return self.columns[row] + 1 - self.done[-1][row]
+        pending = self.columns[row] + 1 - self.done[-1][row] if settings.kv == "deferred" else 0
+        return ExitLimits(depth, self.num_exits, threshold, settings.min_depth, pending, settings.max_pending)
 
     def _context(self, depth: int, states: Tensor, rows: list[int], before: Tensor | None) -> ExitContext:
         index, columns = self._places(rows)
-        previous = self.entering[depth][index, columns]
         heads = self.model.exit_heads if self.settings[0].layers is None else None
         return ExitContext(
             depth,
             states,
-            previous,
+            previous=self.entering[depth][index, columns],
             arrive=lambda: self._to_exit(states, rows),
             read=lambda exit_states, vocabulary: self._head_logits(depth, exit_states, vocabulary),
             previous_logits=before,
@@ -294,9 +267,7 @@ class DepthDecoder:
 
     def _to_exit(self, states: Tensor, rows: list[int]) -> Tensor:
         """Input ``[s, D]`` of an exit head, given the states there."""
-        if self.settings[0].layers is None and self.model.config.exit_through_coda:
-            return self._run_last(self.layout.coda_positions, states, rows)
-        return states
+        return self._run_last(self.exit_coda, states, rows) if self.exit_coda else states
 
     def _head_logits(self, depth: int, exit_states: Tensor, vocabulary: int | None = None) -> Tensor:
         if self.settings[0].layers is not None:
@@ -307,14 +278,13 @@ class DepthDecoder:
         """Logits ``[..., V]`` of the whole model, given the last segment's output ``[..., D]``."""
         return self.model.compute_logits(self.model.model.norm(states), vocabulary)
 
-    def _run_last(self, positions: Sequence[int], states: Tensor, rows: list[int], **arguments: Any) -> Tensor:
+    def _run_last(self, positions: Sequence[int], states: Tensor, rows: list[int], stop: bool = False) -> Tensor:
         """Run layers for the last token of each of ``rows``: ``[s, D] -> [s, D]``."""
         index, columns = self._places(rows)
-        columns = columns[:, None]
-        for row in rows if not arguments else ():
+        for row in () if stop else rows:
             self.layers_run[row] += len(positions)
-        written = torch.ones_like(columns, dtype=torch.bool)
-        return self._run(positions, states[:, None], index, columns, written, **arguments)[:, -1]
+        valid = torch.ones_like(columns[:, None], dtype=torch.bool)
+        return self._run(positions, states[:, None], index, columns[:, None], valid, stop)[:, -1]
 
     def _fill_skipped(self, depth: int, states: Tensor, rows: list[int]) -> None:
         """Write the KV cache of the layers that ``rows`` skip, as the KV mode requires."""
@@ -322,9 +292,7 @@ class DepthDecoder:
         if kv == "deferred":
             return
         skipped = [position for segment in self.segments[depth + 1 :] for position in segment]
-        if self.settings[0].layers is None and self.model.config.exit_through_coda:
-            coda = self.layout.coda_positions  # the exit has run it
-            skipped = [position for position in skipped if position not in coda]
+        skipped = [position for position in skipped if position not in self.exit_coda]
         if kv == "latest":
             index, columns = self._places(rows)
             for position in skipped:
@@ -332,7 +300,7 @@ class DepthDecoder:
                 if ref.part == "block":
                     self.cache.copy_column(self.layout.position(ref.index, depth), position, index, columns)
             skipped = [position for position in skipped if self.layout.layer_ref(position).part == "coda"]
-        self._run_last(skipped, states, rows, only_keys_and_values=True)
+        self._run_last(skipped, states, rows, stop=True)
         for done in self.done[depth + 1 :]:
             for row in rows:
                 done[row] = self.columns[row] + 1

@@ -1,8 +1,6 @@
 """The decoding loop of ``generate`` with an exit policy.
 
 Shape legend: B rows of the batch, T columns, V vocabulary.
-
-This file travels inside checkpoints that have exits: it imports torch, transformers and its neighbours only.
 """
 
 from __future__ import annotations
@@ -40,11 +38,7 @@ class ExitGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 def refuse_arguments(given: dict[str, Any]) -> None:
-    """Refuse unsupported arguments.
-
-    Raises:
-        ValueError: One of :data:`REFUSED` is given.
-    """
+    """Refuse the arguments in :data:`REFUSED`."""
     for name in REFUSED:
         if given.get(name) is not None:
             raise ValueError(
@@ -54,15 +48,11 @@ def refuse_arguments(given: dict[str, Any]) -> None:
 
 
 def _by_row(given: Sequence[ExitSettings], num_rows: int, num_beams: int) -> list[ExitSettings]:
-    """Settings of every row, given one for all or one per prompt (a prompt may have several rows).
-
-    Raises:
-        ValueError: Beams, a wrong number, or settings that rows of one batch cannot combine.
-    """
+    """Settings of every row, given one for all or one per prompt (a prompt may have several rows)."""
     if num_beams > 1:
         raise ValueError(
-            f"An exit policy works with one beam, and num_beams is {num_beams}: beams that are "
-            f"reordered would take one another's pending tokens. Leave num_beams out."
+            f"An exit policy works with one beam, and num_beams is {num_beams}: beams that are reordered would take "
+            f"one another's pending tokens. Leave num_beams out."
         )
     if not given or num_rows % len(given):
         raise ValueError(f"exit_policy has {len(given)} settings for {num_rows} rows. Give one, or one per prompt.")

@@ -1,7 +1,4 @@
-"""Settings of early exit, and their checks against a model.
-
-This file travels inside checkpoints that have exits: it imports torch and its neighbours only.
-"""
+"""Settings of early exit, and their checks against a model."""
 
 from __future__ import annotations
 
@@ -95,7 +92,7 @@ class ExitSettings:
         """Make settings from the options of a command line, a request or ``generate``; None without a policy.
 
         Args:
-            policy: Name of a policy, an :class:`ExitPolicy`, :class:`ExitSettings` (returned as they are), or None.
+            policy: Name of a policy, an :class:`ExitPolicy`, or :class:`ExitSettings`, which are returned.
             threshold: Exit threshold, one or one per exit; None takes the model's calibrated one, else the policy's.
             vocabulary: Number of vocabulary entries that the policy scores; None takes the calibrated number.
             kv: KV mode, one of :data:`KV_MODES`; None takes the mode that the model's exits were trained for.
@@ -103,13 +100,11 @@ class ExitSettings:
             options: Further fields of :class:`ExitSettings`; None stands for the default.
 
         Raises:
-            ValueError: An unknown policy, a value outside its range, options that exclude one another, or a model
-                with routers.
+            ValueError: An unknown policy, a value outside its range, a clash of options, or a model with routers.
         """
-        unknown = options.keys() - cls.__dataclass_fields__.keys()
-        if unknown:
-            raise ValueError(f"Unknown exit option '{min(unknown)}'. Use fields of ExitSettings.")
         defaults = {name: entry.default for name, entry in cls.__dataclass_fields__.items()}
+        if unknown := options.keys() - defaults.keys():
+            raise ValueError(f"Unknown exit option '{min(unknown)}'. Use fields of ExitSettings.")
         options = {name: value for name, value in options.items() if value not in (None, defaults[name])}
         of_policy = {"threshold": threshold, "vocabulary": vocabulary}
         given = [*(name for name, value in of_policy.items() if value is not None), *options]
@@ -130,13 +125,12 @@ class ExitSettings:
             raise ValueError(f"exit_policy takes a name, a policy or ExitSettings, or a list of those, not {policy!r}.")
         elif threshold is not None or vocabulary is not None:
             raise ValueError(f"An exit policy and options of one ({', '.join(given)}) exclude one another. Give one.")
-        kv = kv or str(getattr(config, "exit_kv", "deferred"))
-        return cls(policy, kv=kv, **options)
+        return cls(policy, kv=kv or str(getattr(config, "exit_kv", "deferred")), **options)
 
     def threshold_at(self, depth: int, num_exits: int, step: int, num_steps: int) -> float:
         """Threshold of an exit at a 0-based step of ``num_steps``."""
-        policy, adapt = self.policy, self.adapt
-        threshold = policy.thresholds(num_exits)[depth] if adapt is None else adapt.threshold(depth)
+        adapt = self.adapt
+        threshold = self.policy.thresholds(num_exits)[depth] if adapt is None else adapt.threshold(depth)
         if not self.decay:
             return threshold
         return 0.9 * threshold + 0.1 * threshold * math.exp(-self.decay * step / max(num_steps, 1))
@@ -148,8 +142,8 @@ def check_depths(settings: ExitSettings, num_exits: int) -> None:
     Raises:
         ValueError: Settings for exits that the model does not have.
     """
-    thresholds, policy = settings.policy.threshold, settings.policy
-    if isinstance(thresholds, tuple) and len(thresholds) != num_exits:
+    policy, thresholds = settings.policy, settings.policy.thresholds(num_exits)
+    if len(thresholds) != num_exits:
         raise ValueError(f"Policy '{policy.name}' has {len(thresholds)} thresholds, and the model {num_exits} exits.")
     depth = max(settings.min_depth, *(policy.thresholds(1) if policy.name == "fixed" else (0,)))
     if depth >= num_exits:

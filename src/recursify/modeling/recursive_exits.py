@@ -1,15 +1,13 @@
 """Exit heads: logits after each recursion, and a classifier that estimates their agreement with the last recursion.
 
 Shape legend: D hidden size, V vocabulary, r rank.
-
-This file travels inside checkpoints: it imports torch and transformers only.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +49,15 @@ class ExitHead(nn.Module):
     def __init__(self, kind: ExitKind, norm: nn.Module, lm_head: nn.Linear, rank: int):
         super().__init__()
         self.kind = kind
-        vocabulary, width = lm_head.weight.shape
-        like = lm_head.weight
+        weight = lm_head.weight
+        vocabulary, width = weight.shape
+        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.norm = None if kind == "shared" else copy.deepcopy(norm)
-        self.head = _own_head(lm_head) if kind == "full" else None
-        self.lora_a = nn.Parameter(like.new_empty(rank, width)) if kind == "low_rank" else None
-        self.lora_b = nn.Parameter(like.new_empty(vocabulary, rank)) if kind == "low_rank" else None
-        self.test = nn.Linear(width, 1, device=like.device, dtype=like.dtype)
+        # Not a deep copy, which would copy a tied embedding's data.
+        self.head = nn.Linear(width, vocabulary, bias=lm_head.bias is not None, **like) if kind == "full" else None
+        self.lora_a = nn.Parameter(torch.empty(rank, width, **like)) if kind == "low_rank" else None
+        self.lora_b = nn.Parameter(torch.empty(vocabulary, rank, **like)) if kind == "low_rank" else None
+        self.test = nn.Linear(width, 1, **like)
 
     def forward(
         self, hidden_states: Tensor, norm: nn.Module, lm_head: nn.Module, vocabulary: int | None = None
@@ -86,11 +86,8 @@ class ExitHead(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialize the residual to zero (A as ``nn.Linear``, B zero) and the test to even odds."""
-        if self.lora_a is not None and self.lora_b is not None:
-            bound = 1 / math.sqrt(self.lora_a.shape[-1])
-            init.uniform_(self.lora_a, -bound, bound)
-            init.zeros_(self.lora_b)
+        """Initialize the residual to zero and the test to even odds."""
+        init_residual(self.lora_a, self.lora_b)
         init.zeros_(self.test.weight)
         init.zeros_(self.test.bias)
 
@@ -99,20 +96,15 @@ class ExitHead(nn.Module):
 
 
 def vocabulary_logits(head: nn.Module, normed: Tensor, vocabulary: int | None) -> Tensor:
-    """Logits ``[..., V]`` of ``normed [..., D]`` by ``head``, or of the first ``vocabulary`` entries only.
-
-    A head that is not torch's own (a quantized one) computes all of them first.
-    """
-    if vocabulary is None:
-        return head(normed)
-    if type(head) is not nn.Linear:
+    """Logits ``[..., V]`` of ``normed [..., D]`` by ``head``, or of the first ``vocabulary`` entries only."""
+    if vocabulary is None or type(head) is not nn.Linear:  # a quantized head computes all of them
         return head(normed)[..., :vocabulary]
     return F.linear(normed, head.weight[:vocabulary], None if head.bias is None else head.bias[:vocabulary])
 
 
-def _own_head(lm_head: nn.Linear) -> nn.Linear:
-    """A head shaped like the model's, its weights unset; not a deep copy, which would copy a tied embedding's data."""
-    weight = lm_head.weight
-    return nn.Linear(
-        weight.shape[1], weight.shape[0], bias=lm_head.bias is not None, device=weight.device, dtype=weight.dtype
-    )
+def init_residual(lora_a: Tensor | None, lora_b: Tensor | None) -> None:
+    """Initialize a low-rank residual to zero: A as the weight of ``nn.Linear``, B zero."""
+    if lora_a is not None and lora_b is not None:
+        bound = 1 / math.sqrt(lora_a.shape[-1])
+        init.uniform_(lora_a, -bound, bound)
+        init.zeros_(lora_b)

@@ -6,14 +6,11 @@ each of its weight-owning submodules is then replaced by a :class:`DepthView`, w
 its depth.
 
 Shape legend: B batch, T tokens, D hidden size, I/O in/out features, R recursions (depths), r LoRA rank.
-
-This file travels inside checkpoints: it imports torch, transformers and its neighbours only.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -27,6 +24,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from .configuration_recursive import RecursiveConfig
+from .recursive_exits import init_residual
 from .recursive_layout import LayoutError
 
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_masks_for_generate).parameters else "past_key_values"
@@ -104,11 +102,8 @@ class RelaxedLinear(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialize the residual to zero (A as ``nn.Linear``, B zero) and the bias to zero."""
-        if self.lora_a is not None and self.lora_b is not None:
-            bound = 1 / math.sqrt(self.lora_a.shape[-1])
-            init.uniform_(self.lora_a, -bound, bound)
-            init.zeros_(self.lora_b)
+        """Initialize the residual and the bias to zero."""
+        init_residual(self.lora_a, self.lora_b)
         if self.bias is not None:
             init.zeros_(self.bias)
 
@@ -194,8 +189,7 @@ class SharedLayer(nn.Module):
     Args:
         config: Configuration of the model.
         index: Index of the layer in the block.
-        layers: Decoder layers of the family by depth, built on the meta device at this layer's positions. They become
-            the views.
+        layers: Decoder layers of the family by depth, built on the meta device; they become the views.
 
     Raises:
         LayoutError: The layers differ in kind or shape.
@@ -205,11 +199,10 @@ class SharedLayer(nn.Module):
     def __init__(self, config: RecursiveConfig, index: int, layers: list[nn.Module]):
         super().__init__()
         _check_alike(layers, config.layout.positions(index))
-        self.shared_paths: list[str] = []
-        for path, module in list(weight_owners(layers[0])):
-            stored = self._stored(config, index, path, module, [layer.get_submodule(path) for layer in layers])
+        self.shared_paths = [path for path, _ in weight_owners(layers[0])]
+        for path in self.shared_paths:
+            stored = self._stored(config, index, path, [layer.get_submodule(path) for layer in layers])
             _nest(self, path, stored)
-            self.shared_paths.append(path)
             for depth, layer in enumerate(layers):
                 layer.set_submodule(path, DepthView(stored, depth))
         if config.residual_scale != 1:
@@ -218,20 +211,16 @@ class SharedLayer(nn.Module):
         self.views = nn.ModuleList(layers)
 
     @staticmethod
-    def _stored(
-        config: RecursiveConfig, index: int, path: str, module: nn.Module, at_depths: list[nn.Module]
-    ) -> nn.Module:
-        """The one stored module that replaces ``module`` at all depths."""
-        num_own = 1 if config.tie_norms else len(at_depths)
-        if isinstance(module, nn.Linear):
-            return RelaxedLinear(
-                module.in_features,
-                module.out_features,
-                num_depths=len(at_depths),
-                rank=config.rank_of(index, path, module.in_features, module.out_features),
-                num_biases=0 if module.bias is None else num_own,
-            )
-        return PerDepth([materialize(copy) for copy in at_depths[:num_own]])
+    def _stored(config: RecursiveConfig, index: int, path: str, at_depths: list[nn.Module]) -> nn.Module:
+        """The one stored module that replaces those of all depths."""
+        module, num_own = at_depths[0], 1 if config.tie_norms else len(at_depths)
+        if not isinstance(module, nn.Linear):
+            return PerDepth([materialize(copy) for copy in at_depths[:num_own]])
+        shape = (module.in_features, module.out_features)
+        num_biases = 0 if module.bias is None else num_own
+        return RelaxedLinear(
+            *shape, num_depths=len(at_depths), rank=config.rank_of(index, path, *shape), num_biases=num_biases
+        )
 
     def forward(self, hidden_states: Tensor, depth: int, **layer_arguments: Any) -> Tensor:
         """``[B, T, D] -> [B, T, D]`` at ``depth``; ``layer_arguments`` are those of the family's own layer."""
@@ -285,12 +274,12 @@ def _check_alike(layers: list[nn.Module], positions: list[int]) -> None:
         }
         for layer in layers
     ]
-    for other in range(1, len(layers)):
-        for path in described[0].keys() | described[other].keys():
-            first, second = described[0].get(path, "nothing"), described[other].get(path, "nothing")
+    for position, other in zip(positions[1:], described[1:], strict=True):
+        for path in described[0].keys() | other.keys():
+            first, second = described[0].get(path, "nothing"), other.get(path, "nothing")
             if first != second:
                 raise LayoutError(
-                    f"Layers {positions[0]} and {positions[other]} cannot share weights: '{path}' is {first} in one "
+                    f"Layers {positions[0]} and {position} cannot share weights: '{path}' is {first} in one "
                     f"and {second} in the other. Choose a prelude, coda or number of recursions that ties like layers."
                 )
 
@@ -342,10 +331,8 @@ class DenseFamily:
             )
         self.norm = parts[norms[0]]
         self.rotary_emb = parts["rotary_emb"]
-        known = {id(part) for part in (self.embed_tokens, self.rotary_emb, self.norm, parts["layers"])}
-        others = [
-            name for name, part in parts.items() if id(part) not in known and any(True for _ in part.parameters())
-        ]
+        known = (self.embed_tokens, self.rotary_emb, self.norm, parts["layers"])
+        others = [name for name, part in parts.items() if part not in known and any(True for _ in part.parameters())]
         if others:
             raise UnsupportedFamily(
                 f"Family '{config.dense_model_type}' feeds its layers from {', '.join(others)}, outside the decoder "
@@ -358,6 +345,5 @@ class DenseFamily:
 
     def strip(self) -> PreTrainedModel:
         """Remove the parts of the skeleton, which still knows how the family initializes a module."""
-        for name in list(self.skeleton._modules):
-            del self.skeleton._modules[name]
+        self.skeleton._modules.clear()
         return self.skeleton

@@ -6,8 +6,6 @@ meet here and nowhere else:
 - **position**: index of an *effective* layer, ``0 .. L-1``. Caches, masks and RoPE know only this one.
 - **block layer**: index inside the shared block, ``0 .. block_size-1``.
 - **depth**: which recursion a block layer is in, ``0 .. R-1``.
-
-This file travels inside checkpoints: it imports the standard library only.
 """
 
 from __future__ import annotations
@@ -77,8 +75,8 @@ class LayerLayout:
             num_layers: Number of layers of the dense model.
             num_recursions: Number of applications of the shared block, at least 1.
             sharing: Sharing scheme, one of :data:`SHARINGS`.
-            num_prelude_layers: Unshared layers before the block; ``None`` takes the scheme's own, 0 or 1.
-            num_coda_layers: Unshared layers after the block; ``None`` likewise.
+            num_prelude_layers: Unshared layers before the block; None takes the scheme's own, 0 or 1.
+            num_coda_layers: Unshared layers after the block, likewise.
 
         Raises:
             LayoutError: The inner depth does not divide; the message lists the nearest folds that do.
@@ -156,13 +154,11 @@ class LayerLayout:
 
         Its depth ``i`` is the depth ``depths[i]`` here.
         """
-        positions = []
-        for ref in replace(self, num_recursions=len(depths)).layer_refs():
-            if ref.part == "block":
-                positions.append(self.position(ref.index, depths[ref.depth]))
-            else:
-                positions.append(ref.index if ref.part == "prelude" else self.coda_positions[ref.index])
-        return positions
+        outside = {"prelude": range(self.num_prelude_layers), "coda": self.coda_positions}
+        return [
+            self.position(ref.index, depths[ref.depth]) if ref.part == "block" else outside[ref.part][ref.index]
+            for ref in replace(self, num_recursions=len(depths)).layer_refs()
+        ]
 
     @property
     def coda_positions(self) -> range:
@@ -171,33 +167,23 @@ class LayerLayout:
 
     def layer_to_block(self) -> list[int]:
         """Index of the stored layer at every position: prelude first, then the block, then the coda."""
-        offset = {
-            "prelude": 0,
-            "block": self.num_prelude_layers,
-            "coda": self.num_prelude_layers + self.block_size,
-        }
+        offset = {"prelude": 0, "block": self.num_prelude_layers, "coda": self.num_prelude_layers + self.block_size}
         return [offset[ref.part] + ref.index for ref in self.layer_refs()]
 
     def __str__(self) -> str:
-        block = f"({self.block_size} layers × {self.num_recursions})"
-        if self.order == "sequence":
-            block = f"({self.block_size} layers, each × {self.num_recursions})"
+        each = ", each" if self.order == "sequence" else ""
+        block = f"({self.block_size} layers{each} × {self.num_recursions})"
         return f"{self.num_prelude_layers} + {block} + {self.num_coda_layers}"
 
 
 def _nearest_folds(num_layers: int, num_recursions: int, prelude: int, coda: int) -> str:
     """Up to four ways to make the fold work, nearest first, as the user would type them."""
     inner = num_layers - prelude - coda
-    recursions = sorted((r for r in range(2, inner + 1) if inner % r == 0), key=lambda r: (abs(r - num_recursions), r))
-    ways = [f"--recursions {r}" for r in recursions[:2]]
-    ends = sorted(
-        (
-            (abs(p - prelude) + abs(c - coda), p, c)
-            for p in range(num_layers)
-            for c in range(num_layers - p)
-            if (num_layers - p - c) % num_recursions == 0 and (p, c) != (prelude, coda)
-        ),
-        key=lambda way: (way[0], abs(way[1] - way[2])),
-    )
-    ways += [f"--prelude {p} --coda {c}" for _, p, c in ends[:2]]
+    divisors = (r for r in range(2, inner + 1) if inner % r == 0)
+    recursions = sorted(divisors, key=lambda r: (abs(r - num_recursions), r))
+    ends = [
+        (p, c) for p in range(num_layers) for c in range(num_layers - p) if (num_layers - p - c) % num_recursions == 0
+    ]
+    ends.sort(key=lambda end: (abs(end[0] - prelude) + abs(end[1] - coda), abs(end[0] - end[1])))
+    ways = [f"--recursions {r}" for r in recursions[:2]] + [f"--prelude {p} --coda {c}" for p, c in ends[:2]]
     return ", ".join(ways) if ways else "--recursions 1"

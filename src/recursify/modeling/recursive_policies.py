@@ -4,8 +4,6 @@ A policy gives every token a confidence, and a token exits where that is *strict
 2310.05424). An early exit is lossy: its logits are not those of the whole model.
 
 Shape legend: s tokens at an exit, one per row; D hidden size; V vocabulary.
-
-This file travels inside checkpoints that have exits: it imports torch and its neighbours only.
 """
 
 from __future__ import annotations
@@ -22,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+@dataclass(eq=False)
 class ExitContext:
     """Input of a policy: ``s`` tokens at an exit.
 
-    Args:
+    Attributes:
         depth: Depth of the exit, 0 being the first.
         states: Hidden states ``[s, D]`` at the exit.
         previous: Hidden states ``[s, D]`` at the exit before; at the first, the embeddings.
@@ -37,45 +36,29 @@ class ExitContext:
         vocabulary: Number of vocabulary entries that the policy scores; None for all.
     """
 
-    def __init__(
-        self,
-        depth: int,
-        states: Tensor,
-        previous: Tensor,
-        arrive: Callable[[], Tensor],
-        read: Callable[[Tensor, int | None], Tensor],
-        previous_logits: Tensor | None,
-        test: Callable[[], Tensor] | None,
-        vocabulary: int | None = None,
-    ):
-        self.depth = depth
-        self.states = states
-        self.previous = previous
-        self._arrive = arrive
-        self._read = read
-        self.previous_logits = previous_logits
-        self._test = test
-        self._vocabulary = vocabulary
+    depth: int
+    states: Tensor
+    previous: Tensor
+    arrive: Callable[[], Tensor]
+    read: Callable[[Tensor, int | None], Tensor]
+    previous_logits: Tensor | None
+    test: Callable[[], Tensor] | None
+    vocabulary: int | None = None
 
     @cached_property
     def exit_states(self) -> Tensor:
         """Input ``[s, D]`` of the exit head, computed on first use."""
-        return self._arrive()
+        return self.arrive()
 
     @cached_property
     def logits(self) -> Tensor:
-        """Logits ``[s, V]`` to score, computed on first use: on a small model they cost as much as several layers.
-
-        With a ``vocabulary``, those of that number of first entries.
-        """
-        if self._vocabulary is None:
-            return self.all_logits
-        return self._read(self.exit_states, self._vocabulary)
+        """Logits ``[s, V]`` to score, computed on first use: on a small model they cost as much as several layers."""
+        return self.all_logits if self.vocabulary is None else self.read(self.exit_states, self.vocabulary)
 
     @cached_property
     def all_logits(self) -> Tensor:
         """Logits ``[s, V]`` of the whole vocabulary."""
-        return self._read(self.exit_states, None)
+        return self.read(self.exit_states, None)
 
     def known(self, name: str) -> Tensor | None:
         """``exit_states``, ``logits`` or ``all_logits`` if they have been computed, else None."""
@@ -84,8 +67,8 @@ class ExitContext:
     @cached_property
     def log_odds(self) -> Tensor:
         """Log-odds ``[s]`` of the trained test."""
-        assert self._test is not None, "policies that need heads are refused without them"
-        return self._test()
+        assert self.test is not None, "policies that need heads are refused without them"
+        return self.test()
 
 
 class ExitLimits(NamedTuple):
@@ -129,8 +112,8 @@ class ExitPolicy(ABC):
 
     Attributes:
         threshold: Confidence above which a token exits, one number or one per exit.
-        vocabulary: Number of first vocabulary entries to score instead of all; in byte-pair encodings those are the
-            most frequent. It saves the logits of the others where a token does not exit.
+        vocabulary: Number of first vocabulary entries to score instead of all, which saves the logits of the others
+            where a token does not exit; in byte-pair encodings those are the most frequent.
         lowest, highest: Range of thresholds. No confidence is above ``highest``.
         default: Threshold of an uncalibrated model.
         reads_logits: Flag for policies that use logits, and so support ``vocabulary``.
@@ -162,19 +145,14 @@ class ExitPolicy(ABC):
             raise ValueError(f"A policy needs at least 2 entries of the vocabulary, got vocabulary={self.vocabulary}.")
 
     def check_vocabulary(self, size: int) -> None:
-        """Check the vocabulary against the model's number of entries.
-
-        Raises:
-            ValueError: The policy scores more than ``size`` entries.
-        """
+        """Require that the model's ``size`` entries are as many as the policy scores."""
         if self.vocabulary is not None and self.vocabulary > size:
             raise ValueError(f"vocabulary={self.vocabulary} is more than the model has: {size}. Give fewer entries.")
 
     @property
     def name(self) -> str:
         """Name of the policy in :data:`EXIT_POLICIES`."""
-        named = (name for name, kind in EXIT_POLICIES.items() if kind is type(self))
-        return next(named, type(self).__name__)
+        return next((name for name, kind in EXIT_POLICIES.items() if kind is type(self)), type(self).__name__)
 
     def thresholds(self, num_exits: int) -> tuple[float, ...]:
         """Thresholds, one per exit."""
@@ -286,11 +264,7 @@ EXIT_POLICIES: dict[str, type[ExitPolicy]] = {
 
 
 def make_policy(
-    name: str,
-    threshold: float | Sequence[float] | None = None,
-    config: Any = None,
-    *,
-    vocabulary: int | None = None,
+    name: str, threshold: float | Sequence[float] | None = None, config: Any = None, *, vocabulary: int | None = None
 ) -> ExitPolicy:
     """The policy ``name`` with a threshold, or one per exit.
 

@@ -4,8 +4,6 @@ A token's *column* is its place in the padded batch. Its *slot* at a depth is th
 of the earlier tokens that ran the depth. Rows have different numbers of slots; tensors are as wide as the longest row.
 
 Shape legend: B rows of the batch, s rows in a call, n tokens in a call, w slots, T columns in all.
-
-This file travels inside checkpoints that have routers: it imports torch and transformers only.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
@@ -57,13 +56,10 @@ class Packing:
 
 
 def pack(selected: Tensor, counts: list[int], *, all_rows: bool) -> Packing | None:
-    """Pack the ``selected [B, T]`` tokens of each row, in their order.
+    """Pack the ``selected [B, T]`` tokens of each row, ``counts`` of them, in their order.
 
-    Args:
-        selected: Mask of the tokens.
-        counts: Number of them in each row.
-        all_rows: Flag to keep rows without tokens and at least one column, filled up, so that every process runs the
-            same layers and every parameter gets a gradient. Otherwise the result is None without any token.
+    ``all_rows`` keeps rows without tokens and at least one column, filled up, so that every process runs the same
+    layers and every parameter gets a gradient. Otherwise the result is None without any token.
     """
     rows = None
     if not all_rows and 0 in counts:
@@ -82,9 +78,6 @@ class RoutedCache(Cache):
 
     Prelude and coda keep every token. A layer of the block keeps, at each depth, the tokens that ran it; with
     ``shared`` keys and values, depth 0 keeps those of all tokens, and the other depths none.
-
-    Args:
-        config: Configuration of the model.
 
     Attributes:
         keys: Keys ``[B, heads, w, head size]`` by position, without unused room.
@@ -132,13 +125,9 @@ class RoutedCache(Cache):
         return self.counts.get(depth, [0] * num_rows) == [past] * num_rows
 
     def aim(self, depth: int, packing: Packing, past: int, selected: Tensor) -> None:
-        """Set the tokens that the layers of ``depth`` write and read.
+        """Set the tokens that the layers of ``depth`` write and read, ``past`` columns being before the call.
 
-        Args:
-            depth: Depth of the recursion.
-            packing: Packed tokens, in columns of the call.
-            past: Number of columns before the call.
-            selected: Mask ``[B, T]`` of the tokens of the call, without padding.
+        ``selected [B, T]`` marks those of ``packing`` among the tokens of the call, without padding.
         """
         assert self.depths is not None
         self.depths[:, past:] += selected
@@ -178,17 +167,16 @@ class RoutedCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any):
         """Write ``[s, heads, n, head size]`` of a layer; returns the keys and values to attend to."""
-        slot = self.layout.layer_ref(layer_idx)
-        home = layer_idx
-        if slot.part == "block":
-            home = self.layout.position(slot.index, self.home(slot.depth))
+        ref = self.layout.layer_ref(layer_idx)
+        depth = self.home(ref.depth) if ref.part == "block" else None
+        home = layer_idx if depth is None else self.layout.position(ref.index, depth)
         if home == layer_idx:
             for store, new in ((self.keys, key_states), (self.values, value_states)):
-                store[home] = self._write(store.get(home), new, slot.depth if slot.part == "block" else None)
-        if slot.part != "block":
+                store[home] = self._write(store.get(home), new, depth)
+        if depth is None:
             return self.keys[home], self.values[home]
         assert self._packing is not None
-        width = self._width(self.home(slot.depth))
+        width = self._width(depth)
         return tuple(self._packing.of_rows(store[home])[:, :, :width] for store in (self.keys, self.values))
 
     def _write(self, states: Tensor | None, new: Tensor, depth: int | None) -> Tensor:
@@ -201,34 +189,24 @@ class RoutedCache(Cache):
         grown.transpose(1, 2)[self._slots] = new.transpose(1, 2)[self._packing.valid]
         return grown
 
-    def _rows(self, index: Tensor) -> None:
-        """Replace row ``i`` by row ``index[i]``."""
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Replace row ``i`` by row ``indices[i]``."""
         for store in (self.keys, self.values, self.columns):
             for name, states in store.items():
-                store[name] = states.index_select(0, index.to(states.device))
-        self.counts = {depth: [counts[row] for row in index.tolist()] for depth, counts in self.counts.items()}
+                store[name] = states.index_select(0, indices.to(states.device))
+        self.counts = {depth: [counts[row] for row in indices.tolist()] for depth, counts in self.counts.items()}
         if self.depths is not None:
-            self.depths = self.depths.index_select(0, index.to(self.depths.device))
+            self.depths = self.depths.index_select(0, indices.to(self.depths.device))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder rows for beam search."""
-        self._rows(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``."""
-        self._rows(indices)
+    reorder_cache = batch_select_indices
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
         if self.depths is not None:
-            self._rows(torch.arange(len(self.depths)).repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(len(self.depths)).repeat_interleave(repeats))
 
     def crop(self, *_: Any, **__: Any) -> None:
-        """Refuse assisted decoding, whose rejected tokens are in different slots at every depth.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Refuse assisted decoding, whose rejected tokens are in different slots at every depth."""
         raise ValueError("A routed model's cache cannot be cut back, so it cannot be used with an assistant.")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -248,9 +226,5 @@ class RoutedCache(Cache):
 
 def _widened(tensor: Tensor, axis: int, size: int) -> Tensor:
     """``tensor`` with at least ``size`` places along ``axis``, new ones 0."""
-    missing = max(0, size - tensor.shape[axis])
-    if not missing:
-        return tensor
-    shape = list(tensor.shape)
-    shape[axis] = missing
-    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
+    missing = size - tensor.shape[axis]
+    return tensor if missing <= 0 else F.pad(tensor, (0, 0) * (tensor.ndim - axis - 1) + (0, missing))

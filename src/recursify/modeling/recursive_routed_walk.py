@@ -5,8 +5,6 @@ positions and their part of the sequence's mask: windows, padding and packed doc
 run a recursion, the block is called as without a router, with equal results to the last bit.
 
 Shape legend: B batch, T tokens, D hidden size, s rows in a call, n tokens in a call, w keys.
-
-This file travels inside checkpoints that have routers: it imports torch, transformers and its neighbours only.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from .recursive_base import LayerWalk
-from .recursive_layers import MASKED_ATTENTION
+from .recursive_layers import CACHE_ARGUMENT, MASKED_ATTENTION
 from .recursive_routed_cache import Packing, RoutedCache, pack
 from .recursive_routing import (
     Routing,
@@ -62,13 +60,9 @@ class RoutedWalk(LayerWalk):
         model: A ``RecursiveModel`` with routers.
         states: Input ``[B, T, D]`` of the first layer.
         attention_mask: Mask as given to the model; a ``[B, past + T]`` one marks padding.
-        masks: Attention masks as transformers made them, one or by layer type.
         position_ids: ``[B, T]`` or ``[1, T]``.
         cache: A :class:`RoutedCache`, or None.
-        arguments: Further arguments of every layer.
-
-    Attributes:
-        routing: Decisions of the routers so far.
+        call: Further arguments of :class:`LayerWalk`.
 
     Raises:
         ValueError: Another kind of cache or attention, or activation checkpointing with shared keys.
@@ -98,10 +92,7 @@ class RoutedWalk(LayerWalk):
         self.routing = Routing([], [], [], [])
 
     def __call__(self, position: int, states: Tensor) -> Tensor:
-        """Run the layer at ``position``.
-
-        Inside a recursion input and output are those of its tokens, ``[s, n, D]``; before and after, ``[B, T, D]``.
-        """
+        """Run the layer at ``position``: inside a recursion on its tokens ``[s, n, D]``, else on ``[B, T, D]``."""
         ref = self.layout.layer_ref(position)
         if ref.part != "block":
             return self.run_layer(position, states)
@@ -142,13 +133,13 @@ class RoutedWalk(LayerWalk):
         """Mask of the tokens that the router of ``depth`` selects, and their gates, each ``[B, T]``."""
         router = self.routers[depth]
         logits = router(states)
-        deciding = logits[..., 0]
+        deciding = scores = logits[..., 0]
         if self.auxiliary_routers is not None:
             deciding = self.auxiliary_routers[depth](states.detach())[..., 0]
             self.routing.deciding.append(deciding)
-        self.routing.logits.append(logits[..., 0])
+        self.routing.logits.append(scores)
         if self.chooses_top_k:
-            selected = choose_top_k(logits[..., 0], candidates, self.capacities[depth])
+            selected = choose_top_k(scores, candidates, self.capacities[depth])
         else:
             selected = choose_above(deciding, candidates, inference_threshold(self.config, depth))
         return selected, expert_gates(self.config, router, logits)
@@ -159,8 +150,7 @@ class RoutedWalk(LayerWalk):
             logits = self.routers[0](states)
             self.routing.logits.append(logits)
             self._depths, self._scores = depths_and_gates(self.config, self.routers[0], logits)
-        is_last = self._depths == depth
-        return candidates & (self._depths >= depth), self._scores * is_last
+        return candidates & (self._depths >= depth), self._scores * (self._depths == depth)
 
     # --- Moving --------------------------------------------------------------------------------------------------
 
@@ -174,30 +164,27 @@ class RoutedWalk(LayerWalk):
             counts, missing = torch.stack([selected.sum(-1), left_out.sum(-1)]).tolist()
             is_whole = not any(missing)
         if is_whole and self.store is not None:
-            is_whole = self.store.is_dense(self.store.home(depth), self.num_rows, self._keys_before(depth))
+            home = self.store.home(depth)
+            keys = self.past if home == depth else self.past + self.num_tokens
+            is_whole = self.store.is_dense(home, self.num_rows, keys)
         if is_whole:
             columns = torch.arange(self.num_tokens, device=selected.device).expand_as(selected)
             counts = [self.num_tokens] * self.num_rows
             return Packing(None, columns, torch.ones_like(selected), counts, is_whole=True)
         return pack(selected, counts, all_rows=self.model.training)
 
-    def _keys_before(self, depth: int) -> int:
-        """Number of keys for a recursion if every token had run the depth that computed them."""
-        assert self.store is not None
-        return self.past if self.store.home(depth) == depth else self.past + self.num_tokens
-
     def _run(self, position: int, states: Tensor) -> Tensor:
-        kind, rotations = self.model.layer_type(position), self._packed_rotations
+        kind = self.model.layer_type(position)
         if kind not in self._masks:
             self._masks[kind] = self._mask(kind, states)
-        arguments = {**self.arguments, "use_cache": self.store is not None, self.model.cache_argument: self.store}
         return self.model.run_layer(
-            self.layout.layer_ref(position),
+            position,
             states,
-            attention_mask=self._masks[kind],
-            position_embeddings=rotations[kind] if isinstance(rotations, dict) else rotations,
+            masks=self._masks[kind],
+            rotations=self._packed_rotations,
             position_ids=self._positions,
-            **arguments,
+            cache=self.store,
+            **{**self.arguments, "use_cache": self.store is not None},
         )
 
     def _mask(self, kind: str | None, states: Tensor) -> Any:
@@ -260,12 +247,8 @@ def _check_call(model: Any, cache: Cache | None) -> None:
         )
 
 
-def routed_generate_arguments(model: Any, given: dict[str, Any], cache_argument: str) -> dict[str, Any]:
-    """Arguments of transformers' ``generate`` for a routed model: the given ones and its cache.
-
-    Raises:
-        ValueError: Beams with an expert-choice router, or another cache or an assistant asked for.
-    """
+def routed_generate_arguments(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of transformers' ``generate`` for a routed model: the ``given`` ones and its cache."""
     settings = given.get("generation_config") or model.generation_config
     asked = {
         name: given.get(name, getattr(settings, name, None))
@@ -281,4 +264,4 @@ def routed_generate_arguments(model: Any, given: dict[str, Any], cache_argument:
             raise ValueError(f"{name} does not work with routers, which need a cache of their own. Leave it out.")
     if asked["use_cache"] is False or any(given.get(name) is not None for name in ("cache", "past_key_values")):
         return given
-    return {**given, cache_argument: RoutedCache(model.config)}
+    return {**given, CACHE_ARGUMENT: RoutedCache(model.config)}

@@ -6,8 +6,6 @@ decides. A *token-choice* router gives each token the number of its recursions a
 inference. A token that does not run a recursion is not changed.
 
 Shape legend: B batch, T tokens, D hidden size, R recursions.
-
-This file travels inside checkpoints that have routers: it imports torch, transformers and its neighbours only.
 """
 
 from __future__ import annotations
@@ -95,9 +93,8 @@ class TokenRouter(nn.Module):
         self.weight = None
         if factor is not None:
             self.weight = nn.Parameter(torch.empty(num_options, (factor or 1) * hidden_size))
-        if num_options > 1:
-            self.register_buffer("bias", torch.zeros(num_options))
-            self.register_buffer("load", torch.zeros(num_options))
+        for name in ("bias", "load") if num_options > 1 else ():
+            self.register_buffer(name, torch.zeros(num_options))
 
     def forward(self, states: Tensor) -> Tensor:
         """Logits ``[..., options]``, float32, of ``[..., D]``; a random router draws uniform scores."""
@@ -121,21 +118,16 @@ class TokenRouter(nn.Module):
         return f"{self.width}, options={self.num_options}"
 
 
-def make_routers(config: Any) -> nn.ModuleList:
-    """Routers of a configuration: one per recursion, or a single one for token choice."""
-    count, options = (config.num_recursions, 1) if config.router == "expert_choice" else (1, config.num_recursions)
-    return nn.ModuleList(
-        TokenRouter(config.router_width, config.hidden_size, options, config.router_temperature) for _ in range(count)
-    )
+def make_routers(config: Any) -> tuple[nn.ModuleList, nn.ModuleList | None]:
+    """Routers of a configuration, one per recursion or a single one for token choice; and its auxiliary MLPs if any."""
 
+    def routers(width: str, count: int, options: int) -> nn.ModuleList:
+        arguments = (width, config.hidden_size, options, config.router_temperature)
+        return nn.ModuleList(TokenRouter(*arguments) for _ in range(count))
 
-def make_auxiliary_routers(config: Any) -> nn.ModuleList | None:
-    """Auxiliary routers of a configuration, which are MLPs; None without them."""
-    if config.router_decision != "auxiliary":
-        return None
-    return nn.ModuleList(
-        TokenRouter("mlp", config.hidden_size, 1, config.router_temperature) for _ in range(config.num_recursions)
-    )
+    depths = config.num_recursions
+    auxiliary = routers("mlp", depths, 1) if config.router_decision == "auxiliary" else None
+    return routers(config.router_width, *((depths, 1) if config.router == "expert_choice" else (1, depths))), auxiliary
 
 
 # --- Choosing ------------------------------------------------------------------------------------------------------
@@ -144,12 +136,7 @@ def make_auxiliary_routers(config: Any) -> nn.ModuleList | None:
 def choose_top_k(scores: Tensor, candidates: Tensor, capacity: float) -> Tensor:
     """Select the ``k = max(1, int(capacity · T))`` candidates of each sequence with the best scores: bool ``[B, T]``.
 
-    Of equal scores the first win. It uses the whole sequence: for training.
-
-    Args:
-        scores: Scores ``[B, T]``.
-        candidates: Mask ``[B, T]``; if there are fewer than ``k``, all of them are selected.
-        capacity: Fraction of ``T``, not of the candidates.
+    Of equal scores the first win; of fewer than ``k`` candidates all. It uses the whole sequence: for training.
     """
     ranked = scores.detach().masked_fill(~candidates, -torch.inf)
     best = ranked.sort(dim=-1, descending=True, stable=True).indices[:, : tokens_of(capacity, scores.shape[-1])]
@@ -157,22 +144,15 @@ def choose_top_k(scores: Tensor, candidates: Tensor, capacity: float) -> Tensor:
 
 
 def choose_above(logits: Tensor, candidates: Tensor, threshold: float | None) -> Tensor:
-    """Select candidates with a probability ``sigmoid(logit)`` of at least ``threshold``, all for None: bool ``[B, T]``.
-
-    Each token is decided by itself, so this is causal.
-    """
+    """Select candidates with ``sigmoid(logit)`` of at least ``threshold``, all for None; causal. Bool ``[B, T]``."""
     return candidates if threshold is None else candidates & (logits.detach().sigmoid() >= threshold)
 
 
 def choose_depths(scores: Tensor, bias: Tensor) -> Tensor:
-    """Last depth ``[B, T]`` that each token runs: the option with the highest ``score + bias``.
+    """Last depth ``[B, T]`` that each token runs: the highest of ``scores [B, T, R] + bias [R]``.
 
     The bias balances loads without a loss (MoR, section 3; Wang et al. 2024), and does not affect the gate. Of equal
     scores the deepest wins, so an untrained router skips nothing.
-
-    Args:
-        scores: Activated scores ``[B, T, R]``.
-        bias: Bias ``[R]``.
     """
     return scores.shape[-1] - 1 - (scores.detach() + bias).flip(-1).argmax(-1)
 
@@ -208,16 +188,11 @@ def depths_and_gates(config: Any, router: TokenRouter, logits: Tensor) -> tuple[
 
 
 def gated(entered: Tensor, made: Tensor, gate: Tensor, kind: str) -> Tensor:
-    """Combine a recursion's input and output, ``[..., D]``.
+    """Combine a recursion's input ``h`` and output ``Block(h)``, ``[..., D]``, by ``kind`` (``ROUTER_GATES``).
 
     ``residual``: ``h + γ (Block(h) − h)`` with ``γ = 1 + gate``, written as ``Block(h) + gate · (Block(h) − h)``, which
-    at a gate of 0 is ``Block(h)`` to the last bit. ``mor``: ``h + gate · Block(h)``.
-
-    Args:
-        entered: Input ``h``.
-        made: Output ``Block(h)``, its own residual stream included.
-        gate: Gate ``[...]``: ``α (g − g₀)`` for ``residual``, ``g₀`` being an untrained router's score, or ``α g``.
-        kind: Combination, one of ``ROUTER_GATES``.
+    at a gate of 0 is ``Block(h)`` to the last bit. ``mor``: ``h + gate · Block(h)``. The gate ``[...]`` is
+    ``α (g − g₀)`` for ``residual``, ``g₀`` being an untrained router's score, or ``α g``.
     """
     scale = gate.to(made.dtype).unsqueeze(-1)
     return made + scale * (made - entered) if kind == "residual" else entered + scale * made

@@ -7,8 +7,6 @@ that differs from the whole model's token; under sampling a draft ``x`` is accep
 distribution ``p`` (Leviathan et al., arXiv 2211.17192). Either way the whole model adds one more token.
 
 It needs no training; the gain depends on the acceptance rate of the exit.
-
-This file travels inside checkpoints that have exits: it imports torch, transformers and its neighbours only.
 """
 
 from __future__ import annotations
@@ -51,11 +49,6 @@ class SpeculationSettings:
                 f"num_drafts must be from 1 to max_drafts, got {self.num_drafts} and max_drafts={self.max_drafts}."
             )
 
-    @classmethod
-    def of(cls, given: Any) -> SpeculationSettings:
-        """Settings themselves, or the default ones for ``True``."""
-        return cls() if given is True else given
-
 
 class DraftLength:
     """Number of tokens of a row to draft next, learned from the accepted ones.
@@ -63,10 +56,6 @@ class DraftLength:
     A draft costs the fraction ``r`` of a step of the whole model, and saves one step if it is accepted. If each draft
     is accepted with probability ``α`` given those before it, the ``m``-th is with ``α^m``: drafts pay while that is
     above ``r``. If not even the first pays, one token is drafted now and then, to notice when the text becomes easier.
-
-    Args:
-        settings: Initial and maximum number.
-        cost: Relative cost ``r`` of a draft.
     """
 
     DECAY = 0.9
@@ -115,47 +104,33 @@ class SpeculationOutput(GenerateDecoderOnlyOutput):
 
 
 class Speculator:
-    """Speculation in one call of ``generate``; rows proceed independently.
+    """Speculation in one call of ``generate``, whose ``processor`` and configuration it takes; rows are independent.
 
-    Args:
-        model: A ``RecursiveForCausalLM``.
-        settings: Settings for all rows.
-        attention_mask: Mask ``[B, T]`` of the prompt.
-        logits_processor: Logits processor of transformers, called with a row's tokens so far.
-        generation_config: Configuration of transformers, for ``do_sample`` and ``max_length``.
+    ``attention_mask [B, T]`` is that of the prompts.
     """
 
     def __init__(
-        self,
-        model: Any,
-        settings: SpeculationSettings,
-        attention_mask: Tensor,
-        logits_processor: Any,
-        generation_config: Any,
+        self, model: Any, settings: SpeculationSettings, attention_mask: Tensor, processor: Any, generation_config: Any
     ) -> None:
+        num_rows, self.max_length = len(attention_mask), generation_config.max_length
         cuts = None if settings.layers is None else (settings.layers,)
         never = ExitSettings(make_policy("confidence", 1.0), layers=cuts)
-        num_rows = len(attention_mask)
-        self.decoder = DepthDecoder(model, [never] * num_rows, attention_mask, generation_config.max_length)
+        self.decoder = DepthDecoder(model, [never] * num_rows, attention_mask, self.max_length)
         if not 0 <= settings.depth < self.decoder.num_exits:
             raise ValueError(
                 f"There is no exit after depth {settings.depth} to draft by: the model has {self.decoder.num_exits}."
             )
         self.settings = settings
-        self.processor = logits_processor
+        self.processor = processor
         self.samples = generation_config.do_sample
-        self.max_length = generation_config.max_length
         cost = self._draft_cost(model)
         self.lengths = [DraftLength(settings, cost) for _ in range(num_rows)]
         self.drafted, self.accepted, self.rounds = ([0] * num_rows for _ in range(3))
 
     def choose(self, rows: list[int], texts: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Next tokens ``[s]`` and their distributions ``[s, V]``; unscaled when greedy.
+        """Next tokens ``[s]`` and their distributions ``[s, V]`` (scores when greedy), given ``logits [s, V]``.
 
-        Args:
-            rows: Row of each text; a row may occur more than once.
-            texts: Token ids before the token.
-            logits: Logits ``[s, V]``.
+        ``texts`` are the ids before each token, in ``rows``, of which one may occur more than once.
         """
         scores = logits.float()
         if self.processor:
@@ -173,9 +148,8 @@ class Speculator:
     def round(self, texts: list[Tensor], rows: list[int]) -> list[Tensor]:
         """Generate tokens for ``rows``, at least one each; the last token of each of ``texts`` has not run yet."""
         decoder = self.decoder
-        room = {row: self.max_length - len(texts[row]) - 1 for row in rows}
-        wanted = {row: min(self.lengths[row].length, room[row]) for row in rows}
         start = {row: len(texts[row]) for row in rows}
+        wanted = {row: min(self.lengths[row].length, self.max_length - start[row] - 1) for row in rows}
         tried = {row: texts[row] for row in rows}
         q: dict[int, list[Tensor]] = {row: [] for row in rows}  # distributions of the drafts, or scores when greedy
         drafting = rows
@@ -212,11 +186,7 @@ class Speculator:
     def _settle(self, drafts: Tensor, q: list[Tensor], choices: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens ``[m + 1]`` that begin with the accepted drafts and the one after them, and the accepted number.
 
-        Args:
-            drafts: Drafted tokens ``[m]``.
-            q: Distributions of the drafts.
-            choices: Tokens ``[m + 1]`` of the whole model.
-            p: Distributions ``[m + 1, V]`` of the whole model.
+        ``q`` are the distributions of the ``drafts [m]``; ``choices [m + 1]`` and ``p [m + 1, V]`` the whole model's.
         """
         if not self.samples:
             return choices, (drafts == choices[: len(drafts)]).long().cumprod(0).sum()
@@ -244,9 +214,7 @@ class Speculator:
         """Cost of a draft relative to a step of the whole model, by the weights that each reads."""
         layer = sum(weight.numel() for weight in model.model.block[0].parameters() if weight.ndim == 2)
         head, layers = model.lm_head.weight.numel(), sum(map(len, self.decoder.segments))
-        drafting = sum(map(len, self.decoder.segments[: self.settings.depth + 1]))
-        if self.settings.layers is None and model.config.exit_through_coda:
-            drafting += len(model.config.layout.coda_positions)
+        drafting = sum(map(len, self.decoder.segments[: self.settings.depth + 1])) + len(self.decoder.exit_coda)
         return (drafting * layer + head) / (layers * layer + head)
 
 
@@ -276,10 +244,9 @@ def generate_speculatively(
         )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     speculator = Speculator(model, settings, mask, logits_processor, generation_config)
-    texts = list(input_ids)
-    rows = list(range(len(texts)))
+    texts, rows = list(input_ids), list(range(len(input_ids)))
     first = speculator.choose(rows, texts, speculator.decoder.prefill(input_ids))[0]
-    new: dict[int, Tensor] = {row: first[row : row + 1] for row in rows}
+    new: dict[int, Tensor] = dict(zip(rows, first.split(1), strict=True))
     while True:
         ends = []
         for row, chosen in new.items():
@@ -303,7 +270,5 @@ def generate_speculatively(
     sequences = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=0 if pad is None else int(pad))
     if not generation_config.return_dict_in_generate:
         return sequences
-    drafted, accepted, rounds = (
-        torch.tensor(counts) for counts in (speculator.drafted, speculator.accepted, speculator.rounds)
-    )
-    return SpeculationOutput(sequences=sequences, drafted=drafted, accepted=accepted, rounds=rounds)
+    counts = {name: torch.tensor(getattr(speculator, name)) for name in ("drafted", "accepted", "rounds")}
+    return SpeculationOutput(sequences=sequences, **counts)
