@@ -261,10 +261,11 @@ def block_tokens(model, call) -> int:
     seen = []
     original = model.model.run_layer
 
-    def counting(slot, states, **arguments):
-        if slot.part == "block" and slot.index == 0:
+    def counting(position, states, **arguments):
+        ref = model.model.layout.layer_ref(position)
+        if ref.part == "block" and ref.index == 0:
             seen.append(states.shape[0] * states.shape[1])
-        return original(slot, states, **arguments)
+        return original(position, states, **arguments)
 
     model.model.run_layer = counting
     try:
