@@ -207,7 +207,7 @@ def test_bad_settings_are_one_clear_error():
         AdaptiveThresholds(1.2)
     with pytest.raises(ValueError, match="2 samples of each class"):
         AdaptiveThresholds(minimum=1)
-    with pytest.raises(ValueError, match="policy 'confidence' with kv 'copied' has no such"):
+    with pytest.raises(ValueError, match="policy 'confidence' with kv 'copied' does not have these"):
         ExitSettings(make_policy("confidence"), kv="copied", adapt=AdaptiveThresholds())
     with pytest.raises(ValueError, match="policy 'fixed'"):
         ExitSettings(make_policy("fixed"), adapt=AdaptiveThresholds())
