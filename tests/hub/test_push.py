@@ -64,7 +64,7 @@ for line in sys.stdin:
     hashes = {name: sha256(file) for name, file in files.items()}
     publication = Publication(stage, sizes, hashes, [], None)
     try:
-        outcome = upload(publication, repo_id, token=token, wait=wait).commit
+        outcome = upload(publication, repo_id, token=token, wait=wait).oid
     except HubError as error:
         outcome = str(error)
     print(json.dumps([outcome, told]), flush=True)

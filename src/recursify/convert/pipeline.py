@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class ConversionCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data."""
-        return {**self.comparison.to_dict(), "text": self.text, "sample": self.sample}
+        return {**asdict(self.comparison), "text": self.text, "sample": self.sample}
 
 
 @dataclass(frozen=True)
@@ -166,5 +166,5 @@ def _check(checkpoint: DenseCheckpoint, target: Path, progress: Progress) -> Con
         ids = torch.randint(0, model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
         comparison = compare(model, dense, ids)
         name, sample = "random tokens (the model has no tokenizer)", ""
-    update_record(target, **entries, fingerprint=take_fingerprint(model.float()).to_dict())
+    update_record(target, **entries, fingerprint=take_fingerprint(model.float()))
     return ConversionCheck(comparison, name, sample)

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from recursify.checkpoint.loading import load_model, require_exit
@@ -59,12 +58,8 @@ class EvaluationResult:
         """JSON form: flat figures without a control, one mapping per model with one."""
         figures = asdict(self.model)
         if self.control is not None:
-            figures = {
-                "model": figures,
-                "control": asdict(self.control),
-                "top1_agreement": self.agreement,
-                "kl": self.kl,
-            }
+            control = asdict(self.control)
+            figures = {"model": figures, "control": control, "top1_agreement": self.agreement, "kl": self.kl}
         return {**(self.run or {}), "text": self.text, "window": self.window, "depth": self.depth, **figures}
 
 
@@ -101,57 +96,28 @@ def evaluate_model(
     settings = resolve_settings(EvaluationSettings, settings, options)
     text = read_text(settings.data) if settings.data else default_text("held_out")
     loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    name = _name(model)
-    if not isinstance(model, PreTrainedModel):
-        model, tokenizer = load_model(
-            model,
-            **loading,
-            recursions=settings.recursions,
-            residual_scale=settings.residual_scale,
-            anderson=settings.anderson,
-        )
-    elif tokenizer is None:
-        raise SettingsError("A loaded model has no tokenizer. Pass tokenizer=, or the model's folder.")
-    elif settings.recursions is not None:
-        raise SettingsError("recursions needs a checkpoint. Call model.with_recursions() on a loaded model.")
-    if settings.depth is not None:
-        require_exit(model.config, name, settings.depth)
+    if isinstance(model, PreTrainedModel):
+        if tokenizer is None:
+            raise SettingsError("A loaded model has no tokenizer. Pass tokenizer=, or the model's folder.")
+        if settings.recursions is not None:
+            raise SettingsError("recursions needs a checkpoint. Call model.with_recursions() on a loaded model.")
+        loaded = model
+    else:
+        loaded, tokenizer = load_model(model, **loading, **settings.loading)
+    depth = settings.depth
+    if depth is not None:
+        require_exit(loaded.config, _name(model), depth)
     windows = token_windows(tokenizer, text, settings.length, max_tokens=settings.max_tokens)
-    control = against
-    if against is not None and not isinstance(against, PreTrainedModel):
-        control, _ = load_model(against, **loading)
-    return _measure(model, control, against, windows, text.name, settings, progress)
-
-
-def _measure(
-    model: PreTrainedModel,
-    control: Any,
-    against: Any,
-    windows: Tensor,
-    text: str,
-    settings: EvaluationSettings,
-    progress: Progress,
-) -> EvaluationResult:
-    run = None
+    facts: dict[str, Any] = {"text": text.name, "window": settings.length, "depth": depth}
     if settings.recursions is not None:
-        scale = model.config.residual_scale
-        run = {"recursions": settings.recursions, "residual_scale": scale, "anderson": settings.anderson}
-    if control is None:
-        alone = perplexity(model, windows, depth=settings.depth, progress=progress)
-        return EvaluationResult(text, settings.length, settings.depth, alone, run=run)
-    comparison = compare(model, control, windows, depth=settings.depth, progress=progress)
-    return EvaluationResult(
-        text,
-        settings.length,
-        settings.depth,
-        comparison.model,
-        against=_name(against),
-        control=comparison.control,
-        agreement=comparison.top1_agreement,
-        kl=comparison.kl,
-        run=run,
-    )
+        facts["run"] = {**settings.loading, "residual_scale": loaded.config.residual_scale}
+    if against is None:
+        return EvaluationResult(model=perplexity(loaded, windows, depth=depth, progress=progress), **facts)
+    control = against if isinstance(against, PreTrainedModel) else load_model(against, **loading)[0]
+    comparison = compare(loaded, control, windows, depth=depth, progress=progress)
+    figures = {"control": comparison.control, "agreement": comparison.top1_agreement, "kl": comparison.kl}
+    return EvaluationResult(model=comparison.model, against=_name(against), **figures, **facts)
 
 
-def _name(model: Any) -> str:
+def _name(model: str | Path | PreTrainedModel) -> str:
     return str(model.config.name_or_path if isinstance(model, PreTrainedModel) else model)

@@ -11,13 +11,7 @@ from torch import Tensor
 from recursify.checkpoint.loading import load_model, require_recursive
 from recursify.checkpoint.record import update_record
 from recursify.errors import SettingsError, TextError
-from recursify.modeling import (
-    EXIT_POLICIES,
-    ExitPolicy,
-    RecursiveForCausalLM,
-    copy_travelling_files,
-    make_policy,
-)
+from recursify.modeling import EXIT_POLICIES, ExitPolicy, RecursiveForCausalLM, copy_travelling_files, make_policy
 from recursify.pictures import DARK, SHARED, new_figure, save_figure
 from recursify.progress import Progress, silent
 from recursify.settings import resolve_settings
@@ -71,13 +65,8 @@ class ExitCalibration:
         """
         figure = new_figure(5.5, 3.6)
         axes = figure.subplots()
-        axes.plot(
-            [outcome.mean_depth for outcome in self.curve],
-            [outcome.agreement for outcome in self.curve],
-            marker="o",
-            markersize=3,
-            color=SHARED,
-        )
+        depths, agreements = zip(*((outcome.mean_depth, outcome.agreement) for outcome in self.curve), strict=True)
+        axes.plot(depths, agreements, marker="o", markersize=3, color=SHARED)
         axes.plot(self.held_out.mean_depth, self.held_out.agreement, marker="s", color=DARK)
         axes.set_xlabel("mean exit depth")
         axes.set_ylabel("agreement with the full model")

@@ -69,12 +69,12 @@ def predict_at_exits(
     """Predict every next token of ``[W, T]`` token windows at all exits, and compare with the full model."""
     confidences, agreements = [], []
     batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
-    for done, batch in enumerate(batches):
+    for done, batch in enumerate(batches, start=1):
         contexts, last_states = exit_contexts(model, batch, policy.vocabulary)
         full = model.compute_logits(last_states).argmax(-1)
         confidences.append(torch.stack([policy.confidence(context) for context in contexts]).float().cpu())
         agreements.append(torch.stack([context.all_logits.argmax(-1) == full for context in contexts]).cpu())
-        progress("read", done + 1, len(batches))
+        progress("read", done, len(batches))
     return ExitPredictions(torch.cat(confidences, dim=1), torch.cat(agreements, dim=1))
 
 
@@ -101,40 +101,22 @@ def exit_contexts(
     # Over the whole vocabulary: whether an exit agrees depends on it.
     logits = [model.compute_exit_logits(depth, state) for depth, state in zip(depths, exit_states, strict=True)]
     last_states = outputs.last_hidden_state[:, :-1].flatten(0, 1)
-    contexts = [_exit_context(model, depth, states, exit_states[depth], logits, vocabulary) for depth in depths]
-    return contexts, last_states
 
+    def context(depth: int) -> ExitContext:
+        head = None if model.exit_heads is None else cast(ExitHead, model.exit_heads[depth])
+        state = states[depth + 1]
+        return ExitContext(
+            depth,
+            state,
+            states[depth],
+            arrive=lambda: exit_states[depth],
+            read=lambda _, entries: logits[depth][:, :entries],
+            previous_logits=logits[depth - 1][:, :vocabulary] if depth else None,
+            test=None if head is None else lambda: head.agreement(state),
+            vocabulary=vocabulary,
+        )
 
-def _exit_context(
-    model: RecursiveForCausalLM,
-    depth: int,
-    states: list[Tensor],
-    exit_states: Tensor,
-    logits: list[Tensor],
-    vocabulary: int | None,
-) -> ExitContext:
-    """Context of all tokens at the exit after ``depth``.
-
-    Args:
-        model: Recursive model.
-        depth: Depth of the exit.
-        states: States ``[n, D]`` between recursions, the embeddings first.
-        exit_states: States ``[n, D]`` that the exit computes logits from.
-        logits: Logits ``[n, V]`` per exit.
-        vocabulary: Number of vocabulary entries that the policy scores; None scores all.
-    """
-    head = None if model.exit_heads is None else cast(ExitHead, model.exit_heads[depth])
-    state = states[depth + 1]
-    return ExitContext(
-        depth,
-        state,
-        states[depth],
-        arrive=lambda: exit_states,
-        read=lambda _, entries: logits[depth][:, :entries],
-        previous_logits=logits[depth - 1][:, :vocabulary] if depth else None,
-        test=None if head is None else lambda: head.agreement(state),
-        vocabulary=vocabulary,
-    )
+    return [context(depth) for depth in depths], last_states
 
 
 def choose_thresholds(predictions: ExitPredictions, target: float, lowest: float) -> list[float]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +33,23 @@ class ExitStatistics:
     block_calls: int
     agreement: float | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
+    def plot(self, file: str | Path) -> None:
+        """Draw the histogram of exit depths, in the format of the suffix of ``file`` (png, svg, pdf).
+
+        Raises:
+            SettingsError: matplotlib is not installed, or does not support the format.
+            OutputError: The file cannot be written.
+        """
+        *early, _ = self.histogram
+        names = [*(f"depth {depth}" for depth in range(len(early))), "all layers"]
+        figure = new_figure(1.2 * len(names) + 2, 3.2)
+        axes = figure.subplots()
+        bars = axes.bar(names, [count / max(self.num_tokens, 1) for count in self.histogram], color=SHARED)
+        axes.bar_label(bars, [f"{count:,}" for count in self.histogram])
+        axes.set_ylim(0, 1.1)
+        axes.set_ylabel("fraction of tokens")
+        axes.set_title(f"{self.mean_layers:.1f} of {self.num_layers} layers per token", fontsize=10)
+        save_figure(figure, file)
 
 
 def exit_statistics(
@@ -65,25 +78,6 @@ def exit_statistics(
         block_calls=output.block_calls,
         agreement=_agreement(model, output, attention_mask) if agreement and num_tokens else None,
     )
-
-
-def draw_histogram(statistics: ExitStatistics, file: str | Path) -> None:
-    """Draw the histogram of exit depths, in the format of the suffix of ``file`` (png, svg, pdf).
-
-    Raises:
-        SettingsError: matplotlib is not installed, or does not support the format.
-        OutputError: The file cannot be written.
-    """
-    *early, _ = statistics.histogram
-    names = [*(f"depth {depth}" for depth in range(len(early))), "all layers"]
-    figure = new_figure(1.2 * len(names) + 2, 3.2)
-    axes = figure.subplots()
-    bars = axes.bar(names, [count / max(statistics.num_tokens, 1) for count in statistics.histogram], color=SHARED)
-    axes.bar_label(bars, [f"{count:,}" for count in statistics.histogram])
-    axes.set_ylim(0, 1.1)
-    axes.set_ylabel("fraction of tokens")
-    axes.set_title(f"{statistics.mean_layers:.1f} of {statistics.num_layers} layers per token", fontsize=10)
-    save_figure(figure, file)
 
 
 @torch.inference_mode()

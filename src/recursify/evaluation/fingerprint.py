@@ -7,8 +7,7 @@ heads.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from transformers import PreTrainedModel
@@ -18,9 +17,8 @@ TOLERANCE = 1e-3
 """Tolerance in nats. In float32, other matrix sizes or thread counts move a log-probability by 1e-5 to 1e-4."""
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """Predictions for fixed tokens.
+class Fingerprint(TypedDict):
+    """Predictions for fixed tokens, as in ``recursify.json``.
 
     Attributes:
         ids: Input token ids, ``[NUM_TOKENS]``.
@@ -32,10 +30,6 @@ class Fingerprint:
     choices: list[int]
     log_probabilities: list[float]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form, as in ``recursify.json``."""
-        return asdict(self)
-
 
 @torch.inference_mode()
 def take_fingerprint(model: PreTrainedModel) -> Fingerprint:
@@ -43,10 +37,11 @@ def take_fingerprint(model: PreTrainedModel) -> Fingerprint:
     ids = torch.randint(0, model.config.vocab_size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
     logits = model(input_ids=ids, num_recursions=model.config.num_recursions, use_cache=False).logits
     best = logits.float().log_softmax(-1).max(-1)
-    return Fingerprint(ids[0].tolist(), best.indices[0].tolist(), best.values[0].tolist())
+    choices, log_probabilities = best.indices[0].tolist(), best.values[0].tolist()
+    return Fingerprint(ids=ids[0].tolist(), choices=choices, log_probabilities=log_probabilities)
 
 
 def largest_difference(recorded: Fingerprint, found: list[float]) -> float:
     """Largest difference of recomputed log-probabilities from the recorded ones; infinite if one is NaN."""
-    difference = (torch.tensor(recorded.log_probabilities) - torch.tensor(found)).abs().max()
+    difference = (torch.tensor(recorded["log_probabilities"]) - torch.tensor(found)).abs().max()
     return float("inf") if torch.isnan(difference) else float(difference)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from recursify.errors import SettingsError
 from recursify.modeling import CACHE_ARGUMENT, ExitSettings, RoutedCache
 from recursify.settings import resolve_settings
 
-from .exits import ExitStatistics, draw_histogram, exit_statistics
+from .exits import ExitStatistics, exit_statistics
 from .settings import GenerationSettings
 
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
@@ -74,7 +74,7 @@ class GenerationResult:
         if self.plain_speed is not None:
             facts["tokens_per_second_at_full_depth"] = round(self.plain_speed, 2)
         if self.exits is not None:
-            facts["exits"] = {**self.exits.to_dict(), "simulated": self.simulated}
+            facts["exits"] = {**asdict(self.exits), "simulated": self.simulated}
         if self.depths is not None:
             facts |= {"tokens": self.tokens, "depths": self.depths}
         return facts
@@ -88,7 +88,7 @@ class GenerationResult:
         """
         if self.exits is None:
             raise SettingsError("There are no exits to draw. Generate with an exit policy.")
-        draw_histogram(self.exits, Path(file))
+        self.exits.plot(file)
 
 
 def generate_text(
@@ -118,13 +118,7 @@ def generate_text(
     """
     settings = resolve_settings(GenerationSettings, settings, options)
     loaded, tokenizer = load_model(
-        model,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        recursions=settings.recursions,
-        residual_scale=settings.residual_scale,
-        anderson=settings.anderson,
+        model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, **settings.loading
     )
     if settings.exit_policy is not None or settings.speculate:
         require_recursive_model(loaded, model)
@@ -140,15 +134,8 @@ def _generate(model: Any, tokenizer: Any, prompt: str, settings: GenerationSetti
     arguments: dict[str, Any] = {**inputs, "max_new_tokens": settings.max_new_tokens, "do_sample": is_sampled}
     if is_sampled:
         arguments |= {"temperature": settings.temperature, "top_p": settings.top_p}
-    exits = ExitSettings.from_options(
-        settings.exit_policy,
-        threshold=settings.threshold,
-        vocabulary=settings.vocabulary,
-        kv=settings.kv,
-        config=model.config,
-        min_depth=settings.min_depth,
-        max_pending=settings.max_pending,
-    )
+    options = {name: getattr(settings, name) for name in ("threshold", "vocabulary", "kv", "min_depth", "max_pending")}
+    exits = ExitSettings.from_options(settings.exit_policy, config=model.config, **options)
     shortcut: dict[str, Any] = {} if exits is None else {"exit_policy": exits}
     if settings.speculate:
         shortcut["speculate"] = True
@@ -193,11 +180,7 @@ def token_pieces(tokenizer: Any, ids: list[int]) -> list[str]:
 
 
 def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
-    """Token ids and attention mask of the prompt.
-
-    Raises:
-        SettingsError: ``chat``, and the model has no chat template.
-    """
+    """Token ids and attention mask of the prompt."""
     if not chat:
         return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not tokenizer.chat_template:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,30 +63,19 @@ class Comparison:
             "kl": self.kl,
         }
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
-
 
 @torch.inference_mode()
 def perplexity(
-    model: PreTrainedModel,
-    windows: Tensor,
-    *,
-    depth: int | None = None,
-    progress: Progress = silent,
+    model: PreTrainedModel, windows: Tensor, *, depth: int | None = None, progress: Progress = silent
 ) -> Perplexity:
     """Perplexity of ``model`` over token windows ``[N, T]``, with logits cast to float32.
 
     With a ``depth``, every token exits after that recursion.
     """
-    total, count = 0.0, 0
-    batches = _batches(windows)
-    for done, batch in enumerate(batches):
-        total += _negative_log_likelihood(_log_probabilities(model, batch, depth), batch)
-        count += batch[:, 1:].numel()
-        progress("measure", done + 1, len(batches))
-    return _perplexity(total, count)
+    loss = 0.0
+    for batch in _batches(windows, progress):
+        loss += _negative_log_likelihood(_log_probabilities(model, batch, depth), batch)
+    return _perplexity(loss, windows)
 
 
 @torch.inference_mode()
@@ -108,38 +98,36 @@ def compare(
             f"{control.config.vocab_size}: their predictions cannot be compared. Use a control with the same tokenizer."
         )
     model_loss = control_loss = num_agreeing = divergence = 0.0
-    count = 0
-    batches = _batches(windows)
-    for done, batch in enumerate(batches):
+    for batch in _batches(windows, progress):
         logprobs, control_logprobs = _log_probabilities(model, batch, depth), _log_probabilities(control, batch)
         model_loss += _negative_log_likelihood(logprobs, batch)
         control_loss += _negative_log_likelihood(control_logprobs, batch)
         num_agreeing += float((logprobs.argmax(-1) == control_logprobs.argmax(-1)).sum())
         divergence += float(F.kl_div(logprobs, control_logprobs, log_target=True, reduction="sum"))
-        count += batch[:, 1:].numel()
-        progress("measure", done + 1, len(batches))
-    return Comparison(
-        _perplexity(model_loss, count), _perplexity(control_loss, count), num_agreeing / count, divergence / count
-    )
+    figures, control_figures = _perplexity(model_loss, windows), _perplexity(control_loss, windows)
+    count = figures.num_tokens
+    return Comparison(figures, control_figures, num_agreeing / count, divergence / count)
 
 
 def _log_probabilities(model: PreTrainedModel, batch: Tensor, depth: int | None = None) -> Tensor:
     """``[b, T] -> [b · (T-1), V]`` on the CPU, float32."""
-    ids = batch.to(model.device)
     exit_depth = {} if depth is None else {"exit_depth": depth}
-    logits = model(ids, use_cache=False, **exit_depth).logits
-    logits = logits[:, :-1].float().cpu()
-    return logits.flatten(0, 1).log_softmax(-1)
+    logits = model(batch.to(model.device), use_cache=False, **exit_depth).logits
+    return logits[:, :-1].float().cpu().flatten(0, 1).log_softmax(-1)
 
 
 def _negative_log_likelihood(log_probabilities: Tensor, batch: Tensor) -> float:
     return -float(log_probabilities.gather(-1, batch[:, 1:].reshape(-1, 1)).double().sum())
 
 
-def _perplexity(total: float, count: int) -> Perplexity:
+def _perplexity(total: float, windows: Tensor) -> Perplexity:
+    count = windows[:, 1:].numel()
     loss = total / count
     return Perplexity(math.exp(loss) if loss < 700 else math.inf, loss, count)
 
 
-def _batches(windows: Tensor) -> tuple[Tensor, ...]:
-    return windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
+def _batches(windows: Tensor, progress: Progress) -> Iterator[Tensor]:
+    batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
+    for done, batch in enumerate(batches, start=1):
+        yield batch
+        progress("measure", done, len(batches))

@@ -33,6 +33,11 @@ class RecursionSettings(Settings):
     anderson: NonNegativeInt = 0
     """Anderson acceleration depth for repeated recursions (requires recursions)."""
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`~recursify.checkpoint.loading.load_model`."""
+        return {name: getattr(self, name) for name in ("recursions", "residual_scale", "anderson")}
+
     def __post_init__(self) -> None:
         if self.recursions is None and (self.residual_scale is not None or self.anderson):
             name = "--anderson" if self.anderson else "--residual-scale"

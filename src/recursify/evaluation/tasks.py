@@ -125,15 +125,12 @@ def evaluate_tasks(
     num_runs = len(depths) + (dense is not None)
     dense_scores: dict[tuple[str, str], Score] = {}
     if dense is not None:
-        dense_scores = {(score.task, score.metric): score for score in runner.score(*dense)}
+        dense_scores = runner.score(*dense)
         progress("score", 1, num_runs)
     entries: list[dict[str, Any]] = []
     for done, depth in enumerate(depths, start=num_runs - len(depths) + 1):
-        scores = runner.score(loaded, tokenizer, depth)
-        new = [
-            {**score.as_evaluation(depth, dense_scores.get((score.task, score.metric))), "limit": settings.limit}
-            for score in scores
-        ]
+        scores = runner.score(loaded, tokenizer, depth).items()
+        new = [{**score.as_evaluation(depth, dense_scores.get(key)), "limit": settings.limit} for key, score in scores]
         entries += new
         if settings.save:
             # After every depth: a later one may fail. The record is read anew, as another process may have written it.
@@ -165,20 +162,6 @@ def _merge(before: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict
     return [entry for entry in before if key(entry) not in replaced] + new
 
 
-def require_lm_eval() -> None:
-    """Check that lm-eval is installed.
-
-    Raises:
-        SettingsError: It is not.
-    """
-    try:
-        version("lm_eval")
-    except PackageNotFoundError as error:
-        raise SettingsError(
-            "Tasks are scored by lm-evaluation-harness, which is not installed. Run: pip install 'recursify[eval]'"
-        ) from error
-
-
 class TaskRunner:
     """Scores models on the same tasks; arguments as in :func:`evaluate_tasks`.
 
@@ -187,7 +170,12 @@ class TaskRunner:
     """
 
     def __init__(self, tasks: Sequence[str], settings: TaskSettings):
-        require_lm_eval()
+        try:
+            version("lm_eval")
+        except PackageNotFoundError as error:
+            raise SettingsError(
+                "Tasks are scored by lm-evaluation-harness, which is not installed. Run: pip install 'recursify[eval]'"
+            ) from error
         from lm_eval.tasks import TaskManager
 
         folder = settings.include_path
@@ -205,8 +193,8 @@ class TaskRunner:
             )
         self.tasks, self.settings = list(tasks), settings
 
-    def score(self, model: PreTrainedModel, tokenizer: Any, depth: int | None = None) -> list[Score]:
-        """Compute all metrics of all tasks; with a ``depth``, every token of ``model`` exits there.
+    def score(self, model: PreTrainedModel, tokenizer: Any, depth: int | None = None) -> dict[tuple[str, str], Score]:
+        """Compute all metrics of all tasks, by task and metric; with a ``depth``, every token of ``model`` exits there.
 
         Raises:
             TextError: The data of a task is missing.
@@ -233,12 +221,12 @@ class TaskRunner:
                     f"The tasks {', '.join(self.tasks)} could not be run: {reason} Offline, put the data of a "
                     f"task into the cache of datasets, or name local files in its YAML."
                 ) from error
-        return list(_scores(results))
+        return {(score.task, score.metric): score for score in _scores(results)}
 
 
 @contextlib.contextmanager
 def _fixed_depth(model: PreTrainedModel, depth: int | None) -> Iterator[None]:
-    """Context in which every call exits after ``depth``, or runs all recursions, whatever ``config.exit_depth`` is."""
+    """Context in which every call exits after ``depth`` (None: runs all recursions), whatever the config says."""
     if model.config.model_type != "recursive":
         yield
         return

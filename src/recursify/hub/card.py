@@ -1,4 +1,4 @@
-"""Model card, written from the record and the headers of the weights.
+"""Model card, written from the record and the headers of the weights into ``card_template.md``.
 
 Every figure is in ``recursify.json`` or in those headers. A figure that is not recorded, for instance by an older
 recursify, is omitted, never guessed.
@@ -6,8 +6,10 @@ recursify, is omitted, never guessed.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -19,6 +21,7 @@ from recursify.modeling import MINIMUM_TRANSFORMERS
 
 from .publication import without_local_paths
 
+TEMPLATE = Path(__file__).with_name("card_template.md")
 TAGS = ["recursify", "recursive", "parameter-sharing", "relaxed-recursive-transformer", "custom_code"]
 
 NO_DERIVATIVES = "nd"
@@ -45,12 +48,7 @@ TEXT_METRICS = {
 
 @dataclass(frozen=True)
 class Card:
-    """Model card, with warnings for its author.
-
-    Attributes:
-        text: Front matter and body.
-        warnings: Warnings about the license.
-    """
+    """Model card (front matter and body), with warnings about the license for its author."""
 
     text: str
     warnings: list[str]
@@ -76,9 +74,11 @@ def write_card(
         picture: File name of a picture of the layout, beside the card.
     """
     origin = Origin.from_mapping(record.get("base") or {})
-    origin = replace(origin, hub_id=base_model or origin.hub_id)
+    if base_model is not None:
+        origin = replace(origin, hub_id=base_model)
     if license is not None:
         origin = replace(origin, license=license, license_name=None, license_link=None)
+    hub_datasets = {name for run in record.get("history", []) for name in run.get("hub_datasets", [])}
     data = ModelCardData(
         license=origin.license,
         license_name=origin.license_name,
@@ -89,31 +89,31 @@ def write_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=TAGS,
-        datasets=_hub_datasets(record) or None,
+        datasets=sorted(hub_datasets) or None,
         model_name=repo_id.rpartition("/")[2],
         eval_results=model_index(record) or None,
     )
-    name = origin.hub_id or without_local_paths(description.made_from) or "a dense model"
-    sections = [
-        f"# {repo_id.rpartition('/')[2]}",
-        _introduction(description, name),
-        _layout(description, picture),
-        _sizes(description, record),
-        _evaluation(record, description),
-        _how_to_load(description, repo_id),
-        _how_it_was_made(record, name),
-        _limits(description),
-    ]
-    body = "\n\n".join(section for section in sections if section)
-    return Card(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")), license_warnings(origin))
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=data.model_name,
+        dense_name=origin.hub_id or without_local_paths(description.made_from) or "a dense model",
+        repo_id=repo_id,
+        model=description,
+        picture=picture,
+        sizes=_sizes(description, record),
+        evaluation=_evaluation_rows(record),
+        minimum_transformers=MINIMUM_TRANSFORMERS,
+        record=record,
+    )
+    return Card(str(card), license_warnings(origin))
 
 
 def license_warnings(origin: Origin) -> list[str]:
     """Warnings about the license of the dense model, as far as its identifier tells."""
     if origin.license is None:
         return ["The license of the dense model is not recorded. Look it up, and pass it with --license."]
-    parts = origin.license.split("-")
-    warnings = []
+    parts, warnings = origin.license.split("-"), []
     if NO_DERIVATIVES in parts:
         warnings.append(
             f"The dense model's license, {origin.license}, forbids sharing derivatives, and this is a derivative."
@@ -135,8 +135,7 @@ def model_index(record: dict[str, Any]) -> list[EvalResult]:
         if entry.get("depth") is not None:
             continue
         if entry["kind"] == "text":
-            figures = {key: entry[key] for key in TEXT_METRICS if key in entry}
-            metrics = [(*TEXT_METRICS[key], value) for key, value in figures.items()]
+            metrics = [(*names, entry[key]) for key, names in TEXT_METRICS.items() if key in entry]
         else:
             metrics = [(entry["metric"], entry["metric"], entry["value"])]
         results += [
@@ -154,74 +153,23 @@ def model_index(record: dict[str, Any]) -> list[EvalResult]:
     return results
 
 
-def _hub_datasets(record: dict[str, Any]) -> list[str]:
-    """Hub ids of the datasets that the model was uptrained on."""
-    return sorted({name for run in record.get("history", []) for name in run.get("hub_datasets", [])})
-
-
-def _introduction(description: ModelDescription, name: str) -> str:
-    layout, parameters = description.layout, description.parameters
-    return (
-        f"A *recursive* version of {name}, made with [recursify](https://github.com/recursify/recursify): "
-        f"{layout.num_unique_layers} stored layers run as {layout.num_layers}, because a block of "
-        f"{layout.block_size} is applied {layout.num_recursions} times. It stores "
-        f"{parameters.stored / 1e6:,.1f}M parameters and computes with {parameters.effective / 1e6:,.1f}M."
-    )
-
-
-def _layout(description: ModelDescription, picture: str | None) -> str:
-    image = f"![Layout]({picture})\n\n" if picture else ""
-    return f"## Layout\n\n{image}```text\n{description.layout_text()}\n```\n\n{_residuals(description)}"
-
-
-def _residuals(description: ModelDescription) -> str:
-    norms = "All depths share one set of norms." if description.tie_norms else "Every depth has its own norms."
-    if not description.parameters.residuals:
-        return f"Depths share their linear maps without residuals. {norms}"
-    own = len(description.lora_rank_pattern)
-    further = f"; {own} maps have ranks of their own" if own else ""
-    return (
-        f"Every depth adds a low-rank residual (rank {description.lora_rank}{further}) to each shared linear map. "
-        f"{norms}"
-    )
-
-
-def _sizes(description: ModelDescription, record: dict[str, Any]) -> str:
-    dense, parameters = record.get("plan", {}).get("dense") or {}, description.parameters
-    kv = description.kv_bytes_per_token
-    rows = [
-        ("parameters", dense.get("num_parameters"), parameters.stored),
+def _sizes(description: ModelDescription, record: dict[str, Any]) -> list[tuple[str, int | None, int]]:
+    """Label, dense and recursive size; None for one that is not recorded."""
+    dense = record.get("plan", {}).get("dense") or {}
+    return [
+        ("parameters", dense.get("num_parameters"), description.parameters.stored),
         ("bytes of weights", dense.get("num_bytes"), description.num_bytes),
-        ("KV cache, bytes per token", dense.get("kv_bytes_per_token"), kv),
+        ("KV cache, bytes per token", dense.get("kv_bytes_per_token"), description.kv_bytes_per_token),
     ]
-    lines = [f"| {what} | {_count(before)} | {_count(after)} |" for what, before, after in rows]
-    return "\n".join(["## Size", "", "| | dense | this model |", "|---|--:|--:|", *lines])
 
 
-def _count(value: int | None) -> str:
-    return "not recorded" if value is None else f"{value:,}"
-
-
-def _evaluation(record: dict[str, Any], description: ModelDescription) -> str:
-    entries = record.get("evaluation", [])
-    rows = [row for entry in entries for row in _evaluation_rows(entry)]
+def _evaluation_rows(record: dict[str, Any]) -> list[str]:
+    rows = [row for entry in record.get("evaluation", []) for row in _entry_rows(entry)]
     runs = [run for run in record.get("history", []) if "perplexity" in run.get("after", {})]
-    rows += _training_rows(runs[-1]) if runs else []
-    if not rows:
-        return "## Evaluation\n\nThis model has not been evaluated."
-    table = ["| | depth | this model | dense | n |", "|---|---|--:|--:|--:|", *rows]
-    return "\n".join(
-        [
-            "## Evaluation",
-            "",
-            "Measured by recursify, the dense figures in the same run; ± is one standard error.",
-            "",
-            *table,
-        ]
-    )
+    return rows + (_training_rows(runs[-1]["after"]) if runs else [])
 
 
-def _evaluation_rows(entry: dict[str, Any]) -> list[str]:
+def _entry_rows(entry: dict[str, Any]) -> list[str]:
     depth = "all" if entry.get("depth") is None else str(entry["depth"])
     if entry["kind"] == "text":
         tokens = f"{entry['num_tokens']:,} tokens"
@@ -240,85 +188,12 @@ def _evaluation_rows(entry: dict[str, Any]) -> list[str]:
     ]
 
 
-def _training_rows(run: dict[str, Any]) -> list[str]:
-    """Table rows of the held-out evaluation at the end of the last uptraining run."""
-    after = run["after"]
+def _training_rows(after: dict[str, Any]) -> list[str]:
+    """Rows of the held-out evaluation at the end of an uptraining run."""
     dense = f"{math.exp(after['dense_ce']):,.2f}" if "dense_ce" in after else ""
     rows = [f"| perplexity, held-out part of the training text | all | {after['perplexity']:,.2f} | {dense} | |"]
-    depth = 0
-    while f"perplexity_depth_{depth}" in after:
+    for depth in itertools.takewhile(lambda depth: f"perplexity_depth_{depth}" in after, itertools.count()):
         rows.append(f"| the same | {depth} | {after[f'perplexity_depth_{depth}']:,.2f} | | |")
-        agreement = after.get(f"agreement_depth_{depth}")
-        if agreement is not None:
+        if (agreement := after.get(f"agreement_depth_{depth}")) is not None:
             rows.append(f"| same argmax as the full model | {depth} | {agreement:.1%} | | |")
-        depth += 1
     return rows
-
-
-def _how_to_load(description: ModelDescription, repo_id: str) -> str:
-    lines = [
-        "## How to load",
-        "",
-        f"transformers ≥ {MINIMUM_TRANSFORMERS} runs it with the code in this repository, which you should read first.",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'name = "{repo_id}"',
-        "model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)",
-        "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
-        "```",
-        "",
-        "With recursify installed, `import recursify` replaces `trust_remote_code=True`, and "
-        f"`recursify export {repo_id.rpartition('/')[2]} -o DIR --format dense` writes a downloaded copy as a stock "
-        f"checkpoint of the {description.family} family for other servers.",
-    ]
-    depths = description.exits and description.exits.depths
-    if depths:
-        lines += [
-            "",
-            f"It has trained exits after depth {', '.join(map(str, depths))}. With `exit_depth`, every token exits "
-            f"there, which is faster and changes the output.",
-            "",
-            "```python",
-            f"model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, exit_depth={depths[0]})",
-            "```",
-        ]
-    return "\n".join(lines)
-
-
-def _how_it_was_made(record: dict[str, Any], name: str) -> str:
-    plan = record.get("plan", {})
-    lines = ["## How it was made", ""]
-    if plan.get("initialization"):
-        residuals = f", residuals by `{plan['relaxation']}`" if plan.get("relaxation") else ""
-        lines.append(f"Converted from {name}: shared weights by `{plan['initialization']}`{residuals}.")
-    if text := (record.get("calibration") or {}).get("text"):
-        lines.append(f"Calibrated on {text}.")
-    for run in record.get("history", []):
-        rate = run.get("settings", {}).get("learning_rate")
-        at = f", peak learning rate {rate:g}" if rate else ""
-        stage = run.get("settings", {}).get("stage", "heal")
-        tokens, data = (
-            f"{run['tokens']:,}" if "tokens" in run else "unrecorded",
-            run.get("data_name", "unrecorded data"),
-        )
-        lines.append(f"Uptrained ({stage}) on {tokens} tokens of {data}{at}.")
-    if not record.get("history"):
-        lines.append("It has not been uptrained, so it is a starting point, not a replacement for the dense model.")
-    if version := record.get("recursify_version"):
-        lines.append(f"Written by recursify {version}; `recursify.json` has all settings.")
-    return "\n".join(lines)
-
-
-def _limits(description: ModelDescription) -> str:
-    lines = [
-        "## Limits",
-        "",
-        "- The KV cache is as large as the dense model's: every effective layer keeps its own keys and values.",
-        "- At full depth it computes as much as the dense model, so it is smaller, not faster.",
-        "- Perplexity recovers before task accuracy does: evaluate your own task before you rely on it.",
-    ]
-    if description.exits:
-        lines.append("- An early exit is lossy: its output differs from the full model's.")
-    return "\n".join(lines)

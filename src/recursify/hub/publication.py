@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,7 +25,7 @@ from yaml import YAMLError
 from recursify.checkpoint.record import RECORD_FILE, read_record, travelling_code
 from recursify.checkpoint.shards import INDEX_FILE, shard_files
 from recursify.errors import HubError, ParityError
-from recursify.evaluation.fingerprint import TOLERANCE, Fingerprint, largest_difference
+from recursify.evaluation.fingerprint import TOLERANCE, largest_difference
 
 CARD_FILE = "README.md"
 PICTURE_FILE = "layout.svg"
@@ -100,8 +100,7 @@ class Publication:
         sizes: Size in bytes of every file, links followed.
         hashes: SHA-256 of every file, computed before the checks.
         left_out: Names in the model's folder that are not uploaded.
-        difference: Largest difference of log-probabilities, in nats, between a fresh process and the recorded
-            fingerprint; None without a fingerprint.
+        difference: Result of :func:`check_loading`.
     """
 
     stage: Path
@@ -123,42 +122,33 @@ def check_folder(folder: Path) -> tuple[list[Path], list[str]]:
     for entry in sorted(folder.iterdir()):
         if entry.name in LEFT_OUT:
             left_out.append(entry.name)
-        elif any(fnmatch(entry.name, pattern) for pattern in PICKLES):
-            raise HubError(
-                f"'{entry}' is a pickle, which can run any code when it is loaded. The weights are in *.safetensors: "
-                f"delete it, or move it out of the folder."
-            )
-        elif entry.name == TEMPLATES and entry.is_dir():
-            published += [_require_template(file) for file in sorted(entry.iterdir())]
-        elif entry.is_file() and (entry.name in expected or any(fnmatch(entry.name, pattern) for pattern in PUBLISHED)):
-            published.append(entry)
-        else:
-            raise _stray(entry)
+            continue
+        is_templates = entry.name == TEMPLATES and entry.is_dir()
+        for file in sorted(entry.iterdir()) if is_templates else [entry]:
+            if _matches(file, PICKLES):
+                raise HubError(
+                    f"'{file}' is a pickle, which can run any code when it is loaded. The weights are in "
+                    f"*.safetensors: delete it, or move it out of the folder."
+                )
+            is_known = file.suffix == ".jinja" if is_templates else file.name in expected or _matches(file, PUBLISHED)
+            if not (is_known and file.is_file()):
+                raise HubError(
+                    f"'{file}' is not part of a recursive model. Move it out of the folder, or upload it separately "
+                    f"afterwards (hf upload)."
+                )
+            published.append(file)
     return published, left_out
 
 
-def _require_template(file: Path) -> Path:
-    if file.suffix != ".jinja" or not file.is_file():
-        raise _stray(file)
-    return file
-
-
-def _stray(entry: Path) -> HubError:
-    return HubError(
-        f"'{entry}' is not part of a recursive model. Move it out of the folder, or upload it separately afterwards "
-        f"(hf upload)."
-    )
+def _matches(file: Path, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(file.name, pattern) for pattern in patterns)
 
 
 def refuse_private(file: Path) -> None:
-    """Check that ``file`` contains nothing private.
-
-    Raises:
-        HubError: It contains a likely secret, or a path with a user name.
-    """
-    if any(fnmatch(file.name, pattern) for pattern in BINARIES):
+    """Raise :class:`~recursify.errors.HubError` if ``file`` contains a likely secret, or a path with a user name."""
+    if _matches(file, BINARIES):
         return
-    is_vocabulary = any(fnmatch(file.name, pattern) for pattern in VOCABULARIES)
+    is_vocabulary = _matches(file, VOCABULARIES)
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         if found := SECRETS.search(line):
             raise HubError(
@@ -232,7 +222,7 @@ def check_loading(folder: Path, record: dict[str, Any]) -> float | None:
     if not recorded:
         return None
     found = json.loads(process.stdout.splitlines()[-1])["log_probabilities"]
-    difference = largest_difference(Fingerprint(**recorded), found)
+    difference = largest_difference(recorded, found)
     if not difference <= TOLERANCE:
         raise ParityError(
             f"'{folder}' does not reproduce its fingerprint: log-probabilities differ by {difference:.3g} nats, where "
@@ -271,23 +261,18 @@ def stage_publication(folder: Path, stage: Path, card: str, pictures: dict[str, 
     """
     published, left_out = check_folder(folder)
     record = read_record(folder)
-    written = {
-        RECORD_FILE: json.dumps(without_local_paths(record), indent=2) + "\n",
-        CARD_FILE: card,
-        **pictures,
-    }
+    clean_record = json.dumps(without_local_paths(record), indent=2) + "\n"
+    written = {RECORD_FILE: clean_record, CARD_FILE: card, **pictures}
     for file in published:
         link = stage / file.relative_to(folder)
-        if link.name in written:
-            continue
         link.parent.mkdir(parents=True, exist_ok=True)
-        if (cleaned := _without_origins(file)) is not None:
-            link.write_text(cleaned, encoding="utf-8")
-        else:
+        if cleaned := _without_origins(file):
+            written[link.name] = cleaned
+        elif link.name not in written:
             link.symlink_to(file.absolute())
     for name, text in written.items():
         (stage / name).write_text(text, encoding="utf-8")
-    files = dict(_files(stage))
+    files = {file.relative_to(stage).as_posix(): file for file in sorted(stage.rglob("*")) if file.is_file()}
     for file in files.values():
         refuse_private(file)
     sizes = {name: file.stat().st_size for name, file in files.items()}
@@ -309,9 +294,3 @@ def sha256(file: Path) -> str:
     """SHA-256 of the bytes of ``file``."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            yield file.relative_to(folder).as_posix(), file

@@ -6,7 +6,7 @@ import copy
 import logging
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from recursify.modeling import RecursiveForCausalLM
 from recursify.progress import Progress, silent
 from recursify.settings import resolve_settings
 
-from .card import write_card
+from .card import Card, write_card
 from .publication import CARD_FILE, PICTURE_FILE, check_folder, read_card, stage_publication, without_local_paths
 from .settings import PushSettings
 from .upload import check_repo_id, upload
@@ -60,15 +60,8 @@ class PushResult:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form: the card for a dry run, the address otherwise."""
-        address = {"card": self.card} if self.commit is None else {"url": self.url, "commit": self.commit}
-        return {
-            "repo_id": self.repo_id,
-            "files": self.files,
-            "left_out": self.left_out,
-            "difference": self.difference,
-            "warnings": self.warnings,
-            **address,
-        }
+        omitted = ("url", "commit") if self.commit is None else ("card",)
+        return {name: value for name, value in asdict(self).items() if name not in omitted}
 
 
 def push_model(
@@ -105,46 +98,42 @@ def push_model(
     settings = resolve_settings(PushSettings, settings, options)
     folder = require_recursive(model)
     check_repo_id(repo_id)
-    text, warnings, pictures = _prepare_card(folder, repo_id, settings)
+    card, pictures = _prepare_card(folder, repo_id, settings)
+    warnings = list(card.warnings)
     for warning in warnings:
         logger.warning(warning)
     with tempfile.TemporaryDirectory() as scratch:
         progress("check", 0, 1)
-        publication = stage_publication(folder, Path(scratch), text, pictures)
+        publication = stage_publication(folder, Path(scratch), card.text, pictures)
         progress("check", 1, 1)
         if publication.difference is None:
             warnings.append("recursify.json has no fingerprint, so the predictions of the model were not compared.")
             logger.warning(warnings[-1])
-        content: dict[str, Any] = {
-            "files": publication.sizes,
-            "left_out": publication.left_out,
-            "difference": publication.difference,
-            "warnings": warnings,
-            "card": text,
-        }
+        facts = publication.sizes, publication.left_out, publication.difference
+        result = PushResult(repo_id, *facts, warnings, card.text)
         if dry_run:
-            return PushResult(repo_id, **content)
+            return result
         progress("upload", 0, 1)
-        address = upload(publication, repo_id, settings, token=token)
+        commit = upload(publication, repo_id, settings, token=token)
         progress("upload", 1, 1)
-    return PushResult(address.repo_id, **content, url=address.url, commit=address.commit)
+    return replace(result, repo_id=commit.repo_url.repo_id, url=str(commit.repo_url), commit=commit.oid)
 
 
-def _prepare_card(folder: Path, repo_id: str, settings: PushSettings) -> tuple[str, list[str], dict[str, str]]:
-    """Text of the model card, warnings about it, and the picture that it shows, by file name."""
+def _prepare_card(folder: Path, repo_id: str, settings: PushSettings) -> tuple[Card, dict[str, str]]:
+    """The card to upload, and the picture that a written one shows, by file name."""
     record = without_local_paths(read_record(folder))
     description = inspect_model(folder)
     description = replace(description, made_from=without_local_paths(description.made_from))
     pictures = _draw_picture(description)
     base_model, license, picture = settings.base_model, settings.license, next(iter(pictures), None)
-    written = write_card(description, record, repo_id, base_model=base_model, license=license, picture=picture)
-    warnings, text = list(written.warnings), written.text
-    own_card = settings.card or (folder / CARD_FILE if (folder / CARD_FILE).exists() else None)
-    if own_card is not None:
-        text = read_card(own_card)
+    card = write_card(description, record, repo_id, base_model=base_model, license=license, picture=picture)
+    own_card = settings.card or folder / CARD_FILE
+    if settings.card or own_card.exists():
+        card = replace(card, text=read_card(own_card))
         if base_model or license:
-            warnings.append(f"{own_card} is uploaded unchanged; --base-model and --license apply to a written card.")
-    return text, warnings, pictures
+            unused = f"{own_card} is uploaded unchanged; --base-model and --license apply to a written card."
+            card.warnings.append(unused)
+    return card, pictures
 
 
 def _draw_picture(description: ModelDescription) -> dict[str, str]:
@@ -215,7 +204,7 @@ def _save_for_push(model: PreTrainedModel, folder: Path, max_shard_size: int | s
         record = read_record(origin)
     if not record.get("fingerprint"):
         saved = RecursiveForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        record["fingerprint"] = take_fingerprint(saved).to_dict()
+        record["fingerprint"] = take_fingerprint(saved)
     write_model_files(folder, copy.deepcopy(model.config), record)
 
 

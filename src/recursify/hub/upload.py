@@ -7,11 +7,11 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -32,10 +32,9 @@ from .settings import PushSettings
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5
-FIRST_WAIT_SECONDS = 1.0
-"""Delay before the second attempt, doubled after each. Files that arrived are not sent again. The client's own retries
-do not cover every request, for instance not a commit that an overloaded Hub refuses."""
+DELAYS = (1.0, 2.0, 4.0, 8.0)
+"""Seconds between attempts. Files that arrived are not sent again. The client's own retries do not cover every request,
+for instance not a commit that an overloaded Hub refuses."""
 
 CLIENT_ERRORS = (HfHubHTTPError, OSError, TransportError, RuntimeError, ValueError)
 """Exceptions of the client: HTTP status, connections, and RuntimeError for a weight file whose upload failed."""
@@ -43,31 +42,11 @@ CLIENT_ERRORS = (HfHubHTTPError, OSError, TransportError, RuntimeError, ValueErr
 GIT_FILES = (".gitattributes",)
 """Files that the Hub itself adds to a repository."""
 
-Wait = Callable[[float], None]
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class UploadResult:
-    """Address of an upload.
-
-    Attributes:
-        repo_id: Repository, ``owner/name``.
-        url: Page of the repository.
-        commit: Id of the commit.
-    """
-
-    repo_id: str
-    url: str
-    commit: str
-
-
 def check_repo_id(repo_id: str) -> None:
-    """Check that ``repo_id`` is a valid repository name.
-
-    Raises:
-        HubError: It is not.
-    """
+    """Raise :class:`~recursify.errors.HubError` unless ``repo_id`` is a valid repository name."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -80,8 +59,8 @@ def upload(
     settings: PushSettings = PushSettings(),
     *,
     token: str | None = None,
-    wait: Wait = time.sleep,
-) -> UploadResult:
+    wait: Callable[[float], None] = time.sleep,
+) -> CommitInfo:
     """Upload ``publication`` into ``repo_id``, which is created if it does not exist.
 
     Args:
@@ -96,77 +75,57 @@ def upload(
         HubError: The token is missing or may not write, the repository has other files, the network stays away, or a
             file changed during the upload.
     """
-    api = HfApi(token=token)
-    repo_id = _find_repository(api, repo_id, settings.private, wait)
-    revision = settings.revision
+    api, revision = HfApi(token=token), settings.revision
+    retry = partial(_retry, wait)
+    repo_id = retry(api.create_repo, repo_id, private=settings.private or None, exist_ok=True).repo_id
+    if settings.private and not retry(api.repo_info, repo_id).private:
+        raise HubError(
+            f"'{repo_id}' exists and is public; --private applies to new repositories only. Change its visibility "
+            f"on its page first, or choose another name."
+        )
     if revision is not None:
-        _retry(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id, wait)
-    others = _other_files(api, repo_id, revision, publication, wait)
+        retry(api.create_branch, repo_id, branch=revision, exist_ok=True)
+    kept = {*publication.sizes, *GIT_FILES}
+    others = sorted(set(retry(api.list_repo_files, repo_id, revision=revision)) - kept)
     if others and not settings.overwrite:
         raise HubError(
             f"'{repo_id}' has {len(others)} files that this model does not have, first '{others[0]}'. Choose another "
             f"name, or delete them with --overwrite."
         )
-
-    def commit_folder() -> str:
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=publication.stage,
-            revision=revision,
-            commit_message=settings.message,
-            delete_patterns=[glob.escape(name) for name in others] or None,
-        )
-        return commit.oid
-
-    commit = _retry(commit_folder, repo_id, wait)
+    commit = retry(
+        api.upload_folder,
+        repo_id,
+        folder_path=publication.stage,
+        revision=revision,
+        commit_message=settings.message,
+        delete_patterns=[glob.escape(name) for name in others] or None,
+    )
     if changed := [name for name, digest in publication.hashes.items() if sha256(publication.stage / name) != digest]:
         raise HubError(
             f"'{changed[0]}' changed while it was checked or uploaded, so '{repo_id}' may hold a mixture. Let the "
             f"other process finish, then push again."
         )
-    _check_arrived(api, repo_id, commit, publication, wait)
-    return UploadResult(repo_id, f"{constants.ENDPOINT}/{repo_id}", commit)
+    tree = retry(lambda **source: list(api.list_repo_tree(**source)), repo_id, revision=commit.oid, recursive=True)
+    _check_arrived(publication, {entry.path: entry for entry in tree}, repo_id)
+    return commit
 
 
-def _find_repository(api: HfApi, repo_id: str, private: bool, wait: Wait) -> str:
-    """Create the repository if it does not exist, check that it is private if asked for, and return its full name."""
-    url = _retry(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), repo_id, wait)
-    if private and not _retry(lambda: api.repo_info(url.repo_id), repo_id, wait).private:
-        raise HubError(
-            f"'{url.repo_id}' exists and is public; --private applies to new repositories only. Change its visibility "
-            f"on its page first, or choose another name."
-        )
-    return url.repo_id
-
-
-def _other_files(
-    api: HfApi,
-    repo_id: str,
-    revision: str | None,
-    publication: Publication,
-    wait: Wait,
-) -> list[str]:
-    """Files of the repository that the publication would not replace."""
-    names = _retry(lambda: api.list_repo_files(repo_id, revision=revision), repo_id, wait)
-    return sorted(name for name in names if name not in publication.sizes and name not in GIT_FILES)
-
-
-def _retry(call: Callable[[], Result], repo_id: str, wait: Wait) -> Result:
-    """Return the result of ``call``, retried over interruptions.
+def _retry(wait: Callable[[float], None], call: Callable[..., Result], repo_id: str, **arguments: Any) -> Result:
+    """``call(repo_id=repo_id, **arguments)``, retried over interruptions.
 
     Raises:
         HubError: The last attempt failed, or the Hub refused.
     """
-    for attempt in range(1, ATTEMPTS + 1):
+    delays = iter(DELAYS)
+    while True:
         try:
-            return call()
+            return call(repo_id=repo_id, **arguments)
         except CLIENT_ERRORS as error:
-            if attempt == ATTEMPTS or not _is_temporary(error):
+            delay = next(delays, None)
+            if delay is None or not _is_temporary(error):
                 raise explain(error, repo_id) from error
-            seconds = FIRST_WAIT_SECONDS * 2 ** (attempt - 1)
-            logger.warning("Upload interrupted (%s); resuming in %g s.", _reason(error), seconds)
-            wait(seconds)
-    raise AssertionError("the last attempt returns or raises")
+            logger.warning("Upload interrupted (%s); resuming in %g s.", _reason(error), delay)
+            wait(delay)
 
 
 def _is_temporary(error: Exception) -> bool:
@@ -221,14 +180,7 @@ def _reason(error: Exception) -> str:
     return message.splitlines()[0] if message else type(error).__name__
 
 
-def _check_arrived(api: HfApi, repo_id: str, commit: str, publication: Publication, wait: Wait) -> None:
-    """Check that every file of the commit is the one that was sent.
-
-    Raises:
-        HubError: One is not.
-    """
-    tree = _retry(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)), repo_id, wait)
-    entries = {entry.path: entry for entry in tree}
+def _check_arrived(publication: Publication, entries: dict[str, Any], repo_id: str) -> None:
     for name, sha in publication.hashes.items():
         entry = entries.get(name)
         if not isinstance(entry, RepoFile) or (
@@ -238,6 +190,5 @@ def _check_arrived(api: HfApi, repo_id: str, commit: str, publication: Publicati
 
 
 def _git_blob(file: Path) -> str:
-    """Blob id that git computes from the content of ``file``."""
     data = file.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

@@ -128,5 +128,5 @@ def _write_model(trainer: RecursiveTrainer, run: TrainingRun, result: UptrainRes
     shutil.rmtree(run.scratch)
     run.scratch.mkdir()
     model.save_pretrained(run.scratch)
-    fingerprint = take_fingerprint(model.float().eval()).to_dict()
+    fingerprint = take_fingerprint(model.float().eval())
     run.publish(model.config, trainer.processing_class, result, data_name, fingerprint)
