@@ -115,8 +115,8 @@ def evaluate_model(
         return EvaluationResult(model=perplexity(loaded, windows, depth=depth, progress=progress), **facts)
     control = against if isinstance(against, PreTrainedModel) else load_model(against, **loading)[0]
     comparison = compare(loaded, control, windows, depth=depth, progress=progress)
-    figures = {"control": comparison.control, "agreement": comparison.top1_agreement, "kl": comparison.kl}
-    return EvaluationResult(model=comparison.model, against=_name(against), **figures, **facts)
+    facts |= {"control": comparison.control, "agreement": comparison.top1_agreement, "kl": comparison.kl}
+    return EvaluationResult(model=comparison.model, against=_name(against), **facts)
 
 
 def _name(model: str | Path | PreTrainedModel) -> str:

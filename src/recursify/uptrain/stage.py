@@ -22,6 +22,7 @@ from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, open_checkpoi
 from recursify.checkpoint.record import read_record, write_model_files
 from recursify.checkpoint.writer import check_target
 from recursify.errors import CheckpointError, OutputError, RecursifyError
+from recursify.evaluation.fingerprint import Fingerprint
 from recursify.modeling import RecursiveConfig, RecursiveForCausalLM, RecursiveOutput
 from recursify.progress import Progress
 
@@ -177,7 +178,7 @@ class TrainingRun:
         tokenizer: Any,
         result: UptrainResult,
         data_name: str,
-        fingerprint: dict[str, Any] | None = None,
+        fingerprint: Fingerprint | None = None,
     ) -> None:
         """Complete the weights in :attr:`scratch` to a model with config and tokenizer, and move it into ``output``.
 
