@@ -201,8 +201,7 @@ class Calibration:
         layout = self.layout
         hidden = [start, start]
         first = layout.num_prelude_layers
-        # The coda is not refitted: refitted at full rank on 16k tokens it learned the text, and held-out perplexity on
-        # SmolLM2-135M rose from 22.2 to 23.2.
+        # The coda is not refitted: refitted at full rank it learns the calibration text, and held-out perplexity rises.
         last = layout.num_layers - layout.num_coda_layers - 1
         for position in range(first, last + 1):
             ref = layout.layer_ref(position)

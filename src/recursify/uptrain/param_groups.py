@@ -144,8 +144,7 @@ def balance_factors(model: nn.Module) -> None:
 
     After an SVD all singular values are in ``B``: in SmolLM2-135M the first column of ``B`` is a thousand times as long
     as the first row of ``A``. Adam moves every entry by the same amount, so a step small enough for ``A`` hardly
-    changes ``B``. After 15k tokens of distillation at a learning rate of 1e-4, perplexity falls from 22.2 to 20.5 with
-    balanced factors and to 21.0 without.
+    changes ``B``.
     """
     for module in model.modules():
         if not isinstance(module, RelaxedLinear) or module.lora_a is None or module.lora_b is None:
