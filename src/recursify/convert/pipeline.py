@@ -78,7 +78,14 @@ def plan_conversion(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> ConversionPlan:
-    """Plan a conversion without writing anything; the arguments are those of :func:`convert_model`.
+    """Plan a conversion without writing anything.
+
+    Args:
+        model: Dense model: a folder of safetensors, a ``.gguf`` file, or a Hub id.
+        settings: Settings; give these or ``options``.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Permission to run Python code of the model's folder.
+        options: Fields of :class:`~recursify.convert.settings.ConversionSettings`.
 
     Raises:
         RecursifyError: The model, the settings or the text cannot be used.
