@@ -204,13 +204,16 @@ class RecursiveModel(RecursivePreTrainedModel):
         return boundary_states
 
     def run_layer(
-        self, position: int, states: Tensor, *, masks: Any, rotations: Any, cache: Cache | None, **arguments: Any
+        self, position: int, states: Tensor, *, masks: Any, rotations: Any, kv_cache: Cache | None, **arguments: Any
     ) -> Tensor:
-        """Run the layer at ``position``, ``[B, T, D] -> [B, T, D]``; masks and rotations are one or by layer type."""
+        """Run the layer at ``position``, ``[B, T, D] -> [B, T, D]``; masks and rotations are one or by layer type.
+
+        Before transformers 5.24, ``arguments`` may hold a ``cache`` for the attention function beside the KV cache.
+        """
         ref, kind = self.layout.layer_ref(position), self.layer_type(position)
         arguments["attention_mask"] = masks[kind] if isinstance(masks, dict) else masks
         arguments["position_embeddings"] = rotations[kind] if isinstance(rotations, dict) else rotations
-        arguments[self.cache_argument] = cache
+        arguments[self.cache_argument] = kv_cache
         if ref.part == "block":
             return self.block[ref.index](states, ref.depth, **arguments)
         layer = self.prelude[ref.index] if ref.part == "prelude" else self.coda[ref.index]

@@ -122,6 +122,6 @@ class LayerWalk:
             masks=self.masks,
             rotations=self.rotations,
             position_ids=self.position_ids,
-            cache=self.cache,
+            kv_cache=self.cache,
             **self.arguments,
         )

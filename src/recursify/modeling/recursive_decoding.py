@@ -145,7 +145,7 @@ class DepthDecoder:
                     masks=masks[window],
                     rotations=rotations,
                     position_ids=position_ids,
-                    cache=self.cache,
+                    kv_cache=self.cache,
                     use_cache=True,
                 )
             except KeysAndValuesWritten:

@@ -183,7 +183,7 @@ class RoutedWalk(LayerWalk):
             masks=self._masks[kind],
             rotations=self._packed_rotations,
             position_ids=self._positions,
-            cache=self.store,
+            kv_cache=self.store,
             **{**self.arguments, "use_cache": self.store is not None},
         )
 
