@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from quality import MODEL
-from recursify.evaluation.text import Text
+from recursify.evaluation.text import Text, text_start
 
 PROMPT_LENGTHS = (16, 24, 32, 48, 64)
 """Tokens of the prompts, in turn."""
@@ -32,7 +32,8 @@ def openings(tokenizer: PreTrainedTokenizerBase, text: Text, count: int) -> list
     prompts: list[Tensor] = []
     for passage in passages:
         length = PROMPT_LENGTHS[len(prompts) % len(PROMPT_LENGTHS)]
-        ids = tokenizer(passage, add_special_tokens=False, verbose=False)["input_ids"][:length]
+        ids = tokenizer(passage, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [*text_start(tokenizer), *ids][:length]
         if len(ids) == length:
             prompts.append(torch.tensor(ids))
     if len(prompts) < count:

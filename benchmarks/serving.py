@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
 
 def prompts_of(options: argparse.Namespace, tokenizer: Any) -> list[list[str]]:
     """Draw different pieces of held-out text for each round, including the warm-up: one per response."""
-    ids = tokenizer("\n".join(default_text("held_out").documents)[:600_000])["input_ids"]
+    ids = tokenizer("\n".join(default_text("held_out").documents)[:600_000], add_special_tokens=False)["input_ids"]
     per_round, length = options.clients * options.answers, options.prompt_tokens
     count = per_round * (options.rounds + 1)
     stride = max(1, (len(ids) - length) // count)

@@ -49,7 +49,7 @@ def test_requests_that_cannot_be_answered():
         engine.add(prompts(20)[0], SamplingParams(max_tokens=10))
     with pytest.raises(EngineError, match="no tokens"):
         engine.add([])
-    with pytest.raises(EngineError, match="Token 1000 of the prompt is not in the vocabulary of 260"):
+    with pytest.raises(EngineError, match="Token 1000 is not in the model's vocabulary of 260 entries"):
         engine.add([1, 1000])
     with pytest.raises(EngineError, match="is text or a list of token ids: invalid literal"):
         engine.add(["a"])

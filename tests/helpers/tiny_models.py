@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -108,13 +108,20 @@ def random_ids(batch: int, length: int, seed: int = 0, vocab_size: int = SMALL["
     return torch.randint(2, vocab_size, (batch, length), generator=generator)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 256 bytes and a few special tokens, made on the spot."""
+def byte_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer of 256 bytes and a few special tokens, made on the spot.
+
+    ``template`` is the text with the special tokens that the tokenizer adds, for instance ``"<s> $A"``.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<pad>": 0, "<s>": 1} | {character: index + 2 for index, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if template is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", 1), ("<pad>", 0)]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", padding_side="left")
 
 

@@ -56,7 +56,7 @@ def refused(answer: httpx.Response, status: int, message: str) -> dict:
         ("completions", {"prompt": []}, "prompt: The list is empty"),
         ("completions", {"prompt": [[1], []]}, "prompt: It has no tokens"),
         ("completions", {"prompt": {"a": 1}}, "prompt: The value has none of the types"),
-        ("completions", {"prompt": [999]}, "Token 999 of the prompt is not in the vocabulary of 260"),
+        ("completions", {"prompt": [999]}, "Token 999 is not in the model's vocabulary of 260 entries"),
         ("completions", {"prompt": [-1]}, "prompt"),
         ("completions", {"prompt": "x" * 300}, "prompt: It has 300 tokens; at most 255 are allowed"),
         ("completions", {"prompt": ["x"] * 129}, "prompt: At most 128 prompts are allowed, got 129"),

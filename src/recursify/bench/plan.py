@@ -13,8 +13,9 @@ import torch
 from transformers import CompileConfig
 
 from recursify.checkpoint.loading import load_model
+from recursify.checkpoint.vocabulary import require_known_tokens
 from recursify.errors import EngineError, SettingsError
-from recursify.evaluation.text import default_text
+from recursify.evaluation.text import default_text, text_start
 from recursify.modeling import ExitSettings
 from recursify.progress import Progress, silent
 from recursify.settings import resolve_settings
@@ -126,8 +127,12 @@ class BenchPlan:
         length = self.settings.prompt
         if self.tokenizer is not None:
             documents = list(default_text("held_out").documents)
+            start = text_start(self.tokenizer)
             ids = self.tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-            if sources := [document[:length] for document in ids if len(document) >= length]:
+            texts = [[*start, *document] for document in ids]
+            if sources := [tokens[:length] for tokens in texts if len(tokens) >= length]:
+                vocab_size = self.model.config.vocab_size
+                require_known_tokens({token for source in sources for token in source}, vocab_size, self.tokenizer)
                 return sources
         generator = torch.Generator().manual_seed(0)
         return torch.randint(3, self.model.config.vocab_size, (64, length), generator=generator).tolist()

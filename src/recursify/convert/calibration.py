@@ -24,7 +24,7 @@ from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, load_tokenize
 from recursify.checkpoint.dense_names import Factors, StoredModule
 from recursify.checkpoint.layerwise import Layerwise
 from recursify.checkpoint.writer import ShardedCheckpoint
-from recursify.evaluation.text import Text, token_windows
+from recursify.evaluation.text import Text, num_context, text_start, token_windows
 from recursify.progress import Progress
 
 from .fisher import fisher_information
@@ -76,8 +76,14 @@ class Calibration:
         self.progress = progress
         settings = plan.settings
         length = min(settings.calibration_length, plan.config.max_position_embeddings)
+        self.tokenizer = load_tokenizer(checkpoint)
         self.windows = token_windows(
-            load_tokenizer(checkpoint), text, length, max_tokens=settings.calibration_tokens, min_windows=MIN_WINDOWS
+            self.tokenizer,
+            text,
+            length,
+            max_tokens=settings.calibration_tokens,
+            min_windows=MIN_WINDOWS,
+            vocab_size=plan.config.vocab_size,
         )
         self.dense = Layerwise(checkpoint, plan.config, self.windows, settings.device)
 
@@ -106,6 +112,7 @@ class Calibration:
             "text": self.text.name,
             "num_tokens": self.windows.numel(),
             "window": self.windows.shape[1],
+            "window_start": self.tokenizer.convert_ids_to_tokens(text_start(self.tokenizer)),
             "drift_correction": corrects_drift,
         }
 
@@ -120,7 +127,9 @@ class Calibration:
 
     @cached_property
     def _fisher(self) -> dict[str, Tensor]:
-        return fisher_information(self.checkpoint, self.plan.names.stem, self.windows, self.progress)
+        return fisher_information(
+            self.checkpoint, self.plan.names.stem, self.windows, num_context(self.tokenizer), self.progress
+        )
 
     # --- Pass 1: share -------------------------------------------------------------------------------------------
 

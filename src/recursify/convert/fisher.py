@@ -11,12 +11,13 @@ from recursify.progress import Progress
 
 @torch.enable_grad()
 def fisher_information(
-    checkpoint: DenseCheckpoint, stem: str, windows: Tensor, progress: Progress
+    checkpoint: DenseCheckpoint, stem: str, windows: Tensor, num_context: int, progress: Progress
 ) -> dict[str, Tensor]:
     """Mean squared gradient of the loss over token windows ``[N, T]``, by parameter name.
 
     The whole dense model, its gradients and their squares are in memory, unlike in the rest of the calibration.
-    ``stem`` is the prefix of the layers' parameter names.
+    ``stem`` is the prefix of the layers' parameter names. The first ``num_context`` tokens of a window are not
+    predicted.
     """
     model = checkpoint.load_model(torch.float32)
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -24,7 +25,8 @@ def fisher_information(
     fisher = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for done, window in enumerate(windows):
         model.zero_grad()
-        model(window[None], labels=window[None]).loss.backward()
+        labels = window.masked_fill(torch.arange(len(window)) < num_context, -100)
+        model(window[None], labels=labels[None]).loss.backward()
         for name, weight in weights.items():
             assert weight.grad is not None
             fisher[name] += weight.grad.square() / len(windows)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, load_tokenizer, open_checkpoint
 from recursify.checkpoint.record import update_record
+from recursify.checkpoint.vocabulary import require_known_tokens
 from recursify.evaluation.fingerprint import take_fingerprint
 from recursify.evaluation.perplexity import Comparison, compare
-from recursify.evaluation.text import Text, default_text, read_text, token_windows
+from recursify.evaluation.text import Text, default_text, num_context, read_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
 from recursify.progress import Progress, silent
 from recursify.settings import require_device, resolve_settings
@@ -128,8 +130,9 @@ def convert_model(
     checkpoint, plan, text = _prepare(model, settings, revision, trust_remote_code)
     if on_plan is not None:
         on_plan(plan)
+    check_text = _read_check_text(checkpoint) if check else None
     record = write_recursive_model(checkpoint, plan, target, text=text, overwrite=overwrite, progress=progress)
-    checked = _check(checkpoint, target, progress) if check else None
+    checked = _check(checkpoint, target, check_text, progress) if check else None
     return ConversionResult(target, plan, record, checked)
 
 
@@ -155,19 +158,44 @@ def _has_tokenizer(checkpoint: DenseCheckpoint) -> bool:
     return checkpoint.location.suffix == ".gguf" or any(checkpoint.location.glob("tokenizer*"))
 
 
-def _check(checkpoint: DenseCheckpoint, target: Path, progress: Progress) -> ConversionCheck:
+@dataclass(frozen=True)
+class _CheckText:
+    """Tokens of the text that a conversion is checked on.
+
+    Attributes:
+        name: Name of the text.
+        tokenizer: Tokenizer of the model.
+        windows: Token windows ``[N, T]``.
+        prompt: Token ids of :data:`SAMPLE_PROMPT`, ``[1, n]``, with their attention mask.
+    """
+
+    name: str
+    tokenizer: Any
+    windows: Tensor
+    prompt: dict[str, Tensor]
+
+
+def _read_check_text(checkpoint: DenseCheckpoint) -> _CheckText | None:
+    """Tokenize the text of the check, which can fail, before anything is written; None without a tokenizer."""
+    if not _has_tokenizer(checkpoint):
+        return None
+    tokenizer, text, vocab_size = load_tokenizer(checkpoint), default_text("held_out"), checkpoint.config.vocab_size
+    length = min(CHECK_LENGTH, checkpoint.config.max_position_embeddings)
+    windows = token_windows(tokenizer, text, length, max_tokens=CHECK_WINDOWS * length, vocab_size=vocab_size)
+    prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt", return_token_type_ids=False)
+    require_known_tokens(prompt["input_ids"][0].tolist(), vocab_size, tokenizer)
+    return _CheckText(text.name, tokenizer, windows, dict(prompt))
+
+
+def _check(checkpoint: DenseCheckpoint, target: Path, text: _CheckText | None, progress: Progress) -> ConversionCheck:
     """Compare the written model with the dense one; record the figures and a fingerprint of its outputs."""
     model = RecursiveForCausalLM.from_pretrained(target).eval()
     dense = checkpoint.load_model()
     entries: dict[str, Any] = {}
-    if _has_tokenizer(checkpoint):
-        tokenizer, text = load_tokenizer(checkpoint), default_text("held_out")
-        length = min(CHECK_LENGTH, model.config.max_position_embeddings)
-        windows = token_windows(tokenizer, text, length, max_tokens=CHECK_WINDOWS * length)
-        comparison = compare(model, dense, windows, progress=progress)
-        prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt")
-        tokens = model.generate(**prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)[0]
-        name, sample = text.name, tokenizer.decode(tokens, skip_special_tokens=True)
+    if text is not None:
+        comparison = compare(model, dense, text.windows, num_context=num_context(text.tokenizer), progress=progress)
+        tokens = model.generate(**text.prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)[0]
+        name, sample = text.name, text.tokenizer.decode(tokens, skip_special_tokens=True)
         entries["evaluation"] = [comparison.as_evaluation(name)]
     else:
         ids = torch.randint(0, model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))

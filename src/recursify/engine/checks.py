@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from recursify.checkpoint.vocabulary import require_known_tokens
 from recursify.errors import ContextLengthError, EngineError, UnsupportedModelError
 from recursify.kernels.dispatch import Implementation, implementation_on, why_not_triton
 from recursify.modeling import ExitSettings
@@ -140,9 +141,7 @@ def encode(prompt: str | Sequence[int], tokenizer: Any, vocab_size: int) -> list
         raise EngineError(f"A prompt is text or a list of token ids: {error}.") from error
     if not ids:
         raise EngineError("The prompt has no tokens. Give at least one.")
-    unknown = [token for token in ids if not 0 <= token < vocab_size]
-    if unknown:
-        raise EngineError(f"Token {unknown[0]} of the prompt is not in the vocabulary of {vocab_size}.")
+    require_known_tokens(ids, vocab_size, tokenizer, error=EngineError)
     return ids
 
 

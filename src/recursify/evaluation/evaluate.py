@@ -15,7 +15,7 @@ from recursify.settings import resolve_settings
 
 from .perplexity import Perplexity, compare, perplexity
 from .settings import EvaluationSettings
-from .text import default_text, read_text, token_windows
+from .text import default_text, num_context, read_text, token_windows
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,16 @@ def evaluate_model(
     depth = settings.depth
     if depth is not None:
         require_exit(loaded.config, _name(model), depth)
-    windows = token_windows(tokenizer, text, settings.length, max_tokens=settings.max_tokens)
+    vocab_size = loaded.config.vocab_size
+    windows = token_windows(tokenizer, text, settings.length, max_tokens=settings.max_tokens, vocab_size=vocab_size)
+    how: dict[str, Any] = {"depth": depth, "num_context": num_context(tokenizer), "progress": progress}
     facts: dict[str, Any] = {"text": text.name, "window": settings.length, "depth": depth}
     if settings.recursions is not None:
         facts["run"] = {**settings.loading, "residual_scale": loaded.config.residual_scale}
     if against is None:
-        return EvaluationResult(model=perplexity(loaded, windows, depth=depth, progress=progress), **facts)
+        return EvaluationResult(model=perplexity(loaded, windows, **how), **facts)
     control = against if isinstance(against, PreTrainedModel) else load_model(against, **loading)[0]
-    comparison = compare(loaded, control, windows, depth=depth, progress=progress)
+    comparison = compare(loaded, control, windows, **how)
     facts |= {"control": comparison.control, "agreement": comparison.top1_agreement, "kl": comparison.kl}
     return EvaluationResult(model=comparison.model, against=_name(against), **facts)
 

@@ -18,7 +18,7 @@ from recursify.settings import resolve_settings
 
 from .exit_thresholds import ThresholdOutcome, apply_thresholds, choose_thresholds, predict_at_exits
 from .settings import ExitCalibrationSettings
-from .text import default_text, read_text, token_windows
+from .text import default_text, num_context, read_text, token_windows
 
 CURVE_TARGETS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 0.999)
 MINIMUM_TOKENS = 256
@@ -104,9 +104,16 @@ def calibrate_exits(
     settings = resolve_settings(ExitCalibrationSettings, settings, options)
     text = read_text(settings.data) if settings.data else default_text("held_out")
     loaded, tokenizer = load_model(folder, dtype=dtype, device=device)
-    windows = token_windows(tokenizer, text, settings.length, max_tokens=settings.max_tokens)
-    recursive = cast(RecursiveForCausalLM, loaded)
-    calibration = calibrate_on_windows(recursive, windows, settings, text=text.name, progress=progress)
+    vocab_size = loaded.config.vocab_size
+    windows = token_windows(tokenizer, text, settings.length, max_tokens=settings.max_tokens, vocab_size=vocab_size)
+    calibration = calibrate_on_windows(
+        cast(RecursiveForCausalLM, loaded),
+        windows,
+        settings,
+        num_context=num_context(tokenizer),
+        text=text.name,
+        progress=progress,
+    )
     if not dry_run:
         loaded.config.exit_policy, loaded.config.exit_thresholds = settings.policy, calibration.thresholds
         loaded.config.exit_vocabulary = settings.vocabulary
@@ -121,17 +128,20 @@ def calibrate_on_windows(
     windows: Tensor,
     settings: ExitCalibrationSettings,
     *,
+    num_context: int = 1,
     text: str = "",
     progress: Progress = silent,
 ) -> ExitCalibration:
     """Choose thresholds on the first half of token windows ``[W, T]``, and evaluate them on the second.
+
+    The first ``num_context`` tokens of each window are not predicted.
 
     Raises:
         SettingsError: The policy has no threshold or does not fit the model.
         TextError: There are too few tokens.
     """
     exit_policy = _require_policy(model, settings.policy, settings.vocabulary)
-    predictions = predict_at_exits(model, windows, exit_policy, progress=progress)
+    predictions = predict_at_exits(model, windows, exit_policy, num_context=num_context, progress=progress)
     first, second = predictions.split()
     if first.agrees.shape[1] < MINIMUM_TOKENS:
         raise TextError(

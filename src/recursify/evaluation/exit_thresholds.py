@@ -19,7 +19,10 @@ from recursify.modeling import ExitHead, ExitPolicy, RecursiveForCausalLM
 from recursify.modeling.recursive_policies import ExitContext
 from recursify.progress import Progress, silent
 
+from .perplexity import LOGIT_BYTES
+
 TOKENS_PER_BATCH = 1024
+"""Tokens per forward pass."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,29 @@ class ThresholdOutcome:
 
 @torch.inference_mode()
 def predict_at_exits(
-    model: RecursiveForCausalLM, windows: Tensor, policy: ExitPolicy, *, progress: Progress = silent
+    model: RecursiveForCausalLM,
+    windows: Tensor,
+    policy: ExitPolicy,
+    *,
+    num_context: int = 1,
+    progress: Progress = silent,
 ) -> ExitPredictions:
-    """Predict every next token of ``[W, T]`` token windows at all exits, and compare with the full model."""
+    """Predict the tokens of ``[W, T]`` token windows at all exits, and compare with the full model.
+
+    The first ``num_context`` tokens of each window are not predicted.
+    """
     confidences, agreements = [], []
+    # All exits of a chunk have their logits in memory at the same time.
+    chunk = max(1, LOGIT_BYTES // (4 * model.config.vocab_size * (1 + len(model.config.exit_depths))))
     batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
     for done, batch in enumerate(batches, start=1):
-        contexts, last_states = exit_contexts(model, batch, policy.vocabulary)
-        full = model.compute_logits(last_states).argmax(-1)
-        confidences.append(torch.stack([policy.confidence(context) for context in contexts]).float().cpu())
-        agreements.append(torch.stack([context.all_logits.argmax(-1) == full for context in contexts]).cpu())
+        read = _read_boundaries(model, batch, num_context)
+        for start in range(0, len(read.last), chunk):
+            rows = slice(start, start + chunk)
+            contexts = _contexts(model, read, rows, policy.vocabulary)
+            full = model.compute_logits(read.last[rows]).argmax(-1)
+            confidences.append(torch.stack([policy.confidence(context) for context in contexts]).float().cpu())
+            agreements.append(torch.stack([context.all_logits.argmax(-1) == full for context in contexts]).cpu())
         progress("read", done, len(batches))
     return ExitPredictions(torch.cat(confidences, dim=1), torch.cat(agreements, dim=1))
 
@@ -92,15 +108,37 @@ def exit_contexts(
     Returns:
         One context per exit, and the normed states ``[n, D]`` after the last layer.
     """
+    read = _read_boundaries(model, windows)
+    return _contexts(model, read, slice(None), vocabulary), read.last
+
+
+@dataclass(frozen=True)
+class _Boundaries:
+    """States ``[n, D]`` of a batch's tokens before each recursion, at each exit, and after the last layer (normed)."""
+
+    before: list[Tensor]
+    exits: list[Tensor]
+    last: Tensor
+
+
+def _read_boundaries(model: RecursiveForCausalLM, windows: Tensor, num_context: int = 1) -> _Boundaries:
     ids = windows.to(model.device)
+    outputs = model.model(ids, use_cache=False, exit_depths=model.config.exit_depths)
+
+    def flat(state: Tensor) -> Tensor:
+        return state[:, num_context - 1 : -1].flatten(0, 1)
+
+    before = [model.get_input_embeddings()(ids), *(outputs.boundary_states or ())]
+    exits = outputs.exit_states or ()
+    return _Boundaries([*map(flat, before)], [*map(flat, exits)], flat(outputs.last_hidden_state))
+
+
+def _contexts(model: RecursiveForCausalLM, read: _Boundaries, rows: slice, vocabulary: int | None) -> list[ExitContext]:
+    """One context per exit, for some of the tokens."""
     depths = model.config.exit_depths
-    outputs = model.model(ids, use_cache=False, exit_depths=depths)
-    states = [model.get_input_embeddings()(ids), *(outputs.boundary_states or ())]
-    states = [state[:, :-1].flatten(0, 1) for state in states]
-    exit_states = [state[:, :-1].flatten(0, 1) for state in outputs.exit_states or ()]
+    states, exit_states = [state[rows] for state in read.before], [state[rows] for state in read.exits]
     # Over the whole vocabulary: whether an exit agrees depends on it.
     logits = [model.compute_exit_logits(depth, state) for depth, state in zip(depths, exit_states, strict=True)]
-    last_states = outputs.last_hidden_state[:, :-1].flatten(0, 1)
 
     def context(depth: int) -> ExitContext:
         head = None if model.exit_heads is None else cast(ExitHead, model.exit_heads[depth])
@@ -116,7 +154,7 @@ def exit_contexts(
             vocabulary=vocabulary,
         )
 
-    return [context(depth) for depth in depths], last_states
+    return [context(depth) for depth in depths]
 
 
 def choose_thresholds(predictions: ExitPredictions, target: float, lowest: float) -> list[float]:

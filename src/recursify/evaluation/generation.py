@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from recursify.checkpoint.loading import load_model, require_recursive_model
+from recursify.checkpoint.vocabulary import require_known_tokens
 from recursify.errors import SettingsError
 from recursify.modeling import CACHE_ARGUMENT, ExitSettings, RoutedCache
 from recursify.settings import resolve_settings
@@ -130,6 +131,7 @@ def generate_text(
 
 def _generate(model: Any, tokenizer: Any, prompt: str, settings: GenerationSettings) -> GenerationResult:
     inputs = _encode(tokenizer, prompt, chat=settings.chat).to(model.device)
+    require_known_tokens(inputs["input_ids"][0].tolist(), model.config.vocab_size, tokenizer)
     is_sampled = settings.temperature > 0
     arguments: dict[str, Any] = {**inputs, "max_new_tokens": settings.max_new_tokens, "do_sample": is_sampled}
     if is_sampled:

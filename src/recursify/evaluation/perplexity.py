@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recursify.errors import CheckpointError
 from recursify.progress import Progress, silent
 
 TOKENS_PER_BATCH = 2048
-"""Tokens per forward pass: two sets of float32 logits over a vocabulary of 49 152 then take 0.8 GB."""
+"""Tokens per forward pass."""
+LOGIT_BYTES = 2**28
+"""Maximum bytes of one tensor of float32 logits, whatever the vocabulary; a comparison has about six of them."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Perplexity:
     Attributes:
         perplexity: ``exp(loss)``.
         loss: Nats per predicted token.
-        num_tokens: Number of predicted tokens (all but the first of each window).
+        num_tokens: Number of predicted tokens: all but the leading ones of each window that are context.
     """
 
     perplexity: float
@@ -66,16 +70,23 @@ class Comparison:
 
 @torch.inference_mode()
 def perplexity(
-    model: PreTrainedModel, windows: Tensor, *, depth: int | None = None, progress: Progress = silent
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    num_context: int = 1,
+    depth: int | None = None,
+    progress: Progress = silent,
 ) -> Perplexity:
     """Perplexity of ``model`` over token windows ``[N, T]``, with logits cast to float32.
 
-    With a ``depth``, every token exits after that recursion.
+    The first ``num_context`` tokens of each window are not predicted. With a ``depth``, every token exits after that
+    recursion.
     """
     loss = 0.0
-    for batch in _batches(windows, progress):
-        loss += _negative_log_likelihood(_log_probabilities(model, batch, depth), batch)
-    return _perplexity(loss, windows)
+    for batch in _batches(windows, model.config.vocab_size, progress):
+        for logprobs, targets in _predictions(model, batch, num_context, depth):
+            loss += _negative_log_likelihood(logprobs, targets)
+    return _perplexity(loss, windows, num_context)
 
 
 @torch.inference_mode()
@@ -84,10 +95,13 @@ def compare(
     control: PreTrainedModel,
     windows: Tensor,
     *,
+    num_context: int = 1,
     depth: int | None = None,
     progress: Progress = silent,
 ) -> Comparison:
     """Run both models over token windows ``[N, T]``; with a ``depth``, every token of ``model`` exits there.
+
+    The first ``num_context`` tokens of each window are not predicted.
 
     Raises:
         CheckpointError: The vocabularies differ, so predictions cannot be compared token by token.
@@ -98,36 +112,85 @@ def compare(
             f"{control.config.vocab_size}: their predictions cannot be compared. Use a control with the same tokenizer."
         )
     model_loss = control_loss = num_agreeing = divergence = 0.0
-    for batch in _batches(windows, progress):
-        logprobs, control_logprobs = _log_probabilities(model, batch, depth), _log_probabilities(control, batch)
-        model_loss += _negative_log_likelihood(logprobs, batch)
-        control_loss += _negative_log_likelihood(control_logprobs, batch)
-        num_agreeing += float((logprobs.argmax(-1) == control_logprobs.argmax(-1)).sum())
-        divergence += float(F.kl_div(logprobs, control_logprobs, log_target=True, reduction="sum"))
-    figures, control_figures = _perplexity(model_loss, windows), _perplexity(control_loss, windows)
+    for batch in _batches(windows, model.config.vocab_size, progress):
+        pairs = zip(
+            _predictions(model, batch, num_context, depth), _predictions(control, batch, num_context), strict=True
+        )
+        for (logprobs, targets), (control_logprobs, _) in pairs:
+            model_loss += _negative_log_likelihood(logprobs, targets)
+            control_loss += _negative_log_likelihood(control_logprobs, targets)
+            num_agreeing += float((logprobs.argmax(-1) == control_logprobs.argmax(-1)).sum())
+            divergence += float(F.kl_div(logprobs, control_logprobs, log_target=True, reduction="sum"))
+    figures = _perplexity(model_loss, windows, num_context)
+    control_figures = _perplexity(control_loss, windows, num_context)
     count = figures.num_tokens
     return Comparison(figures, control_figures, num_agreeing / count, divergence / count)
 
 
-def _log_probabilities(model: PreTrainedModel, batch: Tensor, depth: int | None = None) -> Tensor:
-    """``[b, T] -> [b · (T-1), V]`` on the CPU, float32."""
-    exit_depth = {} if depth is None else {"exit_depth": depth}
-    logits = model(batch.to(model.device), use_cache=False, **exit_depth).logits
-    return logits[:, :-1].float().cpu().flatten(0, 1).log_softmax(-1)
+def _predictions(
+    model: PreTrainedModel, batch: Tensor, num_context: int, depth: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities ``[n, V]`` (float32, on the CPU) and targets ``[n]``, chunk by chunk of a batch ``[b, T]``."""
+    rows, length = batch.shape
+    per_chunk = max(1, LOGIT_BYTES // (4 * model.config.vocab_size * rows))
+    for kept, logits in _logits(model, batch, range(num_context - 1, length - 1), per_chunk, depth):
+        logprobs = logits.float().cpu().flatten(0, 1).log_softmax(-1)
+        yield logprobs, batch[:, kept.start + 1 : kept.stop + 1].flatten()
 
 
-def _negative_log_likelihood(log_probabilities: Tensor, batch: Tensor) -> float:
-    return -float(log_probabilities.gather(-1, batch[:, 1:].reshape(-1, 1)).double().sum())
+def _logits(
+    model: PreTrainedModel, batch: Tensor, positions: range, per_chunk: int, depth: int | None
+) -> Iterator[tuple[range, Tensor]]:
+    """Logits ``[b, n, V]`` of up to ``per_chunk`` positions at a time, in one pass of the layers.
+
+    The family's own ``forward`` computes each chunk, with all that it does to its logits.
+    """
+    arguments: dict[str, Any] = {"use_cache": False} | ({} if depth is None else {"exit_depth": depth})
+    ids, body = batch.to(model.device), model.base_model
+    can_chunk = body is not model and "logits_to_keep" in inspect.signature(model.forward).parameters
+    if batch.shape[1] <= per_chunk or not can_chunk:
+        yield positions, model(ids, **arguments).logits[:, positions.start : positions.stop]
+        return
+    forward, outputs = body.forward, []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        outputs.append(forward(*args, **kwargs))
+        return outputs[0]
+
+    for start in range(positions.start, positions.stop, per_chunk):
+        kept = range(start, min(start + per_chunk, positions.stop))
+        with _replaced_forward(body, (lambda *_, **__: outputs[0]) if outputs else record):
+            logits = model(ids, logits_to_keep=torch.tensor(kept, device=ids.device), **arguments).logits
+        yield kept, logits
 
 
-def _perplexity(total: float, windows: Tensor) -> Perplexity:
-    count = windows[:, 1:].numel()
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Context in which ``module`` computes ``forward``."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def _negative_log_likelihood(log_probabilities: Tensor, targets: Tensor) -> float:
+    return -float(log_probabilities.gather(-1, targets.unsqueeze(-1)).double().sum())
+
+
+def _perplexity(total: float, windows: Tensor, num_context: int) -> Perplexity:
+    count = windows[:, num_context:].numel()
     loss = total / count
     return Perplexity(math.exp(loss) if loss < 700 else math.inf, loss, count)
 
 
-def _batches(windows: Tensor, progress: Progress) -> Iterator[Tensor]:
-    batches = windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))
+def _batches(windows: Tensor, vocab_size: int, progress: Progress) -> Iterator[Tensor]:
+    rows = min(TOKENS_PER_BATCH // windows.shape[1], LOGIT_BYTES // (4 * vocab_size))
+    batches = windows.split(max(1, rows))
     for done, batch in enumerate(batches, start=1):
         yield batch
         progress("measure", done, len(batches))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from recursify.checkpoint.vocabulary import require_known_tokens
 from recursify.errors import TextError
 
 PLAIN_SUFFIXES = (".txt", ".md", ".rst", ".text")
@@ -128,23 +129,66 @@ def _text_of(row: Any, where: str) -> str:
     raise TextError(f"{where} has no 'text' string (nor 'content', nor 'messages'); it has: {fields}.")
 
 
-def token_windows(tokenizer, text: Text, length: int, *, max_tokens: int | None = None, min_windows: int = 1) -> Tensor:
+def text_start(tokenizer: Any) -> list[int]:
+    """Token ids that the tokenizer puts before a text (BOS); empty for a tokenizer that adds none.
+
+    They are found by comparing a text with and without special tokens, since configs state it in different fields.
+    """
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for count in range(len(whole) - len(plain) + 1):
+        if whole[count : count + len(plain)] == plain:
+            return whole[:count]
+    return []
+
+
+def num_context(tokenizer: Any) -> int:
+    """Number of leading tokens of a window that are not predicted: those of :func:`text_start`, at least one."""
+    return max(1, len(text_start(tokenizer)))
+
+
+def token_windows(
+    tokenizer: Any,
+    text: Text,
+    length: int,
+    *,
+    max_tokens: int | None = None,
+    min_windows: int = 1,
+    vocab_size: int | None = None,
+) -> Tensor:
     """Tokenize ``text`` and cut it into windows ``[N, length]`` int64; a shorter rest is dropped.
 
+    Each window begins as the tokenizer begins a text (:func:`text_start`), within its ``length``.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        text: Documents, which are joined.
+        length: Tokens per window.
+        max_tokens: Maximum number of tokens; None takes the whole text.
+        min_windows: Minimum number of windows.
+        vocab_size: Number of rows of the model's embedding, to check ids against; None does not check.
+
     Raises:
-        TextError: There are fewer than ``min_windows`` windows.
+        TextError: There are fewer than ``min_windows`` windows, or a token is not in the model's vocabulary.
     """
+    start = text_start(tokenizer)
+    step = length - len(start)
+    if step < 1:
+        raise TextError(f"A window of {length} tokens has no room after the {len(start)} that begin a text. Use more.")
     # Tokens are far shorter than 16 characters on average, so a large corpus need not be tokenized whole.
     joined = "\n\n".join(text.documents)
     if max_tokens is not None:
         joined = joined[: 16 * max_tokens]
     ids = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
+    count = len(ids) // step
     if max_tokens is not None:
-        ids = ids[: max(max_tokens, length)]
-    count = len(ids) // length
+        count = min(count, max(max_tokens // length, 1))
     if count < min_windows:
         raise TextError(
-            f"{text.name} is too short: {len(ids)} tokens, and {min_windows} windows of {length} are needed. Give more "
+            f"{text.name} is too short: {len(ids)} tokens, and {min_windows} windows of {step} are needed. Give more "
             f"text, or a shorter length."
         )
-    return torch.tensor(ids[: count * length]).view(count, length)
+    windows = torch.tensor(ids[: count * step], dtype=torch.int64).view(count, step)
+    if vocab_size is not None:
+        require_known_tokens([*start, *windows.unique().tolist()], vocab_size, tokenizer)
+    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), windows], dim=1)
