@@ -12,6 +12,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +20,17 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from recursify.errors import CheckpointError, UnsupportedModelError
 
+from .dense_families import require_convertible
+from .dense_tensors import match_tensors
 from .origin import Origin, origin_of_folder, origin_of_gguf
+from .quantization import require_unquantized
 from .shards import TensorInfo, read_headers, shard_files
 from .sources import AUXILIARY_FILES, EMBEDDED_HUB_IDS, locate
-
-RENAMED = {"lm_head.weight": "embed_out.weight"}
-"""Parameter names that transformers changed since checkpoints were written: current name to name on disk."""
 
 
 class DenseCheckpoint(ABC):
@@ -109,7 +111,7 @@ def open_checkpoint(
         UnsupportedModelError: Not a causal language model that transformers supports.
     """
     source = str(source)
-    path = locate(source, revision=revision)
+    path = locate(source, revision=revision, code=trust_remote_code)
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"'{path}' is a file, but not a .gguf. Give the model's folder instead.")
@@ -123,14 +125,37 @@ class SafetensorsFolder(DenseCheckpoint):
     def __init__(self, source: str, folder: Path, *, trust_remote_code: bool = False):
         self.source = source
         self.location = folder
-        self.config = _read_config(folder, trust_remote_code)
-        shard_of = shard_files(folder)
-        stored = read_headers(folder, shard_of)
-        self._stored_names, self.parameters = _match(self.config, stored, folder)
-        self._shard_of = {name: shard_of.get(stored_name) for name, stored_name in self._stored_names.items()}
+        fields = read_fields(folder)
+        self.config = _read_config(folder, fields, trust_remote_code)
+        skeleton = require_convertible(self.config)
+        self._shard_of = shard_files(folder)
+        stored = read_headers(folder, self._shard_of)
+        require_unquantized(fields, stored, folder)
+        matched = match_tensors(skeleton, stored, folder)
+        self._stored_names, self.parameters = matched.stored_names, matched.parameters
+        self._resolve_ties(matched.tied)
+
+    def _resolve_ties(self, tied: dict[str, str]) -> None:
+        """Tie as transformers does: what is on disk under both names, with unlike values, is not tied.
+
+        ``tied`` maps a parameter to the one that the config ties it to.
+        """
+        for name, target in tied.items():
+            if name not in self.parameters:
+                continue
+            if target not in self.parameters:  # on disk under the other name alone
+                self.parameters[target], self._stored_names[target] = self.parameters[name], self._stored_names[name]
+            elif not torch.equal(self.read(name), self.read(target)):
+                self.config.tie_word_embeddings = False
+                continue
+            del self.parameters[name], self._stored_names[name]
+
+    def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        # By transformers alone: it is the control of what this class reads.
+        return load_dense_folder(self.location, dtype or self.dtype)
 
     def read(self, name: str) -> Tensor:
-        shard = self.location / str(self._shard_of[name])
+        shard = self.location / self._shard_of[self._stored_names[name]]
         # One handle per tensor: its memory map is released with it, so unused pages do not stay resident.
         try:
             with safe_open(shard, framework="pt") as file:
@@ -215,78 +240,91 @@ def _plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+def read_fields(folder: Path) -> dict[str, Any]:
+    """Contents of a dense folder's ``config.json``.
+
+    Raises:
+        CheckpointError: There is none, it is damaged, or it belongs to a recursive model.
+    """
     file = folder / "config.json"
     if not file.exists():
         raise CheckpointError(f"'{folder}' has no config.json. Give the folder of a Hugging Face model.")
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        fields = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"'{file}' is not valid JSON: {error}.") from error
     if fields.get("model_type") == "recursive":
         raise CheckpointError(
             f"'{folder}' is already a recursive model. Export it first (recursify export {folder} -o DENSE --format "
             f"dense) and convert the export."
         )
-    if "auto_map" in fields and not trust_remote_code:
+    return fields
+
+
+def _runs_own_code(folder: Path, fields: dict[str, Any], trust_remote_code: bool) -> bool:
+    """Tell whether a folder's own code is to run; transformers' code is preferred where it has the family.
+
+    Raises:
+        UnsupportedModelError: The model needs its own code, which is not trusted.
+    """
+    if "auto_map" not in fields or fields.get("model_type") in CONFIG_MAPPING:
+        return False
+    if not trust_remote_code:
         raise UnsupportedModelError(
             f"'{folder}' needs its own Python code ({', '.join(sorted(fields['auto_map']))} in auto_map). Read that "
             f"code; if you trust it, pass --trust-remote-code."
         )
+    return True
+
+
+def _read_config(folder: Path, fields: dict[str, Any], trust_remote_code: bool) -> PreTrainedConfig:
+    runs_own_code = _runs_own_code(folder, fields, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=runs_own_code)
     except StrictDataclassError as error:
         raise CheckpointError(
-            f"'{file}' does not load: {' '.join(str(error).split())}. Correct the field, or fetch the model again."
+            f"'{folder / 'config.json'}' does not load: {' '.join(str(error).split())}. Correct the field, or fetch "
+            f"the model again."
         ) from error
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a config's constructor raises anything on values that it does not expect
         raise UnsupportedModelError(
             f"transformers does not support the model in '{folder}' (model_type '{fields.get('model_type')}'): "
-            f"{str(error).splitlines()[0]}"
+            f"{str(error).partition(chr(10))[0]}"
         ) from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(
-            f"'{fields.get('model_type')}' is not a causal language model in transformers. Only those can be made "
-            f"recursive."
+
+
+def load_dense_folder(folder: Path, dtype: torch.dtype | str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a dense model of any family by transformers, in eval mode.
+
+    Args:
+        folder: Folder of the model.
+        dtype: Dtype of the weights; ``"auto"`` as transformers chooses it.
+        trust_remote_code: Permission to run code from the folder, for a family that transformers does not have.
+
+    Raises:
+        CheckpointError: It does not load, or lacks tensors.
+        UnsupportedModelError: It needs its own code, which is not trusted.
+    """
+    runs_own_code = _runs_own_code(folder, read_fields(folder), trust_remote_code)
+    shard_files(folder)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=runs_own_code, output_loading_info=True
         )
-    return config
-
-
-def _match(
-    config: PreTrainedConfig, stored: dict[str, TensorInfo | str], folder: Path
-) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """Name on disk, and shape and dtype, of the family's parameters."""
-    with torch.device("meta"):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    names: dict[str, str] = {}
-    infos: dict[str, TensorInfo] = {}
-    for name, parameter in model.named_parameters():  # a tied head is listed once, under the embedding
-        candidates = (name, RENAMED.get(name, name), name.removeprefix(f"{model.base_model_prefix}."))
-        stored_name = next((candidate for candidate in candidates if candidate in stored), None)
-        if stored_name is None:
-            raise CheckpointError(
-                f"'{folder}' lacks the tensor '{name}' of a {config.model_type} model with {config.num_hidden_layers} "
-                f"layers. The folder is incomplete, or config.json belongs to another model: fetch the model again."
-            )
-        info = stored[stored_name]
-        if isinstance(info, str):
-            raise CheckpointError(
-                f"'{stored_name}' is stored as {info}, which is not floating-point. Convert the unquantized checkpoint."
-            )
-        if info.shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"'{stored_name}' has shape {list(info.shape)}, but config.json requires {list(parameter.shape)}. The "
-                f"weights and the config belong to different models: fetch the model again."
-            )
-        names[name], infos[name] = stored_name, info
-    return names, infos
+    except Exception as error:  # configs, quantizers and remote code raise anything
+        raise CheckpointError(f"'{folder}' does not load: {' '.join(str(error).split())}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"'{folder}' lacks {len(missing)} of the model's tensors, first '{missing[0]}', which transformers would "
+            f"fill with random numbers. Fetch the model again."
+        )
+    return model.eval()
 
 
 def _refuse_non_finite(tensor: Tensor, name: str, where: str) -> Tensor:
-    # One pass without a copy: the extremes are NaN or Inf if and only if an element is. (float8 has no aminmax.)
-    checked = tensor if tensor.dtype.itemsize > 1 else tensor.float()
-    if tensor.numel() and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(checked)):
-        bad = int((~torch.isfinite(checked)).sum())
+    # One pass without a copy: the extremes are NaN or Inf if and only if an element is.
+    if tensor.numel() and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
+        bad = int((~torch.isfinite(tensor)).sum())
         raise CheckpointError(
             f"'{name}' in {where} has {bad} NaN or Inf values, and every layer tied to it would inherit them. Fetch "
             f"the model again, or convert another checkpoint."

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from recursify.errors import CheckpointError, SettingsError
 from recursify.modeling import RecursiveConfig
 from recursify.settings import require_device
 
-from .dense_checkpoint import load_tokenizer, open_checkpoint
+from .dense_checkpoint import load_dense_folder, load_tokenizer, open_checkpoint
 from .sources import locate
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -50,7 +50,7 @@ def load_model(
     if dtype not in DTYPES:
         raise SettingsError(f"Unknown dtype '{dtype}'. Use one of: {', '.join(DTYPES)}.")
     target = require_device(device)
-    path = locate(source)
+    path = locate(source, code=trust_remote_code)
     if is_recursive(path):
         read_config(path)
         try:
@@ -60,9 +60,8 @@ def load_model(
             raise CheckpointError(f"'{path}' does not load: {str(error).splitlines()[0]}") from error
         model = model.to(target).eval()
     else:
-        checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
-        model = checkpoint.load_model(None if dtype == "auto" else getattr(torch, dtype)).to(target)
-        tokenizer = load_tokenizer(checkpoint)
+        model, tokenizer = _load_dense(source, path, dtype, trust_remote_code)
+        model = model.to(target)
     if recursions is not None:
         require_recursive_model(model, source)
         try:
@@ -71,6 +70,21 @@ def load_model(
         except ValueError as error:
             raise SettingsError(str(error)) from error
     return model, tokenizer
+
+
+def _load_dense(
+    source: str | Path, path: Path, dtype: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a dense model of any family, and its tokenizer."""
+    if path.is_file():
+        checkpoint = open_checkpoint(source)
+        model = checkpoint.load_model(None if dtype == "auto" else getattr(torch, dtype))
+        return model, load_tokenizer(checkpoint)
+    model = load_dense_folder(path, dtype, trust_remote_code=trust_remote_code)
+    try:
+        return model, AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"The tokenizer of '{source}' does not load: {error}") from error
 
 
 def read_config(folder: Path) -> RecursiveConfig:

@@ -21,10 +21,8 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
 }
-"""Floating-point dtypes by their names in safetensors."""
+"""Floating-point dtypes of plain weights by their names in safetensors."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def folder_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def read_headers(folder: Path, shard_of: dict[str, str]) -> dict[str, TensorInfo | str]:
-    """Tensors of the shards; for a dtype that is not floating-point, its name in safetensors.
+    """Tensors of the shards; for a dtype that is not in :data:`DTYPES`, its name in safetensors.
 
     Raises:
         CheckpointError: A shard is truncated, or lacks a tensor of the index.

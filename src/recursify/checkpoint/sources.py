@@ -29,8 +29,13 @@ AUXILIARY_FILES = (
 """Files of a dense folder that are copied unchanged."""
 
 
-def locate(source: str | Path, *, revision: str | None = None) -> Path:
+def locate(source: str | Path, *, revision: str | None = None, code: bool = False) -> Path:
     """Folder or ``.gguf`` file of a local path, an embedded model, or a Hub id (downloaded).
+
+    Args:
+        source: Path, name or Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        code: Flag to download Python files, too.
 
     Raises:
         CheckpointError: There is none.
@@ -50,19 +55,19 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
     if path.exists():
         return path
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return _download(source, revision)
+        return _download(source, revision, code)
     raise CheckpointError(
         f"No model at '{source}': there is no such folder or .gguf file, and it does not look like a Hub id "
         f"(owner/name). Give one of these, or an embedded model: {', '.join(EMBEDDED)}."
     )
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def _download(repo_id: str, revision: str | None, code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
     try:
-        patterns = ["*.json", "*.safetensors", "README.md", *AUXILIARY_FILES]
+        patterns = ["*.json", "*.safetensors", "README.md", *AUXILIARY_FILES, *(["*.py"] if code else [])]
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         raise CheckpointError(

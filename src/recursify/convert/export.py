@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from recursify.checkpoint.dense_checkpoint import RENAMED, copy_auxiliary_files
+from recursify.checkpoint.dense_checkpoint import copy_auxiliary_files
 from recursify.checkpoint.loading import require_recursive
 from recursify.checkpoint.recursive_checkpoint import RecursiveCheckpoint
 from recursify.checkpoint.shards import TensorInfo
@@ -22,6 +22,9 @@ from recursify.checkpoint.writer import ShardedCheckpoint, atomic_folder, check_
 from recursify.errors import ParityError, PlanError
 from recursify.modeling import RecursiveForCausalLM
 from recursify.progress import Progress, silent
+
+RENAMED = {"lm_head.weight": "embed_out.weight"}
+"""Parameter names that transformers changed since checkpoints were written: current name to name on disk."""
 
 OLD_NAMES_ON_DISK = ("gpt_neox",)
 """Families written with the parameter names of older transformers versions, which all versions read."""

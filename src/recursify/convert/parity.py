@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from recursify.checkpoint.dense_families import SUPPORTED_FAMILIES
 from recursify.checkpoint.dense_names import DenseNames
 from recursify.errors import UnsupportedModelError
 from recursify.modeling import (
+    FamilyParts,
     LayerLayout,
     LayoutError,
     PerDepth,
@@ -22,7 +26,6 @@ from recursify.modeling import (
 )
 
 from .low_rank import full_rank_factors
-from .plan import SUPPORTED_FAMILIES
 
 LOGIT_TOLERANCE = 1e-4
 """Largest difference of float32 logits between two models that compute the same function."""
@@ -38,31 +41,44 @@ def require_family_parity(config: PreTrainedConfig) -> None:
     compared with the dense model uncached, left-padded and in decoding.
 
     Raises:
-        UnsupportedModelError: The model cannot be built, or its logits differ.
+        UnsupportedModelError: The model cannot be built, or its logits differ; the message says where they begin to.
     """
-    small = copy.deepcopy(config)
-    small.num_hidden_layers = min(TRIAL_LAYERS, config.num_hidden_layers)
-    small.vocab_size = min(TRIAL_VOCABULARY, config.vocab_size)
-    for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
-        if isinstance(getattr(small, name, None), list):
-            setattr(small, name, getattr(small, name)[: small.num_hidden_layers])
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(small, name, None)
-    known = f"Supported families: {', '.join(SUPPORTED_FAMILIES)}."
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            dense = MODEL_FOR_CAUSAL_LM_MAPPING[type(small)](small).float().eval()
+        dense = _small_model(config)
         for recursions in (1, 2):
-            difference = _difference(dense, fold_exactly(dense, recursions))
+            model = fold_exactly(dense, recursions)
+            difference = _difference(dense, model)
             if not difference <= LOGIT_TOLERANCE:
-                raise UnsupportedModelError(
-                    f"Family '{config.model_type}' is not supported: with {recursions} recursions its logits differ "
-                    f"from the dense model's by {difference:.2g}, more than {LOGIT_TOLERANCE:g}. It computes something "
-                    f"around its layers that recursion does not reproduce. {known}"
+                raise UnsupportedFamily(
+                    f"{_first_difference(dense, model)}; with {recursions} recursions its logits differ from the dense "
+                    f"model's by {difference:.2g}, more than {LOGIT_TOLERANCE:g}"
                 )
     except (UnsupportedFamily, LayoutError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        raise UnsupportedModelError(f"Family '{config.model_type}' is not supported: {error} {known}") from error
+        raise UnsupportedModelError(
+            f"'{config.model_type}' cannot be made recursive: {str(error).removesuffix('.')}. Supported families: "
+            f"{', '.join(SUPPORTED_FAMILIES)}."
+        ) from error
+
+
+def _small_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Random model of ``config`` with few layers and tokens, in float32; norms and biases are random, too."""
+    small = copy.deepcopy(config)
+    num_layers = min(TRIAL_LAYERS, config.num_hidden_layers)
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == config.num_hidden_layers:
+            setattr(small, name, value[:num_layers])
+    small.num_hidden_layers = num_layers
+    small.vocab_size = min(TRIAL_VOCABULARY, config.vocab_size)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(config, name, None) is not None:
+            setattr(small, name, 0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = MODEL_FOR_CAUSAL_LM_MAPPING[type(small)](small).float().eval()
+        for parameter in dense.parameters():
+            if parameter.ndim == 1:
+                parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return dense
 
 
 def fold_exactly(dense: PreTrainedModel, num_recursions: int) -> RecursiveForCausalLM:
@@ -114,3 +130,48 @@ def _difference(dense: PreTrainedModel, model: PreTrainedModel) -> float:
         padded = run(ids, attention_mask=mask).logits[mask.bool()]
         logits.append(torch.cat([part.flatten() for part in (run(ids).logits, padded, *steps)]))
     return float((logits[0] - logits[1]).abs().max())
+
+
+STAGES = (
+    "it changes the embeddings before its first layer, by a scale or a norm",
+    "its layers take more than hidden states, mask and RoPE",
+    "it changes the hidden states between its last layer and the LM head",
+    "it changes the logits behind the LM head, by a scale or a cap",
+)
+"""Reasons for a difference, by the first tensor that differs: input and output of the layers, input of the head,
+logits."""
+
+
+@torch.inference_mode()
+def _first_difference(dense: PreTrainedModel, model: RecursiveForCausalLM) -> str:
+    """The entry of :data:`STAGES` where the two models part, which have the same weights."""
+    parts = FamilyParts(dense.base_model, dense.config.num_hidden_layers)
+    modules = (
+        (parts.layers[0], parts.norm, dense.get_output_embeddings()),
+        (model.model.block[0], model.model.norm, model.lm_head),
+    )
+    ids = torch.arange(2, 11)[None]
+    seen = [_inputs_of(run, watched, ids) for run, watched in zip((dense, model), modules, strict=True)]
+    for stage, one, other in zip(STAGES, *seen, strict=True):
+        if not (one - other).abs().max() <= LOGIT_TOLERANCE:
+            return stage
+    return "it computes something else in batches, with padding or with a cache"
+
+
+def _inputs_of(model: PreTrainedModel, modules: Iterable[nn.Module], ids: Tensor) -> list[Tensor]:
+    """First inputs of the first module, and last ones of the others, in a run on ``ids [1, T]``; and the logits."""
+    inputs: dict[int, list[Tensor]] = {}
+    hooks = []
+    for index, module in enumerate(modules):
+        record = inputs.setdefault(index, [])
+
+        def keep(_: nn.Module, arguments: Any, named: Any, record: list[Tensor] = record) -> None:
+            record.append(arguments[0] if arguments else named["hidden_states"])
+
+        hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+    try:
+        logits = model(ids).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [record[0 if index == 0 else -1] for index, record in inputs.items()] + [logits]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, load_tokenizer, open_checkpoint
+from recursify.checkpoint.dense_families import SUPPORTED_FAMILIES
 from recursify.checkpoint.record import update_record
 from recursify.checkpoint.vocabulary import require_known_tokens
 from recursify.evaluation.fingerprint import take_fingerprint
@@ -22,7 +23,7 @@ from recursify.settings import require_device, resolve_settings
 
 from .converter import write_recursive_model
 from .parity import require_family_parity
-from .plan import SUPPORTED_FAMILIES, ConversionPlan, make_plan
+from .plan import ConversionPlan, make_plan
 from .settings import ConversionSettings
 
 CHECK_WINDOWS = 8

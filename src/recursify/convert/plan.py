@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from recursify import plugins
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint
+from recursify.checkpoint.dense_families import SUPPORTED_FAMILIES, require_convertible
 from recursify.checkpoint.dense_names import DenseNames, StoredModule
 from recursify.checkpoint.description import kv_bytes_per_token
 from recursify.checkpoint.shards import TensorInfo
@@ -21,30 +22,6 @@ from recursify.modeling import LayerLayout, LayoutError, RecursiveConfig, Unsupp
 from .initialization import find_initialization
 from .relaxation import find_relaxation
 from .settings import FULL_RANK, ConversionSettings
-
-SUPPORTED_FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "olmo2",
-    "smollm3",
-    "phi3",
-    "gpt_neox",
-)
-"""``model_type`` of the families whose parity is tested in this project."""
-
-REFUSED_FAMILIES = {
-    "gemma3n_text": "its layers share keys and values and read per-layer embeddings",
-    "gemma4_text": "its layers share keys and values and read per-layer embeddings",
-    "gemma3": "it is multimodal; convert its text model (model_type gemma3_text)",
-    "gemma4": "it is multimodal, and its text layers share keys and values",
-    "gpt2": "its weights are Conv1D and its positions are learned, but shared layers need nn.Linear",
-}
-"""Unsupported families with the reason."""
 
 RankAllocation = Callable[[Any], dict[str, int]]
 """Function from a :class:`~recursify.convert.calibration.Calibration` to ranks by module (``3.mlp.down_proj``)."""
@@ -205,12 +182,7 @@ def make_plan(checkpoint: DenseCheckpoint, settings: ConversionSettings, *, has_
         PlanError: The layers do not fold or differ in structure, or a strategy is unknown or needs text.
         UnsupportedModelError: The family cannot be made recursive.
     """
-    family = checkpoint.config.model_type
-    if family in REFUSED_FAMILIES:
-        raise UnsupportedModelError(
-            f"'{family}' cannot be made recursive: {REFUSED_FAMILIES[family]}. Supported families: "
-            f"{', '.join(SUPPORTED_FAMILIES)}."
-        )
+    require_convertible(checkpoint.config)
     layout = _fold(checkpoint.config.num_hidden_layers, settings)
     settings = _resolve(settings, layout, has_text=has_text)
     widest = max(checkpoint.config.hidden_size, getattr(checkpoint.config, "intermediate_size", 0))
@@ -231,7 +203,7 @@ def make_plan(checkpoint: DenseCheckpoint, settings: ConversionSettings, *, has_
         sources=find_initialization(settings.initialization).sources(layout, generator),
         names=_names(config),
         dense=Size.of(checkpoint.config, checkpoint.parameters, checkpoint.dtype),
-        warnings=_warnings(config, layout, family),
+        warnings=_warnings(config, layout, checkpoint.config.model_type),
     )
 
 
@@ -298,10 +270,10 @@ def _has_residuals(settings: ConversionSettings) -> bool:
 def _names(config: RecursiveConfig) -> DenseNames:
     try:
         return DenseNames(config)
-    except UnsupportedFamily as error:
+    except (UnsupportedFamily, AttributeError) as error:  # a config may compute attributes that RecursiveConfig lacks
         raise UnsupportedModelError(
-            f"'{config.dense_model_type}' cannot be made recursive: {error} Supported families: "
-            f"{', '.join(SUPPORTED_FAMILIES)}."
+            f"'{config.dense_model_type}' cannot be made recursive: {str(error).removesuffix('.')}. Supported "
+            f"families: {', '.join(SUPPORTED_FAMILIES)}."
         ) from error
     except LayoutError as error:
         raise PlanError(str(error)) from error

@@ -21,7 +21,16 @@ from .recursive_decoding import DepthDecoder
 from .recursive_exit_generation import ExitGenerateOutput
 from .recursive_exit_settings import ExitSettings, LearnedThresholds
 from .recursive_exits import EXIT_HEADS, KV_MODES, ExitHead, ExitKind
-from .recursive_layers import CACHE_ARGUMENT, DepthView, PerDepth, RelaxedLinear, SharedLayer, UnsupportedFamily
+from .recursive_layers import (
+    CACHE_ARGUMENT,
+    DepthView,
+    FamilyParts,
+    PerDepth,
+    RelaxedLinear,
+    SharedLayer,
+    UnsupportedFamily,
+    weight_owners,
+)
 from .recursive_layout import SHARINGS, LayerLayout, LayerRef, LayoutError
 from .recursive_policies import EXIT_POLICIES, ExitContext, ExitLimits, ExitPolicy, decide_exits, make_policy
 from .recursive_routed_cache import RoutedCache
@@ -57,6 +66,7 @@ __all__ = [
     "ExitLimits",
     "ExitPolicy",
     "ExitSettings",
+    "FamilyParts",
     "LayerLayout",
     "LayerRef",
     "LayoutError",
@@ -80,4 +90,5 @@ __all__ = [
     "decide_exits",
     "make_policy",
     "travelling_files",
+    "weight_owners",
 ]

@@ -206,8 +206,14 @@ class RecursiveConfig(PreTrainedConfig):
             num_coda_layers=layout.num_coda_layers,
             sharing=layout.order,
             **fields,
-            **{key: value for key, value in dense.to_dict().items() if key not in _NOT_COPIED},
+            **{key: value for key, value in dense.to_dict().items() if key not in {*_NOT_COPIED, *_own_fields()}},
         )
+
+    @staticmethod
+    def clash_with(dense: PreTrainedConfig) -> str | None:
+        """Name of a field that the family of ``dense`` and this class both have; None if there is none."""
+        fields = {*inspect.signature(type(dense)).parameters, *type(dense).attribute_map}
+        return next((name for name in (*_own_fields(), *_DERIVED) if name in fields and name != "auto_map"), None)
 
     @property
     def layout(self) -> LayerLayout:

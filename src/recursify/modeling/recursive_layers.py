@@ -248,9 +248,11 @@ def weight_owners(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     for path, module in layer.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if any(True for _ in module.buffers(recurse=False)):
+        named = f"'{path}'" if path else "A decoder layer itself"
+        if buffers := [name for name, _ in module.named_buffers(recurse=False)]:
             raise UnsupportedFamily(
-                f"'{path}' ({type(module).__name__}) keeps state in buffers, which cannot be shared."
+                f"{named} ({type(module).__name__}) keeps values in buffers ({', '.join(buffers)}), which cannot be "
+                f"shared."
             )
         if not own:
             continue
@@ -258,7 +260,7 @@ def weight_owners(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if not path or any(True for _ in module.children()) or not (isinstance(module, nn.Linear) or vectors_only):
             shapes = ", ".join(f"{name} {list(weight.shape)}" for name, weight in own.items())
             raise UnsupportedFamily(
-                f"'{path}' ({type(module).__name__}: {shapes}) is neither a linear map nor a norm, and only those can "
+                f"{named} ({type(module).__name__}: {shapes}) is neither a linear map nor a norm, and only those can "
                 f"be shared."
             )
         yield path, module
@@ -308,7 +310,38 @@ def materialize(module: nn.Module) -> nn.Module:
     return module.to_empty(device=torch.empty(0).device)
 
 
-class DenseFamily:
+class FamilyParts:
+    """The parts of a dense family's base model.
+
+    Args:
+        model: Base model (``LlamaModel``, ...), on any device.
+        num_layers: Number of decoder layers that its config promises.
+
+    Raises:
+        UnsupportedFamily: The model has parts beyond embedding, decoder layers, final norm and RoPE.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_layers: int):
+        parts = dict(model.named_children())
+        self.embed_tokens = model.get_input_embeddings()
+        self.layers = list(parts.get("layers", ()))
+        norms = [name for name in ("norm", "final_layer_norm", "final_layernorm") if name in parts]
+        if len(self.layers) != num_layers or not norms or "rotary_emb" not in parts:
+            raise UnsupportedFamily(
+                f"It is not built as embedding, RoPE, decoder layers, final norm: it has {', '.join(parts)}."
+            )
+        self.norm = parts[norms[0]]
+        self.rotary_emb = parts["rotary_emb"]
+        known = (self.embed_tokens, self.rotary_emb, self.norm, parts["layers"])
+        others = [name for name, part in parts.items() if part not in known and any(True for _ in part.parameters())]
+        if others:
+            raise UnsupportedFamily(
+                f"It feeds its layers from {', '.join(others)}, outside the decoder layers: looping them would feed "
+                f"every recursion the wrong input."
+            )
+
+
+class DenseFamily(FamilyParts):
     """The parts of a dense family's model, built on the meta device from a recursive config.
 
     Raises:
@@ -318,26 +351,8 @@ class DenseFamily:
     def __init__(self, config: RecursiveConfig):
         self.model_class: type[PreTrainedModel] = MODEL_MAPPING[type(config.dense_config())]
         with torch.device("meta"):
-            skeleton = self.model_class(config)
-        self.skeleton = skeleton
-        parts = dict(skeleton.named_children())
-        self.embed_tokens = skeleton.get_input_embeddings()
-        self.layers = list(parts.get("layers", ()))
-        norms = [name for name in ("norm", "final_layer_norm", "final_layernorm") if name in parts]
-        if len(self.layers) != config.num_hidden_layers or not norms or "rotary_emb" not in parts:
-            raise UnsupportedFamily(
-                f"Family '{config.dense_model_type}' is not built as embedding, RoPE, decoder layers, final norm: it "
-                f"has {', '.join(parts)}."
-            )
-        self.norm = parts[norms[0]]
-        self.rotary_emb = parts["rotary_emb"]
-        known = (self.embed_tokens, self.rotary_emb, self.norm, parts["layers"])
-        others = [name for name, part in parts.items() if part not in known and any(True for _ in part.parameters())]
-        if others:
-            raise UnsupportedFamily(
-                f"Family '{config.dense_model_type}' feeds its layers from {', '.join(others)}, outside the decoder "
-                f"layers: looping them would feed every recursion the wrong input."
-            )
+            self.skeleton = self.model_class(config)
+        super().__init__(self.skeleton, config.num_hidden_layers)
         arguments = inspect.signature(self.layers[0].forward).parameters
         names = ("cache", "layer_past", "past_key_values")
         self.cache_argument = next((name for name in names if name in arguments), CACHE_ARGUMENT)
