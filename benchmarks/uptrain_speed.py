@@ -122,7 +122,7 @@ def train(specification: dict[str, Any]) -> dict[str, float]:
     clock = Clock()
     checkpoint = open_checkpoint(DENSE)
     tokenizer = load_tokenizer(checkpoint)
-    data = prepare_data(settings, tokenizer)
+    data = prepare_data(settings, tokenizer, checkpoint.config.vocab_size)
     with tempfile.TemporaryDirectory() as scratch:
         # As for a run that is resumed: nothing is measured on held-out text before the first step.
         arguments = training_arguments(settings, Path(scratch), world_size=1, resumes=True)

@@ -168,7 +168,7 @@ def _first_batch(settings, source):
 
     from recursify.uptrain.data import Collator, prepare_data
 
-    rows = prepare_data(settings, AutoTokenizer.from_pretrained(source)).train.select(range(settings.batch_size))
+    rows = prepare_data(settings, AutoTokenizer.from_pretrained(source), 260).train.select(range(settings.batch_size))
     batch = Collator(LENGTH, 0)(list(rows))
     real = torch.tensor([[place < len(row["input_ids"]) for place in range(LENGTH)] for row in rows])
     return {name: batch[name] for name in ("input_ids", "position_ids")}, real

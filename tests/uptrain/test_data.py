@@ -40,7 +40,7 @@ def write_rows(file, rows):
 
 def prepare(tokenizer, *data, **settings):
     chosen = {"length": 32, "data": data, "eval_data": data, **settings}
-    return prepare_data(UptrainSettings(**chosen), tokenizer)
+    return prepare_data(UptrainSettings(**chosen), tokenizer, 260)
 
 
 def learnt(tokenizer, row) -> str:
@@ -168,8 +168,8 @@ def test_unreadable_files_are_named(tmp_path, tokenizer):
     for name, message in (
         ("nowhere.jsonl", "no text at"),
         ("latin.txt", "not UTF-8"),
-        ("image.png", "is not of a supported type"),
-        ("none", "has no files of the types"),
+        ("image.png", "is not UTF-8"),
+        ("none", "contains no text file"),
         ("broken.parquet", "cannot be read"),
     ):
         with pytest.raises(TextError, match=message):

@@ -64,7 +64,8 @@ class ConversionSettings(Settings):
     """Seed of random initializations."""
 
     calibration_data: Annotated[Strings | None, BeforeValidator(_no_data)] = None
-    """Text to calibrate on (txt, md, jsonl, parquet, or a folder), or none. Without it, Python's own help topics."""
+    """Text to calibrate on (txt, md, jsonl, json, csv, tsv, parquet, or a folder), or none. Without it, Python's own
+    help topics."""
     calibration_tokens: PositiveInt = 16384
     """Number of calibration tokens."""
     calibration_length: Annotated[int, Ge(2)] = 512

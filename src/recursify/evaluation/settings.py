@@ -50,8 +50,8 @@ class EvaluationSettings(RecursionSettings):
     panels: ClassVar[Mapping[str, str]] = {"recursions": "Recursions", "data": "Text"}
 
     data: Strings | None = None
-    """Text (txt, md, jsonl, parquet, or a folder). Without it, the part of Python's help topics that calibration does
-    not use."""
+    """Text (txt, md, jsonl, json, csv, tsv, parquet, or a folder). Without it, the part of Python's help topics that
+    calibration does not use."""
     length: Annotated[int, Ge(2)] = 512
     """Tokens per window."""
     max_tokens: Annotated[int, Ge(2)] | None = None
@@ -92,8 +92,8 @@ class ExitCalibrationSettings(Settings):
     target_agreement: Annotated[float, Gt(0), Lt(1)] = 0.95
     """Target agreement: fraction of tokens whose exit prediction matches the full model."""
     data: Strings | None = None
-    """Text (txt, md, jsonl, parquet, or a folder). Without it, the part of Python's help topics that calibration does
-    not use."""
+    """Text (txt, md, jsonl, json, csv, tsv, parquet, or a folder). Without it, the part of Python's help topics that
+    calibration does not use."""
     vocabulary: PositiveInt | None = None
     """Number of vocabulary entries to score, the first (most frequent) ones. Without it, all."""
     length: Annotated[int, Ge(2)] = 256

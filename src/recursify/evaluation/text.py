@@ -1,8 +1,7 @@
-"""Text from files, and the default text: Python's own help topics."""
+"""Text to measure and calibrate on, from files or Python's own help topics, and its token windows."""
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from torch import Tensor
 from recursify.checkpoint.vocabulary import require_known_tokens
 from recursify.errors import TextError
 
-PLAIN_SUFFIXES = (".txt", ".md", ".rst", ".text")
-SUFFIXES = (*PLAIN_SUFFIXES, ".jsonl", ".json", ".parquet")
+from .rows import Row, find_files, read_rows
+
 HELD_OUT_EVERY = 5
 """Interval at which Python's help topics, in alphabetical order, are held out for evaluation."""
 
@@ -46,87 +45,40 @@ def default_text(split: Literal["calibration", "held_out"]) -> Text:
 def read_text(paths: str | Path | Iterable[str | Path]) -> Text:
     """Read documents from files, or from all text files under a folder.
 
-    A plain file is one document, and so is a row of JSONL or Parquet: its ``text``, its ``content``, or the joined
-    contents of its ``messages``.
+    A plain file is one document, and so is a row of any other: its ``text``, its ``content``, its ``prompt`` with its
+    ``completion``, or the joined contents of its ``messages``.
 
     Raises:
-        TextError: A file is missing, empty, binary, not UTF-8, or has no text field.
+        TextError: A file is missing, empty, damaged, binary or not UTF-8, or a row has no text field.
     """
-    documents: list[str] = []
-    names = []
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    for path in map(Path, paths):
-        files = [path]
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in SUFFIXES)
-            if not files:
-                raise TextError(f"'{path}' contains no text file ({', '.join(SUFFIXES)}).")
-        elif not path.exists():
-            raise TextError(f"There is no text at '{path}'.")
-        for file in files:
-            documents += _read_file(file)
-        names.append(path.name)
-    documents = [document for document in documents if document.strip()]
+    files = [file for path in paths for file in find_files(Path(path))]
+    documents = [document for file in files for row in read_rows(file) if (document := _document(row)).strip()]
     if not documents:
         raise TextError(
             f"The text in {', '.join(map(str, paths))} is empty. Give a file with some thousand words of prose."
         )
-    return Text(", ".join(names), documents)
+    return Text(", ".join(Path(path).name for path in paths), documents)
 
 
-def _read_file(file: Path) -> list[str]:
-    if file.suffix == ".parquet":
-        return _read_parquet(file)
-    data = file.read_bytes()
-    if b"\0" in data[:65536]:
-        raise TextError(f"'{file}' is binary. Give plain text, JSONL or Parquet.")
-    try:
-        content = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TextError(
-            f"'{file}' is not UTF-8 (byte {error.start}: 0x{data[error.start]:02x}). Convert it first, for instance "
-            f"with: iconv -t UTF-8"
-        ) from error
-    if file.suffix in (".jsonl", ".json"):
-        return [
-            _text_of(_parse(line, file, number), f"{file}:{number}")
-            for number, line in enumerate(content.splitlines(), start=1)
-            if line.strip()
-        ]
-    return [content]
-
-
-def _parse(line: str, file: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise TextError(f"{file}:{number} is not JSON ({error}). JSONL has one object per line.") from error
-
-
-def _read_parquet(file: Path) -> list[str]:
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
-    except Exception as error:  # pyarrow raises classes without a common base for a damaged file
-        raise TextError(f"'{file}' cannot be read as Parquet: {error}") from error
-    return [_text_of(row, f"{file}, row {number}") for number, row in enumerate(rows, start=1)]
-
-
-def _text_of(row: Any, where: str) -> str:
-    if isinstance(row, str):
-        return row
-    if isinstance(row, dict):
-        for key in ("text", "content"):
-            if isinstance(row.get(key), str):
-                return row[key]
-        messages = row.get("messages")
-        if isinstance(messages, list) and all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages
-        ):
-            return "\n".join(message["content"] for message in messages)
-    fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-    raise TextError(f"{where} has no 'text' string (nor 'content', nor 'messages'); it has: {fields}.")
+def _document(row: Row) -> str:
+    fields = row.fields
+    for key in ("text", "content"):
+        if isinstance(fields.get(key), str):
+            return fields[key]
+    parts = [fields.get("prompt"), fields.get("completion")]
+    if len(texts := [part for part in parts if isinstance(part, str)]) == len(parts):
+        return "".join(texts)
+    lists = parts if fields.get("messages") is None else [fields["messages"]]
+    messages = [message for part in lists if isinstance(part, list) for message in part if isinstance(message, dict)]
+    contents = [message.get("content") for message in messages if not message.get("tool_calls")]
+    texts = [content for content in contents if isinstance(content, str)]
+    if texts and len(texts) == len(contents):
+        return "\n".join(texts)
+    raise TextError(
+        f"{row.place} has no 'text' string (nor 'content', nor 'prompt' and 'completion', nor 'messages'); it has: "
+        f"{', '.join(fields)}."
+    )
 
 
 def text_start(tokenizer: Any) -> list[int]:

@@ -58,7 +58,7 @@ class LayerHealing(Stage):
         student, tokenizer = RecursiveCheckpoint(run.source), run.load_tokenizer()
         teacher = run.open_teacher(needed=True)
         require_same_layers(teacher, student.names)
-        data = prepare_data(run.settings, tokenizer)
+        data = prepare_data(run.settings, tokenizer, run.config.vocab_size)
         run.begin()
         run.scratch.mkdir()
         weights = ShardedCheckpoint(run.scratch, student.tensors)

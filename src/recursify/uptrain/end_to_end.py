@@ -40,7 +40,7 @@ class EndToEndStage(Stage, Objective):
         model, tokenizer = run.load_model(), run.load_tokenizer()
         objective = cls(settings, run.load_teacher(needed=cls.needs_teacher))
         with run.state.main_process_first():
-            data = prepare_data(settings, tokenizer)
+            data = prepare_data(settings, tokenizer, model.config.vocab_size)
         objective._prepare(model)
         with run.state.main_process_first():
             if not run.resume and is_main:

@@ -58,7 +58,8 @@ class UptrainSettings(Settings):
     routers (those alone). A stage that trains exit heads or routers trains them in addition to any of these."""
 
     data: Strings | None = None
-    """Text, JSONL, Parquet or CSV files, folders of them, or Hub data sets. Without it, Python's own help topics."""
+    """Files (txt, md, jsonl, json, csv, tsv, parquet), folders of them, or Hub data sets. Without it, Python's own help
+    topics."""
     data_split: str = "train"
     """Split of a Hub data set."""
     streaming: bool = False
