@@ -1,12 +1,10 @@
 """Lazy, checked reading of dense checkpoints: a folder of safetensors, a ``.gguf`` file, or a Hub id.
 
-A folder is read one tensor at a time from memory-mapped shards; opening it reads headers only. A ``.gguf`` is
-dequantized by transformers and therefore in memory as a whole.
+One tensor is read at a time from memory-mapped files; opening them reads headers only.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -14,12 +12,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -27,10 +31,10 @@ from recursify.errors import CheckpointError, UnsupportedModelError
 
 from .dense_families import require_convertible
 from .dense_tensors import match_tensors
-from .origin import Origin, origin_of_folder, origin_of_gguf
+from .origin import Origin, origin_of_folder
 from .quantization import require_unquantized
 from .shards import TensorInfo, read_headers, shard_files
-from .sources import AUXILIARY_FILES, EMBEDDED_HUB_IDS, locate
+from .sources import AUXILIARY_FILES, locate
 
 
 class DenseCheckpoint(ABC):
@@ -64,6 +68,15 @@ class DenseCheckpoint(ABC):
     @abstractmethod
     def save_auxiliary_files(self, folder: Path) -> None:
         """Write tokenizer, chat template, generation config and licences into ``folder``."""
+
+    @property
+    @abstractmethod
+    def has_tokenizer(self) -> bool:
+        """A tokenizer comes with the weights."""
+
+    @abstractmethod
+    def build_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer; :func:`load_tokenizer` says what is wrong if it does not."""
 
     @property
     def embedding_name(self) -> str:
@@ -115,6 +128,8 @@ def open_checkpoint(
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"'{path}' is a file, but not a .gguf. Give the model's folder instead.")
+        from .gguf.checkpoint import GgufCheckpoint  # a subclass of DenseCheckpoint, so it imports this module
+
         return GgufCheckpoint(source, path)
     return SafetensorsFolder(source, path, trust_remote_code=trust_remote_code)
 
@@ -162,10 +177,17 @@ class SafetensorsFolder(DenseCheckpoint):
                 tensor = file.get_tensor(self._stored_names[name])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"'{name}' cannot be read from {shard}: {error}. Fetch the shard again.") from error
-        return _refuse_non_finite(tensor, name, str(shard))
+        return refuse_non_finite(tensor, name, str(shard))
 
     def origin(self) -> Origin:
         return origin_of_folder(self.source, self.location)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return any(self.location.glob("tokenizer*"))
+
+    def build_tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.location)
 
     def save_auxiliary_files(self, folder: Path) -> None:
         copy_auxiliary_files(self.location, folder)
@@ -181,63 +203,16 @@ def copy_auxiliary_files(source: Path, target: Path) -> None:
                 shutil.copy2(file, target / file.name)
 
 
-class GgufCheckpoint(DenseCheckpoint):
-    """A ``.gguf`` file, dequantized to float32 by transformers."""
-
-    def __init__(self, source: str, file: Path):
-        self.source = source
-        self.location = file
-        try:
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        except Exception as error:  # the gguf reader raises errors of any type
-            raise CheckpointError(
-                f"'{file}' cannot be read as a GGUF language model: {error}. Use a family that transformers' GGUF "
-                f"documentation lists (llama, qwen2, gemma2 and others)."
-            ) from error
-        self.config = _plain_config(model.config)
-        self._model = model
-        self.parameters = {name: TensorInfo(tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
-
-    def read(self, name: str) -> Tensor:
-        # A copy, since the caller may modify it.
-        return _refuse_non_finite(self._model.get_parameter(name).detach().clone(), name, str(self.location))
-
-    def origin(self) -> Origin:
-        return origin_of_gguf(self.location, EMBEDDED_HUB_IDS.get(self.source))
-
-    def save_auxiliary_files(self, folder: Path) -> None:
-        load_tokenizer(self).save_pretrained(folder)
-        if self._model.generation_config is not None:
-            self._model.generation_config.save_pretrained(folder)
-
-
-def load_tokenizer(checkpoint: DenseCheckpoint):
+def load_tokenizer(checkpoint: DenseCheckpoint) -> PreTrainedTokenizerBase:
     """Load the dense model's tokenizer.
 
     Raises:
         CheckpointError: It has none that loads.
     """
-    path = checkpoint.location
     try:
-        if path.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(path)
+        return checkpoint.build_tokenizer()
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"The tokenizer of '{checkpoint.source}' does not load: {error}") from error
-
-
-def _plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Restore the original config of a GGUF: without quantization, and with decimal epsilons.
-
-    GGUF stores floats in 32 bits, so 1e-5 is read as 9.999999747378752e-06; the shortest decimal of the 32-bit value
-    is the original one.
-    """
-    config = copy.deepcopy(config)
-    vars(config).pop("quantization_config", None)
-    for key, value in vars(config).items():
-        if isinstance(value, float):
-            setattr(config, key, float(str(np.float32(value))))
-    return config
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
@@ -321,7 +296,8 @@ def load_dense_folder(folder: Path, dtype: torch.dtype | str, *, trust_remote_co
     return model.eval()
 
 
-def _refuse_non_finite(tensor: Tensor, name: str, where: str) -> Tensor:
+def refuse_non_finite(tensor: Tensor, name: str, where: str) -> Tensor:
+    """``tensor`` itself, ``name`` in the file ``where``; a CheckpointError if it has NaN or Inf values."""
     # One pass without a copy: the extremes are NaN or Inf if and only if an element is.
     if tensor.numel() and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
         bad = int((~torch.isfinite(tensor)).sum())

@@ -49,16 +49,6 @@ def origin_of_folder(source: str, folder: Path) -> Origin:
     return Origin.from_mapping({**_front_matter(folder / "README.md"), "hub_id": source if is_hub_id else None})
 
 
-def origin_of_gguf(file: Path, hub_id: str | None) -> Origin:
-    """Read the metadata of a ``.gguf`` file."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(str(file)).fields
-    keys = ("license", "license.name", "license.link", "languages")
-    stated = {key.replace(".", "_"): fields[f"general.{key}"].contents() for key in keys if f"general.{key}" in fields}
-    return Origin.from_mapping({**stated, "hub_id": hub_id})
-
-
 def _front_matter(card: Path) -> dict[str, Any]:
     """YAML at the head of a model card; empty if there is none or it cannot be read."""
     try:

@@ -146,17 +146,13 @@ def _prepare(
     text = None
     if settings.calibration_data is None:
         # By default, a model without a tokenizer is converted without calibration.
-        text = default_text("calibration") if _has_tokenizer(checkpoint) else None
+        text = default_text("calibration") if checkpoint.has_tokenizer else None
     elif settings.calibration_data:
         text = read_text(settings.calibration_data)
     plan = make_plan(checkpoint, settings, has_text=text is not None)
     if checkpoint.config.model_type not in SUPPORTED_FAMILIES:
         require_family_parity(checkpoint.config)
     return checkpoint, plan, text if plan.needs_text else None
-
-
-def _has_tokenizer(checkpoint: DenseCheckpoint) -> bool:
-    return checkpoint.location.suffix == ".gguf" or any(checkpoint.location.glob("tokenizer*"))
 
 
 @dataclass(frozen=True)
@@ -178,7 +174,7 @@ class _CheckText:
 
 def _read_check_text(checkpoint: DenseCheckpoint) -> _CheckText | None:
     """Tokenize the text of the check, which can fail, before anything is written; None without a tokenizer."""
-    if not _has_tokenizer(checkpoint):
+    if not checkpoint.has_tokenizer:
         return None
     tokenizer, text, vocab_size = load_tokenizer(checkpoint), default_text("held_out"), checkpoint.config.vocab_size
     length = min(CHECK_LENGTH, checkpoint.config.max_position_embeddings)
