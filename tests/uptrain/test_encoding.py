@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.tiny_models import byte_tokenizer
 from recursify.errors import TextError
-from recursify.uptrain.data import prepare_data
+from recursify.uptrain.data import padding_token, prepare_data
 from recursify.uptrain.encoding import IGNORED, RowEncoder
 from recursify.uptrain.settings import UptrainSettings
 
@@ -73,7 +73,7 @@ def learnt(tokenizer, row) -> list[str]:
 def test_tokens_that_end_behind_the_prompt(trim_offsets, prompt, completion, tokens):
     """Whether offsets leave out white space or not; the EOS that the tokenizer adds is learnt, BOS is not."""
     tokenizer = word_tokenizer(trim_offsets=trim_offsets)
-    encode = RowEncoder(tokenizer, len(tokenizer), completions_only=True)
+    encode = RowEncoder(tokenizer, len(tokenizer), 64, completions_only=True)
     row = encode({"prompt": prompt, "completion": completion}, "row")
     assert row["input_ids"] == tokenizer(prompt + completion)["input_ids"]
     assert row["input_ids"][-1] == tokenizer.eos_token_id
@@ -84,7 +84,7 @@ def test_end_that_the_tokenizer_does_not_add():
     """Appended, and learnt."""
     tokenizer = byte_tokenizer("<s> $A")
     tokenizer.eos_token = "<pad>"
-    row = RowEncoder(tokenizer, 260, completions_only=True)({"prompt": "a ", "completion": "b"}, "row")
+    row = RowEncoder(tokenizer, 260, 64, completions_only=True)({"prompt": "a ", "completion": "b"}, "row")
     assert row["input_ids"] == [1, *tokenizer("a b", add_special_tokens=False)["input_ids"], 0]
     assert learnt(tokenizer, row) == ["b", "<pad>"]
 
@@ -100,7 +100,7 @@ def chats():
 def test_tools_and_arguments_of_the_template(chats, completions_only):
     """Both columns reach the template, as objects or as JSON; calls need no content; nulls of tools stay."""
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
-    encode = RowEncoder(chats, 260, completions_only=completions_only)
+    encode = RowEncoder(chats, 260, 64, completions_only=completions_only)
     rows = [
         {"messages": [CHAT[0], call], "tools": TOOLS, "chat_template_kwargs": {"loud": True}},
         {"messages": [CHAT[0], call], "tools": json.dumps(TOOLS), "chat_template_kwargs": '{"loud": true}'},
@@ -127,24 +127,24 @@ def test_tools_and_arguments_of_the_template(chats, completions_only):
 def test_wrong_columns_of_a_chat(chats, fields, message):
     """Named, with the row."""
     with pytest.raises(TextError, match=message):
-        RowEncoder(chats, 260, completions_only=False)({"messages": CHAT, **fields}, "rows:3")
+        RowEncoder(chats, 260, 64, completions_only=False)({"messages": CHAT, **fields}, "rows:3")
 
 
 def test_assistant_turns_of_a_prompt_are_not_learnt(chats):
     """Of a conversational prompt/completion row the completion alone."""
     row = {"prompt": CHAT[:3], "completion": CHAT[3:]}
-    encoded = RowEncoder(chats, 260, completions_only=True)(row, "row")
+    encoded = RowEncoder(chats, 260, 64, completions_only=True)(row, "row")
     assert "".join(learnt(chats, encoded)) == "no;"
-    encoded = RowEncoder(chats, 260, completions_only=True)({"messages": CHAT}, "row")
+    encoded = RowEncoder(chats, 260, 64, completions_only=True)({"messages": CHAT}, "row")
     assert "".join(learnt(chats, encoded)) == "yes;no;"
 
 
 def test_slow_tokenizers(chats, monkeypatch):
     """They have no offsets: everything can be learnt, completions alone cannot."""
     monkeypatch.setattr(type(chats), "is_fast", False)
-    assert RowEncoder(chats, 260, completions_only=False)({"prompt": "a", "completion": "b"}, "row")["labels"]
+    assert RowEncoder(chats, 260, 64, completions_only=False)({"prompt": "a", "completion": "b"}, "row")["labels"]
     with pytest.raises(TextError, match="completions_only needs a fast tokenizer"):
-        RowEncoder(chats, 260, completions_only=True)
+        RowEncoder(chats, 260, 64, completions_only=True)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -188,3 +188,39 @@ def test_changed_files_and_templates_are_read_again(tmp_path, chats):
         file.write_text(json.dumps({"messages": [{"role": "user", "content": text}]}) + "\n", encoding="utf-8")
         found.append(chats.decode(prepare_data(settings, chats, 260).train[0]["input_ids"]))
     assert found == ["<user>one;", "<user>two;", "changed"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parts_of_a_long_text_begin_with_bos(tmp_path, streaming):
+    """Each sequence of a split document begins as the tokenizer begins a text, and nothing is lost."""
+    tokenizer = byte_tokenizer("<s> <pad> $A")
+    text = "".join(chr(ord("a") + index % 26) for index in range(100))
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    file = str(tmp_path / "long.txt")
+    settings = UptrainSettings(data=[file], eval_data=[file], length=32, streaming=streaming)
+    rows = list(prepare_data(settings, tokenizer, 260).train)
+    assert sorted(len(row["input_ids"]) for row in rows) == [12, 32, 32, 32]
+    assert all(row["input_ids"][:2] == [1, 0] and row["labels"][:2] == [IGNORED] * 2 for row in rows)
+    parts = sorted((row["input_ids"][2:] for row in rows), key=len, reverse=True)
+    assert sorted(token for part in parts for token in part) == sorted(tokenizer(text)["input_ids"][2:])
+
+
+@pytest.mark.parametrize("first", ["chat", "text"])
+def test_text_among_chats(tmp_path, chats, first):
+    """A chat would be split, or text cut: refused with its line."""
+    rows = {"chat": {"messages": CHAT}, "text": {"text": "plain"}}
+    other = next(form for form in rows if form != first)
+    lines = [json.dumps(rows[form]) + "\n" for form in (first, other)]
+    (tmp_path / "a.jsonl").write_text("".join(lines), encoding="utf-8")
+    harm = "chats or completions would be cut" if first == "chat" else "text would be split"
+    with pytest.raises(TextError, match=rf"a\.jsonl:2: a row of the form '{other}' in a file of {harm}"):
+        prepare_data(UptrainSettings(data=[str(tmp_path / "a.jsonl")], length=64), chats, 260)
+
+
+def test_padding_outside_the_vocabulary():
+    """A pad token that was added to the tokenizer alone is replaced."""
+    tokenizer = byte_tokenizer()
+    assert padding_token(tokenizer, 260) == 0
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    assert padding_token(tokenizer, 260) == 258
+    assert padding_token(tokenizer, 258) == 0

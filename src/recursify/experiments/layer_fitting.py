@@ -119,7 +119,7 @@ class LayerFitter:
         teacher: Checkpoint of the dense model.
         weights: Tensors of the recursive model, updated layer by layer.
         data: Packed sequences.
-        pad: Token id of padding; None for 0.
+        pad: Token id of padding.
         log: Function that gets one line of figures per layer and sweep.
     """
 
@@ -130,7 +130,7 @@ class LayerFitter:
         weights: ShardedCheckpoint,
         data: TextData,
         *,
-        pad: int | None,
+        pad: int,
         log: Callable[[dict[str, Any]], None],
     ):
         self.settings, self.progress, self.log = run.settings, run.progress, log

@@ -10,7 +10,7 @@ from recursify.checkpoint.recursive_checkpoint import RecursiveCheckpoint
 from recursify.checkpoint.writer import ShardedCheckpoint
 from recursify.errors import CheckpointError, SettingsError, TrainingError
 from recursify.uptrain.callbacks import METRICS_FILE, append_metrics, draw_curves
-from recursify.uptrain.data import prepare_data
+from recursify.uptrain.data import padding_token, prepare_data
 from recursify.uptrain.settings import UptrainSettings
 from recursify.uptrain.stage import Stage, TrainingRun, UptrainResult
 
@@ -65,7 +65,8 @@ class LayerHealing(Stage):
         for name in student.tensors:
             weights.write(name, student.read(name))
         log = partial(append_metrics, run.output / METRICS_FILE)
-        fitter = LayerFitter(run, teacher, weights, data, pad=tokenizer.pad_token_id, log=log)
+        pad = padding_token(tokenizer, run.config.vocab_size)
+        fitter = LayerFitter(run, teacher, weights, data, pad=pad, log=log)
         before = fitter.measure()
         log({"step": 0, "tokens": 0, **{f"eval_{name}": value for name, value in before.items()}})
         fitter.fit()

@@ -10,8 +10,6 @@ import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -185,7 +183,7 @@ class _Packer:
 
     def __init__(self, settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase, vocab_size: int):
         self.settings = settings
-        self.encode = RowEncoder(tokenizer, vocab_size, completions_only=settings.completions_only)
+        self.encode = RowEncoder(tokenizer, vocab_size, settings.length, completions_only=settings.completions_only)
 
     def __call__(self, sources: list[_Source], *, shuffle: bool) -> Rows:
         from trl import pack_dataset
@@ -204,39 +202,52 @@ class _Packer:
 
     def _tokenized(self, source: _Source) -> Rows:
         """Tokens of every row, prepared and cached on disk, or streamed."""
-        kind = IterableDataset if self.settings.streaming else Dataset
-        reported = self.settings.length if self.settings.streaming and source.is_whole else None
+        encode = _SourceEncoder(self.encode, source.name, source.is_whole, reports=self.settings.streaming)
         if source.rows is not None:
-            encode = partial(_encode_row, self.encode, source.name, reported)
             columns = source.rows.column_names or list(next(iter(source.rows.take(1)), {}))
-            return source.rows.map(encode, with_indices=True, remove_columns=columns, features=FEATURES)
-        # datasets finds a prepared copy by these arguments: other contents or another release, another copy.
+            options = {"batched": True, "with_indices": True, "remove_columns": columns, "features": FEATURES}
+            return source.rows.map(encode.batch, **options)
+        # datasets finds prepared rows by these arguments: a file with other contents is read again.
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
-        arguments = {"files": stats, "encode": self.encode, "reported": reported, "release": version("recursify")}
+        kind = IterableDataset if self.settings.streaming else Dataset
         try:
-            return kind.from_generator(_encode_files, features=FEATURES, gen_kwargs=arguments)
+            return kind.from_generator(encode.files, features=FEATURES, gen_kwargs={"files": stats})
         except DatasetGenerationError as error:
             if isinstance(error.__cause__, TextError):
                 raise error.__cause__ from None
             raise
 
 
-def _encode_files(
-    files: list[tuple[str, int, int]], encode: RowEncoder, reported: int | None, release: str
-) -> Iterator[Tokens]:
-    for name, *_ in files:
-        for row in read_rows(Path(name)):
-            tokens = encode(row.fields, row.place)
-            if reported is not None and len(tokens["input_ids"]) > reported:
-                _report_cut_row(name, reported)
-            yield tokens
+@dataclass(frozen=True)
+class _SourceEncoder:
+    """Encoder of the rows of one source; ``reports`` if it warns of the first row that is cut."""
 
+    encode: RowEncoder
+    name: str
+    is_whole: bool
+    reports: bool
 
-def _encode_row(encode: RowEncoder, name: str, reported: int | None, row: dict[str, Any], index: int) -> Tokens:
-    tokens = encode({field: without_nulls(value) for field, value in row.items()}, f"{name}, row {index + 1}")
-    if reported is not None and len(tokens["input_ids"]) > reported:
-        _report_cut_row(name, reported)
-    return tokens
+    def files(self, files: list[tuple[str, int, int]]) -> Iterator[Tokens]:
+        """Yield the tokens of the rows of files, given with size and time of change."""
+        for name, *_ in files:
+            for row in read_rows(Path(name)):
+                yield from self._sequences(row.fields, row.place)
+
+    def batch(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
+        """Return the tokens of a batch of a data set."""
+        encoded: dict[str, list[list[int]]] = {name: [] for name in FEATURES}
+        for place, values in enumerate(zip(*columns.values(), strict=True)):
+            fields = {name: without_nulls(value) for name, value in zip(columns, values, strict=True)}
+            for tokens in self._sequences(fields, f"{self.name}, row {indices[place] + 1}"):
+                for name, ids in tokens.items():
+                    encoded[name].append(ids)
+        return encoded
+
+    def _sequences(self, fields: dict[str, Any], place: str) -> list[Tokens]:
+        sequences = self.encode.sequences(fields, place, is_whole=self.is_whole)
+        if self.reports and self.is_whole and len(sequences[0]["input_ids"]) > self.encode.length:
+            _report_cut_row(self.name, self.encode.length)
+        return sequences
 
 
 def _report_cut_rows(rows: Dataset, name: str, length: int) -> None:
@@ -261,6 +272,12 @@ def _report_cut_row(name: str, length: int) -> None:
     )
 
 
+def padding_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """Token id of padding: the tokenizer's if the model knows it, else 0."""
+    pad = tokenizer.pad_token_id
+    return pad if pad is not None and pad < vocab_size else 0
+
+
 class Collator:
     """Collator of packed rows into ``input_ids``, ``labels`` and ``position_ids``, all ``[B, T]``.
 
@@ -269,12 +286,12 @@ class Collator:
 
     Args:
         length: Sequence length ``T``.
-        pad: Token id of padding; None for 0.
+        pad: Token id of padding.
     """
 
-    def __init__(self, length: int, pad: int | None):
+    def __init__(self, length: int, pad: int):
         self.length = length
-        self.pad = 0 if pad is None else pad
+        self.pad = pad
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         shape = len(rows), self.length

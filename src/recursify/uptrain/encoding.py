@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from recursify.checkpoint.vocabulary import require_known_tokens
 from recursify.errors import TextError
+from recursify.evaluation import rows
+from recursify.evaluation.text import text_start
 
 IGNORED = -100
 """Label of a token without loss."""
@@ -44,19 +49,24 @@ class RowEncoder:
     Args:
         tokenizer: Tokenizer of the model.
         vocab_size: Number of rows of the model's embedding.
+        length: Tokens per sequence.
         completions_only: True to give labels to completions and assistant turns alone.
 
     Raises:
         TextError: ``completions_only`` is not possible with this tokenizer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, completions_only: bool):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, length: int, *, completions_only: bool = False
+    ):
         if completions_only and not tokenizer.is_fast:
             raise TextError(
                 "completions_only needs a fast tokenizer (tokenizer.json), and the model's cannot tell where its "
                 "tokens are in the text. Turn completions_only off, or convert the tokenizer."
             )
         self.tokenizer, self.vocab_size, self.completions_only = tokenizer, vocab_size, completions_only
+        self.length, self.start = length, text_start(tokenizer)
+        self._code = _code()  # datasets finds prepared rows by the encoder's attributes
 
     def __call__(self, fields: dict[str, Any], place: str) -> Tokens:
         """Encode a row; ``place`` is where it is, for the message of an error.
@@ -71,6 +81,28 @@ class RowEncoder:
         except TextError as error:
             raise TextError(f"{place}: {error}") from error
         return tokens
+
+    def sequences(self, fields: dict[str, Any], place: str, *, is_whole: bool) -> list[Tokens]:
+        """Encode a row of data whose rows are all chats and completions (``is_whole``), or all text.
+
+        Text that is longer than a sequence is split, and each part begins as the tokenizer begins a text.
+
+        Raises:
+            TextError: As for a call, and if the row has not the form of the others.
+        """
+        tokens = self(fields, place)
+        if (form_of(fields) != "text") != is_whole:
+            others, harm = ("chats or completions", "cut") if is_whole else ("text", "split")
+            raise TextError(
+                f"{place}: a row of the form '{form_of(fields)}' in a file of {others} would be {harm}. Put text and "
+                f"chats or completions into separate files."
+            )
+        ids, count = tokens["input_ids"], len(self.start)
+        if is_whole or not count or count >= self.length or len(ids) <= self.length or ids[:count] != self.start:
+            return [tokens]
+        step = self.length - count
+        parts = [self.start + ids[first : first + step] for first in range(count, len(ids), step)]
+        return [{"input_ids": part, "labels": [IGNORED] * count + part[count:]} for part in parts]
 
     def _encode_text(self, fields: dict[str, Any]) -> Tokens:
         name = "text" if fields.get("text") is not None or "content" not in fields else "content"
@@ -160,6 +192,12 @@ class RowEncoder:
     def _with_end(self, ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return ids if end is None or (ids and ids[-1] == end) else [*ids, end]
+
+
+@functools.cache
+def _code() -> str:
+    """Hash of the code that reads and encodes rows."""
+    return hashlib.sha256(b"".join(Path(str(file)).read_bytes() for file in (rows.__file__, __file__))).hexdigest()
 
 
 def _labelled(ids: list[int], learned: list[bool]) -> Tokens:

@@ -22,7 +22,7 @@ from recursify.errors import TrainingError
 from recursify.modeling import LayerLayout, RecursiveForCausalLM
 
 from . import checkpoints, sharding
-from .data import IGNORED, Collator, TextData
+from .data import IGNORED, Collator, TextData, padding_token
 from .losses import Sums, add_sums
 from .param_groups import find_optimizer, parameter_groups
 from .settings import UptrainSettings
@@ -63,7 +63,7 @@ class RecursiveTrainer(Trainer):
         super().__init__(
             model=model,
             args=arguments,
-            data_collator=Collator(settings.length, tokenizer.pad_token_id),
+            data_collator=Collator(settings.length, padding_token(tokenizer, model.config.vocab_size)),
             train_dataset=data.train,
             eval_dataset=data.evaluation,
             processing_class=tokenizer,
