@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 
 from recursify.checkpoint.loading import load_model, require_exit, require_recursive
 from recursify.checkpoint.record import read_record, update_record
+from recursify.checkpoint.vocabulary import require_known_tokens
 from recursify.errors import RecursifyError, SettingsError, TextError
 from recursify.progress import Progress, silent
 from recursify.settings import resolve_settings
 
 from .settings import TaskSettings
+from .text import text_start
 
 logger = logging.getLogger(__name__)
 
@@ -197,15 +199,13 @@ class TaskRunner:
         """Compute all metrics of all tasks, by task and metric; with a ``depth``, every token of ``model`` exits there.
 
         Raises:
-            TextError: The data of a task is missing.
+            TextError: The data of a task is missing, or has a token that is not in the model's vocabulary.
             ValueError: The model has no exit after ``depth``.
         """
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
 
         with _fixed_depth(model, depth), _quiet_lm_eval():
-            batch_size = self.settings.batch_size
-            runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+            runner = _lm_eval_model(model, tokenizer, self.settings.batch_size)
             try:
                 results = simple_evaluate(
                     model=runner,
@@ -222,6 +222,28 @@ class TaskRunner:
                     f"task into the cache of datasets, or name local files in its YAML."
                 ) from error
         return {(score.task, score.metric): score for score in _scores(results)}
+
+
+def _lm_eval_model(model: PreTrainedModel, tokenizer: Any, batch_size: int) -> Any:
+    """lm-eval's model, which begins texts as the tokenizer does, and whose tokens are checked."""
+    from lm_eval.models.huggingface import HFLM
+
+    class CheckedModel(HFLM):
+        def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
+            ids = super().tok_encode(*args, **kwargs)
+            require_known_tokens(ids, model.config.vocab_size, tokenizer)
+            return ids
+
+        def tok_batch_encode(self, *args: Any, **kwargs: Any) -> Any:
+            ids, mask = super().tok_batch_encode(*args, **kwargs)
+            require_known_tokens(ids[mask.bool()].tolist(), model.config.vocab_size, tokenizer)
+            return ids, mask
+
+    # Older versions add BOS only to families whose name contains "gemma".
+    add_bos = True if text_start(tokenizer) else None
+    return CheckedModel(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device), add_bos_token=add_bos
+    )
 
 
 @contextlib.contextmanager
