@@ -7,6 +7,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset, load_dataset
 
 from helpers.tiny_models import byte_tokenizer, convert_tiny, save_tiny
 from recursify.errors import TextError
@@ -174,6 +175,38 @@ def test_unreadable_files_are_named(tmp_path, tokenizer):
     ):
         with pytest.raises(TextError, match=message):
             prepare(tokenizer, str(tmp_path / name))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_damaged_data_sets_of_the_hub(tmp_path, tokenizer, monkeypatch, streaming):
+    """One error, whether the first or a later row is damaged; ``datasets`` raises pyarrow's."""
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "fine"}\n' * 200 + '{"text": \n', encoding="utf-8")
+
+    def load(name, split, streaming):
+        return load_dataset("json", data_files=str(file), split=split, streaming=streaming)
+
+    monkeypatch.setattr("recursify.uptrain.data.load_dataset", load)
+    with pytest.raises(TextError, match=r"'me/data' cannot be read: JSON parse error.*download them and give them by"):
+        prepare(tokenizer, "me/data", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_sets_of_the_hub_are_encoded_alike(tmp_path, tokenizer, monkeypatch, streaming):
+    """Rows of ``datasets``, whose nested objects have nulls for the fields of other rows."""
+    tools = [{"type": "function", "function": {"name": name, "parameters": {name: 1}}} for name in "ab"]
+    rows = [{"messages": CHAT, "tools": [tool]} for tool in tools]
+    monkeypatch.setattr(
+        "recursify.uptrain.data.load_dataset",
+        lambda *_, streaming, **__: (
+            Dataset.from_list(rows).to_iterable_dataset() if streaming else Dataset.from_list(rows)
+        ),
+    )
+    tokenizer.chat_template = "{{ tools | tojson }}" + CHAT_TEMPLATE
+    found = list(prepare(tokenizer, "me/data", streaming=streaming, length=256).train)
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    expected = list(prepare(tokenizer, file, length=256).train)
+    assert sorted(row["input_ids"] for row in found) == sorted(row["input_ids"] for row in expected)
 
 
 def test_chats_need_a_template(tmp_path):

@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import pyarrow.compute
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -64,7 +66,8 @@ def prepare_data(settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase, 
         TextError: Data is missing, unreadable, too short or has no tokens to learn; or a row has the wrong form or a
             token that the model does not know, which the message names by file and line.
     """
-    data = _pack_all(settings, tokenizer, vocab_size)
+    with readable(", ".join(settings.data or ("the default text",))):
+        data = _pack_all(settings, tokenizer, vocab_size)
     # A stream cannot be checked without reading it, but its held-out rows can, and are probably similar.
     for rows, which in ((data.evaluation, "held-out "), (data.train, "")):
         if isinstance(rows, Dataset) and all(label == IGNORED for row in rows for label in row["labels"]):
@@ -73,6 +76,20 @@ def prepare_data(settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase, 
                 f"{settings.length} tokens. Give other rows, a larger length, or turn off completions_only."
             )
     return data
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Context in which a damaged row of the data ``name`` is a TextError, whichever library finds it."""
+    try:
+        yield
+    except (DatasetGenerationError, pa.ArrowException) as error:
+        if isinstance(error.__cause__, TextError):
+            raise error.__cause__ from None
+        raise TextError(
+            f"{name} cannot be read: {str(error.__cause__ or error).splitlines()[0]} Correct its files, or download "
+            f"them and give them by path, which names the row."
+        ) from error
 
 
 def _pack_all(settings: UptrainSettings, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> TextData:
@@ -165,12 +182,13 @@ def _form(fields: dict[str, Any], place: str) -> str:
 
 def _open_hub(name: str, settings: UptrainSettings) -> _Source:
     try:
-        rows = load_dataset(name, split=settings.data_split, streaming=settings.streaming)
-        first: dict[str, Any] = next(iter(rows.take(1)), {})
-    except (DatasetNotFoundError, DatasetGenerationError, ValueError, OSError) as error:
+        with readable(f"'{name}'"):
+            rows = load_dataset(name, split=settings.data_split, streaming=settings.streaming)
+            first: dict[str, Any] = next(iter(rows.take(1)), {})
+    except (DatasetNotFoundError, ValueError, OSError) as error:
         raise TextError(
             f"'{name}' is not a local file, and split '{settings.data_split}' of it cannot be loaded from the Hub: "
-            f"{str(error.__cause__ or error).splitlines()[0]}"
+            f"{str(error).splitlines()[0]}"
         ) from error
     return _Source(name, rows, is_whole=_form(first, name) != "text")
 
@@ -210,12 +228,7 @@ class _Packer:
         # datasets finds prepared rows by these arguments: a file with other contents is read again.
         stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
         kind = IterableDataset if self.settings.streaming else Dataset
-        try:
-            return kind.from_generator(encode.files, features=FEATURES, gen_kwargs={"files": stats})
-        except DatasetGenerationError as error:
-            if isinstance(error.__cause__, TextError):
-                raise error.__cause__ from None
-            raise
+        return kind.from_generator(encode.files, features=FEATURES, gen_kwargs={"files": stats})
 
 
 @dataclass(frozen=True)
@@ -252,13 +265,13 @@ class _SourceEncoder:
 
 def _report_cut_rows(rows: Dataset, name: str, length: int) -> None:
     """Warn of chats and completions that packing cuts."""
-    lengths = pyarrow.compute.list_value_length(rows.data.column("input_ids"))
-    cut = pyarrow.compute.sum(pyarrow.compute.greater(lengths, length)).as_py()
+    lengths = pc.list_value_length(rows.data.column("input_ids"))
+    cut = pc.sum(pc.greater(lengths, length)).as_py()
     if cut:
         logger.warning(
             "%s of %s chats and completions in %s are longer than %s tokens (the longest has %s) and are cut at their "
             "end. Use a larger --length to train on all of them.",
-            *(f"{cut:,}", f"{len(rows):,}", name, f"{length:,}", f"{pyarrow.compute.max(lengths).as_py():,}"),
+            *(f"{cut:,}", f"{len(rows):,}", name, f"{length:,}", f"{pc.max(lengths).as_py():,}"),
         )
 
 

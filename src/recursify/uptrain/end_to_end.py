@@ -20,7 +20,7 @@ from . import sharding
 from .arguments import tokens_per_step, training_arguments
 from .callbacks import Watcher, draw_curves
 from .checkpoints import step_of
-from .data import TextData, prepare_data
+from .data import TextData, prepare_data, readable
 from .param_groups import balance_factors, freeze_untrained
 from .stage import Objective, Stage, TrainingRun, UptrainResult
 from .trainer import RecursiveTrainer
@@ -46,7 +46,8 @@ class EndToEndStage(Stage, Objective):
             if not run.resume and is_main:
                 run.begin()
         trainer = _make_trainer(run, model, objective, tokenizer, data, resumed is not None)
-        _run_trainer(trainer, resumed)
+        with readable(data.name):
+            _run_trainer(trainer, resumed)
         trained = trainer.accelerator.unwrap_model(trainer.model)
         changed = objective.calibrate(trained.eval(), partial(_first_sequences, data, settings.length))
         before, after = _held_out_figures(trainer, again=changed)
