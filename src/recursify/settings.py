@@ -36,6 +36,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """Dtype of weights; ``auto`` is the checkpoint's."""
 Fraction = Annotated[float, Ge(0), Le(1)]
 """Number from 0 to 1."""
+PositiveFraction = Annotated[float, Gt(0), Le(1)]
+"""Number above 0, at most 1."""
 Fractions = Annotated[tuple[Fraction, ...], BeforeValidator(_as_tuple)]
 """Numbers from 0 to 1; a single one may be given alone."""
 
@@ -132,6 +134,23 @@ class ExitOptions(Settings):
     """Confidence above which tokens exit. Without it, the calibrated threshold, else the policy's."""
     min_depth: Annotated[int, Ge(0)] = 0
     """First depth after which tokens may exit."""
+
+
+class SamplingOptions(Settings):
+    """Sampling, as options of several commands."""
+
+    temperature: Annotated[float, Ge(0)] | None = None
+    """Sampling temperature; 0 is greedy. Without it, the model's own (generation_config.json), else greedy."""
+    top_p: PositiveFraction | None = None
+    """Probability mass of the most likely tokens to sample from. Without it, the model's own, else all."""
+    top_k: Annotated[int, Ge(0)] | None = None
+    """Number of most likely tokens to sample from; 0 keeps all. Without it, the model's own, else all."""
+    min_p: Fraction | None = None
+    """Least probability of a token to sample, relative to that of the most likely one. Without it, the model's own."""
+    repetition_penalty: Annotated[float, Gt(0)] | None = None
+    """Penalty of tokens that have occurred; 1 is none. Without it, the model's own."""
+    seed: int = 0
+    """Seed for sampling."""
 
 
 S = TypeVar("S", bound=Settings)

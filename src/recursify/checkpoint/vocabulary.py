@@ -9,7 +9,12 @@ from recursify.errors import RecursifyError, TextError
 
 
 def require_known_tokens(
-    ids: Iterable[int], vocab_size: int, tokenizer: Any = None, *, error: type[RecursifyError] = TextError
+    ids: Iterable[int],
+    vocab_size: int,
+    tokenizer: Any = None,
+    *,
+    name: str | None = None,
+    error: type[RecursifyError] = TextError,
 ) -> None:
     """Check token ids against a vocabulary of ``vocab_size`` entries.
 
@@ -20,6 +25,7 @@ def require_known_tokens(
         ids: Token ids of a text.
         vocab_size: Number of rows of the model's embedding.
         tokenizer: Tokenizer that made the ids, for the message; None for ids that a program gave.
+        name: Name of a field with the ids, for the message; None for a text.
         error: Class of the error.
 
     Raises:
@@ -30,7 +36,8 @@ def require_known_tokens(
         return
     problem = f"is not in the model's vocabulary of {vocab_size} entries"
     if tokenizer is None or not 0 <= token < len(tokenizer):
-        raise error(f"Token {token} {problem}. Give ids from 0 to {vocab_size - 1}.")
+        subject = f"Token {token}" if name is None else f"Token {token} of {name}"
+        raise error(f"{subject} {problem}. Give ids from 0 to {vocab_size - 1}.")
     raise error(
         f"The tokenizer has {len(tokenizer)} entries, and token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) "
         f"{problem}. Use the tokenizer of the model, or first enlarge the dense model "

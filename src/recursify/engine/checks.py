@@ -86,13 +86,6 @@ def loop_obstacle(decoder: DecoderAdapter, *, lockstep: bool) -> str | None:
     return "a lockstep engine" if lockstep else None
 
 
-def eos_tokens(model: Any) -> frozenset[int]:
-    """EOS tokens of the model."""
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    eos = model.config.eos_token_id if eos is None else eos
-    return frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
-
-
 @torch.inference_mode()
 def check_parity(runner: ModelRunner) -> None:
     """Compare the engine's logits at full depth with the model's, for a few tokens.

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
+from recursify.checkpoint.generation_defaults import GenerationDefaults, eos_tokens
+from recursify.checkpoint.vocabulary import require_known_tokens
 from recursify.errors import EngineError
 from recursify.settings import resolve_settings
 
@@ -79,7 +82,7 @@ class Engine:
         self.implementation = checks.choose_implementation(config.implementation, self.decoder)
         self.runner = ModelRunner(self.decoder, self.kv_cache, kernels=self.implementation == "triton")
         self.scheduler = Scheduler(self.kv_cache, config)
-        self.eos = checks.eos_tokens(model)
+        self.eos = eos_tokens(model)
         self.host_sync = HostSync()
         self.slot_manager = self._make_slot_manager()
         stage: RoutingStage | EarlyExitStage = EarlyExitStage(self.runner, self.kv, self.host_sync)
@@ -146,6 +149,11 @@ class Engine:
             settings = (config.num_device_steps, self.implementation)
             return SlotManager(self.runner, self.kv, self.scheduler, self.eos, self.host_sync, *settings)
 
+    @cached_property
+    def defaults(self) -> GenerationDefaults:
+        """Sampling defaults of the model. Only callers apply them: parameters of a request are taken as they are."""
+        return GenerationDefaults.of(self.model)
+
     @property
     def async_output(self) -> bool:
         """True if sampled tokens are copied to the host an iteration later, with its exit decisions."""
@@ -164,12 +172,17 @@ class Engine:
                 not have.
         """
         params = params or SamplingParams()
-        ids = checks.encode(prompt, self.tokenizer, self.decoder.config.vocab_size)
+        vocab_size = self.decoder.config.vocab_size
+        ids = checks.encode(prompt, self.tokenizer, vocab_size)
+        require_known_tokens(params.stop_token_ids, vocab_size, name="stop_token_ids", error=EngineError)
+        require_known_tokens(params.logit_bias, vocab_size, name="logit_bias", error=EngineError)
         settings = checks.exit_settings(params, self.decoder, self.kv)
         checks.check_fits(len(ids), params, self.max_model_len, self.kv_cache)
         if params.stop and self.tokenizer is None:
             raise EngineError("Stop strings need a tokenizer. Give the engine one, or use stop_token_ids.")
-        request = Request(ids, params, settings, len(self.kv_cache.pools), Detokenizer(self.tokenizer, params.stop))
+        detokenizer = Detokenizer(self.tokenizer, params.stop, skip_special_tokens=params.skip_special_tokens)
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else self.eos)}
+        request = Request(ids, params, settings, len(self.kv_cache.pools), detokenizer, ends)
         self.requests[request.id] = request
         self.scheduler.waiting.append(request)
         return request.id
@@ -309,8 +322,7 @@ class Engine:
         if output.logprobs is not None and sampled.log_p is not None:
             output.logprobs.append(sampled.log_p)
         self._stats.count_token(sampled.depth)
-        stops = token in params.stop_token_ids or (token in self.eos and not params.ignore_eos)
-        stops |= request.detokenizer.add(token)
+        stops = request.detokenizer.add(token) or token in request.ends
         output.text = request.detokenizer.text
         if stops:
             self._finish(request, "stop")

@@ -15,6 +15,7 @@ from .host_sync import HostSync
 from .layers.batch import TokenSpan
 from .layers.model_runner import ModelRunner
 from .logits import LogitsHead
+from .logits_processing import process_logits
 from .request import UNREAD, Request
 from .routing import RoutingStage
 from .sampler import SampledToken, log_probabilities, sample
@@ -113,7 +114,7 @@ class HostLoop:
         if sampling:
             requests = [chunk.request for chunk in sampling]
             logits = self.logits_head.logits(sampling)
-            tokens = sample(logits, requests)
+            tokens = sample(process_logits(logits, requests), requests)
             log_probs = self._log_probabilities(logits, tokens, requests)
             self.host_sync.defer(tokens)
             self._sampled = [

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, MinLen
-from pydantic import Strict
+from pydantic import AllowInfNan, Strict
 
 from recursify.errors import EngineError
 from recursify.modeling import ExitSettings
-from recursify.settings import Settings
+from recursify.settings import Fraction, Settings
 
 from .detokenizer import Detokenizer
 
@@ -26,6 +27,8 @@ UNREAD = -1
 
 NonNegative = Annotated[int, Strict(), Ge(0)]
 """Whole number of at least 0."""
+Penalty = Annotated[float, Ge(-2), Le(2)]
+"""Number from -2 to 2, the range of OpenAI's penalties."""
 
 
 class SamplingParams(Settings, error=EngineError):
@@ -47,11 +50,26 @@ class SamplingParams(Settings, error=EngineError):
     top_k: NonNegative = 0
     """Number of most likely tokens to sample from; 0 keeps all."""
 
+    min_p: Fraction = 0.0
+    """Probability that a token to sample must have, relative to that of the most likely one; 0 keeps all."""
+
+    repetition_penalty: Annotated[float, Gt(0), AllowInfNan(False)] = 1.0
+    """Divisor of positive logits, and factor of others, of tokens in the prompt or the output; 1 changes none."""
+
+    frequency_penalty: Penalty = 0.0
+    """Number that is subtracted from a token's logit for each time that it is in the output."""
+
+    presence_penalty: Penalty = 0.0
+    """Number that is subtracted from the logits of tokens in the output."""
+
+    logit_bias: dict[NonNegative, Annotated[float, AllowInfNan(False)]] = field(default_factory=dict)
+    """Mapping from token ids to numbers that are added to their logits."""
+
     seed: Annotated[int, Strict(), Ge(0), Le(2**63 - 1)] | None = None
     """Seed of the request's own generator, so that its samples do not depend on the batch; None takes a random one."""
 
     stop: tuple[Annotated[str, MinLen(1), "a non-empty string"], ...] = ()
-    """Strings that end the text; they are not part of it."""
+    """Strings that end the text, of special tokens too; they are not part of it."""
 
     stop_token_ids: tuple[NonNegative, ...] = ()
     """Tokens that end the text, besides EOS."""
@@ -59,9 +77,15 @@ class SamplingParams(Settings, error=EngineError):
     ignore_eos: bool = False
     """Continue after EOS."""
 
+    min_tokens: NonNegative = 0
+    """Number of new tokens before which neither EOS nor a stop token is sampled."""
+
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+
     logprobs: Annotated[int, Strict(), Ge(0), Le(20)] | None = None
-    """Number of most likely tokens whose log-probabilities to return, with that of the sampled token (before
-    temperature); None returns none."""
+    """Number of most likely tokens whose log-probabilities to return, with that of the sampled token. They are the
+    model's own, before penalties, biases and temperature. None returns none."""
 
     exit: Any = None
     """Early exit, which is lossy: the name of a policy, a policy, or :class:`~recursify.modeling.ExitSettings`."""
@@ -79,6 +103,12 @@ class SamplingParams(Settings, error=EngineError):
             raise EngineError(
                 "forced_depths take the place of exit and max_depth, and name at least one depth. Leave the others out."
             )
+
+    @property
+    def changes_logits(self) -> bool:
+        """True if logits differ from the model's for every token."""
+        penalties = self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty
+        return bool(penalties or self.logit_bias)
 
     @property
     def may_exit_early(self) -> bool:
@@ -123,6 +153,7 @@ class Request:
 
     Attributes:
         settings: Exit settings; None for no policy.
+        ends: Tokens that end the text.
         tokens: Token ids of the prompt, then of the output.
         computed: Number of tokens that have been through the model.
         exit_depths: Depth after which each new token exited. Tokens that are computed again after a preemption exit
@@ -144,9 +175,11 @@ class Request:
         settings: ExitSettings | None,
         num_streams: int,
         detokenizer: Detokenizer | None = None,
+        ends: Collection[int] = (),
     ) -> None:
         self.id = next(self._ids)
         self.prompt_ids, self.params, self.settings = list(prompt_ids), params, settings
+        self.ends = frozenset(ends)
         self.num_streams = num_streams  # of the KV cache
         self.detokenizer = detokenizer or Detokenizer(None, ())
         self.tokens = list(prompt_ids)
@@ -179,6 +212,17 @@ class Request:
         """Consume the random number of the token that is sampled now."""
         self.next_draws(1)
         return self._draws.popleft()
+
+    @property
+    def changes_logits(self) -> bool:
+        """True if the logits of the next token are changed before it is sampled."""
+        return self.params.changes_logits or self.num_new < self.params.min_tokens
+
+    @property
+    def biases(self) -> Iterable[tuple[int, float]]:
+        """Numbers to add to logits of the next token, by token id."""
+        ruled_out = self.ends if self.num_new < self.params.min_tokens else ()
+        return itertools.chain(self.params.logit_bias.items(), ((token, -math.inf) for token in ruled_out))
 
     @property
     def prompt_length(self) -> int:

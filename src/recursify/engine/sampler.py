@@ -41,21 +41,30 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     params = [requests[row].params for row in rows]
     # Random numbers come from the request's own generator on the host, so they are the same for any device.
     numbers = [
-        (entry.temperature, entry.top_p, requests[row].use_draw()) for row, entry in zip(rows, params, strict=True)
+        (entry.temperature, entry.top_p, entry.min_p, requests[row].use_draw())
+        for row, entry in zip(rows, params, strict=True)
     ]
-    temperatures, top_p, draws = on_device(numbers, logits.device, torch.float64).unbind(-1)
+    temperatures, top_p, min_p, draws = on_device(numbers, logits.device, torch.float64).unbind(-1)
     top_k = on_device([entry.top_k for entry in params], logits.device, torch.long)
     tokens = choose(
         logits[index],
         temperatures,
         top_k if any(entry.top_k for entry in params) else None,
         top_p if any(entry.top_p < 1 for entry in params) else None,
+        min_p if any(entry.min_p for entry in params) else None,
         draws,
     )
     return greedy.index_put((index,), tokens)
 
 
-def choose(logits: Tensor, temperatures: Tensor, top_k: Tensor | None, top_p: Tensor | None, draws: Tensor) -> Tensor:
+def choose(
+    logits: Tensor,
+    temperatures: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    draws: Tensor,
+) -> Tensor:
     """Select the token ``[n]`` of each row by inverse transform sampling, without a sync.
 
     The tokens divide the range from 0 to 1 in descending order of their probabilities.
@@ -65,6 +74,7 @@ def choose(logits: Tensor, temperatures: Tensor, top_k: Tensor | None, top_p: Te
         temperatures: Temperatures ``[n]``.
         top_k: Number of tokens to keep ``[n]``, 0 for all; None if no row limits it.
         top_p: Probability mass to keep ``[n]``, 1 for all; None if no row limits it.
+        min_p: Least probability relative to the largest ``[n]``, 0 for all; None if no row limits it.
         draws: Random numbers ``[n]`` in [0, 1).
     """
     shifted = logits.double()
@@ -78,6 +88,9 @@ def choose(logits: Tensor, temperatures: Tensor, top_k: Tensor | None, top_p: Te
     if top_p is not None:
         mass_before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill((mass_before >= top_p[:, None]) & (top_p[:, None] < 1), 0.0)
+    if min_p is not None:
+        least = min_p[:, None] * probabilities[:, :1]
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     cumulative = probabilities.cumsum(-1)
     rank = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
     return order.gather(-1, rank.clamp(max=logits.shape[-1] - 1))[:, 0]

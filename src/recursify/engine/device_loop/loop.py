@@ -349,7 +349,8 @@ class DeviceLoop:
         temperature = settings.temperature[slots]
         draws = settings.draws[slots].gather(1, self.state.num_unread[slots][:, None])[:, 0]
         logits = self.runner.compute_logits(states)
-        tokens = choose(logits, temperature, settings.top_k[slots], settings.top_p[slots], draws)
+        limits = settings.top_k[slots], settings.top_p[slots], settings.min_p[slots]
+        tokens = choose(logits, temperature, *limits, draws)
         return tokens if statistics is None else torch.where(temperature > 0, tokens, statistics.choice)
 
     def _exit_statistics(self, states: Tensor) -> ExitStatistics:

@@ -98,7 +98,7 @@ class SlotManager:
     def can_admit(self, request: Request) -> bool:
         """True if a slot is free and the device can make all decisions for ``request``."""
         params, settings, decoder = request.params, request.settings, self.runner.decoder
-        if params.logprobs is not None or None not in self.requests:
+        if params.logprobs is not None or request.changes_logits or None not in self.requests:
             return False
         if sum(len(positions) for positions, _ in request.deferred.values()) > MAX_PENDING:
             return False
@@ -170,7 +170,7 @@ class SlotManager:
             for depth in range(exit_settings.min_depth, last_depth):
                 settings.thresholds[slot, depth] = exit_settings.threshold_at(depth, last_depth, 0, 1)
         settings.temperature[slot], settings.top_p[slot] = params.temperature, params.top_p
-        settings.top_k[slot] = params.top_k or 0
+        settings.top_k[slot], settings.min_p[slot] = params.top_k, params.min_p
 
     def release_ended(self) -> None:
         """Free the slots of requests that have ended or been preempted."""

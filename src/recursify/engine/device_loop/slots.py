@@ -80,6 +80,7 @@ class SlotSettings:
         temperature: Float64 ``[S]``; 0 is greedy.
         top_k: Int64 ``[S]``; 0 keeps all.
         top_p: Float64 ``[S]``; 1 keeps all.
+        min_p: Float64 ``[S]``; 0 keeps all.
         draws: Float64 ``[S, T]``: uniform random numbers for the next tokens.
     """
 
@@ -99,6 +100,7 @@ class SlotSettings:
         self.temperature = full(0, dtype=torch.float64)
         self.top_k = full(0)
         self.top_p = full(1, dtype=torch.float64)
+        self.min_p = full(0, dtype=torch.float64)
         self.draws = full(0, tokens, dtype=torch.float64)
 
 

@@ -1,0 +1,107 @@
+"""Values of a model's ``generation_config.json``: tokens that end a text, and defaults of sampling."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from annotated_types import Ge, Gt
+from pydantic import AllowInfNan, PositiveInt
+from transformers import GenerationConfig
+
+from recursify.errors import CheckpointError
+from recursify.settings import Fraction, PositiveFraction, Settings
+
+logger = logging.getLogger(__name__)
+
+FILE = "generation_config.json"
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""Fields that are defaults of sampling, with the names of :class:`~recursify.engine.SamplingParams`."""
+
+NOT_APPLIED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "penalty_alpha": (),
+    "guidance_scale": (1,),
+    "encoder_repetition_penalty": (1,),
+    "bad_words_ids": ([],),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": ({}, []),
+    "stop_strings": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "watermarking_config": (),
+}
+"""Mapping from fields that change the output of transformers' ``generate``, and are not applied here, to their values
+without an effect, besides None."""
+
+
+def eos_tokens(model: Any) -> frozenset[int]:
+    """Tokens that end a text: those of the config and those of the generation config."""
+    found: set[int] = set()
+    for config in (model.config, getattr(model, "generation_config", None)):
+        eos = getattr(config, "eos_token_id", None)
+        found |= set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    return frozenset(found)
+
+
+class GenerationDefaults(Settings, error=CheckpointError):
+    """Defaults of a model; a field is None where the model has none.
+
+    Raises:
+        CheckpointError: A value is out of its range.
+    """
+
+    do_sample: bool | None = None
+    """Sample, rather than take the likeliest token."""
+    temperature: Annotated[float, Ge(0), AllowInfNan(False)] | None = None
+    """Sampling temperature."""
+    top_k: Annotated[int, Ge(0)] | None = None
+    """Number of most likely tokens to sample from; 0 keeps all."""
+    top_p: PositiveFraction | None = None
+    """Probability mass of the most likely tokens to sample from."""
+    min_p: Fraction | None = None
+    """Least probability of a token to sample, relative to that of the most likely one."""
+    repetition_penalty: Annotated[float, Gt(0), AllowInfNan(False)] | None = None
+    """Penalty of tokens in the prompt or the output."""
+    max_new_tokens: PositiveInt | None = None
+    """Maximum number of new tokens."""
+
+    @classmethod
+    def of(cls, model: Any) -> Self:
+        """Read the generation config of a loaded model, and warn of fields that change its output elsewhere."""
+        config = getattr(model, "generation_config", None) or GenerationConfig()
+        given = {name: value for name in cls.__dataclass_fields__ if (value := getattr(config, name, None)) is not None}
+        if given.get("top_k", 0) < 0:
+            given["top_k"] = 0
+        others = {name: getattr(config, name, None) for name in NOT_APPLIED}
+        others = {name: value for name, value in others.items() if value is not None and value not in NOT_APPLIED[name]}
+        if others:
+            logger.warning(
+                "%s sets %s, which Recursify does not apply.",
+                FILE,
+                ", ".join(f"{name}={value!r}" for name, value in others.items()),
+            )
+        return cls.from_mapping(given, FILE)
+
+    def sampling(self, given: Mapping[str, Any], *, samples: bool = False) -> dict[str, Any]:
+        """Values of :data:`SAMPLING`: those ``given`` that are not None, else the model's, else ones without an effect.
+
+        Args:
+            given: Values that a user gave.
+            samples: Flag to sample if neither a temperature nor the model's ``do_sample`` decides that.
+        """
+        neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+        own = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+        if not (samples if self.do_sample is None else self.do_sample):
+            own["temperature"] = 0.0
+        return neutral | own | {name: given[name] for name in SAMPLING if given.get(name) is not None}
