@@ -15,6 +15,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 import recursify
 from helpers.command_line import run
+from recursify.checkpoint.generation_defaults import GenerationDefaults
 from recursify.cli.app import COMMANDS, app
 from recursify.cli.from_settings import help_text, option_names
 from recursify.errors import EngineError, SettingsError
@@ -154,10 +155,10 @@ def test_resolve_settings():
 
 
 def test_every_settings_class_belongs_to_a_command():
-    """No class of the package is left out of the tests below, except those of single requests and bases of others."""
+    """No class of the package is left out of the tests below, except of requests, of files, and bases of others."""
     for command in COMMANDS:
         import_module(f"recursify.cli.{command.replace('-', '_')}")
-    known = {kind for kinds in SETTINGS.values() for kind in kinds} | {recursify.SamplingParams}
+    known = {kind for kinds in SETTINGS.values() for kind in kinds} | {recursify.SamplingParams, GenerationDefaults}
     assert known >= {kind for kind in leaves(Settings) if kind.__module__.startswith("recursify.")}
     assert {command for command, kinds in SETTINGS.items() if not kinds} == {"inspect", "export"}
 

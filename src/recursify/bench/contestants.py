@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,6 +75,17 @@ def choose_clock(device: torch.device) -> Callable[[], float]:
     return wall_time
 
 
+@contextmanager
+def plain_generation(model: Any) -> Iterator[None]:
+    """Let ``generate`` run without the model's own generation config, with which it would fill in what is not given:
+    its EOS tokens would end requests early, and a penalty would be measured that the engine does not apply."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def generate_runner(model: Any, exit_policy: Any = None, **options: Any) -> Runner:
     """Make a runner of ``generate`` on static batches, padded on the left, until the longest request ends.
 
@@ -90,7 +102,8 @@ def generate_runner(model: Any, exit_policy: Any = None, **options: Any) -> Runn
             inputs = pad_sequence(prompts, batch_first=True, padding_side="left").to(model.device)
             mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left")
             config = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0, eos_token_id=None, **options)
-            model.generate(inputs, attention_mask=mask.to(model.device), generation_config=config, **exits)
+            with plain_generation(model):
+                model.generate(inputs, attention_mask=mask.to(model.device), generation_config=config, **exits)
             latencies += [clock() - started] * len(prompts)
         return BenchRun(clock() - started, latencies)
 
@@ -107,7 +120,7 @@ def generate_batch_runner(model: Any) -> Runner:
         batching = {"generation_config": config, "continuous_batching_config": _batching_config(workload)}
         attention = model.config._attn_implementation
         try:
-            with model.continuous_batching_context_manager(**batching) as manager:
+            with plain_generation(model), model.continuous_batching_context_manager(**batching) as manager:
                 started = clock()
                 for prompt, new in zip(workload.prompts, workload.new_tokens, strict=True):
                     manager.add_request(prompt, max_new_tokens=new)

@@ -20,7 +20,15 @@ from recursify.modeling import ExitSettings
 from recursify.progress import Progress, silent
 from recursify.settings import resolve_settings
 
-from .contestants import BenchRun, Contestant, EngineRunner, choose_clock, generate_batch_runner, generate_runner
+from .contestants import (
+    BenchRun,
+    Contestant,
+    EngineRunner,
+    choose_clock,
+    generate_batch_runner,
+    generate_runner,
+    plain_generation,
+)
 from .ideal import Gain, measure_gain, prompt_costs
 from .results import BenchmarkResult, BenchmarkRow, plot_speeds
 from .settings import BenchSettings
@@ -188,7 +196,8 @@ class BenchPlan:
         for workload in workloads:
             for number, (prompt, new) in enumerate(zip(workload.prompts, workload.new_tokens, strict=True)):
                 ids = torch.tensor([prompt], device=self.model.device)
-                output = self.model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options)
+                with plain_generation(self.model):
+                    output = self.model.generate(ids, max_new_tokens=new, min_new_tokens=new, **options)
                 recorded = tuple(output.exit_depths[0, 1:].tolist())
                 depths[workload.concurrency, number] = recorded or (self.num_recursions - 1,)
 

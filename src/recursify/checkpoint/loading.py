@@ -9,13 +9,20 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from recursify.errors import CheckpointError, SettingsError
 from recursify.modeling import RecursiveConfig
 from recursify.settings import require_device
 
 from .dense_checkpoint import load_dense_folder, load_tokenizer, open_checkpoint
+from .generation_defaults import FILE, eos_tokens
 from .sources import locate
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -33,6 +40,8 @@ def load_model(
     anderson: int = 0,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model in eval mode and its tokenizer.
+
+    The EOS tokens of its generation config are joined with those of its config, so that each of them ends a text.
 
     Args:
         source: Folder, ``.gguf`` file, embedded model or Hub id.
@@ -62,6 +71,9 @@ def load_model(
     else:
         model, tokenizer = _load_dense(source, path, dtype, trust_remote_code)
         model = model.to(target)
+    if path.is_dir():
+        model.generation_config = read_generation_config(path)
+    model.generation_config.eos_token_id = sorted(eos_tokens(model)) or None
     if recursions is not None:
         require_recursive_model(model, source)
         try:
@@ -97,6 +109,22 @@ def read_config(folder: Path) -> RecursiveConfig:
         return RecursiveConfig.from_pretrained(folder)
     except (ValueError, OSError, StrictDataclassError) as error:
         raise CheckpointError(f"'{folder}' has a config that does not load: {' '.join(str(error).split())}") from error
+
+
+def read_generation_config(folder: Path) -> GenerationConfig:
+    """Generation config of a model's folder, where transformers looks for it: in a file of its own, or in its config.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    file = folder / FILE if (folder / FILE).exists() else folder / "config.json"
+    is_own = file.name == FILE
+    try:
+        return GenerationConfig.from_pretrained(folder, config_file_name=file.name, _from_model_config=not is_own)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"'{file}' does not load: {' '.join(str(error).split())} Correct or remove it."
+        ) from error
 
 
 def is_recursive(path: Path) -> bool:

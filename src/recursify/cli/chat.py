@@ -8,12 +8,12 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 from annotated_types import Ge
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from rich.console import Console
 
 import recursify
 from recursify.errors import EngineError, SettingsError
-from recursify.settings import ExitOptions, Fraction
+from recursify.settings import ExitOptions, SamplingOptions
 
 from .conversation import Conversation
 from .depth_view import counts_by_depth, depth_style
@@ -34,26 +34,24 @@ an answer. Every line of piped input gets an answer.
 `echo "What is a recursion?" | recursify chat smollm2-healed --max-tokens 60`
 """
 
+ANSWER_TOKENS = 512
+"""Maximum number of new tokens of an answer where neither the user nor the model sets it."""
 
-class ChatSettings(ExitOptions):
+
+class ChatSettings(ExitOptions, SamplingOptions):
     """Options of ``recursify chat``."""
 
     panels: ClassVar[Mapping[str, str]] = {
         "system": "Generation",
+        "temperature": "Generation",
         "exit_policy": "Early exit",
         "max_depth": "Early exit",
     }
 
     system: str | None = None
     """System message."""
-    max_tokens: PositiveInt = 512
-    """Maximum number of new tokens per answer."""
-    temperature: NonNegativeFloat = 0.0
-    """Sampling temperature; 0 is greedy."""
-    top_p: Fraction = 1.0
-    """Nucleus probability for sampling."""
-    seed: int = 0
-    """Seed for sampling."""
+    max_tokens: PositiveInt | None = None
+    """Maximum number of new tokens per answer. Without it, the model's own (max_new_tokens), else 512."""
     kv_cache_memory_bytes: PositiveInt = 2**28
     """Memory of the KV cache in bytes."""
     max_model_len: Annotated[int, Ge(2)] | None = None
@@ -91,13 +89,19 @@ def command(
 def _sampling_params(
     settings: ChatSettings, engine: recursify.Engine, config: recursify.RecursiveConfig
 ) -> recursify.SamplingParams:
-    names = ("max_tokens", "temperature", "top_p", "seed", "max_depth")
+    defaults = engine.defaults
     limits: dict[str, Any] = {"threshold": settings.threshold, "min_depth": settings.min_depth}
     try:
         exit = recursify.ExitSettings.from_options(settings.exit_policy, kv=engine.kv, config=config, **limits)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    return recursify.SamplingParams(exit=exit, **{name: getattr(settings, name) for name in names})
+    return recursify.SamplingParams(
+        max_tokens=settings.max_tokens or defaults.max_new_tokens or ANSWER_TOKENS,
+        seed=settings.seed,
+        exit=exit,
+        max_depth=settings.max_depth,
+        **defaults.sampling(vars(settings)),
+    )
 
 
 def _lines() -> Iterator[str]:

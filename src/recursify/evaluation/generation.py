@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
+from recursify.checkpoint.generation_defaults import GenerationDefaults
 from recursify.checkpoint.loading import load_model, require_recursive_model
 from recursify.checkpoint.vocabulary import require_known_tokens
 from recursify.errors import SettingsError
@@ -17,6 +19,9 @@ from recursify.settings import resolve_settings
 
 from .exits import ExitStatistics, exit_statistics
 from .settings import GenerationSettings
+
+NEW_TOKENS = 64
+"""Maximum number of new tokens where neither the user nor the model sets it."""
 
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
@@ -132,10 +137,7 @@ def generate_text(
 def _generate(model: Any, tokenizer: Any, prompt: str, settings: GenerationSettings) -> GenerationResult:
     inputs = _encode(tokenizer, prompt, chat=settings.chat).to(model.device)
     require_known_tokens(inputs["input_ids"][0].tolist(), model.config.vocab_size, tokenizer)
-    is_sampled = settings.temperature > 0
-    arguments: dict[str, Any] = {**inputs, "max_new_tokens": settings.max_new_tokens, "do_sample": is_sampled}
-    if is_sampled:
-        arguments |= {"temperature": settings.temperature, "top_p": settings.top_p}
+    arguments = {**inputs, **_sampling(model, settings)}
     options = {name: getattr(settings, name) for name in ("threshold", "vocabulary", "kv", "min_depth", "max_pending")}
     exits = ExitSettings.from_options(settings.exit_policy, config=model.config, **options)
     shortcut: dict[str, Any] = {} if exits is None else {"exit_policy": exits}
@@ -155,7 +157,8 @@ def _generate(model: Any, tokenizer: Any, prompt: str, settings: GenerationSetti
         plain, plain_seconds = _timed(model, settings.seed, arguments)
         result["plain_speed"] = (plain.sequences.shape[1] - prompt_length) / plain_seconds
     if exits is not None:
-        num_exits, greedy = len(exits.layers or model.config.exit_depths), settings.measure and not is_sampled
+        num_exits = len(exits.layers or model.config.exit_depths)
+        greedy = settings.measure and not arguments["do_sample"] and arguments["repetition_penalty"] == 1
         result["exits"] = exit_statistics(model, output, inputs["attention_mask"], num_exits, agreement=greedy)
         result["simulated"] = exits.policy.simulated
     return GenerationResult(
@@ -189,6 +192,22 @@ def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
         raise SettingsError("The model has no chat template, so --chat cannot be used. Leave it out to continue text.")
     messages = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+
+
+def _sampling(model: Any, settings: GenerationSettings) -> dict[str, Any]:
+    """Arguments of ``generate`` from the settings and the defaults of ``model``, whose generation config keeps only its
+    special tokens: transformers applies every other field of it, and ``top_k=50`` where it has none."""
+    defaults, config = GenerationDefaults.of(model), model.generation_config
+    special = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**special)
+    sampling = defaults.sampling(vars(settings))
+    temperature, penalty = sampling.pop("temperature"), sampling.pop("repetition_penalty")
+    arguments: dict[str, Any] = {
+        "max_new_tokens": settings.max_new_tokens or defaults.max_new_tokens or NEW_TOKENS,
+        "do_sample": temperature > 0,
+        "repetition_penalty": penalty,
+    }
+    return arguments if temperature == 0 else arguments | sampling | {"temperature": temperature}
 
 
 def _timed(model: Any, seed: int, arguments: dict[str, Any]) -> tuple[Any, float]:

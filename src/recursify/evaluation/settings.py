@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, NonNegativeInt, PositiveInt
 
 from recursify.errors import SettingsError
-from recursify.settings import ExitOptions, Fraction, Option, Settings, Strings
+from recursify.settings import ExitOptions, Option, SamplingOptions, Settings, Strings
 
 
 def _read_depths(value: Any) -> Any:
@@ -102,25 +102,20 @@ class ExitCalibrationSettings(Settings):
     """Maximum number of tokens."""
 
 
-class GenerationSettings(RecursionSettings, ExitOptions):
+class GenerationSettings(RecursionSettings, ExitOptions, SamplingOptions):
     """Options of ``recursify generate``."""
 
     panels: ClassVar[Mapping[str, str]] = {
         "recursions": "Recursions",
         "max_new_tokens": "Generation",
+        "temperature": "Generation",
         "exit_policy": "Early exit",
         "vocabulary": "Early exit",
         "speculate": "Speculation",
     }
 
-    max_new_tokens: PositiveInt = 64
-    """Maximum number of new tokens."""
-    temperature: NonNegativeFloat = 0.0
-    """Sampling temperature; 0 is greedy."""
-    top_p: Fraction = 1.0
-    """Nucleus probability for sampling."""
-    seed: int = 0
-    """Seed for sampling."""
+    max_new_tokens: PositiveInt | None = None
+    """Maximum number of new tokens. Without it, the model's own, else 64."""
     chat: bool = False
     """Apply the model's chat template to the prompt."""
     measure: Annotated[bool, Option("--stats")] = False
