@@ -49,6 +49,7 @@ from recursify.convert.pipeline import convert_model
 from recursify.convert.relaxation import RELAXATIONS
 from recursify.engine import Engine, SamplingParams
 from recursify.modeling import EXIT_POLICIES, RecursiveForCausalLM, make_policy
+from recursify.server.engine_process import EngineInfo
 from recursify.server.sampling import SamplingParamsBuilder
 from recursify.server.settings import ServerSettings
 from recursify.uptrain.run import STAGES, uptrain_model
@@ -268,7 +269,7 @@ def test_commands_run(page, desk, monkeypatch, capsys):
 
 def serve_once(build: Callable[[], Engine], settings: ServerSettings, *, host: str, port: int) -> None:
     """Do what ``run_server`` does, up to the point where it would wait for requests."""
-    builder = SamplingParamsBuilder(settings, (engine := build()).decoder.config, engine.kv, 64)
+    builder = SamplingParamsBuilder(settings, EngineInfo.of(engine := build()))
     params = SamplingParams(max_tokens=2, **builder.exit_parameters(builder.default_exit))
     print(engine.generate(["Why?"], params)[0].text, host, port)
 

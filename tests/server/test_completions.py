@@ -154,6 +154,43 @@ def test_an_echo_repeats_the_prompt(server, engine):
     assert choice.logprobs.token_logprobs[1:5] == pytest.approx([min(row.values()) for row in scored[1:]])
 
 
+@pytest.mark.parametrize(
+    ("prompt", "more"),
+    [
+        ("héllo €5, 日本", {"seed": 4, "temperature": 1.5}),
+        ("hello", {"temperature": 0}),
+        ("😀 x", {"temperature": 0, "logit_bias": {"1": 100}, "extra_body": {"skip_special_tokens": False}}),
+    ],
+)
+def test_offsets_are_those_of_the_characters(server, engine, prompt, more):
+    """The text before a token, in characters: several tokens of one have its offset; with an echo after the prompt."""
+    words, shows = tokenizer(), "extra_body" in more
+
+    def check(tokens: list[int], text: str, offsets: list[int]) -> None:
+        assert len(tokens) == len(offsets)
+        for end, offset in enumerate(offsets):
+            before = words.decode(tokens[:end], skip_special_tokens=not shows)
+            common = next((i for i in range(len(before)) if before[i] != text[i : i + 1]), len(before))
+            # Of bytes that form no character, the first has an offset of its own.
+            assert offset == common or text[common - 1] == text[offset] == "\ufffd"
+
+    params = {name: value for name, value in more.items() if name in ("seed", "temperature")}
+    if shows:
+        params |= {"logit_bias": {1: 100.0}, "skip_special_tokens": False}
+    (expected,) = engine.generate([prompt], SamplingParams(max_tokens=24, **params))
+    arguments = {"model": NAME, "prompt": prompt, "max_tokens": 24, "logprobs": 0, **more}
+    plain = server.client.completions.create(**arguments).choices[0]
+    assert plain.text == expected.text
+    check(expected.token_ids, plain.text, plain.logprobs.text_offset)
+    echoed = server.client.completions.create(**arguments, echo=True).choices[0]
+    ids = words(prompt)["input_ids"]
+    assert echoed.text == prompt + plain.text
+    check(ids, prompt, echoed.logprobs.text_offset[: len(ids)])
+    assert echoed.logprobs.text_offset[len(ids) :] == [len(prompt) + each for each in plain.logprobs.text_offset]
+    streamed = [event.choices[0].logprobs for event in server.client.completions.create(**arguments, stream=True)]
+    assert [each for part in streamed if part for each in part.text_offset] == plain.logprobs.text_offset
+
+
 def test_other_models_and_routed_models(server):
     """A name that is not there is refused; a routed model answers, with the depths that its routers chose."""
     with pytest.raises(openai.NotFoundError, match=r"Model not found\. This server serves 'tiny'"):

@@ -7,13 +7,14 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 import recursify
 from recursify.engine import Engine
 
 from .engine_supervisor import EngineSupervisor
 from .errors import add_error_handlers
-from .http_routes import router
+from .http_routes import answer_other_methods, router
 from .middleware import AccessLogMiddleware, RequestGuardMiddleware
 from .settings import ServerSettings
 
@@ -44,6 +45,15 @@ def create_app(build: Callable[[], Engine], settings: ServerSettings, *, own_pro
     app.state.supervisor = supervisor
     app.include_router(router)
     add_error_handlers(app)
+    app.add_exception_handler(405, answer_other_methods)
     app.add_middleware(RequestGuardMiddleware, settings=settings)
     app.add_middleware(AccessLogMiddleware)
+    if settings.cors_origin:  # outermost: browsers read errors only if they have its headers, and send no key to ask
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     return app

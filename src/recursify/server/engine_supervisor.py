@@ -153,7 +153,7 @@ class EngineSupervisor:
     async def _warm_up(self, client: EngineClient) -> ReadyEngine:
         """Generate one token with the default settings, so that an engine that cannot do so fails now."""
         info, limit = client.info, self.settings.max_prompt_tokens
-        sampling = SamplingParamsBuilder(self.settings, info.config, info.kv, info.max_model_len)
+        sampling = SamplingParamsBuilder(self.settings, info)
         params = SamplingParams(max_tokens=1, **sampling.exit_parameters(sampling.default_exit))
         async for _ in client.stream([0], params):
             pass

@@ -93,7 +93,7 @@ class RequestGuardMiddleware:
 
     def _check_key(self, scope: Scope) -> None:
         """Raise an ApiError without the right API key."""
-        if self._digest is None or scope["path"] in OPEN_PATHS:
+        if self._digest is None or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return
         sent = dict(scope["headers"]).get(b"authorization", b"")
         kind, _, key = sent.partition(b" ")

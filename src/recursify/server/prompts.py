@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from .errors import ApiError
-from .schema import Message
+from .schema import ChatRequest, Message
 
 T = TypeVar("T")
+
+RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+"""Parameters of transformers' function, which clients do not set; all others are variables of the template."""
 
 
 class PromptEncoder:
@@ -24,35 +29,52 @@ class PromptEncoder:
         # A single thread: fast tokenizers raise "Already borrowed" when two threads encode at once.
         self._pool = ThreadPoolExecutor(1, "recursify-tokenizer")
 
-    async def encode_completion(self, prompt: str | Sequence[Any]) -> list[list[int]]:
+    async def encode_completion(
+        self, prompt: str | Sequence[Any], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
         """Encode the prompts of a completion, one or several; raise an ApiError if one is empty or too long."""
         is_single = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
         prompts: list[Any] = [prompt] if is_single else [*prompt]
         if not prompts:
             raise ApiError(400, "prompt: The list is empty. Give at least one prompt.", param="prompt")
         if isinstance(prompts[0], str):
-            prompts = await self._run(lambda: [self.tokenizer(text)["input_ids"] for text in prompts])
+            encode = partial(self.tokenizer, add_special_tokens=add_special_tokens)
+            prompts = await self._run(lambda: [encode(text)["input_ids"] for text in prompts])
         return [self._checked([*ids], "prompt") for ids in prompts]
 
-    async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Encode a conversation with the chat template, for a reply; raise an ApiError if it cannot, or is too long."""
-        if not getattr(self.tokenizer, "chat_template", None):
+    async def encode_chat(self, request: ChatRequest) -> list[int]:
+        """Encode a conversation with the chat template, for a reply.
+
+        Raises:
+            ApiError: There is no template, it rejects the messages, or the prompt is too long.
+        """
+        template = getattr(self.tokenizer, "chat_template", None)
+        if not template:
             raise ApiError(400, "The model has no chat template. Use /v1/completions.", code="no_chat_template")
-        conversation = [
-            {"role": message.role, "content": message.text} | ({"name": message.name} if message.name else {})
-            for message in messages
-        ]
-        render = partial(self.tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
+        options = request.chat_template_kwargs or {}
+        if reserved := sorted(options.keys() & RESERVED):
+            message = f"chat_template_kwargs: '{reserved[0]}' is not a variable of a template. Remove it."
+            raise ApiError(400, message, param="chat_template_kwargs")
+        continues = bool(request.continue_final_message)
+        begins = not continues if request.add_generation_prompt is None else request.add_generation_prompt
+        render = partial(
+            self.tokenizer.apply_chat_template,
+            _conversation(request.messages, str(template)),
+            add_generation_prompt=begins,
+            continue_final_message=continues,
+            return_dict=True,
+            **options,
+        )
         try:
-            encoding = await self._run(lambda: render(conversation))
-        except TemplateError as error:
+            encoding = await self._run(render)
+        except (TemplateError, TypeError, ValueError) as error:
             message = f"messages: The model's chat template rejects them: {error}"
             raise ApiError(400, message, param="messages") from error
         return self._checked(encoding["input_ids"], "messages")
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Decode ``ids`` without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Decode ``ids``."""
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -68,3 +90,16 @@ class PromptEncoder:
             message = f"{param}: It has {len(ids)} tokens; at most {self.max_tokens} are allowed. Shorten it."
             raise ApiError(400, message, param=param, code="context_length_exceeded")
         return ids
+
+
+def _conversation(messages: Sequence[Message], template: str) -> list[dict[str, str]]:
+    """Messages as a template takes them: ``developer`` is the newer name of ``system``, which few templates know."""
+    knows_developer = "developer" in template
+    return [
+        {
+            "role": "system" if message.role == "developer" and not knows_developer else message.role,
+            "content": message.text,
+        }
+        | ({"name": message.name} if message.name else {})
+        for message in messages
+    ]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from recursify.checkpoint.generation_defaults import SAMPLING
 from recursify.engine import SamplingParams
 from recursify.errors import SettingsError
 from recursify.modeling import EXIT_POLICIES, KV_MODES, ExitSettings
+from recursify.server.engine_process import EngineInfo
 
 from .errors import check_limit
 from .schema import ChatRequest, ExitRequest, GenerationRequest
 from .settings import ServerSettings
 
 COMPLETION_TOKENS = 16
-"""Maximum number of new tokens of a completion that does not set it, OpenAI's default. A chat has no such default."""
+"""Maximum number of new tokens of a completion where neither it nor the model sets one, OpenAI's default. A chat has no
+such default."""
 
 POLICIES = tuple(name for name, policy in EXIT_POLICIES.items() if not policy.simulated)
 """Exit policies that are served; a simulated one runs all recursions and saves no time."""
@@ -31,10 +35,15 @@ def check_exit_policy(name: str | None) -> None:
 
 
 class SamplingParamsBuilder:
-    """Builds sampling parameters for an engine with this ``config`` of the model, ``kv`` and ``max_model_len``."""
+    """Builds sampling parameters for the engine that ``info`` describes.
 
-    def __init__(self, settings: ServerSettings, config: Any, kv: str, max_model_len: int) -> None:
-        self.settings, self.config, self.kv, self.max_model_len = settings, config, kv, max_model_len
+    What a request leaves out, the model's generation config decides, else OpenAI's defaults: temperature 1, and no
+    limit to the tokens to sample from.
+    """
+
+    def __init__(self, settings: ServerSettings, info: EngineInfo) -> None:
+        self.settings, self.config, self.kv, self.max_model_len = settings, info.config, info.kv, info.max_model_len
+        self.defaults = info.defaults
         options = {name: getattr(settings, name) for name in ("threshold", "min_depth", "max_depth")}
         self.default_exit = ExitRequest(policy=settings.exit_policy, **options)
 
@@ -50,22 +59,28 @@ class SamplingParamsBuilder:
         check_limit("stop", len(request.stops), settings.max_stops, "stop strings")
         check_limit("stop", longest_stop, settings.max_stop_characters, "characters per string")
         has_exit = "exit" in request.model_fields_set  # with null, it turns the default exit off
-        exit_parameters = self.exit_parameters(request.exit if has_exit else self.default_exit)
-        return [
-            SamplingParams(
-                max_tokens=self._max_tokens(request, prompt_length),
-                temperature=1.0 if request.temperature is None else request.temperature,
-                top_p=1.0 if request.top_p is None else request.top_p,
-                top_k=request.top_k or 0,
-                seed=None if request.seed is None else _seed(request.seed, index),
-                stop=request.stops,
-                stop_token_ids=tuple(request.stop_token_ids or ()),
-                ignore_eos=bool(request.ignore_eos),
-                logprobs=logprobs,
-                **exit_parameters,
-            )
-            for index in range(request.n or 1)
-        ]
+        params = SamplingParams(
+            max_tokens=self._max_tokens(request, prompt_length),
+            min_tokens=request.min_tokens or 0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            presence_penalty=request.presence_penalty or 0.0,
+            logit_bias=request.biases,
+            stop=request.stops,
+            stop_token_ids=tuple(request.stop_token_ids or ()),
+            ignore_eos=bool(request.ignore_eos),
+            skip_special_tokens=request.skip_special_tokens is not False,
+            logprobs=logprobs,
+            **self._sampling(request),
+            **self.exit_parameters(request.exit if has_exit else self.default_exit),
+        )
+        seeds = [None if request.seed is None else _seed(request.seed, index) for index in range(request.n or 1)]
+        return [replace(params, seed=seed) for seed in seeds]
+
+    def _sampling(self, request: GenerationRequest) -> dict[str, Any]:
+        given = {name: getattr(request, name) for name in SAMPLING}
+        if given["top_k"] == -1:  # vLLM's value for all tokens
+            given["top_k"] = 0
+        return self.defaults.sampling(given, samples=True)
 
     def exit_parameters(self, request: ExitRequest | None) -> dict[str, Any]:
         """Build the parameters that control early exit; raise a SettingsError for invalid ones."""
@@ -88,7 +103,8 @@ class SamplingParamsBuilder:
             param, value = "max_completion_tokens", request.max_completion_tokens
         if value is None:
             room = max(self.max_model_len - prompt_length, 1)
-            return min(limit, room, room if isinstance(request, ChatRequest) else COMPLETION_TOKENS)
+            usual = room if isinstance(request, ChatRequest) else COMPLETION_TOKENS
+            return min(limit, room, self.defaults.max_new_tokens or usual)
         check_limit(param, value, limit, "new tokens")
         return value
 

@@ -1,14 +1,15 @@
-"""Request bodies: OpenAI's fields that this server supports, and three kinds of its own.
+"""Request bodies: the fields of OpenAI and vLLM that this server supports, and its own.
 
-An unknown field is refused by name, and so is a known one with a value that would be ignored: a request is executed as
-written, or refused.
+A request is executed as written, or refused: an unknown field is refused by name, and so is a known one with a value
+that would be ignored. Fields that ask for nothing are accepted: null, empty, or with the value of their absence.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 def _without_surrogates(text: str) -> str:
@@ -21,32 +22,94 @@ def _without_surrogates(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_without_surrogates)]
-StopText = Annotated[str, Field(min_length=1), AfterValidator(_without_surrogates)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Threshold = Annotated[float, Field(allow_inf_nan=False)]
 
-IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
-"""Fields for OpenAI's own bookkeeping, which are accepted and ignored."""
+BOOKKEEPING = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "parallel_tool_calls",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "cache_salt",
+    }
+)
+"""Fields for the bookkeeping of OpenAI and vLLM, which change no output; they are accepted and ignored."""
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0, None),
-    "presence_penalty": (0, None),
-    "logit_bias": ({}, None),
-    "suffix": ("", None),
-    "tools": ([], None),
-    "tool_choice": ("none", "auto", None),
-    "functions": ([], None),
-    "response_format": ({"type": "text"}, None),
-    "modalities": (["text"], None),
-    "best_of": (1, None),
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": ("none",),
+    "verbosity": (),
+    # vLLM's
+    "priority": (0,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "include_stop_str_in_output": (False,),
+    "spaces_between_special_tokens": (True,),
+    "detokenize": (True,),
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "truncate_prompt_tokens": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "chat_template": (),
+    "documents": ([],),
+    "mm_processor_kwargs": ({},),
 }
-"""Mapping from unsupported fields to their values without an effect, which are accepted."""
+"""Mapping from unsupported fields of OpenAI and vLLM to their values without an effect, which are accepted."""
 
 
 class Strict(BaseModel):
-    """Model that refuses unknown fields and does not convert types."""
+    """Model that refuses unknown fields and does not convert types. A field that is null counts as absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    nullable: ClassVar[frozenset[str]] = frozenset()
+    """Fields for which null has a meaning."""
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are accepted, whatever their value."""
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Mapping from unsupported fields to their values without an effect."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_neutral_fields(cls, body: Any) -> Any:
+        """Drop fields without an effect; raise a ValueError for an unsupported one that would have an effect."""
+        if not isinstance(body, dict):
+            return body
+        kept = {}
+        for name, value in body.items():
+            if name in cls.ignored or (value is None and name not in cls.nullable):
+                continue
+            if name not in cls.unsupported:
+                kept[name] = value
+            elif value not in cls.unsupported[name]:
+                raise ValueError(f"{name} is not supported by this server. Remove it")
+        return kept
 
 
 class ExitRequest(Strict):
@@ -59,51 +122,75 @@ class ExitRequest(Strict):
 
 
 class StreamOptions(Strict):
-    """Options of a stream."""
+    """Options of a stream. A response that is no stream always has its usage."""
+
+    unsupported = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
 
 
 class GenerationRequest(Strict):
     """Fields of both completions and chats."""
 
+    nullable = frozenset({"exit"})
+    ignored = BOOKKEEPING
+    unsupported = UNSUPPORTED
+
     model: Text | None = Field(default=None, max_length=500)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, lt=2**31)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: dict[str, Bias] | None = None
     n: int | None = Field(default=None, ge=1)
+    best_of: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int | None = Field(default=None, ge=0)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: StopText | list[StopText] | None = None
+    stop: Text | list[Text] | None = None
     stop_token_ids: list[Token] | None = Field(default=None, max_length=64)
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     exit: ExitRequest | None = None
 
-    @model_validator(mode="before")
+    @field_validator("stop", mode="before")
     @classmethod
-    def drop_neutral_fields(cls, body: Any) -> Any:
-        """Drop fields without an effect; raise a ValueError for an unsupported one that would have an effect."""
-        if not isinstance(body, dict):
-            return body
-        supported = {name: value for name, value in body.items() if name not in IGNORED}
-        for name, neutral in NEUTRAL.items():
-            if name in supported and supported.pop(name) not in neutral:
-                raise ValueError(f"{name} is not supported by this server. Remove it")
-        return supported
+    def drop_empty_stop(cls, stop: Any) -> Any:
+        """Take an empty text for no stop string; raise a ValueError for one in a list."""
+        if isinstance(stop, list) and "" in stop:
+            raise ValueError("A stop string is empty. Remove it")
+        return None if stop == "" else stop
+
+    @field_validator("logit_bias")
+    @classmethod
+    def check_token_ids(cls, biases: dict[str, float] | None) -> dict[str, float] | None:
+        """Raise a ValueError for a key that is not the number of a token."""
+        for key in biases or ():
+            if not (key.isascii() and key.isdigit() and len(key) <= 10):
+                raise ValueError("The keys are token ids, as decimal numbers")
+        return biases
 
     @model_validator(mode="after")
-    def check_stream_options(self) -> GenerationRequest:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options requires stream=true. Set it")
+    def check_best_of(self) -> Self:
+        """Raise a ValueError for ``best_of`` other than ``n``."""
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError("best_of is not supported by this server, unless it equals n. Remove it")
         return self
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """Biases by token id."""
+        return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
 
 
 class CompletionRequest(GenerationRequest):
@@ -112,9 +199,11 @@ class CompletionRequest(GenerationRequest):
     prompt: Text | list[Text] | list[Token] | list[list[Token]] = Field(union_mode="left_to_right")
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool | None = None
+    add_special_tokens: bool | None = None
 
     @model_validator(mode="after")
-    def check_echo(self) -> CompletionRequest:
+    def check_echo(self) -> Self:
+        """Raise a ValueError for a stream with ``echo``."""
         if self.echo and self.stream:
             raise ValueError("echo is not supported with stream=true. Remove one of them")
         return self
@@ -123,33 +212,66 @@ class CompletionRequest(GenerationRequest):
 class TextPart(Strict):
     """Part of a message."""
 
+    unsupported = {"annotations": ([],)}
+
     type: Literal["text"]
     text: Text
 
 
 class Message(Strict):
-    """Message of a chat."""
+    """Message of a chat; one of the assistant without content is empty."""
+
+    unsupported = {
+        "refusal": ("",),
+        "annotations": ([],),
+        "audio": (),
+        "function_call": (),
+        "tool_calls": ([],),
+        "tool_call_id": ("",),
+        "reasoning": ("",),
+        "reasoning_content": ("",),
+    }
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | list[TextPart] | None = None
     name: Text | None = None
+
+    @model_validator(mode="after")
+    def check_content(self) -> Self:
+        """Raise a ValueError for another's message without content."""
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"A message of role '{self.role}' needs content, a text or text parts")
+        return self
 
     @property
     def text(self) -> str:
         """Text of all parts."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
 
 
 class ChatRequest(GenerationRequest):
     """Body of ``POST /v1/chat/completions``."""
 
+    unsupported = {**UNSUPPORTED, "echo": (False,), "add_special_tokens": (False,)}
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def check_logprobs(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+    def check_logprobs(self) -> Self:
+        """Raise a ValueError for the number of log-probabilities that are not requested."""
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs requires logprobs=true. Set it")
+        return self
+
+    @model_validator(mode="after")
+    def check_template_options(self) -> Self:
+        """Raise a ValueError for a reply that both begins and continues a message."""
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message excludes add_generation_prompt=true. Remove one of them")
         return self

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from recursify.settings import ExitOptions, Option
+from recursify.settings import ExitOptions, Option, Strings
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9.-]+)(:[0-9]{1,5})?")
+"""Pattern of origins as browsers send them: in lower case, and without a path or a slash at the end."""
 
 
 def _check_key(key: str | None) -> str | None:
     if key and (len(key) < 8 or not key.isascii() or " " in key):
         raise ValueError("an API key must have at least 8 ASCII characters and no spaces. Choose another key.")
     return key or None
+
+
+def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    for origin in origins:
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"'{origin}' is not an origin, which is a scheme, a host and a port, as in http://localhost:3000, or "
+                f"* for all. Correct it."
+            )
+    return origins
 
 
 class ServerSettings(ExitOptions):
@@ -33,6 +47,9 @@ class ServerSettings(ExitOptions):
         default=None, repr=False
     )
     """API key that clients must send. Prefer the environment variable: other users see the options of a process."""
+
+    cors_origin: Annotated[Strings, AfterValidator(_check_origins)] = ()
+    """Origin of web pages that may call this server, http://localhost:3000 for example, or * for all."""
 
     max_depth: NonNegativeInt | None = None
     """Last depth that new tokens run. Without it, the last one."""

@@ -78,7 +78,7 @@ class EngineProcess:
 
     def run(self) -> None:
         """Run until ConnectionClosed is raised."""
-        self._post(0, self._info())
+        self._post(0, EngineInfo.of(self.engine))
         while True:
             self._flush()
             self._receive_commands(wait=not self.engine.has_work and not self._unscored)
@@ -89,18 +89,6 @@ class EngineProcess:
             if self.engine.has_work:
                 self.engine.step()
                 self._post_deltas()
-
-    def _info(self) -> EngineInfo:
-        engine = self.engine
-        return EngineInfo(
-            config=engine.decoder.config,
-            tokenizer=engine.tokenizer,
-            kv=engine.kv,
-            max_model_len=engine.max_model_len,
-            max_num_seqs=engine.scheduler.max_num_seqs,
-            num_pages=engine.kv_cache.pools[0].num_pages,
-            num_recursions=engine.decoder.num_depths,
-        )
 
     def _receive_commands(self, *, wait: bool) -> None:
         self._run_commands(self._connection.receive(None if wait else 0.0))

@@ -10,8 +10,10 @@ import socket
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+from recursify.checkpoint.generation_defaults import GenerationDefaults
+from recursify.engine.engine import Engine
 from recursify.engine.request import FinishReason, RequestOutput
 from recursify.errors import RecursifyError
 
@@ -24,11 +26,26 @@ class EngineInfo(NamedTuple):
 
     config: Any
     tokenizer: Any
+    defaults: GenerationDefaults
     kv: str
     max_model_len: int
     max_num_seqs: int
     num_pages: int
     num_recursions: int
+
+    @classmethod
+    def of(cls, engine: Engine) -> Self:
+        """Read the properties of ``engine``."""
+        return cls(
+            config=engine.decoder.config,
+            tokenizer=engine.tokenizer,
+            defaults=engine.defaults,
+            kv=engine.kv,
+            max_model_len=engine.max_model_len,
+            max_num_seqs=engine.scheduler.max_num_seqs,
+            num_pages=engine.kv_cache.pools[0].num_pages,
+            num_recursions=engine.decoder.num_depths,
+        )
 
 
 class Accepted(NamedTuple):
