@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.tiny_models import convert_tiny, random_ids, save_tiny
-from recursify.convert.export import PEFT_FAMILIES, check_export, export_model
+from recursify.convert.export import PEFT_FAMILIES, check_export, export_model, stock_config
 from recursify.errors import CheckpointError, ParityError, PlanError
+from recursify.modeling import LayerLayout, RecursiveConfig
 
 
 @pytest.mark.parametrize("sharing", ["cycle", "sequence", "middle_cycle", "middle_sequence"])
@@ -45,6 +47,17 @@ def test_unrolled_loads_where_recursify_is_absent(tmp_path):
     )
     subprocess.run([sys.executable, "-c", script, tmp_path / "out"], check=True, capture_output=True)
     assert not list((tmp_path / "out").glob("*.py"))
+
+
+def test_rotary_fraction_for_llama_cpp(tmp_path):
+    """``rotary_pct``, without which llama.cpp's converter stops, or takes 0.25; transformers loads the same model."""
+    save_tiny(tmp_path / "dense", "gpt_neox", rotary_pct=0.5)
+    convert_tiny(tmp_path / "dense", tmp_path / "recursive", lora_rank=4)
+    export_model(tmp_path / "recursive", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rotary_pct"] == 0.5
+    assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["partial_rotary_factor"] == 0.5
+    cohere = AutoConfig.for_model("cohere2", num_hidden_layers=4)
+    assert stock_config(RecursiveConfig.from_dense(cohere, LayerLayout.fold(4, 2, "cycle"))).rotary_pct == 1.0
 
 
 @pytest.mark.parametrize("family", PEFT_FAMILIES)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from recursify.checkpoint.dense_checkpoint import copy_auxiliary_files
@@ -20,7 +20,7 @@ from recursify.checkpoint.recursive_checkpoint import RecursiveCheckpoint
 from recursify.checkpoint.shards import TensorInfo
 from recursify.checkpoint.writer import ShardedCheckpoint, atomic_folder, check_target
 from recursify.errors import ParityError, PlanError
-from recursify.modeling import RecursiveForCausalLM
+from recursify.modeling import RecursiveConfig, RecursiveForCausalLM
 from recursify.progress import Progress, silent
 
 RENAMED = {"lm_head.weight": "embed_out.weight"}
@@ -28,6 +28,9 @@ RENAMED = {"lm_head.weight": "embed_out.weight"}
 
 OLD_NAMES_ON_DISK = ("gpt_neox",)
 """Families written with the parameter names of older transformers versions, which all versions read."""
+
+OLD_ROTARY_FIELDS = ("gpt_neox", "cohere2")
+"""Families whose converter in llama.cpp reads ``rotary_pct``, which transformers 5 keeps in ``rope_parameters``."""
 
 PEFT_FAMILIES = ("llama", "mistral", "gemma", "phi3")
 """Families that peft's layer_replication repeats correctly. The others read ``config.layer_types`` by position, which
@@ -119,7 +122,7 @@ def _write_stock_model(
     checkpoint: RecursiveCheckpoint, target: Path, format: str, *, overwrite: bool, progress: Progress
 ) -> tuple[str, int]:
     """Write the files of an export; returns the model's class and the bytes of weights."""
-    config = checkpoint.config.dense_config()
+    config = stock_config(checkpoint.config)
     if format == "peft":
         config.num_hidden_layers = checkpoint.layout.block_size
     config.dtype = checkpoint.dtype
@@ -142,6 +145,14 @@ def _write_stock_model(
         if format == "peft":
             _write_adapter(checkpoint, scratch / "adapter")
     return model_class.__name__, num_bytes
+
+
+def stock_config(config: RecursiveConfig) -> PreTrainedConfig:
+    """Config of the dense family, with the older field that llama.cpp's converter needs."""
+    dense = config.dense_config()
+    if dense.model_type in OLD_ROTARY_FIELDS:
+        dense.rotary_pct = dense.rope_parameters.get("partial_rotary_factor", 1.0)
+    return dense
 
 
 def _shared_layers(checkpoint: RecursiveCheckpoint) -> Iterator[tuple[str, Tensor]]:
