@@ -38,8 +38,18 @@ def test_epsilon_is_what_its_author_wrote(real_checkpoint):
     assert not hasattr(real_checkpoint.config, "quantization_config")
 
 
+def test_text_is_split_as_smollm2_splits_it(real_checkpoint):
+    """Each digit alone, spaces before it together: the ids of llama.cpp on this file."""
+    tokenizer = load_tokenizer(real_checkpoint)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a  1 b")["input_ids"]) == ["a", "ĠĠ", "1", "Ġb"]
+    assert tokenizer("in 2024,\n\n 3.14")["input_ids"] == [254, 216, 34, 32, 34, 36, 28, 8866, 35, 30, 33, 36]
+    assert len(tokenizer) == 49152
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert "helpful AI assistant named SmolLM" in tokenizer.chat_template
+
+
 def test_reading_gives_private_copies(real_checkpoint):
-    """The dequantized weights are held in memory; writing into what was read must not change them."""
+    """Writing into what was read must not change the file, which is mapped into memory."""
     name = "model.layers.0.mlp.up_proj.weight"
     before = real_checkpoint.read(name)
     real_checkpoint.read(name).zero_()

@@ -22,6 +22,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from helpers.command_line import run
+from helpers.gguf_files import byte_level_keys, write_gguf
 from helpers.pages import (
     DOCS,
     PAGES,
@@ -41,7 +42,7 @@ from helpers.pages import (
     spans,
 )
 from helpers.running import running
-from helpers.tiny_models import convert_tiny, save_tiny
+from helpers.tiny_models import convert_tiny, save_tiny, tiny_dense
 from recursify.checkpoint.loading import load_model
 from recursify.cli.app import app
 from recursify.convert.initialization import INITIALIZATIONS
@@ -100,6 +101,9 @@ def workshop(tmp_path_factory) -> Path:
         tokenizer.chat_template = TEMPLATE
         tokenizer.save_pretrained(home / name)
     shutil.copytree(home / "Qwen3-0.6B", home / "Qwen" / "Qwen3-0.6B")
+    tokenizer_keys = byte_level_keys("llama-bpe")
+    small = tiny_dense("llama", vocab_size=len(tokenizer_keys["tokenizer.ggml.tokens"]), **sizes)
+    write_gguf(home / "Llama-3.2-1B-Instruct-Q8_0.gguf", small, tokenizer=tokenizer_keys, quantization="Q8_0")
     model = convert_tiny(home / NAMES[DENSE], home / "smollm2-r2", lora_rank=4, **ends)
     for name in ("smollm2-healed", "smollm2-exits", "me/smollm2-recursive"):
         shutil.copytree(home / "smollm2-r2", home / name)

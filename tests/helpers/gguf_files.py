@@ -1,7 +1,8 @@
 """Small ``.gguf`` files, written the way llama.cpp's ``convert_hf_to_gguf.py`` writes them.
 
-Compared with that converter (of llama-cpp-python 0.3.36) once: keys of the architecture, tensors and their values are
-the same for every family and RoPE scaling of ``test_gguf.py``.
+Compared with that converter (of llama-cpp-python 0.3.36) once: tensors and their values are the same for every family
+and RoPE scaling of ``test_gguf.py``, and so are the keys of the architecture, except that some converters leave out
+``vocab_size`` and what equals a default.
 """
 
 from __future__ import annotations
@@ -134,6 +135,8 @@ def _metadata(config: Any) -> dict[str, Any]:
     }
     if family == "gpt_neox":
         keys |= {"attention.layer_norm_epsilon": config.layer_norm_eps, "use_parallel_residual": True}
+    elif family == "starcoder2":
+        keys["attention.layer_norm_epsilon"] = config.norm_epsilon
     else:
         keys["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
     if family in ("gemma2", "gemma3_text", "phi3"):

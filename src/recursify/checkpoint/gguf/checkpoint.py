@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, refuse_non_finite
+from recursify.checkpoint.dense_families import require_convertible
 from recursify.checkpoint.origin import Origin
 from recursify.checkpoint.shards import TensorInfo
 from recursify.checkpoint.sources import EMBEDDED_HUB_IDS
@@ -41,7 +42,7 @@ class GgufCheckpoint(DenseCheckpoint):
         self._file = GgufFile(path)
         architecture = architecture_of(self._file)
         self.config = read_config(self._file, architecture)
-        self._weights = GgufWeights(self._file, architecture, self.config)
+        self._weights = GgufWeights(self._file, architecture, require_convertible(self.config))
         self.parameters = {
             name: TensorInfo(source.shape, torch.float32) for name, source in self._weights.sources.items()
         }

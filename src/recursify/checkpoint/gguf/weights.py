@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import PreTrainedModel
 
 from recursify.errors import CheckpointError, UnsupportedModelError
 
@@ -37,12 +36,12 @@ class Source:
 
 
 class GgufWeights:
-    """Parameters of ``config``'s family in a ``.gguf``; names and shapes are checked at once, values read on demand.
+    """Parameters of a model in a ``.gguf``; names and shapes are checked at once, values read on demand.
 
     Args:
         file: The open file.
         architecture: Architecture of the file.
-        config: Config of the model in it.
+        skeleton: Model of the family, on the meta device.
 
     Attributes:
         sources: Place of each parameter, by its name in transformers; without a tied head.
@@ -52,20 +51,18 @@ class GgufWeights:
         UnsupportedModelError: The file has a tensor that the family does not.
     """
 
-    def __init__(self, file: GgufFile, architecture: Architecture, config: PreTrainedConfig):
+    def __init__(self, file: GgufFile, architecture: Architecture, skeleton: PreTrainedModel):
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-        self._file, self._architecture, self._config = file, architecture, config
+        self._file, self._architecture, self._config = file, architecture, skeleton.config
         number = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
-        self._names = get_tensor_name_map(number, config.num_hidden_layers)
-        with torch.device("meta"):
-            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-        self.sources = {name: self._source(name, tuple(p.shape)) for name, p in model.named_parameters()}
+        self._names = get_tensor_name_map(number, self._config.num_hidden_layers)
+        self.sources = {name: self._source(name, tuple(p.shape)) for name, p in skeleton.named_parameters()}
         used = {part[0] for source in self.sources.values() for part in source.parts} | ROPE_TENSORS
         if unknown := [name for name in file.shapes if name not in used and not IGNORED.fullmatch(name)]:
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
             raise UnsupportedModelError(
-                f"'{file.path}' has tensors that {config.model_type} does not have in transformers: "
+                f"'{file.path}' has tensors that {self._config.model_type} does not have in transformers: "
                 f"{', '.join(unknown[:3])}{more}. Reading it without them would make another model; convert the "
                 f"original checkpoint instead."
             )
