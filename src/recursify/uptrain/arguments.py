@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,20 @@ ZERO2: dict[str, Any] = {
 """DeepSpeed's settings for ``sharding: zero2``; the Trainer fills in ``auto``."""
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that the trackers to report to are installed.
+
+    Raises:
+        SettingsError: One of them is not.
+    """
+    trackers = get_available_reporting_integrations()
+    if missing := [name for name in names if name not in trackers]:
+        raise SettingsError(
+            f"The tracker '{missing[0]}' is unknown or not installed. Installed: {', '.join(trackers) or 'none'}. "
+            f"Install it; pip install 'recursify[track]' adds tensorboard and trackio."
+        )
+
+
 def training_arguments(settings: UptrainSettings, folder: Path, *, world_size: int, resumes: bool) -> TrainingArguments:
     """Make the Trainer's arguments.
 
@@ -41,15 +56,8 @@ def training_arguments(settings: UptrainSettings, folder: Path, *, world_size: i
         resumes: True if the run continues from a checkpoint; it then starts without an evaluation.
 
     Raises:
-        SettingsError: A tracker is not installed.
         TrainingError: transformers rejects an argument.
     """
-    trackers = get_available_reporting_integrations()
-    if missing := [name for name in settings.report_to if name not in trackers]:
-        raise SettingsError(
-            f"The tracker '{missing[0]}' is unknown or not installed. Installed: {', '.join(trackers) or 'none'}. "
-            f"Install it, for example: pip install tensorboard"
-        )
     try:
         arguments = TrainingArguments(**_fields(settings, folder, world_size, resumes))
     except (TypeError, ValueError, ImportError) as error:

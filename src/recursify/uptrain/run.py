@@ -17,6 +17,7 @@ from recursify.modeling import RecursiveConfig
 from recursify.progress import Progress, silent
 from recursify.settings import resolve_settings
 
+from .arguments import check_trackers
 from .exits import Exits
 from .heal import Heal
 from .liger_losses import check_backend
@@ -88,6 +89,7 @@ def check_settings(settings: UptrainSettings) -> type[Stage]:
         )
     stage.check_settings(settings)
     check_optimizer(settings)
+    check_trackers(settings.report_to)
     _check_sharding(settings)
     return stage
 

@@ -37,7 +37,7 @@ class GgufFile:
         except ImportError as error:
             raise CheckpointError(
                 f"'{path}' cannot be read without the Python package 'gguf', which is not installed. Run: "
-                f"pip install gguf"
+                f"pip install 'recursify[gguf]'"
             ) from error
         try:
             self._reader = GGUFReader(str(path))
