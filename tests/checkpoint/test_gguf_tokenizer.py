@@ -15,6 +15,7 @@ from helpers.gguf_files import TEMPLATE, byte_level_keys, sentencepiece_keys, wr
 from helpers.tiny_models import byte_tokenizer, tiny_dense
 from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
 from recursify.checkpoint.gguf.pre_tokenizers import PRE_TOKENIZERS
+from recursify.checkpoint.loading import load_model
 from recursify.convert.pipeline import convert_model
 from recursify.errors import CheckpointError, UnsupportedModelError
 
@@ -40,9 +41,9 @@ PIECES = {
 PIECES_BY_NAME = {name: pieces.split("|") for names, pieces in PIECES.items() for name in names.split()}
 
 
-def write(folder, keys, **options):
-    model = tiny_dense("llama", vocab_size=len(keys["tokenizer.ggml.tokens"]))
-    return write_gguf(folder / "model.gguf", model, tokenizer=keys, **options)
+def write(folder, tokenizer, **options):
+    model = tiny_dense("llama", vocab_size=len(tokenizer["tokenizer.ggml.tokens"]))
+    return write_gguf(folder / "model.gguf", model, tokenizer=tokenizer, **options)
 
 
 def tokenizer_of(folder, keys, **options):
@@ -133,6 +134,26 @@ def test_files_beside_are_not_read(tmp_path):
     generation = GenerationConfig.from_pretrained(tmp_path / "out")
     assert generation.eos_token_id == [0, 1]
     assert (generation.bos_token_id, generation.pad_token_id, generation.do_sample) == (1, 0, None)
+
+
+def test_generation_config(tmp_path):
+    """The ends of a text and of a turn, and the sampling that the author of the model gave, loaded and converted."""
+    keys = {"general.sampling.temp": 0.7, "general.sampling.top_k": 40, "general.sampling.penalty_repeat": 1.1}
+    file = write(tmp_path, byte_level_keys(eot_token_id=1), keys=keys)
+    model, _ = load_model(file)
+    convert_model(file, tmp_path / "out", check=False, calibration_data=[])
+    for config in (model.generation_config, GenerationConfig.from_pretrained(tmp_path / "out")):
+        assert config.eos_token_id == [0, 1]
+        assert (config.do_sample, config.temperature, config.top_k) == (True, 0.7, 40)
+        assert config.repetition_penalty == 1.1
+
+
+@pytest.mark.parametrize("keys", [{}, {"general.sampling.temp": 0.0, "general.sampling.top_p": 0.9}])
+def test_generation_config_that_does_not_sample(tmp_path, keys):
+    """Greedy, and saved without complaint."""
+    model = open_checkpoint(write(tmp_path, byte_level_keys(), keys=keys)).load_model()
+    model.generation_config.save_pretrained(tmp_path / "saved")
+    assert (model.generation_config.do_sample, model.generation_config.eos_token_id) == (None, 0)
 
 
 def test_named_chat_templates(tmp_path):

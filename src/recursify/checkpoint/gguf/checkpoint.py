@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, refuse_non_finite
 from recursify.checkpoint.dense_families import require_convertible
@@ -17,8 +17,9 @@ from recursify.checkpoint.sources import EMBEDDED_HUB_IDS
 from .architectures import architecture_of
 from .config import read_config
 from .file import GgufFile
+from .generation import read_generation_config
 from .tokenizer import build_tokenizer
-from .vocabulary import NO_TOKENIZER, end_ids, require_tokenizer, special_ids
+from .vocabulary import NO_TOKENIZER, require_tokenizer
 from .weights import GgufWeights
 
 ORIGIN_KEYS = ("license", "license.name", "license.link", "languages")
@@ -56,6 +57,11 @@ class GgufCheckpoint(DenseCheckpoint):
     def read(self, name: str) -> Tensor:
         return refuse_non_finite(self._weights.read(name), name, str(self.location))
 
+    def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        model = super().load_model(dtype)
+        model.generation_config = read_generation_config(self._file)
+        return model
+
     def origin(self) -> Origin:
         stated = {key.replace(".", "_"): self._file.get(f"general.{key}") for key in ORIGIN_KEYS}
         stated = {key: value for key, value in stated.items() if value is not None}
@@ -72,7 +78,4 @@ class GgufCheckpoint(DenseCheckpoint):
     def save_auxiliary_files(self, folder: Path) -> None:
         if self.has_tokenizer:
             self.build_tokenizer().save_pretrained(folder)
-        special = special_ids(self._file)
-        ends = end_ids(self._file)
-        special["eos_token_id"] = ends if len(ends) > 1 else special["eos_token_id"]
-        GenerationConfig(**special).save_pretrained(folder)
+        read_generation_config(self._file).save_pretrained(folder)

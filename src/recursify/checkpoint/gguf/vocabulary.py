@@ -132,9 +132,3 @@ def special_id(file: GgufFile, key: str) -> int | None:
     number = file.get(f"tokenizer.ggml.{key}", default)
     size = file.shapes["token_embd.weight"][0]
     return int(number) if number is not None and 0 <= number < size else None
-
-
-def end_ids(file: GgufFile) -> list[int]:
-    """Ids that end a generation: of the text, of a turn, of a message."""
-    ids = [special_id(file, f"{name}_token_id") for name in ("eos", "eot", "eom")]
-    return list(dict.fromkeys(number for number in ids if number is not None))
