@@ -11,10 +11,12 @@ def test_draws_do_not_depend_on_the_batch():
     """A seed names an answer, whatever else runs."""
     model = recursive()
     asked = prompts(5, 9, 4)
-    params = [SamplingParams(max_tokens=8, temperature=1.0, top_p=0.9, top_k=50, seed=number) for number in range(3)]
-    together = small_engine(model, max_num_seqs=3).generate(asked, params)
+    limits = ({"top_p": 0.9, "top_k": 50}, {"min_p": 0.1}, {})
+    params = [SamplingParams(max_tokens=8, temperature=1.0, seed=number, **limits[number]) for number in range(3)]
     alone = [Engine(model).generate([each], its)[0] for each, its in zip(asked, params, strict=True)]
-    assert [output.token_ids for output in together] == [output.token_ids for output in alone]
+    for loop in ({}, {"device_loop": True, "num_device_steps": 3}):
+        together = small_engine(model, max_num_seqs=3, **loop).generate(asked, params)
+        assert [output.token_ids for output in together] == [output.token_ids for output in alone]
     other = Engine(model).generate(asked[:1], SamplingParams(max_tokens=8, temperature=1.0, seed=99))[0]
     assert other.token_ids != alone[0].token_ids
 

@@ -322,7 +322,7 @@ class Engine:
         if output.logprobs is not None and sampled.log_p is not None:
             output.logprobs.append(sampled.log_p)
         self._stats.count_token(sampled.depth)
-        stops = request.detokenizer.add(token) or token in request.ends
+        stops = token in request.ends or request.detokenizer.add(token)
         output.text = request.detokenizer.text
         if stops:
             self._finish(request, "stop")

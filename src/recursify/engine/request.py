@@ -72,7 +72,7 @@ class SamplingParams(Settings, error=EngineError):
     """Strings that end the text, of special tokens too; they are not part of it."""
 
     stop_token_ids: tuple[NonNegative, ...] = ()
-    """Tokens that end the text, besides EOS."""
+    """Tokens that end the text, besides EOS; they are not part of it."""
 
     ignore_eos: bool = False
     """Continue after EOS."""
@@ -124,7 +124,7 @@ class RequestOutput:
         request_id: Id that :meth:`Engine.add` returned.
         prompt_ids: Token ids of the prompt.
         token_ids: Generated tokens, including one that ended the text.
-        text: Generated text, up to a stop string.
+        text: Generated text, up to a stop string, or the token that ended it.
         depths: Last depth that was run for each generated token.
         finish_reason: ``stop``, ``length`` or ``cancelled``; None while the request runs.
         logprobs: Mapping from token id to log-probability for each generated token, if requested.
