@@ -5,6 +5,7 @@ Shape legend: n tokens, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -43,20 +44,20 @@ def _penalize(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     """Penalize tokens that have occurred: with ``repetition_penalty`` also those of the prompt."""
     params = [request.params for request in requests]
     numbers = [(entry.repetition_penalty, entry.frequency_penalty, entry.presence_penalty) for entry in params]
-    columns = on_device(numbers, logits.device, logits.dtype)
-    repetition, frequency, presence = columns[:, :, None].unbind(1)
+    repetition, frequency, presence = on_device(numbers, logits.device, logits.dtype).unbind(-1)
     if any(entry.repetition_penalty != 1 for entry in params):
-        occurred = _count([request.tokens for request in requests], logits) > 0
-        logits = torch.where(occurred, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
+        rows, _ = at = _occurrences([request.tokens for request in requests], logits.device)
+        values, penalty = logits[at], repetition[rows]
+        logits = logits.index_put(at, torch.where(values > 0, values / penalty, values * penalty))
     if any(entry.frequency_penalty or entry.presence_penalty for entry in params):
-        counts = _count([request.tokens[request.prompt_length :] for request in requests], logits)
-        logits = logits - frequency * counts - presence * (counts > 0)
+        rows, _ = at = _occurrences([request.tokens[request.prompt_length :] for request in requests], logits.device)
+        logits = logits.index_put(at, logits[at] - presence[rows])
+        logits = logits.index_put(at, -frequency[rows], accumulate=True)
     return logits
 
 
-def _count(sequences: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
-    """Count every token in each of ``sequences``, as a tensor like ``logits [n, V]``."""
-    entries = [(row, token) for row, tokens in enumerate(sequences) for token in tokens]
-    index = on_device(entries, logits.device, torch.long).reshape(-1, 2)
-    ones = logits.new_ones(len(entries))
-    return torch.zeros_like(logits).index_put((index[:, 0], index[:, 1]), ones, accumulate=True)
+def _occurrences(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and id of every token of ``sequences``, one for each row; a token that recurs is there several times."""
+    tokens = list(itertools.chain.from_iterable(sequences))
+    lengths = on_device([len(sequence) for sequence in sequences], device, torch.long)
+    return torch.repeat_interleave(lengths, output_size=len(tokens)), on_device(tokens, device, torch.long)
