@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, pipeline
 from helpers.tiny_models import byte_tokenizer, convert_tiny, random_ids, save_tiny, tiny_config, tiny_dense
 from helpers.tolerances import LOGITS
 from recursify.modeling import (
-    DepthView,
     LayerLayout,
     LayoutError,
     RecursiveConfig,
@@ -73,9 +72,10 @@ def test_views_call_the_stored_module_after_deepcopy_and_to(relaxed):
     _, model = relaxed
     other = copy.deepcopy(model).to(torch.float64)
     for layer in other.model.block:
-        for view in layer.views.modules():
-            if isinstance(view, DepthView):
-                assert any(view.stored is module for module in layer.modules())
+        for path, stored in layer.stored_modules():
+            owner, _, name = path.rpartition(".")
+            for view in layer.views:
+                assert vars(view.get_submodule(owner))[name].stored is stored
     with torch.no_grad():
         other.model.block[0].self_attn.q_proj.linear.weight.zero_()
         ids = random_ids(1, 9)

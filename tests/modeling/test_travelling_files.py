@@ -23,8 +23,10 @@ PLAIN = {
     "modeling_recursive.py",
     "recursive_base.py",
     "recursive_exits.py",
+    "recursive_generation.py",
     "recursive_layers.py",
     "recursive_layout.py",
+    "recursive_overrides.py",
 }
 EXITS = PLAIN | {
     "modeling_recursive_exits.py",

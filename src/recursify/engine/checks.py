@@ -16,6 +16,7 @@ from recursify.modeling import ExitSettings
 from recursify.modeling.configuration_recursive import ROUTED_KV
 from recursify.modeling.recursive_exit_settings import check_depths
 from recursify.modeling.recursive_exits import KV_MODES as EXIT_KV
+from recursify.modeling.recursive_rope import length_limits
 
 from .layers.batch import TokenSpan
 from .layers.decoder import DecoderAdapter
@@ -67,6 +68,13 @@ def choose_implementation(implementation: Implementation, decoder: DecoderAdapte
         chosen = implementation_on(device, implementation)
     except (ValueError, RuntimeError) as error:
         raise EngineError(str(error)) from error
+    if not decoder.has_plain_heads:
+        if implementation == "triton":
+            raise EngineError(
+                "This model's keys and values have unlike sizes, which the Triton kernels do not support. Leave "
+                "implementation out."
+            )
+        return "reference"
     if implementation == "auto" and device.type == "cuda" and chosen != "triton":
         _warn_once(f"Kernels run in PyTorch on {device}: {why_not_triton(device)}.")
     return chosen
@@ -83,6 +91,11 @@ def loop_obstacle(decoder: DecoderAdapter, *, lockstep: bool) -> str | None:
         return "models with routers"
     if decoder.head is None:
         return f"a model whose LM head is a {type(decoder.model.get_output_embeddings()).__name__}"
+    if decoder.length_rope is not None:
+        limit = min(limit for _, limit in length_limits(decoder.rotary))
+        return f"RoPE that depends on the length of a request, as this model's does beyond max_model_len={limit}"
+    if not decoder.has_plain_heads:
+        return "keys and values of unlike sizes"
     return "a lockstep engine" if lockstep else None
 
 
@@ -104,10 +117,11 @@ def check_parity(runner: ModelRunner) -> None:
     request = Request(ids.tolist(), SamplingParams(), None, len(kv_cache.pools))
     kv_cache.reserve(request, count)
     with decoder.in_use():
-        _, states = runner.enter(ids, [TokenSpan(request, None, range(count))])
-        for depth in range(decoder.num_depths):
-            states = runner.block([TokenSpan(request, depth, range(count))], states)
-        states = runner.coda([TokenSpan(request, None, range(count))], states)
+        for piece in (range(count - 1), range(count - 1, count)):  # the last token reads what the others have written
+            _, states = runner.enter(ids[piece.start : piece.stop], [TokenSpan(request, None, piece)])
+            for depth in range(decoder.num_depths):
+                states = runner.block([TokenSpan(request, depth, piece)], states)
+            states = runner.coda([TokenSpan(request, None, piece)], states)
         logits = runner.compute_logits(states)[-1].float()
     kv_cache.release(request)
     difference = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1))

@@ -78,6 +78,7 @@ class Engine:
         self.kv = checks.choose_kv(self.decoder, config.kv, force=config.force_kv)
         context = getattr(model.config, "max_position_embeddings", None) or 2**20
         self.max_model_len = min(config.max_model_len or context, context)
+        self.decoder.limit_length(self.max_model_len)
         self.kv_cache = self._make_kv_cache()
         self.implementation = checks.choose_implementation(config.implementation, self.decoder)
         self.runner = ModelRunner(self.decoder, self.kv_cache, kernels=self.implementation == "triton")

@@ -71,9 +71,12 @@ class PagePool:
                 del self._free[page]
             self._users[page] += 1
 
-    def cache_full_pages(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
-        """Add the full ones of ``pages``, which hold ``tokens`` from the first token on, to the prefix cache."""
-        for key, page in zip(page_keys(tokens, self.page_size), pages, strict=False):
+    def cache_full_pages(self, tokens: Sequence[int], pages: Sequence[int], seed: bytes = b"") -> None:
+        """Add the full ones of ``pages``, which hold ``tokens`` from the first token on, to the prefix cache.
+
+        Pages computed in different ways from the same tokens have another ``seed``.
+        """
+        for key, page in zip(page_keys(tokens, self.page_size, seed), pages, strict=False):
             if key not in self._page_of and self._key_of[page] is None:
                 self._page_of[key] = page
                 self._key_of[page] = key
@@ -85,9 +88,9 @@ class PagePool:
             self._key_of[page] = None
 
 
-def page_keys(tokens: Sequence[int], page_size: int) -> list[bytes]:
-    """Digest of every full page of ``tokens`` together with all pages before it."""
-    keys, previous = [], b""
+def page_keys(tokens: Sequence[int], page_size: int, seed: bytes = b"") -> list[bytes]:
+    """Digest of every full page of ``tokens`` together with ``seed`` and all pages before it."""
+    keys, previous = [], seed
     for start in range(0, len(tokens) - page_size + 1, page_size):
         page = ",".join(map(str, tokens[start : start + page_size]))
         previous = hashlib.blake2b(previous + page.encode(), digest_size=16).digest()

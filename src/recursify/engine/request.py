@@ -164,6 +164,7 @@ class Request:
         tables: Block table of each stream: the request's pages (``layers/kv_cache.py``).
         packed: Mapping from depth to the positions of the tokens that ran it, in a routed model.
         prefix_keys: Keys of the prompt's full pages, once they have been looked up in the prefix cache.
+        rope_length: Length by which RoPE that depends on it rotates the prompt (``layers/length_rope.py``).
     """
 
     _ids = itertools.count()
@@ -193,6 +194,7 @@ class Request:
         self._draws: deque[float] = deque()  # random numbers that no token has used yet
         self.full_until = 0
         self.prefix_keys: list[bytes] | None = None
+        self.rope_length = len(self.prompt_ids)
         self.reset()
 
     def reset(self) -> None:

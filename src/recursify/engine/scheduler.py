@@ -33,6 +33,7 @@ class Scheduler:
         self.kv_cache, self.lockstep = kv_cache, config.lockstep
         self.max_num_seqs, self.chunk_size = config.max_num_seqs, config.chunk_size
         self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.length_rope = kv_cache.decoder.length_rope
         self.enable_prefix_caching = config.enable_prefix_caching and not kv_cache.is_packed
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -69,6 +70,7 @@ class Scheduler:
 
     def _start_chunk(self, request: Request) -> bool:
         """Schedule the next tokens of a running request; return whether budget and pages allowed it."""
+        self._start_again(request)
         num_known = request.prompt_length + len(request.exit_depths)
         count = 1
         if request.computed < num_known:
@@ -79,6 +81,15 @@ class Scheduler:
             return False
         self.chunks[request.id] = Chunk(request, count)
         return True
+
+    def _start_again(self, request: Request) -> None:
+        """Drop everything computed for a request that grows into other RoPE frequencies, if its family does."""
+        rope, length = self.length_rope, len(request.tokens)
+        if rope is None or not rope.starts_again or rope.key(length) == rope.key(request.rope_length):
+            return
+        request.rope_length, request.prefix_keys = length, None
+        self.kv_cache.release(request)
+        request.reset()
 
     def make_room(self, request: Request, count: int) -> bool:
         """Reserve pages for ``count`` more tokens, preempting younger requests if needed.
@@ -105,7 +116,7 @@ class Scheduler:
             pool = self.kv_cache.pools[0]
             if request.prefix_keys is None:
                 # Without the last token, which runs in any case: its logits are needed.
-                request.prefix_keys = page_keys(request.prompt_ids[:-1], pool.page_size)
+                request.prefix_keys = page_keys(request.prompt_ids[:-1], pool.page_size, self._prefix_seed(request))
             prefix = pool.find_prefix(request.prefix_keys)
             pool.share(prefix)
             request.tables[0].extend(prefix)
@@ -154,4 +165,10 @@ class Scheduler:
             return
         exits_early = request.params.may_exit_early
         stop = min(request.computed, request.prompt_length) if exits_early else request.computed
-        self.kv_cache.pools[0].cache_full_pages(request.tokens[:stop], request.tables[0])
+        if self.length_rope is not None:
+            stop = min(stop, self.length_rope.num_alike(request))
+        seed = self._prefix_seed(request)
+        self.kv_cache.pools[0].cache_full_pages(request.tokens[:stop], request.tables[0], seed)
+
+    def _prefix_seed(self, request: Request) -> bytes:
+        return b"" if self.length_rope is None else self.length_rope.prefix_seed(request)

@@ -173,7 +173,7 @@ class SoftTying(Heal):
             group = [names.dense(position, path, "weight") for position in names.layout.positions(index)]
             _check_dense(group, dense, tuple(linear.linear.weight.shape))
             weights = [dense[name].detach() for name in group]
-            layer.replace_stored(path, SoftTiedLinear(linear, weights, self.mixture))
+            layer.set_submodule(path, SoftTiedLinear(linear, weights, self.mixture))
         # The offsets are constant and as large as the shared weights, so DDP should not broadcast them every step.
         offsets = [name for name, _ in model.named_buffers() if name.endswith(".linear.offset")]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, offsets)
@@ -189,7 +189,7 @@ class SoftTying(Heal):
         """Replace the candidates by their mean, which makes an ordinary recursive model."""
         for _, layer, path, linear in _linears(model):
             assert isinstance(linear, SoftTiedLinear)
-            layer.replace_stored(path, linear.collapsed())
+            layer.set_submodule(path, linear.collapsed())
 
 
 def _linears(model: RecursiveForCausalLM) -> Iterator[tuple[int, SharedLayer, str, RelaxedLinear]]:

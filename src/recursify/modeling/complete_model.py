@@ -56,7 +56,7 @@ class SavesCode(RecursivePreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **kwargs: Any) -> None:
         """Save the model with the code that its configuration uses; arguments are those of transformers."""
         super().save_pretrained(save_directory, *arguments, **kwargs)
-        copy_travelling_files(self.config, save_directory)
+        copy_travelling_files(self.config.as_saved(), save_directory)
 
 
 class RecursiveModel(SavesCode, modeling_recursive_anderson.RecursiveModel, modeling_recursive_routed.RecursiveModel):

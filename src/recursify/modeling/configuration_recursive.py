@@ -6,10 +6,12 @@ values. ``num_hidden_layers`` is the *effective* depth, since every KV cache is 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import inspect
 import math
+import os
 from collections.abc import Collection
 from numbers import Integral, Real
 from types import UnionType
@@ -20,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .recursive_exits import EXIT_HEADS, KV_MODES
 from .recursive_layout import LayerLayout, LayoutError
+from .recursive_overrides import OVERRIDABLE, refuse_other_models
 
 FORMAT_VERSION = 1
 """Version of the on-disk format. Raised when an older recursify could not read a newer folder."""
@@ -66,8 +69,8 @@ class RecursiveConfig(PreTrainedConfig):
         exit_policy: Exit policy that ``exit_thresholds`` were calibrated for.
         exit_vocabulary: Number of vocabulary entries that this policy scores; None for all.
         exit_thresholds: Calibrated thresholds, one per exit, for ``generate(exit_policy=…)`` with that policy's name.
-        exit_depth: Depth after which every token exits; None runs all recursions. ``from_pretrained`` takes it, and so
-            does any tool that passes arguments on to it (lm-eval's ``--model_args``, a pipeline).
+        exit_depth: Depth after which every token exits; None runs all recursions. ``from_pretrained`` takes it for
+            one run (:meth:`as_saved`), and so does any tool that passes arguments on (lm-eval's ``--model_args``).
         residual_scale: Factor on the steps of the shared layers: ``h + residual_scale · (layer(h) - h)``.
         depth_map: Depth of the original model that each depth took its own parameters from, in a model with another
             number of recursions (``with_recursions``).
@@ -156,6 +159,7 @@ class RecursiveConfig(PreTrainedConfig):
         for key, value in own.items():
             setattr(self, key, value)
         self.lora_rank_pattern: dict[str, int] = dict(lora_rank_pattern or {})
+        self._overrides: dict[str, tuple[Any, Any]] = {}  # given to from_pretrained: that value, and the one on disk
         self._derive(derived)
         self.check_fields()
 
@@ -248,6 +252,38 @@ class RecursiveConfig(PreTrainedConfig):
             "AutoModelForCausalLM": f"{causal_model}.RecursiveForCausalLM",
         }
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Configuration of ``config_dict``, with the fields in ``kwargs`` for this run: they are not written.
+
+        Raises:
+            ValueError: A field in ``kwargs`` that makes another model, or has a wrong type or value.
+        """
+        given = {name: value for name, value in kwargs.items() if name in _own_fields() or name == "num_hidden_layers"}
+        refuse_other_models(given, config_dict, _own_fields())
+        _check_types(given)
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        stored = {name: config_dict.get(name, _own_fields()[name]) for name in OVERRIDABLE if name in given}
+        config._overrides = {name: (given[name], value) for name, value in stored.items() if value != given[name]}
+        config.check_fields()
+        return loaded
+
+    def as_saved(self) -> RecursiveConfig:
+        """This configuration as a file has it: with its own values of the fields that ``from_pretrained`` was given."""
+        saved = copy.deepcopy(self)
+        saved._overrides = {}
+        for name, (given, stored) in self._overrides.items():
+            if getattr(self, name) == given:  # and was not set since
+                setattr(saved, name, stored)
+        return saved
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **kwargs: Any) -> None:
+        """Write ``config.json``, without what ``from_pretrained`` was given; arguments are those of transformers."""
+        if self._overrides:
+            return self.as_saved().save_pretrained(save_directory, *arguments, **kwargs)
+        return super().save_pretrained(save_directory, *arguments, **kwargs)
+
     def change(self, **fields: Any) -> None:
         """Set ``fields`` of this class, all or none.
 
@@ -261,6 +297,7 @@ class RecursiveConfig(PreTrainedConfig):
         except ValueError:
             self.__dict__.update(before)
             raise
+        self._overrides = {name: entry for name, entry in self._overrides.items() if name not in fields}
 
     def _check_exits(self) -> None:
         _check_choices(self, exit_head=EXIT_HEADS, exit_kv=KV_MODES)
@@ -331,7 +368,9 @@ class RecursiveConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, with the map of classes that these fields need."""
-        return {**super().to_dict(), "auto_map": self.auto_map}
+        fields = {**super().to_dict(), "auto_map": self.auto_map}
+        fields.pop("_overrides", None)
+        return fields
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All fields: readers of ``config.json`` outside transformers do not know the dense family's defaults.

@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_recursive import RecursiveConfig
 from .recursive_base import LayerWalk, RecursiveOutput, RecursivePreTrainedModel
 from .recursive_exits import ExitHead, ExitKind, vocabulary_logits
+from .recursive_generation import choose_cache, one_cache_name, prepare_as, prepares_inputs
 from .recursive_layers import CACHE_ARGUMENT, DenseFamily, SharedLayer, materialize
 
 
@@ -115,11 +116,11 @@ class RecursiveModel(RecursivePreTrainedModel):
             kwargs: Arguments passed to every attention function.
 
         Raises:
-            ValueError: ``num_recursions`` or an exit depth outside its range, both of them, or exit depths with a
-                cache.
+            ValueError: ``num_recursions`` or an exit depth outside its range, both of them, exit depths with a cache,
+                or two caches.
         """
-        if CACHE_ARGUMENT == "cache":
-            past_key_values = past_key_values if cache is None else cache
+        if CACHE_ARGUMENT == "cache" or isinstance(cache, Cache):
+            past_key_values = choose_cache(past_key_values, cache)
         elif cache is not None:
             kwargs["cache"] = cache  # before 5.24, paged attention finds its pages by this name
         exit_depth = self.config.depth_to_exit_at(num_recursions, exit_depth)
@@ -224,13 +225,12 @@ class RecursiveModel(RecursivePreTrainedModel):
         layer_types = getattr(self.config, "layer_types", None)
         return layer_types[position] if layer_types else None
 
-    def rotations(self, hidden_states: Tensor, position_ids: Tensor) -> Any:
-        """RoPE's cosines and sines, by layer type in families with several bases (Gemma 3)."""
+    def rotations(self, hidden_states: Tensor, position_ids: Tensor, rotary: nn.Module | None = None) -> Any:
+        """RoPE's cosines and sines, by layer type in families with several bases (Gemma 3); of ``rotary`` if given."""
+        rotary = self.rotary_emb if rotary is None else rotary
         if not self.rope_by_layer_type:
-            return self.rotary_emb(hidden_states, position_ids)
-        return {
-            kind: self.rotary_emb(hidden_states, position_ids, kind) for kind in dict.fromkeys(self.config.layer_types)
-        }
+            return rotary(hidden_states, position_ids)
+        return {kind: rotary(hidden_states, position_ids, kind) for kind in dict.fromkeys(self.config.layer_types)}
 
 
 class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
@@ -244,8 +244,9 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = self.base_model_class(config)
         with torch.device("meta"):
-            head = _dense_head(config)
-        self.lm_head = materialize(head)
+            dense = _dense_model(config)
+        self.dense_class = type(dense)
+        self.lm_head = materialize(dense.get_output_embeddings())
         self.exit_heads = self._make_exit_heads() if config.exit_head is not None else None
         self.post_init()
 
@@ -320,7 +321,21 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
                 "This checkpoint does not carry the code of exit policies and speculation. Install recursify (pip "
                 "install recursify) and import it before loading the model."
             )
-        return super().generate(*arguments, **kwargs)
+        return super().generate(*arguments, **one_cache_name(kwargs))
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *arguments: Any, **kwargs: Any) -> dict[str, Any]:
+        """Inputs of the next forward in ``generate``, as the dense family prepares them.
+
+        The KV cache is called ``past_key_values`` with any version of transformers: peft looks for it by that name to
+        put a prefix in it, or to know that a prompt has been read.
+        """
+        if prepares_inputs(self.dense_class):
+            inputs = prepare_as(self.dense_class, self, input_ids, *arguments, **kwargs)
+        else:
+            inputs = super().prepare_inputs_for_generation(input_ids, *arguments, **kwargs)
+        if CACHE_ARGUMENT in inputs:
+            inputs["past_key_values"] = inputs.pop(CACHE_ARGUMENT)
+        return inputs
 
     def lora_targets(self, *names: str) -> list[str]:
         """Full names of linear maps for peft's ``LoraConfig(target_modules=…)``.
@@ -362,11 +377,11 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
-def _dense_head(config: RecursiveConfig) -> nn.Linear:
-    """The family's own LM head (some have a bias)."""
+def _dense_model(config: RecursiveConfig) -> PreTrainedModel:
+    """The family's own causal model without layers, for its LM head (some have a bias)."""
     head_only = config.dense_config()
     head_only.num_hidden_layers = 0
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(head_only)](head_only).get_output_embeddings()
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(head_only)](head_only)
 
 
 RecursiveConfig.register_for_auto_class()

@@ -53,7 +53,7 @@ class RecursiveForCausalLM(PlainForCausalLM):
             return super().generate(*arguments, **kwargs)
         if exit_policy is not None and speculate:
             raise ValueError("Give exit_policy, which is lossy, or speculate, which is not; not both.")
-        refuse_arguments(kwargs)
+        refuse_arguments(self, kwargs)
         streamer = kwargs.get("streamer")
 
         def decode(model: Any, input_ids: Tensor, **prepared: Any) -> Any:
@@ -66,3 +66,9 @@ class RecursiveForCausalLM(PlainForCausalLM):
             return generate_with_exits(model, input_ids, settings=by_prompt, **prepared)
 
         return super().generate(*arguments, custom_generate=decode, **kwargs)
+
+    def _extract_generation_mode_kwargs(self, custom_generate: Any, kwargs: dict[str, Any], *others: Any) -> Any:
+        """transformers' own, which loses the ``tokenizer`` of stop strings if there is a custom method."""
+        tokenizer = kwargs.get("tokenizer")
+        extracted = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *others)
+        return extracted if tokenizer is None else {**extracted, "tokenizer": tokenizer}

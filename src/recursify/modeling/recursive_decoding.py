@@ -33,6 +33,7 @@ from .recursive_columns import (
 )
 from .recursive_exit_settings import ExitSettings, check_depths, layers_before_exits
 from .recursive_policies import ExitContext, ExitLimits, decide_exits
+from .recursive_rope import fixed_rope
 
 
 class DepthDecoder:
@@ -64,6 +65,8 @@ class DepthDecoder:
         num_rows = len(attention_mask)
         self.cache = ColumnCache(num_rows)
         self.first = first_columns(attention_mask)
+        unpadded = self.prompt_length - int(self.first.min())
+        self.rotary = fixed_rope(model.model.rotary_emb, unpadded, unpadded + max_length - 1 - self.prompt_length)
         self.columns = [self.prompt_length - 1] * num_rows
         self.done = [self.first.tolist() for _ in self.segments]
         self.layers_run = [0] * num_rows
@@ -131,7 +134,7 @@ class DepthDecoder:
         base = self.model.model
         span = max(self.columns) + 1
         position_ids = (columns - self.first[rows][:, None]).clamp(min=0)
-        rotations = base.rotations(states, position_ids)
+        rotations = base.rotations(states, position_ids, self.rotary)
         masks: dict[int | None, Tensor] = {}
         self.cache.aim(rows, columns, valid, span, stop=stop)
         for position in positions:

@@ -16,7 +16,15 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .recursive_decoding import DepthDecoder, Step
 from .recursive_exit_settings import ExitSettings
 
-REFUSED = ("inputs_embeds", "exit_depth", "num_recursions", "assistant_model", "prompt_lookup_num_tokens")
+REFUSED = (
+    "inputs_embeds",
+    "exit_depth",
+    "num_recursions",
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "past_key_values",
+    "cache",
+)
 """Arguments of ``generate`` that neither early exit nor speculation supports."""
 
 
@@ -37,14 +45,20 @@ class ExitGenerateOutput(GenerateDecoderOnlyOutput):
     block_calls: int | None = None
 
 
-def refuse_arguments(given: dict[str, Any]) -> None:
-    """Refuse the arguments in :data:`REFUSED`."""
+def refuse_arguments(model: Any, given: dict[str, Any]) -> None:
+    """Refuse the arguments in :data:`REFUSED`, and a tool that puts inputs of its own in front of the prompt (peft)."""
     for name in REFUSED:
         if given.get(name) is not None:
             raise ValueError(
                 f"{name} works neither with an exit policy nor with speculation, which decide themselves how far a "
                 f"token runs, from ids. Leave it out."
             )
+    preparing = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model)
+    if preparing is not model:
+        raise ValueError(
+            f"A {type(preparing).__name__} prepares the inputs of generate, and neither an exit policy nor speculation "
+            f"supports its virtual tokens. Call generate without them."
+        )
 
 
 def _by_row(given: Sequence[ExitSettings], num_rows: int, num_beams: int) -> list[ExitSettings]:

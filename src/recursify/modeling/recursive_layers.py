@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -161,24 +161,48 @@ class PerDepth(nn.Module):
 class DepthView(nn.Module):
     """Placeholder in a family's layer for a submodule that owns weights; it calls the stored one at its depth.
 
-    The stored module is deliberately not registered here: with one owner per weight, safetensors, FSDP and adapters
-    see it once. Depth is a constant of the view and an argument of the call, never mutable state: with a
-    depth set from outside, activation checkpointing recomputes every recursion at the last one, and the gradients are
-    silently wrong (tests/modeling/test_checkpointing.py).
+    The stored module is looked up by ``name`` in its ``owner`` at every call, so a tool that replaces it there (peft)
+    changes all depths. Views are not registered as submodules (:func:`put`): with one owner per weight and one module
+    per name, safetensors, FSDP and adapters see it once. Depth is a constant of the view and an argument of the call,
+    never mutable state: with a depth set from outside, activation checkpointing recomputes every recursion at the last
+    one, and the gradients are silently wrong (tests/modeling/test_checkpointing.py).
     """
 
-    stored: nn.Module
+    owner: nn.Module
 
-    def __init__(self, stored: nn.Module, depth: int):
+    def __init__(self, owner: nn.Module, name: str, depth: int):
         super().__init__()
-        object.__setattr__(self, "stored", stored)
-        self.depth = depth
+        object.__setattr__(self, "owner", owner)
+        self.name, self.depth = name, depth
+
+    @property
+    def stored(self) -> nn.Module:
+        """The stored module."""
+        return getattr(self.owner, self.name)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stored(x, self.depth)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DepthView:
+        return DepthView(memo.get(id(self.owner), self.owner), self.name, self.depth)
+
     def extra_repr(self) -> str:
         return f"{type(self.stored).__name__}, depth={self.depth}"
+
+
+def put(layer: nn.Module, path: str, module: nn.Module) -> None:
+    """Have ``layer`` call ``module`` at ``path``.
+
+    A :class:`DepthView` is a plain attribute, unless a container calls it, which knows only registered submodules.
+    """
+    where, _, name = path.rpartition(".")
+    parent = layer.get_submodule(where)
+    parent.__dict__.pop(name, None)
+    if isinstance(module, DepthView) and not isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+        parent._modules.pop(name, None)
+        parent.__dict__[name] = module
+    else:
+        parent.add_module(name, module)  # in the place of the one before, if it is registered
 
 
 class SharedLayer(nn.Module):
@@ -202,9 +226,9 @@ class SharedLayer(nn.Module):
         self.shared_paths = [path for path, _ in weight_owners(layers[0])]
         for path in self.shared_paths:
             stored = self._stored(config, index, path, [layer.get_submodule(path) for layer in layers])
-            _nest(self, path, stored)
+            owner, name = _nest(self, path, stored)
             for depth, layer in enumerate(layers):
-                layer.set_submodule(path, DepthView(stored, depth))
+                put(layer, path, DepthView(owner, name, depth))
         if config.residual_scale != 1:
             for layer in layers:
                 layer.register_forward_hook(partial(scale_step, scale=config.residual_scale))
@@ -229,15 +253,7 @@ class SharedLayer(nn.Module):
     def stored_modules(self) -> Iterator[tuple[str, RelaxedLinear | PerDepth]]:
         """The stored modules with their paths inside the family's layer."""
         for path in self.shared_paths:
-            stored = self.get_submodule(path)
-            assert isinstance(stored, RelaxedLinear | PerDepth)
-            yield path, stored
-
-    def replace_stored(self, path: str, module: RelaxedLinear | PerDepth) -> None:
-        """Store ``module`` at ``path`` instead, and have every view call it."""
-        self.set_submodule(path, module)
-        for view in self.views:
-            object.__setattr__(view.get_submodule(path), "stored", module)
+            yield path, cast(RelaxedLinear | PerDepth, self.get_submodule(path))
 
 
 def weight_owners(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -286,14 +302,15 @@ def _check_alike(layers: list[nn.Module], positions: list[int]) -> None:
                 )
 
 
-def _nest(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Register ``module`` under a dotted path, creating the containers in between."""
+def _nest(root: nn.Module, path: str, module: nn.Module) -> tuple[nn.Module, str]:
+    """Register ``module`` under a dotted path, creating the containers in between; its owner and its name there."""
     *parents, name = path.split(".")
     for parent in parents:
         if parent not in root._modules:
             root.add_module(parent, nn.Module())
         root = root.get_submodule(parent)
     root.add_module(name, module)
+    return root, name
 
 
 def scale_step(_: nn.Module, arguments: tuple[Any, ...], left: Tensor, *, scale: float) -> Tensor:

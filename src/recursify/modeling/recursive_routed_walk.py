@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from .recursive_base import LayerWalk
-from .recursive_layers import CACHE_ARGUMENT, MASKED_ATTENTION
+from .recursive_layers import CACHE_ARGUMENT, MASKED_ATTENTION, put
 from .recursive_routed_cache import Packing, RoutedCache, pack
 from .recursive_routing import (
     Routing,
@@ -50,7 +50,7 @@ def drop_key_projections(block: nn.ModuleList) -> None:
         for path, stored in layer.stored_modules():
             if path.rpartition(".")[2] in ("k_proj", "v_proj"):
                 for view in list(layer.views)[1:]:
-                    view.set_submodule(path, NoProjection(stored.linear.out_features))
+                    put(view, path, NoProjection(stored.linear.out_features))
 
 
 class RoutedWalk(LayerWalk):

@@ -60,9 +60,8 @@ class SlotManager:
             num_device_steps,
         )
         self.loop = DeviceLoop(runner, kv, count, num_device_steps, implementation)
-        # The references of some kernels sync with the device, and so does RoPE whose frequencies depend on the length.
-        syncs = implementation != "triton" or runner.decoder.rotates_by_length
-        self.graphs = CudaGraphs(device, captures=not syncs)
+        # The references of some kernels sync with the device.
+        self.graphs = CudaGraphs(device, captures=implementation == "triton")
         self.requests: list[Request | None] = [None] * count
         self._no_eos = torch.full_like(self.loop.eos_tokens, -1)
         ids = sorted(eos)[:MAX_EOS_TOKENS]

@@ -55,12 +55,15 @@ class AttentionBatch:
         slots: KV slots of the writers.
         singles: Rows with a block table of their own; None if there are none.
         chunks: Groups of the other rows, one per span.
+        rope_lengths: Length of the sequence by which each row is rotated; None where that does not depend on it.
     """
 
     def __init__(
         self, spans: Sequence[TokenSpan], kv_cache: KVCache, *, kernels: bool = False, only_writes: bool = False
     ) -> None:
         self.kernels, self.only_writes = kernels, only_writes
+        rope = kv_cache.decoder.length_rope
+        self.rope_lengths = None if rope is None else rope.lengths(spans)
         device, page_size = kv_cache.decoder.device, kv_cache.page_size
         positions: list[int] = []
         depths: list[int] = []
@@ -119,7 +122,7 @@ class AttentionBatch:
         """Attend with ``query [N, H, D]`` to the rows' visible keys: ``[N, H, D]``."""
         if self.singles is not None and not self.chunks:
             return self._attend_singles(layer, self.singles, query, scale, softcap)
-        out = torch.empty_like(query)
+        out = query.new_empty(*query.shape[:2], layer.values.shape[-1])
         if self.singles is not None:
             rows = self.singles.rows
             out[rows] = self._attend_singles(layer, self.singles, query[rows], scale, softcap)

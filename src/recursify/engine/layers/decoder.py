@@ -7,6 +7,7 @@ The layers are transformers' own decoder layers. The engine adds a registered at
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,11 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from recursify.errors import UnsupportedModelError
-from recursify.modeling.recursive_columns import window_of
+from recursify.modeling.modeling_recursive import RecursiveForCausalLM
+from recursify.modeling.recursive_columns import on_device, window_of
+from recursify.modeling.recursive_generation import prepares_inputs
+from recursify.modeling.recursive_rope import length_limits
 from recursify.modeling.recursive_routing import capacities_of
 
+from .attention_probe import POSITION, engine_attention, probe, rotates
+from .length_rope import LengthRope
 from .mixed_depth import DepthContext, mixed_layer
-from .paged_attention import ATTENTION_NAME
+from .rotations import Rotations
 
 
 @dataclass(eq=False)
@@ -34,6 +40,7 @@ class PagedLayer:
         kinds: Attention type at each depth, in families with several types; else None.
         windows: Sliding window at each depth; None for full attention.
         ropes: True for each depth that rotates queries and keys.
+        key_shape, value_shape: Number of heads and head size of the keys, and of the values.
         keys, values: Tensors ``[pages, page_size, heads, head size]`` of the KV cache.
     """
 
@@ -42,6 +49,8 @@ class PagedLayer:
     kinds: tuple[str | None, ...]
     windows: tuple[int | None, ...]
     ropes: tuple[bool, ...] = (True,)
+    key_shape: Sequence[int] = (0, 0)
+    value_shape: Sequence[int] = (0, 0)
     keys: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
     values: Tensor = field(default_factory=lambda: torch.empty(0), repr=False)
 
@@ -56,10 +65,12 @@ class DecoderAdapter:
         prelude, block, coda: Layers in order; a dense model has only a block.
         depth_context: Depths of the rows in the current call, which mixed-depth layers read.
         embed: Function from token ids ``[N]`` to states ``[N, D]``.
-        rotate: Function from states and positions ``[N, 1]`` to RoPE cosines and sines, or a dict of those by layer
-            type.
+        rotary: Module of the RoPE.
+        rotate: Function from states, positions ``[N, 1]`` and such a module to RoPE cosines and sines, or a dict of
+            those by layer type.
         norm: Final norm.
         compute_logits: Function from normed states ``[N, D]`` to logits ``[N, V]``.
+        length_rope: RoPE by the lengths of the requests; None where it does not depend on them.
     """
 
     model: Any
@@ -69,16 +80,15 @@ class DecoderAdapter:
     coda: list[PagedLayer]
     depth_context: DepthContext
     embed: Callable[[Tensor], Tensor]
-    rotate: Callable[[Tensor, Tensor], Any]
+    rotary: Any
+    rotate: Callable[[Tensor, Tensor, Any], Any]
     norm: nn.Module
     compute_logits: Callable[[Tensor], Tensor]
+    length_rope: LengthRope | None = None
 
     def __post_init__(self) -> None:
         config = self.model.config
         self.config = config
-        self.num_heads: int = config.num_attention_heads
-        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.dtype = self.model.get_input_embeddings().weight.dtype
         self.device = self.model.get_input_embeddings().weight.device
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -99,10 +109,34 @@ class DecoderAdapter:
         """True if all exits use the model's own norm and LM head."""
         return self.is_routed or getattr(self.config, "exit_head", None) in (None, "shared")
 
+    def limit_length(self, max_model_len: int) -> None:
+        """Prepare RoPE for requests of at most ``max_model_len`` tokens."""
+        if not length_limits(self.rotary):
+            return
+        family = getattr(self.model, "dense_class", type(self.model))
+        rope = LengthRope(self.rotary, starts_again=prepares_inputs(family))
+        if rope.key(max_model_len) == rope.key(1):
+            self.rotary = rope.at(1)
+        else:
+            self.length_rope = rope
+
+    def rotations(self, states: Tensor, positions: Tensor, lengths: Sequence[int] | None = None) -> Any:
+        """RoPE cosines and sines of rows at ``positions [N, 1]``, which belong to sequences of ``lengths``."""
+        rope = self.length_rope
+        if rope is None or lengths is None:
+            return self.rotate(states, positions, self.rotary)
+        keys = list(map(rope.key, lengths))
+        rotations = None
+        for key, length in dict(zip(keys, lengths, strict=True)).items():
+            tables = self.rotate(states, positions, rope.at(length))
+            is_here = on_device([each == key for each in keys], states.device)[:, None, None]
+            rotations = tables if rotations is None else _choose(is_here, tables, rotations)
+        return rotations
+
     @property
-    def rotates_by_length(self) -> bool:
-        """True if RoPE frequencies depend on the sequence length, which takes a sync with the device."""
-        return any("dynamic" in str(getattr(module, "rope_type", "")) for module in self.model.modules())
+    def has_plain_heads(self) -> bool:
+        """True if a layer's keys are as large as its values, as kernels expect."""
+        return all(layer.key_shape == layer.value_shape for layer in self.layers)
 
     @property
     def layers(self) -> list[PagedLayer]:
@@ -123,19 +157,18 @@ class DecoderAdapter:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Make the layers call the engine's attention, and restore the model's own afterwards.
-
-        Another thread that calls the model meanwhile gets the engine's attention too.
-        """
-        attention = self.config._attn_implementation
-        self.config._attn_implementation = ATTENTION_NAME
+        """Make the layers call the engine's attention, on the model's device (:func:`engine_attention`)."""
         # Triton launches on the current GPU, not on that of its tensors.
         on_gpu = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        try:
-            with on_gpu:
-                yield
-        finally:
-            self.config._attn_implementation = attention
+        with engine_attention(self.config), on_gpu:
+            yield
+
+
+def _choose(where: Tensor, chosen: Any, other: Any) -> Any:
+    """Tables of ``chosen`` in the rows ``where [N, 1, 1]``, else of ``other``: pairs, or dicts of pairs."""
+    if isinstance(chosen, dict):
+        return {kind: _choose(where, chosen[kind], other[kind]) for kind in chosen}
+    return tuple(torch.where(where, *tables) for tables in zip(chosen, other, strict=True))
 
 
 def adapt_decoder(model: Any) -> DecoderAdapter:
@@ -144,11 +177,29 @@ def adapt_decoder(model: Any) -> DecoderAdapter:
     Raises:
         UnsupportedModelError: The engine cannot run the model; the message names the reason.
     """
-    return _adapt_recursive(model) if model.config.model_type == "recursive" else _adapt_dense(model)
+    decoder = _adapt_recursive(model) if model.config.model_type == "recursive" else _adapt_dense(model)
+    states = _probe_states(model)
+    rotations = Rotations(decoder.rotate(states, torch.full((1, 1), POSITION, device=states.device), decoder.rotary))
+    for layer in decoder.layers:
+        seen = probe(layer.module, decoder.config, states, rotations.of(layer))
+        (_, *layer.key_shape), (_, *layer.value_shape) = seen.key.shape, seen.value.shape
+    return decoder
+
+
+def _probe_states(model: Any) -> Tensor:
+    """Hidden states ``[1, 1, D]`` to probe layers with."""
+    weight = model.get_input_embeddings().weight
+    values = torch.linspace(-1, 1, model.config.hidden_size, dtype=torch.float32)
+    return values.to(weight.device, weight.dtype)[None, None]
 
 
 def _adapt_recursive(model: Any) -> DecoderAdapter:
     config, base, layout = model.config, model.model, model.config.layout
+    if not isinstance(model, RecursiveForCausalLM):
+        raise UnsupportedModelError(
+            "The model was loaded with the code in its checkpoint, and the engine needs recursify's own. Import "
+            "recursify first, and load it without trust_remote_code."
+        )
     if config.anderson:
         raise UnsupportedModelError(
             f"The model mixes loops (anderson={config.anderson}), which rows at different depths do not support. Load "
@@ -170,8 +221,10 @@ def _adapt_recursive(model: Any) -> DecoderAdapter:
     if layout.order == "cycle":
         block = []
         for index, shared in enumerate(base.block):
-            module, ropes = mixed_layer(shared, depth_context, f"layer {index} of the shared block")
-            block.append(layer(module, "block", layout.positions(index), ropes))
+            positions = layout.positions(index)
+            rotate = functools.partial(_rotates, model, positions)
+            module, ropes = mixed_layer(shared, depth_context, f"layer {index} of the shared block", rotate)
+            block.append(layer(module, "block", positions, ropes))
     else:
         # Tokens cannot exit in the middle of a sequence: all layers in order, each at its depth, are one recursion.
         inner = range(layout.num_prelude_layers, layout.coda_positions.start)
@@ -185,10 +238,20 @@ def _adapt_recursive(model: Any) -> DecoderAdapter:
         coda=coda,
         depth_context=depth_context,
         embed=base.embed_tokens,
+        rotary=base.rotary_emb,
         rotate=base.rotations,
         norm=base.norm,
         compute_logits=model.compute_logits,
     )
+
+
+def _rotates(model: Any, positions: Sequence[int], depth: int, view: nn.Module) -> bool:
+    """True if ``view``, the layer at ``depth`` of those at ``positions``, rotates queries and keys."""
+    states = _probe_states(model)
+    rotations = model.model.rotations(states, torch.full((1, 1), POSITION, device=states.device))
+    if isinstance(rotations, dict):
+        rotations = rotations[model.model.layer_type(positions[depth])]
+    return rotates(view, model.config, states, rotations)
 
 
 def _adapt_dense(model: Any) -> DecoderAdapter:
@@ -205,7 +268,7 @@ def _adapt_dense(model: Any) -> DecoderAdapter:
     by_layer_type = "layer_type" in inspect.signature(rotary.forward).parameters
     kinds = getattr(config, "layer_types", None) or [None] * len(layers)
 
-    def rotate(states: Tensor, positions: Tensor) -> Any:
+    def rotate(states: Tensor, positions: Tensor, rotary: Any) -> Any:
         if not by_layer_type:
             return rotary(states, positions)
         return {kind: rotary(states, positions, kind) for kind in dict.fromkeys(kinds)}
@@ -225,6 +288,7 @@ def _adapt_dense(model: Any) -> DecoderAdapter:
         coda=[],
         depth_context=DepthContext(),
         embed=model.get_input_embeddings(),
+        rotary=rotary,
         rotate=rotate,
         norm=children[norms[0]],
         compute_logits=compute_logits,

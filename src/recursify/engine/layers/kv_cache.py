@@ -14,6 +14,7 @@ A *stream* is a set of layers and depths that hold the same tokens, and so share
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -79,20 +80,20 @@ class KVCache:
         self.is_packed = kv in ("recursion_wise", "shared")
         for layer in decoder.layers:
             count = self.layout.block_pages if layer.part == "block" else num_pages
-            shape = (count, page_size, decoder.num_kv_heads, decoder.head_size)
-            layer.keys = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
-            layer.values = torch.zeros_like(layer.keys)
+            like = {"dtype": decoder.dtype, "device": decoder.device}
+            layer.keys = torch.zeros(count, page_size, *layer.key_shape, **like)
+            layer.values = torch.zeros(count, page_size, *layer.value_shape, **like)
         self.positions = torch.zeros(self.layout.block_pages, page_size, dtype=torch.long, device=decoder.device)
         self._page_bytes = [0] * len(self.pools)  # of each stream
         for layer in decoder.layers:
             streams = self.layout.stream_of if layer.part == "block" else (0,)
             for stream in streams[:1] if kv == "shared" else streams:
-                self._page_bytes[stream] += _bytes_per_page(decoder, page_size)
+                self._page_bytes[stream] += _bytes_per_page(layer, decoder, page_size)
 
     @property
     def num_bytes(self) -> int:
         """Number of bytes of all keys and values."""
-        return sum(2 * layer.keys.nbytes for layer in self.decoder.layers)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.decoder.layers)
 
     def bytes_used(self) -> int:
         """Number of bytes of the pages in use."""
@@ -163,8 +164,8 @@ def pages_that_fit(num_bytes: int, decoder: DecoderAdapter, kv: str, page_size: 
         EngineError: Not even one page fits.
     """
     depths = {"shared": 1.0, "recursion_wise": sum(decoder.capacities)}.get(kv, decoder.num_depths)
-    layers = sum(depths if layer.part == "block" else 1 for layer in decoder.layers)
-    size = int(_bytes_per_page(decoder, page_size) * layers)
+    by_layer = ((depths if layer.part == "block" else 1, layer) for layer in decoder.layers)
+    size = int(sum(times * _bytes_per_page(layer, decoder, page_size) for times, layer in by_layer))
     if num_bytes < size:
         raise EngineError(
             f"{num_bytes:,} bytes of KV cache are too few: one page of {page_size} tokens takes {size:,} bytes. "
@@ -173,9 +174,9 @@ def pages_that_fit(num_bytes: int, decoder: DecoderAdapter, kv: str, page_size: 
     return num_bytes // size
 
 
-def _bytes_per_page(decoder: DecoderAdapter, page_size: int) -> int:
-    """Number of bytes of a page's keys and values in one layer at one depth."""
-    return 2 * page_size * decoder.num_kv_heads * decoder.head_size * decoder.dtype.itemsize
+def _bytes_per_page(layer: PagedLayer, decoder: DecoderAdapter, page_size: int) -> int:
+    """Number of bytes of a page's keys and values in ``layer`` at one depth."""
+    return page_size * (math.prod(layer.key_shape) + math.prod(layer.value_shape)) * decoder.dtype.itemsize
 
 
 def copy_slots(layers: Sequence[PagedLayer], sources: Tensor, targets: Tensor) -> None:

@@ -15,7 +15,7 @@ Shape legend: N rows, sorted by depth; I/O in/out features; R depths; r LoRA ran
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any
 
@@ -25,15 +25,18 @@ from torch import Tensor, nn
 
 from recursify.errors import UnsupportedModelError
 from recursify.kernels.depth_norm import add_and_norm
-from recursify.modeling import DepthView, PerDepth, RelaxedLinear, SharedLayer
+from recursify.modeling import PerDepth, RelaxedLinear, SharedLayer
+from recursify.modeling.recursive_layers import put
 
 MASKED_ROWS = 64
 """Maximum number of rows for the masked product on a GPU: its shapes are static, and reading the factors costs more
 than multiplying them."""
 
-HANDLED = {"depth", "layer_idx", "layer_type", "attention_type", "is_sliding", "sliding_window", "use_rope"}
-"""Attributes that may differ between the depths of a layer: the engine selects weights by row, and provides masks and
-rotations."""
+INDICES = {"depth", "layer_idx"}
+"""Attributes that always differ between the depths of a layer."""
+
+HANDLED = {"layer_type", "attention_type", "is_sliding", "sliding_window", "use_rope"}
+"""Attributes that may differ between the depths of a layer: the engine provides masks and rotations by row."""
 
 
 class DepthContext:
@@ -217,8 +220,16 @@ def rms_norm_adds(norm: nn.Module) -> int | None:
     return None
 
 
-def mixed_layer(shared: SharedLayer, depth_context: DepthContext, name: str) -> tuple[nn.Module, tuple[bool, ...]]:
+def mixed_layer(
+    shared: SharedLayer, depth_context: DepthContext, name: str, rotates: Callable[[int, nn.Module], bool]
+) -> tuple[nn.Module, tuple[bool, ...]]:
     """Build the family's layer with a depth per row.
+
+    Args:
+        shared: Layer of the shared block.
+        depth_context: Depths of the rows.
+        name: Name of the layer for messages.
+        rotates: Function from a depth and its layer to whether that rotates queries and keys.
 
     Returns:
         The layer, and for each depth whether it rotates queries and keys.
@@ -227,37 +238,42 @@ def mixed_layer(shared: SharedLayer, depth_context: DepthContext, name: str) -> 
         UnsupportedModelError: The depths of the layer differ in more than weights, windows and rotations.
     """
     views = list(shared.views)
-    _check_alike(views, name)
+    are_alike = _check_alike(views, name)
+    ropes = (True,) * len(views) if are_alike else tuple(rotates(depth, view) for depth, view in enumerate(views))
+    # A layer that rotates, since depths without RoPE can get cosines of 1 and sines of 0.
+    template = views[ropes.index(True)] if any(ropes) else views[0]
     # The copy shares the stored weights, and the config from which layers look up their attention function.
     memo: dict[int, Any] = {}
-    for module in views[0].modules():
-        for referred in (getattr(module, "config", None), getattr(module, "stored", None)):
-            if referred is not None:
-                memo[id(referred)] = referred
-    layer = copy.deepcopy(views[0], memo)
-    for path, view in views[0].named_modules():
-        if isinstance(view, DepthView):
-            stored: Any = view.stored
-            mixed = MixedDepthLinear if isinstance(stored, RelaxedLinear) else MixedDepthNorm
-            layer.set_submodule(path, mixed(stored, depth_context))
-    ropes = tuple(all(getattr(module, "use_rope", True) for module in view.modules()) for view in views)
-    for module in layer.modules():
-        if hasattr(module, "use_rope"):
-            vars(module)["use_rope"] = True  # depths without RoPE get cosines of 1 and sines of 0
+    for module in template.modules():
+        if hasattr(module, "config"):
+            memo[id(module.config)] = module.config
+    layer = copy.deepcopy(template, memo)
+    for path, stored in shared.stored_modules():
+        if not isinstance(stored, RelaxedLinear | PerDepth):
+            raise UnsupportedModelError(
+                f"'{path}' of {name} is a {type(stored).__name__}, which another tool put there, and the engine cannot "
+                f"run at several depths. Merge the adapter first: model.merge_and_unload()."
+            )
+        mixed: Any = MixedDepthLinear if isinstance(stored, RelaxedLinear) else MixedDepthNorm
+        put(layer, path, mixed(stored, depth_context))
     return layer, ropes
 
 
-def _check_alike(views: list[nn.Module], name: str) -> None:
+def _check_alike(views: list[nn.Module], name: str) -> bool:
+    """True if depths differ in nothing but weights; an UnsupportedModelError if in what the engine does not handle."""
+    are_alike = True
     plain = (bool, int, float, str, type(None))
     for path, module in views[0].named_modules():
-        if isinstance(module, DepthView):
-            continue
         for other in views[1:]:
             counterpart = vars(other.get_submodule(path))
             for key, value in vars(module).items():
-                if key not in HANDLED and isinstance(value, plain) and counterpart.get(key) != value:
+                if key in INDICES or not isinstance(value, plain) or counterpart.get(key) == value:
+                    continue
+                are_alike = False
+                if key not in HANDLED:
                     raise UnsupportedModelError(
                         f"The engine runs rows of all depths in one call, but {name} differs between depths: "
                         f"'{path}.{key}' is {value} and {counterpart.get(key)}. Export the model instead: recursify "
                         f"export --format dense."
                     )
+    return are_alike

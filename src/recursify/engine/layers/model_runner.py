@@ -6,9 +6,7 @@ Shape legend: N rows, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from recursify.modeling.recursive_columns import KeysAndValuesWritten
@@ -17,6 +15,8 @@ from .batch import AttentionBatch, TokenSpan
 from .decoder import DecoderAdapter, PagedLayer
 from .kv_cache import KVCache
 from .mixed_depth import use_norm_kernel
+from .paged_attention import attending
+from .rotations import Rotations
 from .static_batch import StaticAttentionBatch
 
 
@@ -69,19 +69,20 @@ class ModelRunner:
         self, layers: Sequence[PagedLayer], batch: AttentionBatch | StaticAttentionBatch, states: Tensor
     ) -> Tensor:
         hidden, positions = states[:, None], batch.positions[:, None]
-        rotations = Rotations(self.decoder.rotate(hidden, positions), batch.depths)
-        for layer in layers:
-            try:
-                hidden = layer.module(
-                    hidden,
-                    attention_mask=None,
-                    position_embeddings=rotations.of(layer),
-                    position_ids=positions,
-                    use_cache=False,
-                    paged=(batch, layer),
-                )
-            except KeysAndValuesWritten:
-                continue
+        rotations = Rotations(self.decoder.rotations(hidden, positions, batch.rope_lengths), batch.depths)
+        with attending(batch) as call:
+            for layer in layers:
+                call.begin(layer)
+                try:
+                    hidden = layer.module(
+                        hidden,
+                        attention_mask=None,
+                        position_embeddings=rotations.of(layer),
+                        position_ids=positions,
+                        use_cache=False,
+                    )
+                except KeysAndValuesWritten:
+                    continue
         return hidden[:, 0]
 
     def compute_logits(self, states: Tensor) -> Tensor:
@@ -100,35 +101,3 @@ def _rows_per_depth(spans: Sequence[TokenSpan]) -> list[tuple[int, int]]:
         depth = span.depth or 0
         counts[depth] = counts.get(depth, 0) + len(span.positions)
     return list(counts.items())
-
-
-class Rotations:
-    """RoPE cosines and sines by layer. The depths of a layer may rotate differently, or not at all.
-
-    Args:
-        rotations: Output of the family's rotary embedding: cosines and sines ``[N, 1, ...]``, or a dict of those by
-            layer type.
-        depths: Depths ``[N]`` of the rows.
-    """
-
-    def __init__(self, rotations: Any, depths: Tensor) -> None:
-        self._rotations, self._depths = rotations, depths
-        self._mixed: dict[Any, tuple[Tensor, Tensor]] = {}
-
-    def of(self, layer: PagedLayer) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for the rows of ``layer``."""
-        kinds, ropes = layer.kinds, layer.ropes
-        if len(set(kinds)) == 1 and (all(ropes) or len(ropes) == 1):
-            return self._by_kind(kinds[0])
-        if (kinds, ropes) not in self._mixed:
-            cosines, sines = (torch.empty_like(table) for table in self._by_kind(kinds[0]))
-            for depth, (kind, rotates) in enumerate(zip(kinds, ropes, strict=True)):
-                is_here = (self._depths == depth)[:, None, None]
-                cosine, sine = self._by_kind(kind)
-                cosines = torch.where(is_here, cosine if rotates else torch.ones_like(cosine), cosines)
-                sines = torch.where(is_here, sine if rotates else torch.zeros_like(sine), sines)
-            self._mixed[kinds, ropes] = cosines, sines
-        return self._mixed[kinds, ropes]
-
-    def _by_kind(self, kind: str | None) -> tuple[Tensor, Tensor]:
-        return self._rotations[kind] if isinstance(self._rotations, dict) else self._rotations

@@ -12,6 +12,9 @@ Shape legend: N rows, n rows in a group, H query heads, G of them per key head, 
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,10 +22,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from recursify.errors import UnsupportedModelError
 from recursify.modeling.recursive_columns import KeysAndValuesWritten
 
 ATTENTION_NAME = "recursify_paged"
 """Name of the registered function."""
+
+
+class _Call(threading.local):
+    """Attention batch and layer of the call in progress; not an argument of layers, which may not pass it on."""
+
+    batch: Any = None
+    layer: Any = None
+    is_done = False
+
+    def begin(self, layer: Any) -> None:
+        """Begin a call of ``layer``, a :class:`~.decoder.PagedLayer`, which is to attend once."""
+        self.layer, self.is_done = layer, False
+
+
+_call = _Call()
+
+
+@contextmanager
+def attending(batch: Any) -> Iterator[_Call]:
+    """Have the layers that this thread calls attend by ``batch``: an :class:`~.batch.AttentionBatch`, a
+    :class:`~.static_batch.StaticAttentionBatch` or a probe."""
+    _call.batch = batch
+    _call.begin(None)
+    try:
+        yield _call
+    finally:
+        _call.batch = _call.layer = None
 
 
 def paged_attention(
@@ -34,19 +65,31 @@ def paged_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    paged: Any = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attend with queries ``[N, H, 1, D]``, and keys and values ``[N, K, 1, D]`` to store first: ``[N, 1, H, D]``.
 
-    ``paged`` is what the model runner passes to every layer: the attention batch (:class:`~.batch.AttentionBatch` or
-    :class:`~.static_batch.StaticAttentionBatch`) and its :class:`~.decoder.PagedLayer`.
+    The attention batch and the layer are those of :func:`attending`.
 
     Raises:
         KeysAndValuesWritten: The batch only writes the KV cache; this ends the layer's forward.
+        UnsupportedModelError: The layer passes a tensor that this attention does not know (attention sinks), or attends
+            more than once.
     """
-    assert paged is not None, "only the engine's model runner calls layers with this attention"
-    batch, layer = paged
+    batch, layer = _call.batch, _call.layer
+    assert batch is not None, "only the engine's model runner calls layers with this attention"
+    for name, other in others.items():
+        if isinstance(other, Tensor) and name != "position_ids":
+            raise UnsupportedModelError(
+                f"The engine cannot run this model: {type(module).__name__} passes '{name}' to its attention function, "
+                f"which paged attention does not support. Use transformers' generate instead."
+            )
+    if _call.is_done:
+        raise UnsupportedModelError(
+            f"The engine cannot run this model: a {type(module).__name__} attends more than once, and pages have room "
+            f"for its keys and values once. Use transformers' generate instead."
+        )
+    _call.is_done = True
     batch.store(layer, key.squeeze(2), value.squeeze(2))
     if batch.only_writes:
         raise KeysAndValuesWritten

@@ -34,6 +34,7 @@ class StaticAttentionBatch:
             Built in advance, because capturing a CUDA graph forbids host-to-device copies.
         implementation: Implementation of the kernels.
         only_writes: True to end every layer after its KV-cache write.
+        rope_lengths: Always None, since RoPE does not depend on the length here (``checks.loop_obstacle``).
     """
 
     positions: Tensor
@@ -45,6 +46,7 @@ class StaticAttentionBatch:
     windows: dict[tuple[int | None, ...], Tensor | None]
     implementation: Implementation
     only_writes: bool = False
+    rope_lengths: None = None
     _row_windows: dict[tuple[int | None, ...], Tensor | None] = field(default_factory=dict, repr=False)
 
     def store(self, layer: PagedLayer, key: Tensor, value: Tensor) -> None:
