@@ -53,7 +53,8 @@ def test_generate_rotates_as_the_dense_model(family, name):
     padded[0, :9] = 0
     for ids in (random_ids(1, 6), random_ids(1, LIMIT + 5), random_ids(1, LIMIT - 5), padded):
         options = {"attention_mask": (ids != 0).long(), "return_dict_in_generate": True, "output_logits": True}
-        wanted = run(lambda dense: dense, ids, **options)
+        # Phi-3 starts again, so uncached is the same; with transformers before 5.24 its dense model forgets the text.
+        wanted = run(lambda dense: dense, ids, use_cache=family != "phi3", **options)
         found = run(lambda dense: fold_exactly(dense, 1), ids, **options)
         assert torch.equal(found.sequences, wanted.sequences)
         for ours, theirs in zip(found.logits, wanted.logits, strict=True):

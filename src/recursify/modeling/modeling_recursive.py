@@ -331,6 +331,10 @@ class RecursiveForCausalLM(RecursivePreTrainedModel, GenerationMixin):
         """
         if prepares_inputs(self.dense_class):
             inputs = prepare_as(self.dense_class, self, input_ids, *arguments, **kwargs)
+            if kwargs.get(CACHE_ARGUMENT) is not None and inputs.get(CACHE_ARGUMENT) is None:
+                # Dropped: all tokens run again. transformers before 5.24 cuts all but the last off nevertheless.
+                kwargs.update({CACHE_ARGUMENT: None, "next_sequence_length": None})
+                inputs = super().prepare_inputs_for_generation(input_ids, *arguments, **kwargs)
         else:
             inputs = super().prepare_inputs_for_generation(input_ids, *arguments, **kwargs)
         if CACHE_ARGUMENT in inputs:
