@@ -136,3 +136,11 @@ def test_code_of_a_family_that_transformers_has_is_not_needed(dense):
             model = load_model(dense, trust_remote_code=trust)[0]
             assert torch.equal(model(random_ids(2, 11)).logits, stock_logits(dense))
         assert open_checkpoint(dense, trust_remote_code=trust).config.model_type == "llama"
+
+
+def test_adapter_beside_the_weights(dense):
+    """transformers would apply it while loading."""
+    (dense / "adapter_config.json").write_text("{}")
+    for use in (open_checkpoint, load_model):
+        with pytest.raises(CheckpointError, match=r"has an adapter of peft .*merge_and_unload"):
+            use(dense)

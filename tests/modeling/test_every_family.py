@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MiniMaxConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    MiniMaxConfig,
+    PreTrainedConfig,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -290,3 +297,22 @@ def test_field_of_two_meanings():
     """MiniMax's ``block_size`` is not the size of a shared block; a stray key of a Llama's file is no field."""
     assert RecursiveConfig.clash_with(MiniMaxConfig()) == "block_size"
     assert RecursiveConfig.clash_with(CONFIG_MAPPING["llama"](block_size=4096)) is None
+
+
+def test_language_model_of_a_multimodal_one(tmp_path):
+    """The way that docs/howto/convert.md shows: the same logits, and a family that is converted."""
+    text_config = {**TINY, "query_pre_attn_scalar": 8}
+    vision_config = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text_config, vision_config={**vision_config, "image_size": 28, "patch_size": 14})
+    ).save_pretrained(tmp_path / "whole")
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole", dtype="auto").eval()
+    config = whole.config.get_text_config()
+    config.tie_word_embeddings = whole.config.tie_word_embeddings
+    text = AutoModelForCausalLM.from_config(config, dtype=whole.dtype)
+    text.model, text.lm_head = whole.model.language_model, whole.lm_head
+    text.save_pretrained(tmp_path / "text")
+    ids = random_ids(1, 9)
+    once = convert_tiny(tmp_path / "text", tmp_path / "once", num_recursions=1, lora_rank=0)
+    with torch.inference_mode():
+        assert (once(ids).logits - whole(ids).logits).abs().max() < 1e-6

@@ -219,9 +219,14 @@ def read_fields(folder: Path) -> dict[str, Any]:
     """Contents of a dense folder's ``config.json``.
 
     Raises:
-        CheckpointError: There is none, it is damaged, or it belongs to a recursive model.
+        CheckpointError: There is none, it is damaged, or it belongs to a recursive model or to an adapter.
     """
     file = folder / "config.json"
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"'{folder}' has an adapter of peft (adapter_config.json). Merge it into its base model first "
+            f"(PeftModel.merge_and_unload), save that, and give its folder."
+        )
     if not file.exists():
         raise CheckpointError(f"'{folder}' has no config.json. Give the folder of a Hugging Face model.")
     try:
