@@ -71,6 +71,7 @@ def test_perplexity_is_that_of_transformers(tmp_path, template, start):
     found = evaluate_model(tmp_path / "dense", data=[str(tmp_path / "text.txt")], length=32)
     assert found.model.loss == pytest.approx(loss_by_hand(dense, tokenizer, start, text, 32), rel=1e-5)
     assert found.num_tokens == 300 // (32 - len(start)) * (32 - max(1, len(start)))
+    assert found.to_dict()["window_start"] == [{0: "<pad>", 1: "<s>"}[token] for token in start]
 
 
 @torch.inference_mode()

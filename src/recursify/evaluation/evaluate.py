@@ -15,7 +15,7 @@ from recursify.settings import resolve_settings
 
 from .perplexity import Perplexity, compare, perplexity
 from .settings import EvaluationSettings
-from .text import default_text, num_context, read_text, token_windows
+from .text import default_text, num_context, read_text, text_start, token_windows
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class EvaluationResult:
     Attributes:
         text: Name of the text.
         window: Tokens per window.
+        window_start: Tokens that the tokenizer begins a text with, at the start of each window.
         depth: Recursion after which every token exited; None ran them all.
         model: Perplexity of the model.
         against: Name of the control; None without one.
@@ -36,6 +37,7 @@ class EvaluationResult:
 
     text: str
     window: int
+    window_start: tuple[str, ...]
     depth: int | None
     model: Perplexity
     against: str | None = None
@@ -60,7 +62,8 @@ class EvaluationResult:
         if self.control is not None:
             control = asdict(self.control)
             figures = {"model": figures, "control": control, "top1_agreement": self.agreement, "kl": self.kl}
-        return {**(self.run or {}), "text": self.text, "window": self.window, "depth": self.depth, **figures}
+        windows = {"text": self.text, "window": self.window, "window_start": list(self.window_start)}
+        return {**(self.run or {}), **windows, "depth": self.depth, **figures}
 
 
 def evaluate_model(
@@ -110,7 +113,8 @@ def evaluate_model(
     vocab_size = loaded.config.vocab_size
     windows = token_windows(tokenizer, text, settings.length, max_tokens=settings.max_tokens, vocab_size=vocab_size)
     how: dict[str, Any] = {"depth": depth, "num_context": num_context(tokenizer), "progress": progress}
-    facts: dict[str, Any] = {"text": text.name, "window": settings.length, "depth": depth}
+    start = tuple(tokenizer.convert_ids_to_tokens(text_start(tokenizer)))
+    facts: dict[str, Any] = {"text": text.name, "window": settings.length, "window_start": start, "depth": depth}
     if settings.recursions is not None:
         facts["run"] = {**settings.loading, "residual_scale": loaded.config.residual_scale}
     if against is None:

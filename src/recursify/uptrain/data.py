@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import torch.distributed as dist
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from torch import Tensor
@@ -267,7 +268,7 @@ def _report_cut_rows(rows: Dataset, name: str, length: int) -> None:
     """Warn of chats and completions that packing cuts."""
     lengths = pc.list_value_length(rows.data.column("input_ids"))
     cut = pc.sum(pc.greater(lengths, length)).as_py()
-    if cut:
+    if cut and _is_first_rank():
         logger.warning(
             "%s of %s chats and completions in %s are longer than %s tokens (the longest has %s) and are cut at their "
             "end. Use a larger --length to train on all of them.",
@@ -278,11 +279,16 @@ def _report_cut_rows(rows: Dataset, name: str, length: int) -> None:
 @functools.cache
 def _report_cut_row(name: str, length: int) -> None:
     """Warn once of a stream."""
-    logger.warning(
-        "A chat or completion in %s is longer than %s tokens and is cut at its end, and so are others as long. Use a "
-        "larger --length to train on all of them.",
-        *(name, f"{length:,}"),
-    )
+    if _is_first_rank():
+        logger.warning(
+            "A chat or completion in %s is longer than %s tokens and is cut at its end, and so are others as long. Use "
+            "a larger --length to train on all of them.",
+            *(name, f"{length:,}"),
+        )
+
+
+def _is_first_rank() -> bool:
+    return not (dist.is_available() and dist.is_initialized() and dist.get_rank())
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:

@@ -111,7 +111,7 @@ class RowEncoder:
 
     def _encode_completion(self, fields: dict[str, Any]) -> Tokens:
         if any(isinstance(fields[name], list) for name in ("prompt", "completion")):
-            messages = [*_messages(fields["prompt"]), *_messages(fields["completion"])]
+            messages = [*_messages(fields, "prompt"), *_messages(fields, "completion")]
             return self._encode_chat({**fields, "messages": messages}, len(fields["prompt"]))
         prompt = _string(fields, "prompt")
         text = prompt + _string(fields, "completion")
@@ -132,7 +132,7 @@ class RowEncoder:
                 "a row is a chat, but the model's tokenizer has no chat template. Give text or prompt/completion rows, "
                 "or put a chat_template.jinja into the model's folder."
             )
-        messages = _messages(fields["messages"])
+        messages = _messages(fields, "messages")
         options = {"tools": _json(fields, "tools", list), **(_json(fields, "chat_template_kwargs", dict) or {})}
         text = self._render(messages, options)
         encoded = self._encode(text, add_special_tokens=False)  # the template has them
@@ -223,10 +223,11 @@ def _json(fields: dict[str, Any], name: str, kind: type) -> Any:
     return value
 
 
-def _messages(value: Any) -> list[dict]:
+def _messages(fields: dict[str, Any], name: str) -> list[dict]:
     """Messages without null fields; a call of tools needs no content."""
+    value = fields[name]
     if not isinstance(value, list) or not value:
-        raise TextError("'messages' must be a list of at least one message.")
+        raise TextError(f"'{name}' must be a list of at least one message, and is {value!r:.60}. Fix the row.")
     for message in value:
         for field in ("role", "content"):
             calls = field == "content" and isinstance(message, dict) and message.get("tool_calls")
