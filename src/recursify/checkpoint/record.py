@@ -31,6 +31,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def write_model_files(folder: Path, config: RecursiveConfig, record: dict[str, Any]) -> None:
     """Write ``config.json``, ``recursify.json`` and the modeling code that a checkpoint includes."""
+    config = config.as_saved()
     config.architectures = ["RecursiveForCausalLM"]
     config.save_pretrained(folder)
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from recursify.checkpoint.writer import ShardedCheckpoint
 from recursify.errors import CheckpointError, SettingsError, TrainingError
 from recursify.uptrain.callbacks import METRICS_FILE, append_metrics, draw_curves
 from recursify.uptrain.data import padding_token, prepare_data
+from recursify.uptrain.saving import check_saving
 from recursify.uptrain.settings import UptrainSettings
 from recursify.uptrain.stage import Stage, TrainingRun, UptrainResult
 
@@ -59,6 +60,7 @@ class LayerHealing(Stage):
         teacher = run.open_teacher(needed=True)
         require_same_layers(teacher, student.names)
         data = prepare_data(run.settings, tokenizer, run.config.vocab_size)
+        check_saving(run.source, run.config, tokenizer)
         run.begin()
         run.scratch.mkdir()
         weights = ShardedCheckpoint(run.scratch, student.tensors)

@@ -20,6 +20,7 @@ from .configuration_recursive import RecursiveConfig
 from .modeling_recursive import RecursiveModel as PlainModel
 from .recursion_count import with_recursions
 from .recursive_base import RecursivePreTrainedModel
+from .saved_generation import savable
 
 FORMER_FILES = ("recursive_loops.py", "recursive_thresholds.py")
 """Files in checkpoints of earlier versions that have other names now."""
@@ -54,8 +55,19 @@ class SavesCode(RecursivePreTrainedModel):
     """Base of the classes that save a model with its code."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *arguments: Any, **kwargs: Any) -> None:
-        """Save the model with the code that its configuration uses; arguments are those of transformers."""
-        super().save_pretrained(save_directory, *arguments, **kwargs)
+        """Save the model with the code that its configuration uses; arguments are those of transformers.
+
+        Raises:
+            ValueError: A generation config that transformers does not write (:func:`savable`).
+        """
+        generation_config = getattr(self, "generation_config", None)
+        try:
+            if generation_config is not None:
+                self.generation_config = savable(generation_config)
+            super().save_pretrained(save_directory, *arguments, **kwargs)
+        finally:
+            if generation_config is not None:
+                self.generation_config = generation_config
         copy_travelling_files(self.config.as_saved(), save_directory)
 
 

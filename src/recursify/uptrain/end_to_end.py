@@ -22,6 +22,7 @@ from .callbacks import Watcher, draw_curves
 from .checkpoints import step_of
 from .data import TextData, prepare_data, readable
 from .param_groups import balance_factors, freeze_untrained
+from .saving import check_saving
 from .stage import Objective, Stage, TrainingRun, UptrainResult
 from .trainer import RecursiveTrainer
 
@@ -42,6 +43,7 @@ class EndToEndStage(Stage, Objective):
         with run.state.main_process_first():
             data = prepare_data(settings, tokenizer, model.config.vocab_size)
         objective._prepare(model)
+        check_saving(run.source, model.config, tokenizer, model.generation_config)
         with run.state.main_process_first():
             if not run.resume and is_main:
                 run.begin()

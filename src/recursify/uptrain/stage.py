@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, open_checkpoint
+from recursify.checkpoint.generation_defaults import FILE as GENERATION_FILE
 from recursify.checkpoint.record import read_record, write_model_files
 from recursify.checkpoint.writer import check_target
 from recursify.errors import CheckpointError, OutputError, RecursifyError
@@ -201,6 +202,8 @@ class TrainingRun:
         record |= {"evaluation": [], "fingerprint": fingerprint, "history": [*record.get("history", []), entry]}
         write_model_files(self.scratch, config, record)
         tokenizer.save_pretrained(self.scratch)
+        if (self.source / GENERATION_FILE).exists():
+            shutil.copyfile(self.source / GENERATION_FILE, self.scratch / GENERATION_FILE)
         # config.json is moved last: a folder without it is not a model, so an interruption leaves no incomplete model.
         for file in sorted(self.scratch.iterdir(), key=lambda file: file.name == "config.json"):
             os.replace(file, self.output / file.name)

@@ -536,6 +536,7 @@ def test_a_gpu_without_triton_gets_one_warning(monkeypatch, caplog):
 
     class Parts:
         device = torch.device("cuda")
+        has_plain_heads = True
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     checks.why_not_triton.cache_clear()
