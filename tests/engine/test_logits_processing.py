@@ -177,6 +177,21 @@ def test_no_end_before_min_tokens():
     assert len(later.token_ids) >= 4
 
 
+def test_no_stop_string_before_min_tokens():
+    """Nothing is cut off before; a stop string that comes later ends the text."""
+    engine = Engine(recursive(), byte_tokenizer())
+    letters = {int(token): 100.0 for token in byte_tokenizer()("ab")["input_ids"]}
+    params = {"max_tokens": 24, "logit_bias": letters}
+    prompt = prompts(5)[0]
+    whole = engine.generate([prompt], SamplingParams(**params))[0].text
+    stop = whole[3]
+    for min_tokens in (0, 4, 9):
+        (output,) = engine.generate([prompt], SamplingParams(stop=(stop,), min_tokens=min_tokens, **params))
+        end = whole.find(stop, min_tokens)
+        assert output.text == (whole if end < 0 else whole[:end])
+        assert output.finish_reason == ("length" if end < 0 else "stop")
+
+
 def test_log_probabilities_are_the_models():
     """Before biases and penalties, so that they can be compared between requests."""
     model, prompt = recursive(), prompts(6)[0]

@@ -51,8 +51,8 @@ class Detokenizer:
             known = special_tokens(tokenizer).items()
             self._hidden_tokens = {token: text for token, text in known if any(text in stop for stop in self.stop)}
 
-    def add(self, token: int) -> bool:
-        """Add the next token; return whether it completes a stop string."""
+    def add(self, token: int, *, may_stop: bool = True) -> bool:
+        """Add the next token; return whether it completes a stop string. With ``may_stop`` false it never does."""
         if self.tokenizer is None:
             return False
         piece, hidden, searched = self._decode_next(token), self._hidden_tokens.get(token, ""), len(self._searched)
@@ -61,9 +61,8 @@ class Detokenizer:
         self._searched += piece + hidden
         if hidden:
             self._hidden += [len(self._searched) - len(hidden), len(self._searched)]
-        longest = max(map(len, self.stop), default=0)
-        matches = [self._searched.find(stop, max(0, searched - longest)) for stop in self.stop]
-        self._has_stopped = any(start >= 0 for start in matches)
+        matches = [self._searched.find(stop, max(0, searched - len(stop) + 1)) for stop in self.stop]
+        self._has_stopped = may_stop and any(start >= 0 for start in matches)
         end = len(self._searched) - self._num_withheld()
         self.text = self._visible(min(start for start in matches if start >= 0) if self._has_stopped else end)
         return self._has_stopped

@@ -323,7 +323,8 @@ class Engine:
         if output.logprobs is not None and sampled.log_p is not None:
             output.logprobs.append(sampled.log_p)
         self._stats.count_token(sampled.depth)
-        stops = token in request.ends or request.detokenizer.add(token)
+        may_stop = len(output.token_ids) > params.min_tokens
+        stops = token in request.ends or request.detokenizer.add(token, may_stop=may_stop)
         output.text = request.detokenizer.text
         if stops:
             self._finish(request, "stop")

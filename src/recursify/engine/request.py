@@ -78,7 +78,7 @@ class SamplingParams(Settings, error=EngineError):
     """Continue after EOS."""
 
     min_tokens: NonNegative = 0
-    """Number of new tokens before which neither EOS nor a stop token is sampled."""
+    """Number of new tokens among which neither EOS nor a stop token is sampled, and no stop string is searched for."""
 
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
