@@ -44,9 +44,9 @@ def real_checkpoint() -> DenseCheckpoint:
 def pytest_terminal_summary(terminalreporter):
     """Count the model types of transformers that are right, and refused by each reason."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
-    kinds = Counter(dict(report.user_properties).get("family") for report in reports if report.when == "call")
-    del kinds[None]
+    found = [dict(report.user_properties) for report in reports if report.when == "call"]
+    kinds = Counter(properties["family"] for properties in found if "family" in properties)
     if kinds:
-        right = kinds.pop("right", 0)
+        right = f"{kinds.pop('right', 0)} right ({sum(bool(each.get('engine')) for each in found)} in the engine)"
         reasons = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        terminalreporter.write_line(f"model types: {right} right, {kinds.total()} refused ({reasons})")
+        terminalreporter.write_line(f"model types: {right}, {kinds.total()} refused ({reasons})")
