@@ -16,6 +16,7 @@ from recursify.engine.sampler import sample
 from recursify.errors import EngineError
 from recursify.modeling import ExitSettings, make_policy
 
+LOOPS = [{}, {"device_loop": True, "num_device_steps": 4}, {"async_output": True}]
 PROMPT, OUTPUT = [5, 6, 6, 7], [8, 8, 8, 5, 9]
 
 
@@ -104,7 +105,7 @@ def test_min_p_keeps_the_tokens_that_transformers_keeps(logits, min_p):
     torch.testing.assert_close(frequencies, probabilities, atol=0.04, rtol=0)
 
 
-@pytest.mark.parametrize("loop", [{}, {"device_loop": True, "num_device_steps": 4}, {"async_output": True}])
+@pytest.mark.parametrize("loop", LOOPS)
 def test_the_engine_repeats_no_more_than_generate(loop):
     """Tokens of ``generate(repetition_penalty=…)``, in a batch with requests that change other things or nothing."""
     model = recursive()
@@ -164,14 +165,20 @@ def test_openais_penalties_in_the_engine():
             ids.append(token)
 
 
-def test_no_end_before_min_tokens():
-    """EOS and stop tokens are not sampled before; with the next token they may be."""
+@pytest.mark.parametrize("loop", LOOPS)
+def test_no_end_before_min_tokens(loop):
+    """EOS and stop tokens are not sampled before; with the next token they may be, also on the device."""
     model = recursive()
     prompt = prompts(5)[0]
     plain = greedy(model, prompt, 12)
     stops = (plain[0], plain[1])
-    first = Engine(model).generate([prompt], SamplingParams(max_tokens=12, stop_token_ids=stops))[0]
-    later = Engine(model).generate([prompt], SamplingParams(max_tokens=40, stop_token_ids=stops, min_tokens=4))[0]
+    first = Engine(model, **loop).generate([prompt], SamplingParams(max_tokens=12, stop_token_ids=stops))[0]
+    params = SamplingParams(max_tokens=40, stop_token_ids=stops, min_tokens=4)
+    engine = small_engine(model, **loop)
+    later = engine.generate([prompt], params)[0]
+    assert later.token_ids == Engine(model).generate([prompt], params)[0].token_ids
+    if "device_loop" in loop and len(later.token_ids) > 6:
+        assert engine.stats.loop_iterations
     assert first.token_ids == plain[:1]
     assert not set(stops) & set(later.token_ids[:4])
     assert len(later.token_ids) >= 4
