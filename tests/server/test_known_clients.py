@@ -209,6 +209,7 @@ NEUTRAL = {
     "repetition_penalty": 1.0,
     "response_format": {"type": "text"},
     "safety_identifier": "me",
+    "seed": -1,
     "service_tier": "auto",
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
@@ -312,6 +313,20 @@ def test_penalties_and_biases_are_the_engines(server, engine, asked, params):
     events = list(server.client.completions.create(**arguments, stream=True))
     assert "".join(event.choices[0].text for event in events) == expected.text
     assert expected.token_ids != plain.token_ids
+
+
+def test_seeds_of_all_integers(server):
+    """-1 is none, as in vLLM and other programs; other negative ones are seeds like any."""
+    arguments = {"model": NAME, "prompt": "x", "max_tokens": 12}
+
+    def texts(seed: int) -> list[str]:
+        answer = server.client.completions.create(**arguments, seed=seed, n=2)
+        return [choice.text for choice in answer.choices]
+
+    assert texts(-1) != texts(-1)
+    assert texts(-5) == texts(-5)
+    assert texts(-5)[1] == texts(-4)[0]
+    assert texts(2**63 - 1)[1] == texts(0)[0]
 
 
 def test_a_special_token_as_a_stop_string(server):

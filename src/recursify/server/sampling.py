@@ -73,8 +73,7 @@ class SamplingParamsBuilder:
             **self._sampling(request),
             **self.exit_parameters(request.exit if has_exit else self.default_exit),
         )
-        seeds = [None if request.seed is None else _seed(request.seed, index) for index in range(request.n or 1)]
-        return [replace(params, seed=seed) for seed in seeds]
+        return [replace(params, seed=_seed(request.seed, index)) for index in range(request.n or 1)]
 
     def _sampling(self, request: GenerationRequest) -> dict[str, Any]:
         given = {name: getattr(request, name) for name in SAMPLING}
@@ -109,6 +108,6 @@ class SamplingParamsBuilder:
         return value
 
 
-def _seed(seed: int, index: int) -> int:
-    """Return the seed of a completion; the first one has the request's own."""
-    return seed if index == 0 else (seed + index) % 2**63
+def _seed(seed: int | None, index: int) -> int | None:
+    """Return the seed of a completion; the first one has the request's own. -1 is vLLM's value for none."""
+    return None if seed in (None, -1) else (seed + index) % 2**63
