@@ -42,7 +42,7 @@ from helpers.pages import (
     spans,
 )
 from helpers.running import running
-from helpers.tiny_models import convert_tiny, save_tiny, tiny_dense
+from helpers.tiny_models import convert_tiny, save_multimodal, save_tiny, tiny_dense
 from recursify.checkpoint.loading import load_model
 from recursify.cli.app import app
 from recursify.convert.initialization import INITIALIZATIONS
@@ -93,6 +93,7 @@ def workshop(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("workshop")
     sizes = {"num_hidden_layers": 10, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
     ends = {"num_prelude_layers": 4, "num_coda_layers": 4}
+    save_multimodal(home / "gemma-3-4b-it")
     for name, family in ((NAMES[DENSE], "llama"), ("Llama-3.2-1B", "llama"), ("Qwen3-0.6B", "qwen3")):
         save_tiny(home / name, family, max_position_embeddings=2048, **sizes)
         tokenizer = AutoTokenizer.from_pretrained(home / name)

@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -131,6 +133,15 @@ def save_tiny(folder: Path, family: str = "llama", *, max_shard_size: str = "5GB
     dense.save_pretrained(folder, max_shard_size=max_shard_size)
     byte_tokenizer().save_pretrained(folder)
     return dense
+
+
+def save_multimodal(folder: Path) -> None:
+    """Write a tiny Gemma 3 with its vision tower and a tokenizer into ``folder``."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tiny_config("gemma3_text").to_dict()
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
 
 
 def convert_tiny(source: Path, target: Path, **settings) -> RecursiveForCausalLM:

@@ -15,8 +15,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     MiniMaxConfig,
     PreTrainedConfig,
 )
@@ -24,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from helpers.small_engine import greedy, prompts, small_engine
-from helpers.tiny_models import convert_tiny, random_ids
+from helpers.tiny_models import convert_tiny, random_ids, save_multimodal
 from helpers.tolerances import LOGITS
 from recursify.checkpoint.dense_families import require_convertible
 from recursify.convert.pipeline import plan_conversion
@@ -301,11 +299,7 @@ def test_field_of_two_meanings():
 
 def test_language_model_of_a_multimodal_one(tmp_path):
     """The way that docs/howto/convert.md shows: the same logits, and a family that is converted."""
-    text_config = {**TINY, "query_pre_attn_scalar": 8}
-    vision_config = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    Gemma3ForConditionalGeneration(
-        Gemma3Config(text_config=text_config, vision_config={**vision_config, "image_size": 28, "patch_size": 14})
-    ).save_pretrained(tmp_path / "whole")
+    save_multimodal(tmp_path / "whole")
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole", dtype="auto").eval()
     config = whole.config.get_text_config()
     config.tie_word_embeddings = whole.config.tie_word_embeddings

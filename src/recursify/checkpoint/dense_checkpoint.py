@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    FineGrainedFP8Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,7 +33,7 @@ from recursify.errors import CheckpointError, UnsupportedModelError
 from .dense_families import require_convertible
 from .dense_tensors import match_tensors
 from .origin import Origin, origin_of_folder
-from .quantization import require_unquantized
+from .quantization import dequantize_fp8, dequantized_headers, fp8_scales, quant_method, require_unquantized
 from .shards import TensorInfo, read_headers, shard_files
 from .sources import AUXILIARY_FILES, locate
 
@@ -145,7 +146,11 @@ class SafetensorsFolder(DenseCheckpoint):
         skeleton = require_convertible(self.config)
         self._shard_of = shard_files(folder)
         stored = read_headers(folder, self._shard_of)
-        require_unquantized(fields, stored, folder)
+        self._scales = fp8_scales(fields, stored)
+        if self._scales:
+            stored = dequantized_headers(stored, self._scales, self.config.dtype or torch.bfloat16)
+        else:
+            require_unquantized(fields, stored, folder)
         matched = match_tensors(skeleton, stored, folder)
         self._stored_names, self.parameters = matched.stored_names, matched.parameters
         self._resolve_ties(matched.tied)
@@ -170,14 +175,22 @@ class SafetensorsFolder(DenseCheckpoint):
         return load_dense_folder(self.location, dtype or self.dtype)
 
     def read(self, name: str) -> Tensor:
-        shard = self.location / self._shard_of[self._stored_names[name]]
+        stored_name = self._stored_names[name]
+        tensor = self._read_stored(name, stored_name)
+        if stored_name in self._scales:
+            scale = self._read_stored(name, self._scales[stored_name])
+            tensor = dequantize_fp8(tensor, scale).to(self.parameters[name].dtype)
+        return refuse_non_finite(tensor, name, str(self.location / self._shard_of[stored_name]))
+
+    def _read_stored(self, name: str, stored_name: str) -> Tensor:
+        """Read the tensor of parameter ``name`` that is called ``stored_name`` on disk."""
+        shard = self.location / self._shard_of[stored_name]
         # One handle per tensor: its memory map is released with it, so unused pages do not stay resident.
         try:
             with safe_open(shard, framework="pt") as file:
-                tensor = file.get_tensor(self._stored_names[name])
+                return file.get_tensor(stored_name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"'{name}' cannot be read from {shard}: {error}. Fetch the shard again.") from error
-        return refuse_non_finite(tensor, name, str(shard))
 
     def origin(self) -> Origin:
         return origin_of_folder(self.source, self.location)
@@ -285,11 +298,13 @@ def load_dense_folder(folder: Path, dtype: torch.dtype | str, *, trust_remote_co
         CheckpointError: It does not load, or lacks tensors.
         UnsupportedModelError: It needs its own code, which is not trusted.
     """
-    runs_own_code = _runs_own_code(folder, read_fields(folder), trust_remote_code)
+    fields = read_fields(folder)
+    runs_own_code = _runs_own_code(folder, fields, trust_remote_code)
     shard_files(folder)
+    options = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if quant_method(fields) == "fp8" else {}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=runs_own_code, output_loading_info=True
+            folder, dtype=dtype, trust_remote_code=runs_own_code, output_loading_info=True, **options
         )
     except Exception as error:  # configs, quantizers and remote code raise anything
         raise CheckpointError(f"'{folder}' does not load: {' '.join(str(error).split())}") from error

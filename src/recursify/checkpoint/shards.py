@@ -21,8 +21,9 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
-"""Floating-point dtypes of plain weights by their names in safetensors."""
+"""Floating-point dtypes that we read, by their names in safetensors; float8 with scales alone."""
 
 
 @dataclass(frozen=True)
