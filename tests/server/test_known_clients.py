@@ -349,7 +349,9 @@ PLAIN = (
 
 def test_developer_is_the_system_where_the_template_does_not_know_it(engine):
     """Qwen's template leaves out a message of a role that it does not know, without a word."""
-    template = PLAIN + "{% if add_generation_prompt %}!{% endif %}{{ mood }}"
+    template = (
+        PLAIN + "{% if add_generation_prompt %}!{% endif %}{{ mood }}{% if half is defined %}{{ 1 / half }}{% endif %}"
+    )
     with running(build(template=template)) as made:
 
         def asked(role: str, **more) -> str:
@@ -363,6 +365,9 @@ def test_developer_is_the_system_where_the_template_does_not_know_it(engine):
         assert asked("developer") == asked("system") == answer("<system>Be brief.<user>Hi!")
         assert asked("system", add_generation_prompt=False) == answer("<system>Be brief.<user>Hi")
         assert asked("system", chat_template_kwargs={"mood": "?"}) == answer("<system>Be brief.<user>Hi!?")
+        for wrong, message in (({"half": "x"}, "unsupported operand"), ({"half": 1}, "by zero"), ({"messages": 1}, "")):
+            with pytest.raises(openai.BadRequestError, match=f"The model's chat template rejects them: .*{message}"):
+                asked("system", chat_template_kwargs=wrong)
 
 
 def test_a_message_is_continued(server, engine):

@@ -17,6 +17,9 @@ from .schema import ChatRequest, Message
 
 T = TypeVar("T")
 
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+"""Errors of templates that do not fit the messages, or the variables that a client gives them."""
+
 RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 """Parameters of transformers' function, which clients do not set; all others are variables of the template."""
 
@@ -67,7 +70,7 @@ class PromptEncoder:
         )
         try:
             encoding = await self._run(render)
-        except (TemplateError, TypeError, ValueError) as error:
+        except TEMPLATE_ERRORS as error:
             message = f"messages: The model's chat template rejects them: {error}"
             raise ApiError(400, message, param="messages") from error
         return self._checked(encoding["input_ids"], "messages")
