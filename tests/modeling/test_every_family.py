@@ -22,9 +22,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from helpers.small_engine import greedy, prompts, small_engine
-from helpers.tiny_models import convert_tiny, random_ids, save_multimodal
+from helpers.tiny_models import byte_tokenizer, convert_tiny, random_ids, save_multimodal
 from helpers.tolerances import LOGITS
 from recursify.checkpoint.dense_families import require_convertible
+from recursify.checkpoint.loading import load_model
 from recursify.convert.pipeline import plan_conversion
 from recursify.engine import SamplingParams
 from recursify.errors import CheckpointError, UnsupportedModelError
@@ -310,3 +311,24 @@ def test_language_model_of_a_multimodal_one(tmp_path):
     once = convert_tiny(tmp_path / "text", tmp_path / "once", num_recursions=1, lora_rank=0)
     with torch.inference_mode():
         assert (once(ids).logits - whole(ids).logits).abs().max() < 1e-6
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "runs"),
+    [("mixtral", True), ("qwen3_moe", True), ("beam", False), ("falcon_h1", False), ("gpt2", False)],
+)
+def test_dense_model_in_the_engine(model_type, runs, tmp_path):
+    """A dense model of any family is loaded; the engine generates what transformers does, or refuses it by name."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no '{model_type}'")
+    AutoModelForCausalLM.from_config(config_of(model_type, **TINY, **EXPERTS)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    dense, _ = load_model(tmp_path)
+    engine = build_engine(dense, model_type)
+    assert (engine is not None) is runs
+    if engine is not None:
+        outputs = engine.generate(prompts(5, 11), SamplingParams(max_tokens=9))
+        assert [output.token_ids for output in outputs] == [greedy(dense, prompt) for prompt in prompts(5, 11)]

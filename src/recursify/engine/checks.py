@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -97,6 +98,24 @@ def loop_obstacle(decoder: DecoderAdapter, *, lockstep: bool) -> str | None:
     if not decoder.has_plain_heads:
         return "keys and values of unlike sizes"
     return "a lockstep engine" if lockstep else None
+
+
+@contextmanager
+def refusing_by_name(model: Any) -> Iterator[None]:
+    """Turn what a family's own code raises when it is called as the engine calls it into an error with its name.
+
+    Raises:
+        UnsupportedModelError: The family's code failed.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"The engine cannot run this {model.config.model_type} model ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}). Use transformers' generate instead."
+        ) from error
 
 
 @torch.inference_mode()

@@ -74,7 +74,8 @@ class Engine:
         self.config = config = resolve_settings(EngineConfig, config, options)
         self.model, self.tokenizer, self.on_token = model.eval(), tokenizer, on_token
         self.clock = time.perf_counter
-        self.decoder = adapt_decoder(model)
+        with checks.refusing_by_name(model):
+            self.decoder = adapt_decoder(model)
         self.kv = checks.choose_kv(self.decoder, config.kv, force=config.force_kv)
         context = getattr(model.config, "max_position_embeddings", None) or 2**20
         self.max_model_len = min(config.max_model_len or context, context)
@@ -94,7 +95,8 @@ class Engine:
         )
         self.requests: dict[int, Request] = {}
         self.reset_stats()
-        checks.check_parity(self.runner)
+        with checks.refusing_by_name(model):
+            checks.check_parity(self.runner)
 
     @classmethod
     def from_pretrained(
