@@ -54,6 +54,22 @@ def test_chats(model, tmp_path, capsys):
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == template
 
 
+def test_a_stream_with_a_damaged_line(model, tmp_path, capsys, monkeypatch):
+    """The first steps run; then the line is one error with its number, and no model is written."""
+    monkeypatch.setattr("recursify.uptrain.data.SHUFFLE_BUFFER", 100)
+    rows = [json.dumps({"text": f"row {index:05}"}) for index in range(1200)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, '{"text": "no end']), encoding="utf-8")
+    (tmp_path / "held_out.txt").write_text("words " * 50, encoding="utf-8")
+    data = ["--data", tmp_path / "rows.jsonl", "--eval-data", tmp_path / "held_out.txt", "--streaming"]
+    size = ["--length", 256, "--batch-size", 4, "--max-tokens", 10**6, "--kl-weight", 0]
+    assert run("uptrain", model, "-o", tmp_path / "out", *data, *size) == 1
+    err = capsys.readouterr().err
+    assert "rows.jsonl:1201 is not JSON (column 10: Unterminated string starting at)" in err
+    assert "Traceback" not in err
+    assert read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]["step"] > 3
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
 def test_markdown(model, tmp_path, capsys):
     """A folder of Markdown files, one command; the table has the dense model beside."""
     (tmp_path / "notes" / "deep").mkdir(parents=True)
