@@ -24,8 +24,8 @@ NEUTRAL = {
 }
 """Keys that are accepted with the value that changes nothing."""
 
-HARMLESS = ("tensor_data_layout", "rope.scaling.finetuned")
-"""Keys that describe how the file was made."""
+HARMLESS = ("tensor_data_layout", "rope.scaling.finetuned", "mm.tokens_per_image")
+"""Keys that describe how the file was made, or what is done with images."""
 
 BIASES = {
     "attention_bias": re.compile(r"blk\.\d+\.attn_(q|k|v|qkv|output)\.bias"),
