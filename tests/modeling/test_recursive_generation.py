@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from transformers import GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from helpers.rope_types import LIMIT, MODELS, ROPE_TYPES, with_rope
-from helpers.small_engine import recursive
+from helpers.small_engine import recursive, small_engine
 from helpers.tiny_models import byte_tokenizer, random_ids, tiny_dense, tiny_recursive
 from helpers.tolerances import LOGITS
 from recursify.convert.parity import fold_exactly
-from recursify.modeling import ExitSettings, make_policy
+from recursify.engine import SamplingParams
+from recursify.modeling import ExitSettings, RecursiveForCausalLM, make_policy
+from recursify.modeling.recursive_columns import window_of
 
 
 @pytest.mark.parametrize("given", ["argument", "generation config"])
@@ -76,3 +79,32 @@ def test_exits_rotate_by_the_length_or_refuse_it(family, name, way):
     match = rf"RoPE \({name}\) has other frequencies beyond {LIMIT} tokens, and a text that grows from 20 to 27 tokens"
     with pytest.raises(ValueError, match=match):
         model.generate(random_ids(1, 20), **arguments, **way)
+
+
+@pytest.mark.parametrize("field", ["sliding_window", "attention_chunk_size"])
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gpt_neox"])
+def test_limits_of_attention_that_the_family_ignores(family, field, tmp_path):
+    """A stray field of config.json: full attention, as in the dense model's forward (its cache applies the field)."""
+    dense = tiny_dense(family, **{field: 8})
+    ids = random_ids(1, 30)
+    with torch.no_grad():
+        wanted = dense(ids).logits
+    model = fold_exactly(dense, 1)
+    model.save_pretrained(tmp_path)
+    arguments = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    text = dense.generate(ids, use_cache=False, **arguments)
+    for each in (model, RecursiveForCausalLM.from_pretrained(tmp_path).eval()):
+        with torch.no_grad():
+            assert torch.equal(each(ids).logits, wanted)
+        assert torch.equal(each.generate(ids, **arguments), text)
+    for each in (model, dense):
+        (output,) = small_engine(each).generate([ids[0].tolist()], SamplingParams(max_tokens=10))
+        assert output.token_ids == text[0, 30:].tolist()
+
+
+def test_attention_of_another_type_is_refused():
+    """Decoding by columns and pages knows full attention and windows."""
+    config = SimpleNamespace(sliding_window=8, layer_types=["sliding_attention", "full_attention", "chunked_attention"])
+    assert [window_of(config, position) for position in (0, 1)] == [8, None]
+    with pytest.raises(ValueError, match="Layer 2 has 'chunked_attention', and only full and sliding attention"):
+        window_of(config, 2)

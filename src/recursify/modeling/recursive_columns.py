@@ -122,9 +122,17 @@ class ExitReadings:
 
 
 def window_of(config: Any, position: int) -> int | None:
-    """Size of the attention window of the layer at ``position``; None for full attention."""
+    """Size of the attention window of the layer at ``position``; None for full attention.
+
+    Raises:
+        ValueError: Attention of another type.
+    """
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[position] not in ("full_attention", "sliding_attention"):
+        raise ValueError(
+            f"Layer {position} has '{kinds[position]}', and only full and sliding attention are supported."
+        )
     if window is None or (kinds and kinds[position] != "sliding_attention"):
         return None
     return int(window)

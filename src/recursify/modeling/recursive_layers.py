@@ -11,6 +11,7 @@ Shape legend: B batch, T tokens, D hidden size, I/O in/out features, R recursion
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
@@ -32,6 +33,10 @@ CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_masks_for_genera
 
 MASKED_ATTENTION = ("eager", "sdpa")
 """Attention implementations that take a mask of any shape."""
+
+
+MASKS = {"sliding_window": "create_sliding_window_causal_mask", "attention_chunk_size": "create_chunked_causal_mask"}
+"""Mapping from fields that limit attention to the function of transformers that makes their mask."""
 
 
 class UnsupportedFamily(ValueError):
@@ -358,6 +363,15 @@ class FamilyParts:
             )
 
 
+def applies(model_class: type, field: str) -> bool:
+    """True if a family's ``model_class`` makes the mask that a ``field`` of :data:`MASKS` asks for.
+
+    transformers keeps any field of ``config.json``. Llama has full attention whatever ``sliding_window`` there is.
+    """
+    module = sys.modules[model_class.__module__]
+    return any(hasattr(module, name) for name in (MASKS[field], "create_masks_for_generate"))
+
+
 class DenseFamily(FamilyParts):
     """The parts of a dense family's model, built on the meta device from a recursive config.
 
@@ -367,6 +381,9 @@ class DenseFamily(FamilyParts):
 
     def __init__(self, config: RecursiveConfig):
         self.model_class: type[PreTrainedModel] = MODEL_MAPPING[type(config.dense_config())]
+        for field in MASKS:
+            if getattr(config, field, None) is not None and not applies(self.model_class, field):
+                setattr(config, field, None)  # or masks and caches would apply it
         with torch.device("meta"):
             self.skeleton = self.model_class(config)
         super().__init__(self.skeleton, config.num_hidden_layers)

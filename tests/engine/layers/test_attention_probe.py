@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.small_engine import assert_same_as_generate, prompts, small_engine
-from helpers.tiny_models import SMALL
+from helpers.tiny_models import SMALL, tiny_dense
 from recursify.engine import Engine, SamplingParams
 from recursify.errors import EngineError, UnsupportedModelError
 from recursify.modeling import LayerLayout, RecursiveConfig, RecursiveForCausalLM
@@ -102,13 +102,26 @@ def test_kernels_that_expect_one_size_are_not_used():
     [
         ("diffllama", {}, "a DiffLlamaAttention attends more than once"),
         ("granite_swa", {"sliding_window": 8}, "GraniteSWAAttention passes 's_aux' to its attention function"),
-        ("minimax", {"num_local_experts": 2}, "MiniMaxLightningAttention computes attention by itself"),
+        ("minimax", {"num_local_experts": 2}, "Layer 1 has 'linear_attention', and only full"),
         ("nanochat", {}, "does not reproduce this nanochat model"),
     ],
 )
 def test_other_attention_is_refused_by_name(case, fields, message):
     with pytest.raises(UnsupportedModelError, match=message):
         small_engine(dense_of(case, **fields))
+
+
+def test_attention_without_an_attention_function_is_refused():
+    """Old families compute it by themselves."""
+
+    class OwnAttention(torch.nn.Module):
+        def forward(self, hidden_states, **_):
+            return hidden_states, None
+
+    model = tiny_dense("llama")
+    model.model.layers[2].self_attn = OwnAttention()
+    with pytest.raises(UnsupportedModelError, match="this llama model: OwnAttention computes attention by itself"):
+        Engine(model)
 
 
 def test_code_from_a_checkpoint_is_refused():

@@ -21,6 +21,7 @@ from recursify.errors import UnsupportedModelError
 from recursify.modeling.modeling_recursive import RecursiveForCausalLM
 from recursify.modeling.recursive_columns import on_device, window_of
 from recursify.modeling.recursive_generation import prepares_inputs
+from recursify.modeling.recursive_layers import applies
 from recursify.modeling.recursive_rope import length_limits
 from recursify.modeling.recursive_routing import capacities_of
 
@@ -214,7 +215,7 @@ def _adapt_recursive(model: Any) -> DecoderAdapter:
 
     def layer(module: nn.Module, part: Any, positions: Sequence[int], ropes: tuple[bool, ...] = (True,)) -> PagedLayer:
         kinds = tuple(base.layer_type(position) for position in positions)
-        return PagedLayer(module, part, kinds, tuple(window_of(config, position) for position in positions), ropes)
+        return PagedLayer(module, part, kinds, tuple(_window(model, position) for position in positions), ropes)
 
     prelude = [layer(module, "prelude", [index]) for index, module in enumerate(base.prelude)]
     coda = [layer(module, "coda", [index]) for module, index in zip(base.coda, layout.coda_positions, strict=True)]
@@ -243,6 +244,28 @@ def _adapt_recursive(model: Any) -> DecoderAdapter:
         norm=base.norm,
         compute_logits=model.compute_logits,
     )
+
+
+def _window(model: Any, position: int) -> int | None:
+    """Attention window of a layer, if the model applies it.
+
+    Raises:
+        UnsupportedModelError: Attention that is neither full nor in a window.
+    """
+    config, family = model.config, type(model.base_model)
+    try:
+        window = window_of(config, position)
+    except ValueError as error:
+        raise UnsupportedModelError(f"The engine cannot run this {config.model_type} model: {error}") from error
+    chunk = getattr(config, "attention_chunk_size", None)
+    if config.model_type == "recursive":
+        return window
+    if chunk is not None and window is None and applies(family, "attention_chunk_size"):
+        raise UnsupportedModelError(
+            f"The engine cannot run this {config.model_type} model: its attention is in chunks of {chunk} tokens. Use "
+            f"transformers' generate instead."
+        )
+    return window if applies(family, "sliding_window") else None
 
 
 def _rotates(model: Any, positions: Sequence[int], depth: int, view: nn.Module) -> bool:
@@ -284,7 +307,7 @@ def _adapt_dense(model: Any) -> DecoderAdapter:
         model=model,
         num_depths=1,
         prelude=[],
-        block=[PagedLayer(module, "block", (kinds[i],), (window_of(config, i),)) for i, module in enumerate(layers)],
+        block=[PagedLayer(module, "block", (kinds[i],), (_window(model, i),)) for i, module in enumerate(layers)],
         coda=[],
         depth_context=DepthContext(),
         embed=model.get_input_embeddings(),
