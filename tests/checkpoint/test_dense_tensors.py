@@ -144,3 +144,24 @@ def test_adapter_beside_the_weights(dense):
     for use in (open_checkpoint, load_model):
         with pytest.raises(CheckpointError, match=r"has an adapter of peft .*merge_and_unload"):
             use(dense)
+
+
+def test_tensor_that_the_index_leaves_out(dense):
+    """transformers reads whole shards."""
+    tensors = load_file(dense / "model.safetensors")
+    (dense / "model.safetensors").rename(dense / "model-00001-of-00001.safetensors")
+    index = {
+        "metadata": {},
+        "weight_map": dict.fromkeys(set(tensors) - {"model.norm.weight"}, "model-00001-of-00001.safetensors"),
+    }
+    (dense / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(converted_logits(dense), stock_logits(dense))
+
+
+def test_one_file_beside_an_index(dense):
+    """The single file is the model, and the shards are what another version left."""
+    tensors = load_file(dense / "model.safetensors")
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, dense / "old.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "old.safetensors")}
+    (dense / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(converted_logits(dense), stock_logits(dense))

@@ -45,9 +45,13 @@ class TensorInfo:
 def shard_files(folder: Path) -> dict[str, str]:
     """Mapping from tensor names on disk to shard file names.
 
+    As in transformers, a single file is preferred to an index, and every tensor of a shard counts, in the index or not.
+
     Raises:
         CheckpointError: A shard is missing, the index is damaged, or there are no safetensors.
     """
+    if (folder / SINGLE_FILE).exists():
+        return dict.fromkeys(_read_header(folder / SINGLE_FILE), SINGLE_FILE)
     index = folder / INDEX_FILE
     if index.exists():
         try:
@@ -58,9 +62,8 @@ def shard_files(folder: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"'{folder}' lacks {len(missing)} of its shards: {', '.join(missing)}. Fetch them again."
             )
-        return shard_of
-    if (folder / SINGLE_FILE).exists():
-        return dict.fromkeys(_read_header(folder / SINGLE_FILE), SINGLE_FILE)
+        left_out = {name: shard for shard in set(shard_of.values()) for name in _read_header(folder / shard)}
+        return {**left_out, **shard_of}
     if pickles := sorted(file.name for pattern in PICKLE_PATTERNS for file in folder.glob(pattern)):
         raise CheckpointError(
             f"'{folder}' has only pickled weights ({', '.join(pickles[:3])}), and a pickle can run any code. Convert "
