@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import gguf
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -271,6 +272,15 @@ def test_without_the_gguf_package(dense, tmp_path, monkeypatch):
     with pytest.raises(
         CheckpointError, match=r"without the Python package 'gguf'.*Run: pip install 'recursify\[gguf\]'$"
     ):
+        open_checkpoint(file)
+
+
+def test_package_that_is_too_old(dense, tmp_path, monkeypatch):
+    """An architecture that came later than the installed ``gguf``."""
+    file = write_gguf(tmp_path / "model.gguf", dense)
+    names = {number: name for number, name in gguf.MODEL_ARCH_NAMES.items() if name != "llama"}
+    monkeypatch.setattr("gguf.MODEL_ARCH_NAMES", names)
+    with pytest.raises(CheckpointError, match=r"'llama', which the installed .* gguf does not know.*--upgrade gguf"):
         open_checkpoint(file)
 
 

@@ -46,8 +46,8 @@ def write(folder, tokenizer, **options):
     return write_gguf(folder / "model.gguf", model, tokenizer=tokenizer, **options)
 
 
-def tokenizer_of(folder, keys, **options):
-    return load_tokenizer(open_checkpoint(write(folder, keys, **options)))
+def tokenizer_of(folder, tokenizer, **options):
+    return load_tokenizer(open_checkpoint(write(folder, tokenizer, **options)))
 
 
 def tokens(tokenizer, text, **options):
@@ -192,6 +192,14 @@ def test_sentencepiece_without_a_prefix(tmp_path):
     assert tokens(tokenizer, "ab  a<turn>") == ["ab", "  ", "a", "<turn>"]
     assert tokenizer.decode(tokenizer("ab é\tc")["input_ids"]) == "ab é\tc"
     assert (tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token) == ("<unk>", "<s>", "</s>")
+
+
+def test_tokens_of_phi3_swallow_the_space_behind_them(tmp_path):
+    """Which no key says; llama.cpp goes by the name too."""
+    keys = sentencepiece_keys()
+    assert tokens(tokenizer_of(tmp_path, keys), "<turn> a<s> b") == ["<s>", "<turn>", "▁", "▁a", "<s>", "▁", "▁", "b"]
+    tokenizer = tokenizer_of(tmp_path, keys, keys={"general.name": "Phi-3 Mini"})
+    assert tokens(tokenizer, "<turn> a<s> b") == ["<s>", "<turn>", "▁a", "<s>", "▁", "▁", "b"]
 
 
 def test_sentencepiece_with_neither_scores_nor_merges(tmp_path):

@@ -47,7 +47,7 @@ class GgufWeights:
         sources: Place of each parameter, by its name in transformers; without a tied head.
 
     Raises:
-        CheckpointError: A tensor is missing, or has the wrong shape.
+        CheckpointError: A tensor is missing, or has the wrong shape; or the package ``gguf`` is too old.
         UnsupportedModelError: The file has a tensor that the family does not.
     """
 
@@ -55,7 +55,12 @@ class GgufWeights:
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
         self._file, self._architecture, self._config = file, architecture, skeleton.config
-        number = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
+        number = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == file.architecture), None)
+        if number is None:
+            raise CheckpointError(
+                f"'{file.path}' has the architecture '{file.architecture}', which the installed package gguf does not "
+                f"know. Run: pip install --upgrade gguf"
+            )
         self._names = get_tensor_name_map(number, self._config.num_hidden_layers)
         self.sources = {name: self._source(name, tuple(p.shape)) for name, p in skeleton.named_parameters()}
         used = {part[0] for source in self.sources.values() for part in source.parts} | ROPE_TENSORS
