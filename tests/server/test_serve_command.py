@@ -140,12 +140,3 @@ def test_a_folder_that_is_no_model(tmp_path, capsys):
     """Its own error."""
     assert run("serve", tmp_path / "nowhere", "--port", 0) == 1
     assert "nowhere" in capsys.readouterr().err
-
-
-def test_without_the_extra_it_says_what_to_install(folder, capsys, monkeypatch):
-    """One line to type."""
-    for name in [name for name in sys.modules if name.startswith(("recursify.server", "uvicorn"))]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "fastapi", None)
-    assert run("serve", folder) == 1
-    assert "pip install 'recursify[serve]'" in capsys.readouterr().err
