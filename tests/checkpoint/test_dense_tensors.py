@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from helpers.tiny_models import convert_tiny, random_ids, save_tiny
 from recursify.checkpoint.dense_checkpoint import SafetensorsFolder, open_checkpoint
 from recursify.checkpoint.loading import load_model
 from recursify.convert.pipeline import convert_model
-from recursify.errors import CheckpointError
+from recursify.errors import CheckpointError, UnsupportedModelError
 
 
 @pytest.fixture
@@ -165,3 +166,44 @@ def test_one_file_beside_an_index(dense):
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "old.safetensors")}
     (dense / "model.safetensors.index.json").write_text(json.dumps(index))
     assert torch.equal(converted_logits(dense), stock_logits(dense))
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_family_that_exists_in_the_folder_alone(dense, tmp_path, monkeypatch):
+    """Trusted, its dense model runs; it is not converted, for transformers has no layers of it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path / "modules")])
+    wanted = stock_logits(dense)
+    (dense / "own.py").write_text(OWN_CODE)
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    edit(dense, lambda tensors: None, model_type="own_llama", auto_map=auto_map)
+    with torch.inference_mode():
+        assert torch.equal(load_model(dense, trust_remote_code=True)[0](random_ids(2, 11)).logits, wanted)
+    with pytest.raises(UnsupportedModelError, match="'own_llama' cannot be made recursive: it is not a causal"):
+        open_checkpoint(dense, trust_remote_code=True)
+    with pytest.raises(UnsupportedModelError, match=r"needs its own Python code .*--trust-remote-code"):
+        load_model(dense)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_hub_model_is_downloaded_if_it_is_trusted(dense, monkeypatch, trusted):
+    """And only then."""
+    asked: list[str] = []
+
+    def download(repo_id, revision, allow_patterns):
+        asked.extend(allow_patterns)
+        return dense
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    open_checkpoint("owner/name", trust_remote_code=trusted)
+    assert ("*.py" in asked) is trusted

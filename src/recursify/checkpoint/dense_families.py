@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
@@ -95,7 +96,8 @@ def _refused_by_config(config: PreTrainedConfig) -> str | None:
         return "it is made of several models"
     if text is not config:
         return _refused_wrapper(text)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    # A family of a folder's own code is in the second mapping once its model has been loaded.
+    if config.model_type not in CONFIG_MAPPING or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "it is not a causal language model in transformers"
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         return "its tokens attend to later ones (use_bidirectional_attention), as in embedding models"
