@@ -26,6 +26,7 @@ from helpers.tiny_models import byte_tokenizer, convert_tiny, random_ids, save_m
 from helpers.tolerances import LOGITS
 from recursify.checkpoint.dense_families import require_convertible
 from recursify.checkpoint.loading import load_model
+from recursify.convert.parity import _small_model
 from recursify.convert.pipeline import plan_conversion
 from recursify.engine import SamplingParams
 from recursify.errors import CheckpointError, UnsupportedModelError
@@ -290,6 +291,13 @@ def test_reason_by_config(model_type, fields, reason):
     """The same type with other fields has another reason."""
     with pytest.raises(UnsupportedModelError, match=rf"'{model_type}' cannot be made recursive: .*{reason}"):
         require_convertible(CONFIG_MAPPING[model_type](**fields))
+
+
+def test_trial_has_a_layer_of_each_type():
+    """Also where the first one of a type comes late."""
+    types = ["sliding_attention"] * 5 + ["full_attention"]
+    config = config_of("olmo3", **{**TINY, "num_hidden_layers": 6, "layer_types": types})
+    assert _small_model(config).config.layer_types == ["sliding_attention"] * 3 + ["full_attention"]
 
 
 def test_field_of_two_meanings():

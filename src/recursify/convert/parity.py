@@ -72,11 +72,11 @@ def _failed_trial(dense: PreTrainedModel) -> str | None:
 def _small_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Random model of ``config`` with few layers and tokens, in float32; norms and biases are random, too."""
     small = copy.deepcopy(config)
-    num_layers = min(TRIAL_LAYERS, config.num_hidden_layers)
+    positions = _trial_positions(config)
     for name, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(small, name, value[:num_layers])
-    small.num_hidden_layers = num_layers
+            setattr(small, name, [value[position] for position in positions])
+    small.num_hidden_layers = len(positions)
     small.vocab_size = min(TRIAL_VOCABULARY, config.vocab_size)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(config, name, None) is not None:
@@ -123,6 +123,14 @@ def _copy_depth(module: RelaxedLinear | PerDepth, depth: int, name: str, state: 
         module.lora_b[depth], module.lora_a[depth] = full_rank_factors(weight)
     if module.bias is not None:
         module.bias[depth] = state[f"{name}.bias"]
+
+
+def _trial_positions(config: PreTrainedConfig) -> list[int]:
+    """Positions of the layers that are tried: the first of each attention type, and the first ones."""
+    kinds = getattr(config, "layer_types", None) or []
+    firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    others = [position for position in range(config.num_hidden_layers) if position not in firsts]
+    return sorted([*firsts, *others][: max(TRIAL_LAYERS, len(firsts))])
 
 
 @torch.inference_mode()
