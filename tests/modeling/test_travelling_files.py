@@ -35,6 +35,7 @@ EXITS = PLAIN | {
     "recursive_exit_generation.py",
     "recursive_exit_settings.py",
     "recursive_policies.py",
+    "recursive_rope.py",
     "recursive_speculation.py",
 }
 ROUTED = PLAIN | {
