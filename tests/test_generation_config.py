@@ -22,6 +22,7 @@ from recursify import Engine, SamplingParams, generate_text, load_model
 from recursify.bench.contestants import generate_batch_runner, generate_runner
 from recursify.bench.workload import Workload
 from recursify.checkpoint.generation_defaults import GenerationDefaults
+from recursify.checkpoint.loading import is_recursive
 from recursify.errors import CheckpointError
 
 PROMPT = "<user>hi\n<assistant>"
@@ -214,3 +215,24 @@ def test_bench_is_greedy_and_ends_nothing(folder, sets):
     assert seen[0][0, len(prompt) :].tolist() == free
     assert model.generation_config.repetition_penalty == 2.0
     assert generate_batch_runner(model)(workload).latencies
+
+
+WRONG = {
+    "is a list": ([1, 2], "not a mapping"),
+    "text as EOS": ({"eos_token_id": "</s>"}, "eos_token_id must be a token id, got '</s>'"),
+    "nested EOS": ({"eos_token_id": [[5]]}, r"eos_token_id must be a token id, got \[\[5\]\]"),
+    "text as a number": ({"do_sample": True, "top_k": "40"}, "top_k must not be text, got '40'"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_types_are_named(folder, sets, tmp_path, content, message):
+    """One error with the file, for loading as for converting, before anything is written."""
+    sets()
+    (folder / "generation_config.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"generation_config.json' does not load: .*{message}.*remove it"):
+        load_model(folder)
+    if not is_recursive(folder):
+        with pytest.raises(CheckpointError, match=message):
+            recursify.convert_model(folder, tmp_path / "out", calibration_data=[])
+    assert not [*tmp_path.iterdir()]

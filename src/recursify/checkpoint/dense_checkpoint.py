@@ -32,6 +32,7 @@ from recursify.errors import CheckpointError, UnsupportedModelError
 
 from .dense_families import require_convertible
 from .dense_tensors import match_tensors
+from .generation_defaults import read_generation_config
 from .origin import Origin, origin_of_folder
 from .quantization import dequantize_fp8, dequantized_headers, fp8_scales, quant_method, require_unquantized
 from .shards import TensorInfo, read_headers, shard_files
@@ -144,6 +145,7 @@ class SafetensorsFolder(DenseCheckpoint):
         fields = read_fields(folder)
         self.config = _read_config(folder, fields, trust_remote_code)
         skeleton = require_convertible(self.config)
+        read_generation_config(folder)  # is copied, and read when the result is checked
         self._shard_of = shard_files(folder)
         stored = read_headers(folder, self._shard_of)
         self._scales = fp8_scales(fields, stored)

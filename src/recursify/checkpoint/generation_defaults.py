@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from annotated_types import Ge, Gt
@@ -45,6 +46,46 @@ NOT_APPLIED: dict[str, tuple[Any, ...]] = {
 without an effect, besides None."""
 
 
+def read_generation_config(folder: Path) -> GenerationConfig:
+    """Generation config of a model's folder, where transformers looks for it: in a file of its own, or in its config.
+
+    Raises:
+        CheckpointError: It is damaged, or a field that is used has a wrong type or value.
+    """
+    file = folder / FILE if (folder / FILE).exists() else folder / "config.json"
+    is_own = file.name == FILE
+    try:
+        config = GenerationConfig.from_pretrained(folder, config_file_name=file.name, _from_model_config=not is_own)
+        GenerationDefaults.from_mapping(_defaults(config), file.name)
+        _check_types(config)
+    except (OSError, ValueError, TypeError, CheckpointError) as error:
+        raise CheckpointError(
+            f"'{file}' does not load: {' '.join(str(error).split())} Correct or remove it."
+        ) from error
+    return config
+
+
+def _check_types(config: GenerationConfig) -> None:
+    """Raise a ValueError for types that transformers' ``generate`` fails on."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name)
+        tokens = value if isinstance(value, list) and name == "eos_token_id" else [] if value is None else [value]
+        if not all(type(token) is int for token in tokens):
+            raise ValueError(f"{name} must be a token id, got {value!r}.")
+    for name, value in _defaults(config).items():
+        if isinstance(value, str):
+            raise ValueError(f"{name} must not be text, got {value!r}.")
+
+
+def _defaults(config: GenerationConfig) -> dict[str, Any]:
+    """Fields of :class:`GenerationDefaults` that ``config`` has."""
+    given = {name: getattr(config, name, None) for name in GenerationDefaults.__dataclass_fields__}
+    given = {name: value for name, value in given.items() if value is not None}
+    if isinstance(top_k := given.get("top_k"), int):
+        given["top_k"] = max(top_k, 0)  # some write -1 for all tokens
+    return given
+
+
 def eos_tokens(model: Any) -> frozenset[int]:
     """Tokens that end a text: those of the config and those of the generation config."""
     found: set[int] = set()
@@ -80,9 +121,6 @@ class GenerationDefaults(Settings, error=CheckpointError):
     def of(cls, model: Any) -> Self:
         """Read the generation config of a loaded model, and warn of fields that change its output elsewhere."""
         config = getattr(model, "generation_config", None) or GenerationConfig()
-        given = {name: value for name in cls.__dataclass_fields__ if (value := getattr(config, name, None)) is not None}
-        if given.get("top_k", 0) < 0:
-            given["top_k"] = 0
         others = {name: getattr(config, name, None) for name in NOT_APPLIED}
         others = {name: value for name, value in others.items() if value is not None and value not in NOT_APPLIED[name]}
         if others:
@@ -91,7 +129,7 @@ class GenerationDefaults(Settings, error=CheckpointError):
                 FILE,
                 ", ".join(f"{name}={value!r}" for name, value in others.items()),
             )
-        return cls.from_mapping(given, FILE)
+        return cls.from_mapping(_defaults(config), FILE)
 
     def sampling(self, given: Mapping[str, Any], *, samples: bool = False) -> dict[str, Any]:
         """Values of :data:`SAMPLING`: those ``given`` that are not None, else the model's, else ones without an effect.

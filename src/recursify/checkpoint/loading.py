@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -22,7 +21,7 @@ from recursify.modeling import RecursiveConfig
 from recursify.settings import require_device
 
 from .dense_checkpoint import load_dense_folder, load_tokenizer, open_checkpoint
-from .generation_defaults import FILE, eos_tokens
+from .generation_defaults import eos_tokens, read_generation_config
 from .sources import locate
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -60,6 +59,7 @@ def load_model(
         raise SettingsError(f"Unknown dtype '{dtype}'. Use one of: {', '.join(DTYPES)}.")
     target = require_device(device)
     path = locate(source, code=trust_remote_code)
+    generation_config = read_generation_config(path) if path.is_dir() else None
     if is_recursive(path):
         read_config(path)
         try:
@@ -71,8 +71,8 @@ def load_model(
     else:
         model, tokenizer = _load_dense(source, path, dtype, trust_remote_code)
         model = model.to(target)
-    if path.is_dir():
-        model.generation_config = read_generation_config(path)
+    if generation_config is not None:
+        model.generation_config = generation_config
     model.generation_config.eos_token_id = sorted(eos_tokens(model)) or None
     if recursions is not None:
         require_recursive_model(model, source)
@@ -109,22 +109,6 @@ def read_config(folder: Path) -> RecursiveConfig:
         return RecursiveConfig.from_pretrained(folder)
     except (ValueError, OSError, StrictDataclassError) as error:
         raise CheckpointError(f"'{folder}' has a config that does not load: {' '.join(str(error).split())}") from error
-
-
-def read_generation_config(folder: Path) -> GenerationConfig:
-    """Generation config of a model's folder, where transformers looks for it: in a file of its own, or in its config.
-
-    Raises:
-        CheckpointError: It is damaged.
-    """
-    file = folder / FILE if (folder / FILE).exists() else folder / "config.json"
-    is_own = file.name == FILE
-    try:
-        return GenerationConfig.from_pretrained(folder, config_file_name=file.name, _from_model_config=not is_own)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"'{file}' does not load: {' '.join(str(error).split())} Correct or remove it."
-        ) from error
 
 
 def is_recursive(path: Path) -> bool:
