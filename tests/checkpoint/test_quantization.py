@@ -89,10 +89,10 @@ def test_quantized_checkpoint(tmp_path, store, config, message):
 
 
 def by_blocks(tensors):
-    """Quantize every linear map of the layers to FP8, in 2 x 2 blocks with scales of their own."""
+    """Quantize every linear map of the layers to FP8, in blocks of 16 x 16 with scales of their own."""
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         rows, columns = tensors[name].shape
-        blocks = tensors[name].view(2, rows // 2, 2, columns // 2)
+        blocks = tensors[name].view(rows // 16, 16, columns // 16, 16)
         scales = blocks.abs().amax((1, 3)) / 448
         tensors[name] = (blocks / scales[:, None, :, None]).view(rows, columns).to(torch.float8_e4m3fn)
         tensors[f"{name}_scale_inv"] = scales
@@ -101,7 +101,7 @@ def by_blocks(tensors):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fp8_by_blocks(tmp_path, dtype):
     """The weights that transformers dequantizes, and so the same logits, also where the dense model is run."""
-    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [24, 16]}
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
     write(tmp_path / "dense", by_blocks, config)
     file = tmp_path / "dense" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": str(dtype).removeprefix("torch.")}))
@@ -116,3 +116,16 @@ def test_fp8_by_blocks(tmp_path, dtype):
         model = load_model(tmp_path / folder, dtype=str(dtype).removeprefix("torch."))[0]
         with torch.inference_mode():
             assert torch.equal(model(ids).logits, stock(ids).logits)
+
+
+def test_fp8_with_a_smaller_last_block(tmp_path):
+    """48 rows in blocks of 32: two scales, which transformers gives to 24 rows each."""
+    config = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+
+    def uneven(tensors):
+        fp8(tensors)
+        tensors[f"{WEIGHT}_scale_inv"] = torch.tensor([[1.0], [2.0]])
+
+    write(tmp_path / "dense", uneven, config)
+    with pytest.raises(UnsupportedModelError, match=r"method 'fp8'.*by the library that quantized it"):
+        convert_model(tmp_path / "dense", tmp_path / "out", calibration_data=[])

@@ -57,7 +57,8 @@ def require_unquantized(fields: dict[str, Any], stored: dict[str, TensorInfo | s
     evidence = f"quantization_config in config.json, method '{method}'" if method else _quantized_tensors(stored)
     if evidence is None:
         return
-    remedy = REMEDIES.get(method or "")
+    # transformers divides an uneven weight into even blocks, which are not those that it was quantized in.
+    remedy = None if _uneven_weight(fields, stored) else REMEDIES.get(method or "")
     how = f"by transformers' from_pretrained(..., {remedy})" if remedy else "by the library that quantized it"
     raise UnsupportedModelError(
         f"'{folder}' is quantized ({evidence}), and only plain weights can be shared. Convert the model that it was "
@@ -88,10 +89,10 @@ def quant_method(fields: dict[str, Any]) -> str | None:
 def fp8_scales(fields: dict[str, Any], stored: dict[str, TensorInfo | str]) -> dict[str, str]:
     """Names of the scales of FP8 weights by the names of the weights; empty if the model is not what we dequantize.
 
-    Every weight that is float8 has to have a scale of two axes that divide its own, nothing else may be quantized, and
-    the config has to say so.
+    Every weight that is float8 has to have a scale of two axes that divide its own, into the blocks of the config if it
+    states their size, nothing else may be quantized, and the config has to say so.
     """
-    if quant_method(fields) != "fp8":
+    if quant_method(fields) != "fp8" or _uneven_weight(fields, stored):
         return {}
     scales = {name.removesuffix(FP8_SCALE): name for name in stored if name.endswith(FP8_SCALE)}
     rest = {name: info for name, info in stored.items() if name not in scales and name not in scales.values()}
@@ -108,6 +109,19 @@ def _is_block_scaled(weight: TensorInfo | str | None, scale: TensorInfo | str) -
         and len(scale.shape) == len(weight.shape) == 2
         and all(size % blocks == 0 for size, blocks in zip(weight.shape, scale.shape, strict=True))
     )
+
+
+def _uneven_weight(fields: dict[str, Any], stored: dict[str, TensorInfo | str]) -> str | None:
+    """Name of an FP8 weight that blocks of the config's size do not divide evenly; None if there is none."""
+    config = fields.get("quantization_config")
+    size = config.get("weight_block_size") if isinstance(config, dict) else None
+    for name, info in stored.items():
+        scale = stored.get(f"{name}{FP8_SCALE}")
+        if size and isinstance(info, TensorInfo) and isinstance(scale, TensorInfo) and len(scale.shape) == 2:
+            axes = zip(info.shape, scale.shape, size, strict=False)
+            if any(blocks > 1 and length != blocks * block for length, blocks, block in axes):
+                return name
+    return None
 
 
 def dequantized_headers(
