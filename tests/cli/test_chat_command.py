@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 
 import pytest
 import torch
@@ -57,6 +58,19 @@ def test_lines_are_answered_in_one_conversation(folder, monkeypatch, capsys):
     )
     assert printed.out == f"{one.text}\n{two.text}\n{one.text}\n"
     assert "a new conversation" in printed.err
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_template_that_refuses_is_one_error(folder, monkeypatch, capsys, tmp_path, command):
+    """Gemma's raises one for a system message; a damaged template is the same."""
+    template = tmp_path / "model" / "chat_template.jinja"
+    shutil.copytree(folder / "model", template.parent)
+    arguments = {"chat": [], "generate": ["hi", "--chat"]}[command]
+    for text, reason in {"{{ raise_exception('no') }}": "no", "{% for": "unexpected 'end of template'"}.items():
+        template.write_text(text, encoding="utf-8")
+        monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+        assert run(command, template.parent, *arguments) == 1
+        assert f"chat template rejects the messages: {reason}" in capsys.readouterr().err
 
 
 def test_depths_are_shown(folder, monkeypatch, capsys):

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from recursify.chat_template import render_chat
+
 if TYPE_CHECKING:
     from recursify import Engine, SamplingParams
 
@@ -32,9 +34,10 @@ class Conversation:
 
         Raises:
             EngineError: The conversation is too long; ``text`` is not added to it.
+            TextError: The chat template rejects the messages.
         """
         engine, messages = self.engine, [*self.messages, {"role": "user", "content": text}]
-        encoded = engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        encoded = render_chat(engine.tokenizer, messages, add_generation_prompt=True, return_dict=True)
         prompt = encoded["input_ids"]
         room = max(engine.max_model_len - len(prompt), 1)
         request = engine.requests[

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from recursify.chat_template import render_chat
 from recursify.checkpoint.generation_defaults import GenerationDefaults
 from recursify.checkpoint.loading import load_model, require_recursive_model
 from recursify.checkpoint.vocabulary import require_known_tokens
@@ -191,7 +192,7 @@ def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
     if not tokenizer.chat_template:
         raise SettingsError("The model has no chat template, so --chat cannot be used. Leave it out to continue text.")
     messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return render_chat(tokenizer, messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
 
 def _sampling(model: Any, settings: GenerationSettings) -> dict[str, Any]:

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase
+from recursify.chat_template import check_template_kwargs, render_chat
+from recursify.errors import SettingsError, TextError
 
 from .errors import ApiError
 from .schema import ChatRequest, Message
 
 T = TypeVar("T")
-
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
-"""Errors of templates that do not fit the messages, or the variables that a client gives them."""
-
-RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-"""Parameters of transformers' function, which clients do not set; all others are variables of the template."""
 
 
 class PromptEncoder:
@@ -55,13 +48,15 @@ class PromptEncoder:
         if not template:
             raise ApiError(400, "The model has no chat template. Use /v1/completions.", code="no_chat_template")
         options = request.chat_template_kwargs or {}
-        if reserved := sorted(options.keys() & RESERVED):
-            message = f"chat_template_kwargs: '{reserved[0]}' is not a variable of a template. Remove it."
-            raise ApiError(400, message, param="chat_template_kwargs")
+        try:
+            check_template_kwargs(options)
+        except SettingsError as error:
+            raise ApiError(400, str(error), param="chat_template_kwargs") from error
         continues = bool(request.continue_final_message)
         begins = not continues if request.add_generation_prompt is None else request.add_generation_prompt
         render = partial(
-            self.tokenizer.apply_chat_template,
+            render_chat,
+            self.tokenizer,
             _conversation(request.messages, str(template)),
             add_generation_prompt=begins,
             continue_final_message=continues,
@@ -70,9 +65,8 @@ class PromptEncoder:
         )
         try:
             encoding = await self._run(render)
-        except TEMPLATE_ERRORS as error:
-            message = f"messages: The model's chat template rejects them: {error}"
-            raise ApiError(400, message, param="messages") from error
+        except TextError as error:
+            raise ApiError(400, f"messages: {error}", param="messages") from error
         return self._checked(encoding["input_ids"], "messages")
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -11,8 +11,9 @@ from typing import Any, Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
+from recursify.chat_template import check_template_kwargs, render_chat
 from recursify.checkpoint.vocabulary import require_known_tokens
-from recursify.errors import TextError
+from recursify.errors import SettingsError, TextError
 from recursify.evaluation import rows
 from recursify.evaluation.text import text_start
 
@@ -78,7 +79,7 @@ class RowEncoder:
         try:
             tokens = encode[form_of(fields)](fields)
             require_known_tokens(tokens["input_ids"], self.vocab_size, self.tokenizer)
-        except TextError as error:
+        except (TextError, SettingsError) as error:
             raise TextError(f"{place}: {error}") from error
         return tokens
 
@@ -133,7 +134,9 @@ class RowEncoder:
                 "or put a chat_template.jinja into the model's folder."
             )
         messages = _messages(fields, "messages")
-        options = {"tools": _json(fields, "tools", list), **(_json(fields, "chat_template_kwargs", dict) or {})}
+        variables = _json(fields, "chat_template_kwargs", dict) or {}
+        check_template_kwargs(variables)
+        options = {"tools": _json(fields, "tools", list), **variables}
         text = self._render(messages, options)
         encoded = self._encode(text, add_special_tokens=False)  # the template has them
         ids = encoded["input_ids"]
@@ -161,10 +164,7 @@ class RowEncoder:
         return spans
 
     def _render(self, messages: list[dict], options: dict[str, Any], **more: Any) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **more)
-        except Exception as error:  # templates raise errors of jinja, ValueError, TypeError ...
-            raise TextError(f"the chat template rejects it: {error}") from error
+        return render_chat(self.tokenizer, messages, tokenize=False, **options, **more)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> Any:
         return self.tokenizer(
