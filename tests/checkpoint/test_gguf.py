@@ -221,7 +221,8 @@ def test_tensor_of_another_model(dense, tmp_path, name):
             r"layers of different shapes \('llama.attention.head_c",
         ),
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.5}, r"yarn_ext_factor 0.5"),
-        ({"llama.rope.scaling.type": "longrope"}, "RoPE scaling 'longrope' without the tensors"),
+        ({"llama.rope.scaling.type": "longrope"}, "scaling.type 'longrope' without the tensors"),
+        ({"llama.rope.scaling.type": "ntk"}, "rope.scaling.type 'ntk', which is not known"),
         ({"general.type": "adapter"}, "general.type 'adapter', so it is not a model"),
     ],
 )

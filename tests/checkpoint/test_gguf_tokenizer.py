@@ -226,6 +226,7 @@ def test_unsupported_tokenizer(tmp_path, keys, match):
     ("change", "match"),
     [
         (lambda keys: keys["tokenizer.ggml.tokens"].__setitem__(5, "he"), "has a token twice, 'he'"),
+        (lambda keys: keys["tokenizer.ggml.token_type"].pop(), r"has \d+ tokens, and kinds of \d+"),
         (lambda keys: keys.pop("tokenizer.ggml.merges"), "byte-level tokenizer without merges"),
         (lambda keys: keys["tokenizer.ggml.merges"].append("x yz"), "is damaged: .*Token `yz` out of vocabulary"),
     ],

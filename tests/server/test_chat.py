@@ -79,7 +79,7 @@ def test_choices_differ(server):
     [
         ([], "messages: List should have at least 1 item"),
         ([{"role": "wizard", "content": "x"}], "messages.0.role: Input should be 'system', 'developer', 'user' or"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content.0.type: Input should be 'text'"),
         ([{"role": "developer", "content": "x"}], "The model's chat template rejects the messages: no developers here"),
         ([{"role": "user", "content": "x" * 400}], r"It has 4\d\d tokens; at most 255 are allowed"),
     ],

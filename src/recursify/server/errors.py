@@ -85,7 +85,9 @@ def api_error(error: Exception) -> ApiError:
 
 def validation_error(error: RequestValidationError) -> ApiError:
     """Convert the first validation error of a request; the request's content is not repeated."""
-    first = error.errors()[0]
+    errors = error.errors()
+    # Of the types of a field, the one that has a wrong kind of part says more than the others: an image in a message.
+    first = next((entry for entry in errors if entry["type"] == "literal_error"), errors[0])
     location = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         position = location[0] if location else 0
@@ -96,9 +98,8 @@ def validation_error(error: RequestValidationError) -> ApiError:
     if not location:
         return ApiError(400, "The body must be a JSON object, sent as application/json.", code="invalid_json")
     # For a field of several types, pydantic adds the name of the type it tried to the location.
-    fields = list(
-        itertools.takewhile(lambda part: (part.isidentifier() and part not in TYPES) or part.isdigit(), location)
-    )
+    choose = filter if first["type"] == "literal_error" else itertools.takewhile
+    fields = list(choose(lambda part: (part.isidentifier() and part not in TYPES) or part.isdigit(), location))
     if first["type"] == "extra_forbidden":
         message = "Unknown field. Remove it, or see /openapi.json for the known ones"
     elif len(fields) < len(location) and first["type"].endswith("_type"):

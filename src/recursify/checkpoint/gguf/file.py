@@ -74,10 +74,6 @@ class GgufFile:
         """Value of ``key`` in the namespace of the architecture, or ``default``."""
         return self.get(f"{self.architecture}.{key}", default)
 
-    def keys(self, prefix: str) -> list[str]:
-        """Keys that begin with ``prefix``."""
-        return [key for key in self._reader.fields if key.startswith(prefix)]
-
     def unread(self) -> list[str]:
         """Keys of the architecture that were never read, sorted."""
         return sorted(self._unread)

@@ -63,7 +63,10 @@ def read_rope(file: GgufFile, rotary_dim: int) -> dict[str, Any]:
         return rope | {"rope_type": "default"}
     if kind == "linear":
         return rope | {"rope_type": "linear", "factor": factor}
-    raise UnsupportedModelError(f"'{file.path}' has RoPE scaling '{kind}' without the tensors that it needs.")
+    raise UnsupportedModelError(
+        f"'{file.path}' has rope.scaling.type '{kind}'"
+        + (" without the tensors that it needs." if kind == "longrope" else ", which is not known.")
+    )
 
 
 def _read_yarn(file: GgufFile, factor: float, original: int, attention: float) -> dict[str, Any]:

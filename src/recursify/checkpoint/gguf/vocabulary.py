@@ -106,10 +106,16 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
             f"'{file.path}' has {len(tokens)} tokens, but an embedding for {rows}. They belong to different models: "
             f"fetch the model again."
         )
+    kinds = list(file.get("tokenizer.ggml.token_type", [TokenKind.NORMAL] * len(tokens)))
+    if len(kinds) != len(tokens):
+        raise CheckpointError(
+            f"'{file.path}' has {len(tokens)} tokens, and kinds of {len(kinds)} (tokenizer.ggml.token_type). Fetch the "
+            f"model again."
+        )
     merges = file.get("tokenizer.ggml.merges")
     return Vocabulary(
         tokens,
-        list(file.get("tokenizer.ggml.token_type", [TokenKind.NORMAL] * len(tokens))),
+        kinds,
         file.get("tokenizer.ggml.scores"),
         None if merges is None else [_split_merge(merge) for merge in merges],
     )
