@@ -19,6 +19,14 @@ def test_layers_that_differ_are_refused_by_name():
         Engine(model)
 
 
+def test_a_length_beyond_the_context_is_reported(caplog):
+    """The engine takes the context instead."""
+    model = recursive()
+    model.config.max_position_embeddings = 16
+    assert Engine(model, max_model_len=64).max_model_len == 16
+    assert "Requests can have 16 tokens, the model's context, and not 64." in caplog.text
+
+
 def test_models_that_do_more_are_refused():
     """What a model does outside its layers is found when logits are compared."""
     model = tiny_dense("llama")

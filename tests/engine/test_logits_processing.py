@@ -232,6 +232,7 @@ def test_ids_outside_the_vocabulary_are_refused(params, message):
         ({"logit_bias": {-1: 2}}, "logit_bias must be a mapping"),
         ({"logit_bias": {1: float("inf")}}, "logit_bias must be a mapping"),
         ({"min_tokens": -1}, "min_tokens must be a whole number of at least 0, got -1"),
+        ({"min_tokens": 9, "max_tokens": 8}, r"min_tokens \(9\) is more than max_tokens \(8\)"),
     ],
 )
 def test_values_out_of_range_are_refused(params, message):

@@ -15,6 +15,8 @@ from helpers.kernel_worker import kernel_names
 
 pytest.importorskip("triton", reason="has wheels for Linux")
 
+pytestmark = pytest.mark.xdist_group("ahead of time")  # one worker compiles
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 

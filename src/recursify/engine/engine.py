@@ -8,6 +8,7 @@ slowest row.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -38,6 +39,8 @@ from .routing import RoutingStage
 from .sampler import SampledToken
 from .scheduler import Scheduler
 from .stats import EngineStats
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -79,6 +82,10 @@ class Engine:
         self.kv = checks.choose_kv(self.decoder, config.kv, force=config.force_kv)
         context = getattr(model.config, "max_position_embeddings", None) or 2**20
         self.max_model_len = min(config.max_model_len or context, context)
+        if (config.max_model_len or 0) > context:
+            logger.warning(
+                "Requests can have %d tokens, the model's context, and not %d.", context, config.max_model_len
+            )
         self.decoder.limit_length(self.max_model_len)
         self.kv_cache = self._make_kv_cache()
         self.implementation = checks.choose_implementation(config.implementation, self.decoder)

@@ -103,6 +103,8 @@ class SamplingParams(Settings, error=EngineError):
             raise EngineError(
                 "forced_depths take the place of exit and max_depth, and name at least one depth. Leave the others out."
             )
+        if self.min_tokens > self.max_tokens:
+            raise EngineError(f"min_tokens ({self.min_tokens}) is more than max_tokens ({self.max_tokens}). Lower it.")
 
     @property
     def changes_logits(self) -> bool:
