@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.tiny_models import convert_tiny, random_ids, save_tiny
-from recursify.convert.low_rank import WeightedNorm, share, share_for_residuals, truncated_svd
+from recursify.convert.low_rank import TiedNorms, WeightedNorm, share, share_for_residuals, truncated_svd
 from recursify.convert.relaxation import RELAXATIONS, find_relaxation
 from recursify.errors import PlanError
 
@@ -50,7 +50,7 @@ def test_white_inputs_make_the_norm_plain():
     """With uncorrelated inputs, calibrated equals published: the mean, and the truncated SVD."""
     norm = WeightedNorm(torch.eye(12, dtype=torch.float64))
     weights = [draw(9, 12, seed=s) for s in range(3)]
-    torch.testing.assert_close(share(weights, [norm] * 3), sum(weights) / 3)
+    torch.testing.assert_close(share(weights, TiedNorms([norm] * 3)), sum(weights) / 3)
     left, right = norm.low_rank(weights[0], 4)
     plain_left, plain_right = truncated_svd(weights[0], 4)
     torch.testing.assert_close(left @ right, plain_left @ plain_right)
@@ -59,7 +59,7 @@ def test_white_inputs_make_the_norm_plain():
 def test_shared_weight_minimizes_the_weighted_error():
     """No perturbation of the shared weight lowers the sum of errors."""
     weights = [draw(9, 12, seed=s) for s in range(2)]
-    norms = [WeightedNorm(moment(12, seed=s)) for s in range(2)]
+    norms = TiedNorms(WeightedNorm(moment(12, seed=s)) for s in range(2))
     shared = share(weights, norms)
     best = sum(norm.error(w - shared) for w, norm in zip(weights, norms, strict=True))
     for seed in range(5):
@@ -79,7 +79,7 @@ def joint_error(weights, norms, shared, rank) -> float:
 def test_sharing_with_residuals_in_mind_beats_averaging_first(num_depths):
     """And more sweeps never raise the error."""
     weights = [draw(24, 30, seed=s) for s in range(num_depths)]
-    norms = [WeightedNorm(moment(30, seed=s)) for s in range(num_depths)]
+    norms = TiedNorms(WeightedNorm(moment(30, seed=s)) for s in range(num_depths))
     averaged = joint_error(weights, norms, share(weights, norms), 4)
     errors = [
         joint_error(weights, norms, share_for_residuals(weights, norms, 4, num_sweeps=sweeps), 4)
@@ -94,9 +94,10 @@ def test_two_residuals_cover_twice_the_rank():
     base, norm = draw(24, 30), WeightedNorm(moment(30, seed=1))
     difference = draw(24, 8, seed=2) @ draw(8, 30, seed=3)
     weights = [base, base + difference]
-    shared = share_for_residuals(weights, [norm, norm], 4)
-    assert joint_error(weights, [norm, norm], shared, 4) < 1e-9 * norm.error(difference)
-    assert joint_error(weights, [norm, norm], share(weights, [norm, norm]), 4) > 1e-3 * norm.error(difference)
+    norms = TiedNorms([norm, norm])
+    shared = share_for_residuals(weights, norms, 4)
+    assert joint_error(weights, norms, shared, 4) < 1e-9 * norm.error(difference)
+    assert joint_error(weights, norms, share(weights, norms), 4) > 1e-3 * norm.error(difference)
 
 
 def test_rank_sweep_is_monotone_and_ends_at_zero(tmp_path):

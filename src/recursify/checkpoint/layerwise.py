@@ -19,24 +19,15 @@ from .dense_checkpoint import DenseCheckpoint
 TOKENS_PER_BATCH = 4096
 
 
-class _StopForward(Exception):
-    """Signal that ends a layer's forward once the input has been recorded."""
-
-
 class _ZeroLinear(nn.Module):
-    """Replacement of a linear map that records its input, and returns zeros or stops the layer."""
+    """Replacement of a linear map that returns zeros."""
 
-    def __init__(self, replaced: nn.Module, *, stops: bool = False):
+    def __init__(self, replaced: nn.Module):
         super().__init__()
         assert isinstance(replaced, nn.Linear)
         self.out_features = replaced.out_features
-        self.stops = stops
-        self.input: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.input = x.flatten(0, -2)
-        if self.stops:
-            raise _StopForward
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
@@ -122,29 +113,34 @@ class Layerwise:
             for hook in hooks:
                 hook.remove()
 
-    def input_and_stream(
-        self, layer: nn.Module, position: int, hidden: Tensor, stage: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Input of a stage, ``[b·T, I]``, and the residual stream that it writes to, ``[b·T, D]``.
+    def run_in_stages(
+        self, layer: nn.Module, position: int, hidden: Tensor, visit: Callable[[int, Tensor, Tensor | None], None]
+    ) -> Tensor:
+        """:meth:`run`, with a call of ``visit(stage, inputs, stream)`` before each stage, which may change its weights.
 
-        The stream is the layer's output with this and all later stages returning zeros; None if the stage does not
-        write to it directly (q/k/v, or an output followed by a norm).
+        ``inputs [b·T, I]`` are those of the stage's linear maps; ``stream [b·T, D]`` is the residual stream that it
+        writes to, None if it does not write to it directly (q/k/v, or an output followed by a norm).
         """
-        path = self.stages[stage][0]
-        replaced = {p: layer.get_submodule(p) for later in self.stages[stage:] for p in later}
-        recorder = _ZeroLinear(replaced[path], stops=not self.writes[stage])
-        for p, module in replaced.items():
-            layer.set_submodule(p, recorder if p == path else _ZeroLinear(module))
-        stream = None
+        stream = hidden.flatten(0, -2)
+
+        def before(stage: int, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            visit(stage, arguments[0].flatten(0, -2), stream if self.writes[stage] else None)
+
+        def after(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal stream
+            stream = stream + output.flatten(0, -2)
+
+        hooks: list[Any] = []
+        for index, stage in enumerate(self.stages):
+            first = layer.get_submodule(stage[0])
+            hooks.append(first.register_forward_pre_hook(partial(before, index)))
+            if self.writes[index]:
+                hooks.append(first.register_forward_hook(after))
         try:
-            stream = self.run(layer, position, hidden).flatten(0, -2)
-        except _StopForward:
-            pass
+            return self.run(layer, position, hidden)
         finally:
-            for p, module in replaced.items():
-                layer.set_submodule(p, module)
-        assert recorder.input is not None
-        return recorder.input, stream
+            for hook in hooks:
+                hook.remove()
 
     def _arguments(self, position: int, hidden: Tensor, position_ids: Tensor) -> dict[str, Any]:
         masks = create_masks_for_generate(
@@ -194,19 +190,30 @@ class Layerwise:
         self.run(layer, 0, hidden)
         for hook in hooks:
             hook.remove()
-        return stages, [self._writes(layer, hidden, stages, index, outputs) for index in range(len(stages))]
+        return stages, self._find_writers(layer, hidden, stages, outputs)
 
-    def _writes(
-        self, layer: nn.Module, hidden: Tensor, stages: list[list[str]], index: int, outputs: dict[str, Tensor]
-    ) -> bool:
-        """Tell whether the output of stage ``index`` is added to the residual stream directly."""
-        stage = stages[index]
-        if len(stage) != 1 or outputs[stage[0]].shape != hidden.shape:
-            return False
-        results = []
-        for first_zero in (index, index + 1):
-            ablated = copy.deepcopy(layer)
-            for path in [path for later in stages[first_zero:] for path in later]:
-                ablated.set_submodule(path, _ZeroLinear(layer.get_submodule(path)))
-            results.append(self.run(ablated, 0, hidden))
-        return torch.allclose(results[1] - results[0], outputs[stage[0]], rtol=1e-4, atol=1e-5)
+    def _find_writers(
+        self, layer: nn.Module, hidden: Tensor, stages: list[list[str]], outputs: dict[str, Tensor]
+    ) -> list[bool]:
+        """Tell for each stage whether its output is added to the residual stream directly.
+
+        The stream before it must be the layer's input and the outputs of the writers before.
+        """
+        writes, stream = [], hidden
+        for index, stage in enumerate(stages):
+            output = outputs[stage[0]]
+            is_writer = len(stage) == 1 and output.shape == hidden.shape
+            if is_writer:
+                without, with_it = (self._run_without(layer, hidden, stages[first:]) for first in (index, index + 1))
+                pairs = ((without, stream), (with_it - without, output))
+                is_writer = all(torch.allclose(got, wanted, rtol=1e-4, atol=1e-5) for got, wanted in pairs)
+            writes.append(is_writer)
+            stream = stream + output if is_writer else stream
+        return writes
+
+    def _run_without(self, layer: nn.Module, hidden: Tensor, stages: list[list[str]]) -> Tensor:
+        """Output of the layer at 0 with the maps of ``stages`` returning zeros."""
+        ablated = copy.deepcopy(layer)
+        for path in [path for stage in stages for path in stage]:
+            ablated.set_submodule(path, _ZeroLinear(layer.get_submodule(path)))
+        return self.run(ablated, 0, hidden)

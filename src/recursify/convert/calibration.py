@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, load_tokenizer
 from recursify.checkpoint.dense_names import Factors, StoredModule
-from recursify.checkpoint.layerwise import Layerwise
+from recursify.checkpoint.layerwise import TOKENS_PER_BATCH, Layerwise
 from recursify.checkpoint.writer import ShardedCheckpoint
 from recursify.evaluation.text import Text, num_context, text_start, token_windows
 from recursify.progress import Progress
 
 from .fisher import fisher_information
 from .initialization import average
-from .low_rank import WeightedNorm, regress, share, share_for_residuals
+from .low_rank import TiedNorms, WeightedNorm, regress, share, share_for_residuals
 from .plan import ConversionPlan, find_rank_allocation
 from .relaxation import find_relaxation
 
@@ -43,20 +43,15 @@ class TiedLinears:
 
     module: StoredModule
     weights: list[Tensor]
-    norms: list[WeightedNorm]
+    norms: TiedNorms
 
 
 @dataclass(frozen=True)
-class RegressionMoments:
-    """Second moments for refitting a residual: norm of ``Σ x xᵀ``, and ``cross = Σ y xᵀ [I, I]``.
+class StageInputs:
+    """Inputs ``[n, I]`` of a layer's stage on a text, and the residual stream ``[n, D]`` that it writes to, if any."""
 
-    ``x`` are inputs of the converted layer and ``y`` of the dense one. Where the stage adds to the residual stream
-    ``s``, ``drift = Σ (s_dense − s_converted) xᵀ [D, I]`` lets the map correct the error of earlier layers.
-    """
-
-    norm: WeightedNorm
-    cross: Tensor
-    drift: Tensor | None
+    inputs: Tensor
+    stream: Tensor | None
 
 
 class Calibration:
@@ -165,7 +160,7 @@ class Calibration:
                 moments.append(input_moments)
             modules = {module.path: module for module in self.plan.names.stored_modules(index) if module.is_linear}
             for stage in self.dense.stages:
-                norms = [WeightedNorm(moment.pop(stage[0])) for moment in moments]
+                norms = TiedNorms(WeightedNorm(moment.pop(stage[0])) for moment in moments)
                 for path in stage:
                     yield TiedLinears(modules[path], [_weight(layer, path).cpu() for layer in layers], norms)
             self.progress(stage_name, index + 1, self.layout.block_size)
@@ -208,30 +203,49 @@ class Calibration:
 
     def _correct_drift(self, output: ShardedCheckpoint, start: list[Tensor]) -> None:
         layout = self.layout
-        hidden = [start, start]
+        # The whole text at once: a stage is refitted, and the layer goes on with what it was refitted to.
+        dense_hidden = hidden = torch.cat(start)
         first = layout.num_prelude_layers
         # The coda is not refitted: refitted at full rank it learns the calibration text, and held-out perplexity rises.
         last = layout.num_layers - layout.num_coda_layers - 1
         for position in range(first, last + 1):
-            ref = layout.layer_ref(position)
-            layers = self.dense.load(position), self._load_converted(output, position)
-            modules = {module.path: module for module in self.plan.names.stored_modules(ref.index)}
-            for index, stage in enumerate(self.dense.stages):
-                moments = self._regression_moments(layers, position, hidden, index)
-                for path in stage:
-                    module = modules[path]
-                    if module.rank:
-                        target = regress(_weight(layers[0], path).cpu(), moments.cross, moments.norm, moments.drift)
-                        shared = output.read(module.shared_weight).double()
-                        module.rewrite_factors(output, ref.depth, moments.norm.low_rank(target - shared, module.rank))
-                    # The next stage's inputs pass through this map.
-                    _weight(layers[1], path).copy_(module.read(output, "weight", ref.depth))
-            if position < last:
-                hidden = [
-                    [self.dense.run(layer, position, batch) for batch in batches]
-                    for layer, batches in zip(layers, hidden, strict=True)
-                ]
+            dense, converted = self.dense.load(position), self._load_converted(output, position)
+            seen: dict[int, StageInputs] = {}
+
+            def record(stage: int, inputs: Tensor, stream: Tensor | None, seen: Any = seen) -> None:
+                seen[stage] = StageInputs(inputs, stream)
+
+            dense_hidden = self.dense.run_in_stages(dense, position, dense_hidden, record)
+            refit = partial(self._refit_stage, output, (dense, converted), position, seen)
+            hidden = self.dense.run_in_stages(converted, position, hidden, refit)
             self.progress("correct", position - first + 1, last - first + 1)
+
+    def _refit_stage(
+        self,
+        output: ShardedCheckpoint,
+        layers: tuple[nn.Module, nn.Module],
+        position: int,
+        seen: dict[int, StageInputs],
+        stage: int,
+        inputs: Tensor,
+        stream: Tensor | None,
+    ) -> None:
+        """Refit the residuals of a stage of the converted layer, given its inputs and the dense layer's."""
+        dense, ref = seen.pop(stage), self.layout.layer_ref(position)
+        modules = {module.path: module for module in self.plan.names.stored_modules(ref.index)}
+        paths = self.dense.stages[stage]
+        if any(modules[path].rank for path in paths):
+            norm = WeightedNorm(_sum_of_products(inputs, inputs))
+            cross, drift = _sum_of_products(dense.inputs, inputs), None
+            if dense.stream is not None and stream is not None:
+                drift = _sum_of_products(dense.stream - stream, inputs)
+        for path in paths:
+            module = modules[path]
+            if module.rank:
+                target = regress(_weight(layers[0], path).cpu(), cross, norm, drift)
+                shared = output.read(module.shared_weight).double()
+                module.rewrite_factors(output, ref.depth, norm.low_rank(target - shared, module.rank))
+                _weight(layers[1], path).copy_(module.read(output, "weight", ref.depth))
 
     def _load_converted(self, output: ShardedCheckpoint, position: int) -> nn.Module:
         """Load the converted layer at ``position`` as a dense one: residuals merged, norms as written."""
@@ -243,27 +257,14 @@ class Calibration:
                 layer.get_parameter(f"{module.path}.{parameter}").copy_(stored)
         return layer
 
-    def _regression_moments(
-        self, layers: tuple[nn.Module, nn.Module], position: int, hidden: list[list[Tensor]], stage: int
-    ) -> RegressionMoments:
-        """Run the dense and the converted layer up to a stage on the whole text."""
-        second = cross = drift = torch.zeros(())
-        for batches in zip(*hidden, strict=True):
-            (y, dense_stream), (x, stream) = (
-                self.dense.input_and_stream(layer, position, batch, stage)
-                for layer, batch in zip(layers, batches, strict=True)
-            )
-            second = second + _sum_of_products(x, x)
-            cross = cross + _sum_of_products(y, x)
-            if dense_stream is not None and stream is not None:
-                drift = drift + _sum_of_products(dense_stream - stream, x)
-        return RegressionMoments(WeightedNorm(second), cross, drift if self.dense.writes[stage] else None)
-
 
 def _weight(layer: nn.Module, path: str) -> Tensor:
     return layer.get_parameter(f"{path}.weight")
 
 
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
-    """``Σ l rᵀ`` over rows ``[n, I]``, ``[I, I]``: products in float32, to be summed over batches in float64."""
-    return (left.mT @ right).double().cpu()
+    """``Σ l rᵀ`` over rows ``[n, I]``, ``[I, I]``: products in float32, summed over batches in float64."""
+    total = torch.zeros((), dtype=torch.float64)
+    for some, others in zip(left.split(TOKENS_PER_BATCH), right.split(TOKENS_PER_BATCH), strict=True):
+        total = total + (some.mT @ others).double().cpu()
+    return total
