@@ -233,19 +233,19 @@ class Calibration:
         """Refit the residuals of a stage of the converted layer, given its inputs and the dense layer's."""
         dense, ref = seen.pop(stage), self.layout.layer_ref(position)
         modules = {module.path: module for module in self.plan.names.stored_modules(ref.index)}
-        paths = self.dense.stages[stage]
-        if any(modules[path].rank for path in paths):
-            norm = WeightedNorm(_sum_of_products(inputs, inputs))
-            cross, drift = _sum_of_products(dense.inputs, inputs), None
-            if dense.stream is not None and stream is not None:
-                drift = _sum_of_products(dense.stream - stream, inputs)
+        paths = [path for path in self.dense.stages[stage] if modules[path].rank]
+        if not paths:
+            return
+        norm = WeightedNorm(_sum_of_products(inputs, inputs))
+        cross, drift = _sum_of_products(dense.inputs, inputs), None
+        if dense.stream is not None and stream is not None:
+            drift = _sum_of_products(dense.stream - stream, inputs)
         for path in paths:
             module = modules[path]
-            if module.rank:
-                target = regress(_weight(layers[0], path).cpu(), cross, norm, drift)
-                shared = output.read(module.shared_weight).double()
-                module.rewrite_factors(output, ref.depth, norm.low_rank(target - shared, module.rank))
-                _weight(layers[1], path).copy_(module.read(output, "weight", ref.depth))
+            target = regress(_weight(layers[0], path).cpu(), cross, norm, drift)
+            shared = output.read(module.shared_weight).double()
+            module.rewrite_factors(output, ref.depth, norm.low_rank(target - shared, module.rank))
+            _weight(layers[1], path).copy_(module.read(output, "weight", ref.depth))
 
     def _load_converted(self, output: ShardedCheckpoint, position: int) -> nn.Module:
         """Load the converted layer at ``position`` as a dense one: residuals merged, norms as written."""
