@@ -218,7 +218,7 @@ def test_bench_is_greedy_and_ends_nothing(folder, sets):
 
 
 WRONG = {
-    "is a list": ([1, 2], "not a mapping"),
+    "is a list": ([1, 2], "it holds a list, not an object"),
     "text as EOS": ({"eos_token_id": "</s>"}, "eos_token_id must be a token id, got '</s>'"),
     "nested EOS": ({"eos_token_id": [[5]]}, r"eos_token_id must be a token id, got \[\[5\]\]"),
     "text as a number": ({"do_sample": True, "top_k": "40"}, "top_k must not be text, got '40'"),

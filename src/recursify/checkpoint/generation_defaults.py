@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,8 @@ def read_generation_config(folder: Path) -> GenerationConfig:
     file = folder / FILE if (folder / FILE).exists() else folder / "config.json"
     is_own = file.name == FILE
     try:
+        if not isinstance(fields := json.loads(file.read_text(encoding="utf-8")), dict):
+            raise ValueError(f"it holds a {type(fields).__name__}, not an object.")
         config = GenerationConfig.from_pretrained(folder, config_file_name=file.name, _from_model_config=not is_own)
         GenerationDefaults.from_mapping(_defaults(config), file.name)
         _check_types(config)
