@@ -66,7 +66,7 @@ class WeightedNorm:
     def total(cls, norms: Sequence[WeightedNorm]) -> Self:
         """Sum of norms, as they are scaled."""
         norm = cls.__new__(cls)
-        norm.scale, norm.moment = 1.0, torch.stack([norm.moment for norm in norms]).sum(0)
+        norm.scale, norm.moment = 1.0, sum((each.moment for each in norms[1:]), norms[0].moment)
         return norm
 
     @cached_property
@@ -87,19 +87,23 @@ class WeightedNorm:
         matrix = matrix.double()
         if rank >= min(matrix.shape):
             return full_rank_factors(matrix)
+        squares, vectors = _leading_eigenvectors(self._gram(matrix), rank)
         if matrix.shape[0] > matrix.shape[1]:
-            whitened = matrix @ self.factor
-            _, right = _leading_eigenvectors(whitened.mT @ whitened, rank)
-            return whitened @ right, torch.linalg.solve_triangular(self.factor.mT, right, upper=True).mT
-        squares, left = _leading_eigenvectors(matrix @ self.moment @ matrix.mT, rank)
+            right = torch.linalg.solve_triangular(self.factor.mT, vectors, upper=True)
+            return matrix @ (self.factor @ vectors), right.mT
         lengths = squares.clamp_min(1e-14 * squares[0] + 1e-60).sqrt()
-        return left * lengths, (left.mT @ matrix) / lengths[:, None]
+        return vectors * lengths, (vectors.mT @ matrix) / lengths[:, None]
 
     def squared_singular_values(self, matrix: Tensor) -> Tensor:
         """Squared singular values of ``matrix S``, descending: the error that each further rank removes."""
-        whitened = matrix.double() @ self.factor
-        gram = whitened @ whitened.mT if whitened.shape[0] <= whitened.shape[1] else whitened.mT @ whitened
-        return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+        return torch.linalg.eigvalsh(self._gram(matrix.double())).flip(0).clamp_min(0)
+
+    def _gram(self, matrix: Tensor) -> Tensor:
+        """Smaller Gram matrix of ``M S``: ``M C Mᵀ [O, O]``, or ``Sᵀ Mᵀ M S [I, I]`` where ``O > I``."""
+        if matrix.shape[0] <= matrix.shape[1]:
+            return matrix @ self.moment @ matrix.mT
+        whitened = matrix @ self.factor
+        return whitened.mT @ whitened
 
 
 class TiedNorms(list[WeightedNorm]):
@@ -154,7 +158,9 @@ def regress(weight: Tensor, cross: Tensor, norm: WeightedNorm, offset: Tensor | 
 
 def share(weights: list[Tensor], norms: TiedNorms) -> Tensor:
     """Map nearest to all ``weights [O, I]`` in their norms: ``(Σ W_ℓ C_ℓ)(Σ C_ℓ)⁻¹``, float64."""
-    weighted = torch.stack([weight.double() @ norm.moment for weight, norm in zip(weights, norms, strict=True)]).sum(0)
+    weighted = torch.zeros((), dtype=torch.float64)
+    for weight, norm in zip(weights, norms, strict=True):
+        weighted = weighted + weight.double() @ norm.moment
     return torch.cholesky_solve(weighted.mT, norms.total.factor).mT
 
 

@@ -42,7 +42,8 @@ class EngineConfig(Settings, error=EngineError):
     chunk_size: Positive = 512
     """Maximum number of prompt tokens that a request runs at once (chunked prefill)."""
     max_model_len: Positive | None = None
-    """Maximum number of tokens of a request, prompt and output together: the model's context, and at most that."""
+    """Maximum number of tokens of a request, prompt and output together; the model's context is the default, and the
+    most."""
     enable_prefix_caching: bool = True
     """Reuse the KV-cache pages of a prompt prefix that was computed before, in whole pages. Routed models do not
     support it: their pages hold tokens that are not adjacent."""
