@@ -58,7 +58,10 @@ def assert_same(first, second, tolerance=2e-5):
 
 def assert_identical(first, second):
     """Compare losses and weights bit for bit."""
-    assert losses(first) == losses(second)
+    got, wanted = losses(first), losses(second)
+    steps = got.keys() | wanted.keys()
+    other = {step: (got.get(step), wanted.get(step)) for step in steps if got.get(step) != wanted.get(step)}
+    assert not other, f"other losses, by step: {other}"
     expected = weights(second)
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(first).items())
 

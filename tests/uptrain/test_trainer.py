@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -13,14 +14,16 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from helpers.processes import run, start_run
-from helpers.runs import BASE, assert_identical, assert_same, weights
+from helpers.runs import BASE, assert_identical, assert_same, losses, weights
 from helpers.tolerances import LOSSES
 from recursify.errors import OutputError, SettingsError, TrainingError
 from recursify.modeling import RecursiveForCausalLM
+from recursify.progress import silent
 from recursify.uptrain import checkpoints
-from recursify.uptrain.callbacks import read_metrics
+from recursify.uptrain.callbacks import Watcher, read_metrics
 from recursify.uptrain.run import uptrain_model
 
 pytestmark = pytest.mark.xdist_group("uptraining")
@@ -117,6 +120,25 @@ def test_killed_ten_times_at_random_moments(source, tmp_path):
             begun = (output / "checkpoints" / "run.json").exists()
         assert process.exitcode == 0, (tmp_path / "log").read_text()
         assert_identical(output, tmp_path / "whole")
+
+
+def test_killed_while_metrics_are_rewritten(source, plain, tmp_path, monkeypatch):
+    """A resumed run drops lines after its checkpoint; killed in the middle of that, it still has the lines before."""
+    output, logged = tmp_path, losses(plain[0])
+    shutil.copy(plain[0] / "metrics.jsonl", output)
+
+    class Killed(BaseException):
+        pass
+
+    def write_half(file, text, **options):
+        with open(file, "w", **options) as stream:
+            stream.write(text[: len(text) // 2])
+        raise Killed
+
+    monkeypatch.setattr(type(output), "write_text", write_half)
+    with pytest.raises(Killed):
+        Watcher(output, 128, silent).on_train_begin(None, TrainerState(global_step=4), None)
+    assert losses(output) == logged
 
 
 def test_damaged_checkpoint_is_skipped(source, plain, tmp_path, caplog):

@@ -42,7 +42,10 @@ class Watcher(TrainerCallback):
         if state.is_world_process_zero:
             lines = read_metrics(self.file) if state.global_step else []
             valid = [line for line in lines if line["step"] <= state.global_step]
-            self.file.write_text("".join(json.dumps(line) + "\n" for line in valid), encoding="utf-8")
+            # Beside the file first: a run killed while it rewrites the file would lose every line.
+            scratch = self.file.with_name(f".{METRICS_FILE}")
+            scratch.write_text("".join(json.dumps(line) + "\n" for line in valid), encoding="utf-8")
+            scratch.replace(self.file)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
