@@ -258,12 +258,28 @@ def test_damaged_file(dense, tmp_path, changes, match):
     assert not (tmp_path / "out").exists()
 
 
-def test_truncated_file(dense, tmp_path):
-    """Named, with what to do."""
+@pytest.mark.parametrize("part", [0.0, 0.0001, 0.01, 0.02, 0.05, 0.07, 0.5, 0.999])
+def test_truncated_file(dense, tmp_path, part):
+    """Named when it is opened, wherever it ends, with what to do."""
     file = write_gguf(tmp_path / "model.gguf", dense)
-    file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match=r"cannot be read as a GGUF language model: .*truncated or damaged"):
+    content = file.read_bytes()
+    file.write_bytes(content[: int(part * len(content))])
+    match = r"(cannot be read as a GGUF language model|does not have all of the tensor).*truncated or damaged"
+    with pytest.raises(CheckpointError, match=match):
         open_checkpoint(file)
+
+
+def test_quantization_that_is_not_read(dense, tmp_path):
+    """Named when it is opened, with the first tensor that has it."""
+    file = write_gguf(tmp_path / "model.gguf", dense)
+    content = file.read_bytes()
+    for kind, reason in ((gguf.GGMLQuantizationType.Q8_K, "Q8_K"), (999, "999 is not a valid")):
+        name = b"blk.2.attn_q.weight"
+        place = content.index(name) + len(name) + 4 + 2 * 8
+        file.write_bytes(content[:place] + int(kind).to_bytes(4, "little") + content[place + 4 :])
+        match = rf"'blk.2.attn_q.weight' in .* does not dequantize: .*{reason}.* in another quantization"
+        with pytest.raises(CheckpointError, match=match):
+            open_checkpoint(file)
 
 
 def test_without_the_gguf_package(dense, tmp_path, monkeypatch):
