@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from helpers.tiny_models import random_ids
+from recursify.checkpoint.dense_checkpoint import open_checkpoint
 from recursify.convert.pipeline import convert_model, plan_conversion
 from recursify.convert.settings import ConversionSettings
 from recursify.errors import OutputError, PlanError, SettingsError
+from recursify.modeling import RecursiveForCausalLM
 
 TINY = {"lora_rank": 4, "calibration_data": ()}
 
@@ -61,3 +65,31 @@ def test_an_existing_output(tiny_llama, tmp_path):
     result = convert_model(tiny_llama, tmp_path / "out", **TINY, overwrite=True, check=False)
     assert result.check is None
     assert result.to_dict()["check"] == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora_rank": 8, "lora_rank_pattern": {"mlp.down_proj": "full"}},
+        {"lora_rank": "full", "rank_allocation": "tail"},
+        {"initialization": "calibrated", "relaxation": "calibrated"},
+    ],
+)
+def test_one_recursion_stores_no_residuals(tiny_llama, options):
+    """Whatever the ranks: a tied group of one layer is stored as it is, and no text is read."""
+    plan = plan_conversion(tiny_llama, num_recursions=1, **options)
+    assert plan.recursive.num_parameters == plan.dense.num_parameters
+    assert (plan.config.lora_rank, plan.config.lora_rank_pattern, plan.settings.lora_rank) == (0, {}, 0)
+    assert not plan.needs_text
+    assert "LoRA            none (one recursion)" in str(plan)
+
+
+def test_one_recursion_is_the_dense_model(tiny_llama, tmp_path):
+    """To the bit, by default settings."""
+    convert_model(tiny_llama, tmp_path / "out", num_recursions=1, check=False)
+    model, ids = RecursiveForCausalLM.from_pretrained(tmp_path / "out").eval(), random_ids(2, 9)
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, open_checkpoint(tiny_llama).load_model()(ids).logits)
+    with pytest.raises(PlanError, match="Unknown rank allocation 'even'"):
+        plan_conversion(tiny_llama, num_recursions=1, rank_allocation="even")

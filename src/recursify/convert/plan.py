@@ -146,7 +146,8 @@ class ConversionPlan:
     def __str__(self) -> str:
         layout = self.layout
         rank = "full" if self.settings.lora_rank == FULL_RANK else str(self.settings.lora_rank)
-        residual = f"rank {rank}, {self.settings.relaxation}" if self.has_residuals else "none"
+        why_none = " (one recursion)" if layout.num_recursions == 1 else ""
+        residual = f"rank {rank}, {self.settings.relaxation}" if self.has_residuals else f"none{why_none}"
         dense, recursive = self.dense, self.recursive
         lines = [
             f"{self.source} ({self.config.dense_model_type}, {layout.num_layers} layers) -> {layout}",
@@ -236,13 +237,15 @@ def find_rank_allocation(name: str) -> RankAllocation | None:
 
 
 def _resolve(settings: ConversionSettings, layout: LayerLayout, *, has_text: bool) -> ConversionSettings:
-    """Replace ``auto`` by the strategies that it selects."""
-    has_residuals = _has_residuals(settings)
+    """Replace ``auto`` by the strategies that it selects, and ranks by 0 where there is no difference to store."""
+    find_rank_allocation(settings.rank_allocation)  # refuses an unknown name, also where no rank is allocated
     initialization, relaxation = settings.initialization, settings.relaxation
     if layout.num_recursions == 1:
-        # Each tied group has one layer: the shared weight is that layer, and there is no residual to fit.
-        initialization = "average" if initialization == "auto" else initialization
-        relaxation = "svd" if relaxation == "auto" else relaxation
+        # Each tied group has one layer: the shared weight is that layer, whatever the text, and no residual is left.
+        settings = replace(settings, lora_rank=0, lora_rank_pattern={}, rank_allocation="uniform")
+        is_fitted = initialization != "auto" and find_initialization(initialization).needs_text
+        initialization = "average" if initialization == "auto" or is_fitted else initialization
+    has_residuals = _has_residuals(settings)
     if initialization == "auto":
         initialization = "calibrated" if has_text else "average" if has_residuals else "stepwise"
     if relaxation == "auto":
