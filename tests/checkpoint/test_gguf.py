@@ -301,6 +301,24 @@ def test_package_that_is_too_old(dense, tmp_path, monkeypatch):
         open_checkpoint(file)
 
 
+def test_streamed_model(dense, tmp_path, monkeypatch):
+    """The logits of the loaded one; its layers are read when they run, and only one of them is in memory."""
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", dense))
+    expected = logits(checkpoint.load_model())
+    model, layers_in_memory = checkpoint.stream_model(), []
+    for layer in model.model.layers:
+        inside = next(module for module in layer.modules() if isinstance(module, torch.nn.Linear))
+        inside.register_forward_hook(
+            lambda *_: layers_in_memory.append(sum(not p.is_meta for p in model.model.layers.parameters()))
+        )
+    assert all(parameter.is_meta for parameter in model.model.layers.parameters())
+    for _ in range(2):
+        assert torch.equal(logits(model), expected)
+        assert all(parameter.is_meta for parameter in model.model.layers.parameters())
+    per_layer = sum(1 for _ in model.model.layers[0].parameters())
+    assert layers_in_memory == [per_layer] * 2 * len(model.model.layers)
+
+
 def test_plan_reads_headers_only(dense, tmp_path, monkeypatch):
     """``convert x.gguf --dry-run`` dequantizes nothing."""
     file = write_gguf(tmp_path / "model.gguf", dense)

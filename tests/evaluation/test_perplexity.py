@@ -11,7 +11,7 @@ from helpers.tiny_models import random_ids, tiny_dense, tiny_recursive
 from recursify.evaluation import exit_thresholds
 from recursify.evaluation import perplexity as measured
 from recursify.evaluation.exit_thresholds import predict_at_exits
-from recursify.evaluation.perplexity import compare, perplexity
+from recursify.evaluation.perplexity import compare, perplexity, precompute_states
 from recursify.modeling import make_policy
 
 
@@ -84,6 +84,21 @@ def test_comparison_in_chunks(depth, largest):
     with torch.inference_mode():
         exit_depth = {} if depth is None else {"exit_depth": depth}
         assert parts.model.loss == pytest.approx(loss_by_hand(model(windows, **exit_depth).logits, windows), rel=1e-6)
+
+
+@pytest.mark.parametrize("limit", [2**20, 4 * 260 * 7])
+def test_states_computed_beforehand(family, limit, largest):
+    """The same figures, as often as they are asked for, from a control whose layers are gone."""
+    model, control, windows = tiny_recursive(family, varied=True), tiny_dense(family), random_ids(5, 40)
+    largest(model, limit)
+    expected = compare(model, control, windows, num_context=2)
+    reports = []
+    precompute_states(control, windows, progress=lambda *report: reports.append(report))
+    assert reports[-1][0] == "measure dense"
+    assert reports[-1][1] == reports[-1][2]
+    assert sum(parameter.numel() for parameter in control.parameters()) <= 261 * 32
+    assert compare(model, control, windows, num_context=2) == expected
+    assert compare(model, control, windows, num_context=2) == expected
 
 
 def test_one_batch_is_one_call(largest):

@@ -9,13 +9,15 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -95,13 +97,39 @@ class DenseCheckpoint(ABC):
 
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Load the whole dense model in eval mode; ``dtype`` defaults to the one on disk."""
+        model = self._build_skeleton(dtype or self.dtype)
+        return self._fill(model, self.parameters)
+
+    def stream_model(self) -> PreTrainedModel:
+        """Dense model to run a few times, in eval mode: each layer is read when it runs, and released after that."""
+        model = self._build_skeleton(self.dtype)
+        body = model.base_model
+        layers, stem = body._modules.pop("layers"), f"{model.base_model_prefix}.layers"
+        self._fill(model, [name for name in self.parameters if not name.startswith(f"{stem}.")])
+        body.layers = layers
+
+        def load(path: str, layer: nn.Module, _: Any) -> None:
+            state = {name: self.read(f"{path}.{name}").to(self.dtype) for name, _ in layer.named_parameters()}
+            layer.load_state_dict(state, assign=True)
+
+        def release(layer: nn.Module, *_: Any) -> None:
+            layer.to("meta")
+
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(partial(load, f"{stem}.{index}"))
+            layer.register_forward_hook(release)
+        return model.eval()
+
+    def _build_skeleton(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Dense model on the meta device."""
         with torch.device("meta"):
-            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)](self.config)
-        dtype = dtype or self.dtype
-        model.to(dtype)
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)](self.config).to(dtype)
+
+    def _fill(self, model: PreTrainedModel, names: Iterable[str]) -> PreTrainedModel:
+        """Read the parameters called ``names`` into ``model``, which has no others, and compute its buffers."""
+        dtype = model.dtype
         model.to_empty(device="cpu")
-        state = {name: self.read(name).to(dtype) for name in self.parameters}
-        model.load_state_dict(state, strict=False, assign=True)
+        model.load_state_dict({name: self.read(name).to(dtype) for name in names}, strict=False, assign=True)
         model.tie_weights()
         for parameter in model.parameters():
             parameter._is_hf_initialized = True  # keeps _init_weights from overwriting it
@@ -175,6 +203,9 @@ class SafetensorsFolder(DenseCheckpoint):
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         # By transformers alone: it is the control of what this class reads.
         return load_dense_folder(self.location, dtype or self.dtype)
+
+    def stream_model(self) -> PreTrainedModel:
+        return self.load_model()  # which maps its files into memory, where the dtype is theirs
 
     def read(self, name: str) -> Tensor:
         stored_name = self._stored_names[name]

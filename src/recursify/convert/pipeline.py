@@ -15,7 +15,7 @@ from recursify.checkpoint.dense_families import SUPPORTED_FAMILIES
 from recursify.checkpoint.record import update_record
 from recursify.checkpoint.vocabulary import require_known_tokens
 from recursify.evaluation.fingerprint import take_fingerprint
-from recursify.evaluation.perplexity import Comparison, compare
+from recursify.evaluation.perplexity import Comparison, compare, precompute_states
 from recursify.evaluation.text import Text, default_text, num_context, read_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
 from recursify.progress import Progress, silent
@@ -118,7 +118,7 @@ def convert_model(
         settings: Settings; alternatively, give their fields as keywords.
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Permission to run code from the model's folder.
-        check: Compare the result with the dense model on held-out text. Both models are loaded into memory.
+        check: Compare the result with the dense model on held-out text. Each is loaded into memory in turn.
         overwrite: Replace an existing ``output``.
         on_plan: Callback that receives the plan before the conversion starts.
         progress: Callback for progress.
@@ -185,18 +185,26 @@ def _read_check_text(checkpoint: DenseCheckpoint) -> _CheckText | None:
 
 
 def _check(checkpoint: DenseCheckpoint, target: Path, text: _CheckText | None, progress: Progress) -> ConversionCheck:
-    """Compare the written model with the dense one; record the figures and a fingerprint of its outputs."""
+    """Compare the written model with the dense one; record the figures and a fingerprint of its outputs.
+
+    The layers of one of them are in memory at a time.
+    """
+    if text is None:
+        vocab_size = checkpoint.config.vocab_size
+        windows = torch.randint(0, vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    else:
+        windows = text.windows
+    dense = checkpoint.stream_model()
+    precompute_states(dense, windows, progress=progress)
     model = RecursiveForCausalLM.from_pretrained(target).eval()
-    dense = checkpoint.load_model()
+    context = 1 if text is None else num_context(text.tokenizer)
+    comparison = compare(model, dense, windows, num_context=context, progress=progress)
+    del dense
     entries: dict[str, Any] = {}
+    name, sample = "random tokens (the model has no tokenizer)", ""
     if text is not None:
-        comparison = compare(model, dense, text.windows, num_context=num_context(text.tokenizer), progress=progress)
         tokens = model.generate(**text.prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)[0]
         name, sample = text.name, text.tokenizer.decode(tokens, skip_special_tokens=True)
         entries["evaluation"] = [comparison.as_evaluation(name)]
-    else:
-        ids = torch.randint(0, model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-        comparison = compare(model, dense, ids)
-        name, sample = "random tokens (the model has no tokenizer)", ""
-    update_record(target, **entries, fingerprint=take_fingerprint(model.float()))
+    update_record(target, **entries, fingerprint=take_fingerprint(model))
     return ConversionCheck(comparison, name, sample)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from recursify.progress import Progress, silent
 
 TOKENS_PER_BATCH = 2048
 """Tokens per forward pass."""
-LOGIT_BYTES = 2**28
+LOGIT_BYTES = 2**26
 """Maximum bytes of one tensor of float32 logits, whatever the vocabulary; a comparison has about six of them."""
 
 
@@ -127,6 +128,22 @@ def compare(
     return Comparison(figures, control_figures, num_agreeing / count, divergence / count)
 
 
+@torch.inference_mode()
+def precompute_states(model: PreTrainedModel, windows: Tensor, *, progress: Progress = silent) -> None:
+    """Run the layers of ``model`` over token windows ``[N, T]`` and release them; the model then knows these only.
+
+    Its hidden states ``[N, T, D]`` and its head stay in memory, and :func:`compare` and :func:`perplexity` find the
+    same figures on the same windows. So two models can be compared of which one fits in memory.
+    """
+    body = model.base_model
+    batches = _batches(windows, model.config.vocab_size, progress, "measure dense")
+    outputs = itertools.cycle([body(batch.to(model.device), use_cache=False) for batch in batches])
+    body._modules.clear()
+    body.forward = lambda *_, **__: next(outputs)
+    for parameter in model.parameters():  # a view of a file that is mapped into memory keeps all of it there
+        parameter.data = parameter.data.clone()
+
+
 def _predictions(
     model: PreTrainedModel, batch: Tensor, num_context: int, depth: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -188,9 +205,9 @@ def _perplexity(total: float, windows: Tensor, num_context: int) -> Perplexity:
     return Perplexity(math.exp(loss) if loss < 700 else math.inf, loss, count)
 
 
-def _batches(windows: Tensor, vocab_size: int, progress: Progress) -> Iterator[Tensor]:
+def _batches(windows: Tensor, vocab_size: int, progress: Progress, stage: str = "measure") -> Iterator[Tensor]:
     rows = min(TOKENS_PER_BATCH // windows.shape[1], LOGIT_BYTES // (4 * vocab_size))
     batches = windows.split(max(1, rows))
     for done, batch in enumerate(batches, start=1):
         yield batch
-        progress("measure", done, len(batches))
+        progress(stage, done, len(batches))
