@@ -25,8 +25,6 @@ from recursify.convert.low_rank import WeightedNorm, truncated_svd
 NUM_ENDS = 4
 """First and last layers that :func:`drop_layers` keeps: the most important ones, which the recursive rows keep, too."""
 
-TOKENS_PER_BATCH = 4096
-
 
 @dataclass(frozen=True)
 class Control:
@@ -85,7 +83,7 @@ def drop_layers(dense: PreTrainedModel, budget: int) -> Control:
     for name in ("layer_types", "no_rope_layers"):
         if getattr(config, name, None):
             setattr(config, name, [getattr(config, name)[position] for position in kept])
-    model = copy.deepcopy(dense)
+    model = _sharing_weights(dense)
     model.base_model.layers = nn.ModuleList([decoder_layers(model)[position] for position in kept])
     for index, layer in enumerate(decoder_layers(model)):
         for module in layer.modules():
@@ -96,6 +94,11 @@ def drop_layers(dense: PreTrainedModel, budget: int) -> Control:
             module.config = config
     description = f"{num_kept} of {len(layers)} layers: {', '.join(map(str, kept))}"
     return Control(model.eval(), count_parameters(model), description)
+
+
+def _sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model's modules around the same parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
@@ -134,69 +137,74 @@ def rank_within(model: PreTrainedModel, budget: int) -> tuple[int, int]:
     return fitting[-1], total(fitting[-1])
 
 
-@torch.inference_mode()
-def input_moments(model: PreTrainedModel, windows: Tensor) -> dict[str, Tensor]:
-    """Second moments ``Σ x xᵀ`` (float64) of the inputs of every linear map of the layers.
+class _Factorization:
+    """Low-rank weights of a model's linear maps, found while it runs, layer by layer.
 
     Args:
-        model: The dense model.
-        windows: Token ids ``[N, T]``.
-
-    Returns:
-        Name of the map -> ``[I, I]``. Maps that are fed one tensor (q/k/v, gate/up) share one.
+        rank: Rank of all maps; a map that factors would not make smaller stays whole.
     """
-    moments: dict[str, Tensor] = {}
-    latest: list[tuple[Tensor, str]] = []  # the tensor is kept alive, so that identity means the same tensor
-    leader: dict[str, str] = {}
 
-    def look(name: str):
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            if not (latest and latest[0][0] is arguments[0]):
-                latest[:] = [(arguments[0], name)]
-                rows = arguments[0].flatten(0, -2)
-                product = (rows.mT @ rows).double()
-                moments[name] = moments[name] + product if name in moments else product
-            leader[name] = latest[0][1]
+    def __init__(self, rank: int):
+        self.rank = rank
+        self.num_factored = 0
+        self._found: dict[nn.Linear, Tensor] = {}
+        self._inputs: Tensor | None = None  # kept alive, so that identity means the same tensor
+        self._norm: WeightedNorm | None = None
 
-        return hook
+    def add(self, linear: nn.Linear, arguments: tuple[Tensor, ...]) -> None:
+        """Factorize a map in the norm of its inputs; maps that are fed one tensor (q/k/v, gate/up) share the norm."""
+        if self.rank * sum(linear.weight.shape) >= linear.weight.numel():
+            return
+        if self._inputs is not arguments[0]:
+            rows = arguments[0].flatten(0, -2)
+            self._inputs, self._norm = arguments[0], None  # the norm before this one is released first
+            self._norm = WeightedNorm((rows.mT @ rows).double())
+        assert self._norm is not None
+        left, right = self._norm.low_rank(linear.weight, self.rank)
+        self._found[linear] = (left @ right).to(linear.weight)
 
-    handles = [linear.register_forward_pre_hook(look(name)) for name, linear in _linears(model)]
-    try:
-        for batch in windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1])):
-            model.base_model(batch, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: moments[first] for name, first in leader.items()}
+    def replace(self, *_: object) -> None:
+        """Put the weights in, after the layer has run as it was, so that the next one is fed the dense activations."""
+        for linear, weight in self._found.items():
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+        self.num_factored += len(self._found)
+        self._found.clear()
+        self._inputs = self._norm = None
 
 
 @torch.no_grad()
-def factorize(dense: PreTrainedModel, budget: int, calibration: Tensor | None = None) -> Control:
-    """The dense model with every linear map of its layers in factors of one rank, as high as ``budget`` allows.
+def factorize_(model: PreTrainedModel, budget: int, calibration: Tensor | None = None) -> Control:
+    """Replace every linear map of a model's layers by factors of one rank, as high as ``budget`` allows, in place.
+
+    One layer's second moments are in memory at a time; the text runs as one batch.
 
     Args:
-        dense: The dense model; a copy is changed.
+        model: The dense model.
         budget: Stored parameters at most.
         calibration: Token ids ``[N, T]``, to make the factorization aware of activations; None for plain SVD.
     """
-    rank, num_parameters = rank_within(dense, budget)
-    moments = input_moments(dense, calibration) if calibration is not None else {}
-    model = copy.deepcopy(dense)
-    num_factored, norms = 0, {}
-    linears = list(_linears(model))
-    for name, linear in linears:
-        weight = linear.weight
-        if rank * sum(weight.shape) >= weight.numel():
-            continue
-        if calibration is None:
-            left, right = truncated_svd(weight.float(), rank)
-        else:
-            moment = moments[name]
-            if id(moment) not in norms:
-                norms = {id(moment): WeightedNorm(moment)}
-            left, right = norms[id(moment)].low_rank(weight, rank)
-        weight.copy_(left @ right)
-        num_factored += 1
+    rank, num_parameters = rank_within(model, budget)
+    factorization = _Factorization(rank)
+    linears = [linear for _, linear in _linears(model)]
+    if calibration is None:
+        for linear in linears:
+            if rank * sum(linear.weight.shape) < linear.weight.numel():
+                left, right = truncated_svd(linear.weight.float(), rank)
+                linear.weight = nn.Parameter(left @ right, requires_grad=False)
+                factorization.num_factored += 1
+    else:
+        handles = [linear.register_forward_pre_hook(factorization.add) for linear in linears]
+        handles += [layer.register_forward_hook(factorization.replace) for layer in decoder_layers(model)]
+        try:
+            model.base_model(calibration, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
     how = "plain SVD" if calibration is None else f"SVD whitened by {calibration.numel()} tokens"
-    description = f"rank {rank} for {num_factored} of {len(linears)} linear maps, the others whole; {how}"
+    description = f"rank {rank} for {factorization.num_factored} of {len(linears)} linear maps, the others whole; {how}"
     return Control(model.eval(), num_parameters, description)
+
+
+def factorize(dense: PreTrainedModel, budget: int, calibration: Tensor | None = None) -> Control:
+    """:func:`factorize_` of a copy, which shares the weights that stay whole."""
+    return factorize_(_sharing_weights(dense), budget, calibration)
