@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,13 +33,17 @@ LOGIT_TOLERANCE = 1e-4
 
 TRIAL_LAYERS = 4
 TRIAL_VOCABULARY = 256
+TRIAL_BYTES = 200_000_000
+"""Maximum bytes of the dense model of a trial, in float32; its recursive copy is up to 2.5 times as large."""
+MLP_DIVISOR = 16
+"""Factor by which the MLP of a narrowed trial is divided beyond its hidden size: its width is no structure."""
 
 
 def require_family_parity(config: PreTrainedConfig) -> None:
     """Check that a small random model of a family keeps its logits when it is made recursive.
 
-    Four layers of the model's own width are folded into one recursion, and into two with residuals of full rank, and
-    compared with the dense model uncached, left-padded and in decoding.
+    Four layers, narrowed to :data:`TRIAL_BYTES`, are folded into one recursion, and into two with residuals of full
+    rank, and compared with the dense model uncached, left-padded and in decoding.
 
     Raises:
         UnsupportedModelError: The model cannot be built, or its logits differ; the message says where they begin to.
@@ -66,11 +71,40 @@ def _failed_trial(dense: PreTrainedModel) -> str | None:
                 f"{_first_difference(dense, model)}; with {recursions} recursions its logits differ from the dense "
                 f"model's by {difference:.2g}, more than {LOGIT_TOLERANCE:g}"
             )
+        del model  # before the next one is built
     return None
 
 
 def _small_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Random model of ``config`` with few layers and tokens, in float32; norms and biases are random, too."""
+    small = _trial_config(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = MODEL_FOR_CAUSAL_LM_MAPPING[type(small)](small).float().eval()
+        for parameter in dense.parameters():
+            if parameter.ndim == 1:
+                parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return dense
+
+
+def _trial_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Config of a trial: the widest one of :data:`TRIAL_BYTES` or less, else the narrowest that can be built."""
+    shallow = _with_few_layers(config)
+    narrowest = shallow
+    for divisor in _divisors(config):
+        small = _narrowed(shallow, divisor)
+        try:
+            num_bytes = _float32_bytes(small)
+        except Exception:  # a family's own code raises anything on widths that it does not support
+            continue
+        if num_bytes <= TRIAL_BYTES:
+            return small
+        narrowest = small
+    return narrowest
+
+
+def _with_few_layers(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Copy of ``config`` with the layers of :func:`_trial_positions` and a small vocabulary."""
     small = copy.deepcopy(config)
     positions = _trial_positions(config)
     for name, value in config.to_dict().items():
@@ -81,13 +115,37 @@ def _small_model(config: PreTrainedConfig) -> PreTrainedModel:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(config, name, None) is not None:
             setattr(small, name, 0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        dense = MODEL_FOR_CAUSAL_LM_MAPPING[type(small)](small).float().eval()
-        for parameter in dense.parameters():
-            if parameter.ndim == 1:
-                parameter.data.add_(0.2 * torch.randn_like(parameter))
-    return dense
+    return small
+
+
+def _divisors(config: PreTrainedConfig) -> list[int]:
+    """Numbers to divide widths by, ascending from 1, that keep the size of a head and the heads per key-value head.
+
+    A single key-value head remains one.
+    """
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    common = math.gcd(heads, config.hidden_size, heads if kv_heads == 1 else kv_heads)
+    return [divisor for divisor in range(1, common + 1) if common % divisor == 0]
+
+
+def _narrowed(config: PreTrainedConfig, divisor: int) -> PreTrainedConfig:
+    """Copy of ``config`` with heads and widths divided by ``divisor``."""
+    if divisor == 1:
+        return config
+    small = copy.deepcopy(config)
+    widths = {"num_attention_heads": divisor, "num_key_value_heads": divisor, "hidden_size": divisor}
+    for name, factor in {**widths, "intermediate_size": divisor * MLP_DIVISOR}.items():
+        if isinstance(value := getattr(small, name, None), int):
+            setattr(small, name, max(1, value // factor))
+    return small
+
+
+def _float32_bytes(config: PreTrainedConfig) -> int:
+    """Bytes of the parameters of a model of ``config`` in float32."""
+    with torch.device("meta"):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    return sum(4 * parameter.numel() for parameter in model.parameters())
 
 
 def fold_exactly(dense: PreTrainedModel, num_recursions: int) -> RecursiveForCausalLM:
