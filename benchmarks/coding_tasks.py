@@ -186,10 +186,3 @@ def passes(task: CodingTask, completion: str) -> bool:
 def _limit() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-
-
-def solved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> tuple[int, int]:
-    """Number of tasks whose completion passes, and number of tasks; ``limit`` takes the first ones only."""
-    tasks = TASKS[:limit]
-    completions = complete(model, tokenizer, [task.prompt for task in tasks], NEW_TOKENS)
-    return sum(map(passes, tasks, completions)), len(tasks)

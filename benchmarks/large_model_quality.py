@@ -19,12 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from coding_tasks import NEW_TOKENS as TASK_TOKENS
-from coding_tasks import complete, solved
+from coding_tasks import NEW_TOKENS, TASKS, complete, passes
 from dense_controls import count_parameters, drop_layers, factorize_
 from keyed_results import Figures, KeyedResults, markdown_table, short
 from measured_process import peak_bytes, reset_peak
-from quality import NEW_TOKENS, PROMPTS, commit
+from quality import PROMPTS, commit
 from quantized_weights import quantize_
 from recursify.checkpoint.dense_checkpoint import load_tokenizer, open_checkpoint
 from recursify.convert.pipeline import convert_model, plan_conversion
@@ -184,8 +183,7 @@ class Bench:
             "windows": {name: len(windows) for name, windows in self.windows.items()},
             "window": WINDOW,
             "calibration_tokens": self.calibration.numel(),
-            "coding_task_tokens": TASK_TOKENS,
-            "continuation_tokens": NEW_TOKENS,
+            "new_tokens": NEW_TOKENS,
         }
 
     def load(self, row: Row) -> tuple[PreTrainedModel, int, int]:
@@ -241,8 +239,11 @@ class Bench:
         figures["mb"] = round(num_bytes / 1e6, 1)
         for text, windows in self.windows.items():
             figures |= compare_with(reference, text, model, windows, self.skip)
-        figures["solved"], figures["tasks"] = solved(model, self.tokenizer, self.num_tasks)
-        continuations = complete(model, self.tokenizer, list(PROMPTS), NEW_TOKENS)
+        tasks = TASKS[: self.num_tasks]
+        prompts = [*PROMPTS, *(task.prompt for task in tasks)]
+        texts = complete(model, self.tokenizer, prompts, NEW_TOKENS)
+        continuations, completions = texts[: len(PROMPTS)], texts[len(PROMPTS) :]
+        figures |= {"solved": sum(map(passes, tasks, completions)), "tasks": len(tasks)}
         return figures | {
             "seconds_to_make": round(made - start, 1),
             "seconds_to_measure": round(time.perf_counter() - made, 1),

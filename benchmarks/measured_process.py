@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,12 @@ def progress(stage, done, total):
     last[:] = now
     report.write_text(json.dumps(stages))
 
-recursify.convert_model(model, output, check=False, overwrite=True, progress=progress, **settings)
+try:
+    from recursify.convert.check import make_conversion  # before there was recursify.convert_model
+except ImportError:
+    recursify.convert_model(model, output, check=False, overwrite=True, progress=progress, **settings)
+else:
+    make_conversion(model, settings).write(Path(output), overwrite=True, progress=progress)
 progress("write", 1, 1)
 """
 """Program of :func:`convert`: the time since the call of ``progress`` before belongs to the stage that is reported."""
@@ -121,7 +126,9 @@ def convert(
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         environment = {**dict.fromkeys(names, str(threads)), "PYTHONPATH": str(source / "src")}
         cost = run([sys.executable, "-c", CONVERT, *arguments], environment)
-        return cost, json.loads(report.read_text())
+        stages = json.loads(report.read_text())
+    peak = max([cost.peak_bytes, *(stage["peak_bytes"] for stage in stages.values())])  # samples miss short peaks
+    return replace(cost, peak_bytes=peak), stages
 
 
 def peak_bytes() -> int:

@@ -447,6 +447,21 @@ def test_example_trains_an_adapter(desk, monkeypatch, capsys):
     assert all(weight.abs().max() > 0 for weight in weights)
 
 
+def test_demo_prints_one_table(desk, monkeypatch, capsys):
+    """``examples/demo.py``: four rows, a line for each on stderr, and nothing of other libraries."""
+    example(monkeypatch, "demo.py", "--model", NAMES[DENSE], "--output", "kept")
+    printed = capsys.readouterr()
+    titles = ["dense", "published (average + SVD)", "calibrated", "uptrained, 4,096 tokens"]
+    for title in titles:
+        assert printed.out.count(f"\n[{title}] The three primary colors are") == 1
+        (line,) = [line for line in printed.out.splitlines() if line.startswith(f"{title}  ")]
+        numbers = line.removeprefix(title).split()
+        assert float(numbers[-1]) > 0
+        assert len(numbers) == (5 if title == "dense" else 7)
+    assert [line.partition(": done")[0] for line in printed.err.splitlines()] == [*titles, "speed"]
+    assert (desk / "kept" / "recursify.json").exists()
+
+
 def example(monkeypatch, name: str, *arguments: str) -> None:
     monkeypatch.setattr("sys.argv", [name, *arguments])
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
