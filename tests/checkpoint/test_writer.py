@@ -55,6 +55,22 @@ def test_a_tensor_that_was_forgotten_is_caught(tmp_path):
         output.finish()
 
 
+def test_rows_are_written_one_by_one(tmp_path):
+    """In any order; a tensor with a row that nobody wrote is caught."""
+    values = torch.arange(24, dtype=torch.float32).reshape(3, 2, 4)
+    output = ShardedCheckpoint(
+        tmp_path, {"a": TensorInfo((2,), torch.float32), "b": TensorInfo((3, 2, 4), torch.float16)}
+    )
+    output.write("a", torch.ones(2))
+    for index in (2, 0):
+        output.write_row("b", index, values[index])
+    with pytest.raises(AssertionError, match=r"never written: \['b'\]"):
+        output.finish()
+    output.write_row("b", 1, values[1])
+    output.finish()
+    assert torch.equal(output.read("b"), values.half())
+
+
 def test_failure_leaves_nothing(tmp_path):
     """Neither the target nor the scratch folder."""
 

@@ -41,8 +41,8 @@ def test_layerwise_equals_the_model(family, tmp_path):
     config = RecursiveConfig.from_dense(dense.config, LayerLayout.fold(6, 2, "cycle"))
     ids = random_ids(3, 16)
     with torch.no_grad():
-        layers = Layerwise(open_checkpoint(str(tmp_path / "dense")), config, ids)
-        hidden = layers.embed()
+        layers = Layerwise(open_checkpoint(str(tmp_path / "dense")), config)
+        hidden = layers.embed(ids)
         for position in range(5):
             layer = layers.load(position)
             hidden = [layers.run(layer, position, batch) for batch in hidden]
@@ -53,7 +53,7 @@ def test_stages_are_found(family, tmp_path):
     """Every linear map in one stage; the writers to the residual stream are known, sandwich norms excepted."""
     dense = save_tiny(tmp_path / "dense", family)
     config = RecursiveConfig.from_dense(dense.config, LayerLayout.fold(6, 2, "cycle"))
-    layers = Layerwise(open_checkpoint(str(tmp_path / "dense")), config, random_ids(1, 8))
+    layers = Layerwise(open_checkpoint(str(tmp_path / "dense")), config)
     linears = [n for n, m in dense.base_model.layers[0].named_modules() if isinstance(m, torch.nn.Linear)]
     assert sorted(path for stage in layers.stages for path in stage) == sorted(linears)
     sandwiched = family in ("gemma2", "gemma3_text", "olmo2")

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from helpers.tiny_models import convert_tiny, random_ids, save_tiny
-from recursify.convert.low_rank import TiedNorms, WeightedNorm, share, share_for_residuals, truncated_svd
+from recursify.convert.low_rank import truncated_svd
 from recursify.convert.relaxation import RELAXATIONS, find_relaxation
+from recursify.convert.sharing import share, share_for_residuals
+from recursify.convert.weighted_norm import TiedNorms, WeightedNorm
 from recursify.errors import PlanError
 
 

@@ -26,6 +26,13 @@ Factors = tuple[Tensor, Tensor]
 """LoRA factors ``(B [O, r], A [r, I])``."""
 
 
+def merge_factors(weight: Tensor, factors: Factors) -> Tensor:
+    """``W + B A``, ``[O, I]``, in float32 or better."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    b, a = (factor.to(dtype) for factor in factors)
+    return weight.to(dtype) + b @ a
+
+
 class ReadableTensors(Protocol):
     """Tensors of a recursive model: a folder, or one that is being written."""
 
@@ -70,9 +77,7 @@ class StoredModule:
         weight = source.read(self.shared_weight)
         if not self.rank:
             return weight
-        b, a = self.read_factors(source, depth)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return weight.to(dtype) + b.to(dtype) @ a.to(dtype)
+        return merge_factors(weight, self.read_factors(source, depth))
 
     def read_factors(self, source: ReadableTensors, depth: int) -> Factors:
         """LoRA factors at one depth."""
@@ -102,12 +107,10 @@ class StoredModule:
             output.write(f"{self.name}.lora_b", torch.stack([b for b, _ in factors]))
             output.write(f"{self.name}.lora_a", torch.stack([a for _, a in factors]))
 
-    def rewrite_factors(self, output: ShardedCheckpoint, depth: int, factors: Factors) -> None:
-        """Replace the factors at one depth."""
+    def write_factors(self, output: ShardedCheckpoint, depth: int, factors: Factors) -> None:
+        """Write the factors of one depth."""
         for name, factor in zip(("lora_b", "lora_a"), factors, strict=True):
-            stacked = output.read(f"{self.name}.{name}")
-            stacked[depth] = factor.to(stacked.dtype)
-            output.write(f"{self.name}.{name}", stacked)
+            output.write_row(f"{self.name}.{name}", depth, factor)
 
 
 class DenseNames:

@@ -34,7 +34,7 @@ class _ZeroLinear(nn.Module):
 class Layerwise:
     """Dense model whose layers are loaded, run in float32 on a whole text, and released one by one.
 
-    Only the token ids and RoPE stay in memory. The caller keeps the hidden states, as a list of batches ``[b, T, D]``.
+    Only RoPE stays in memory. The caller keeps the hidden states, as a list of batches ``[b, T, D]``.
 
     Attributes:
         stages: Paths of a layer's linear maps in order of execution, grouped by their input tensor.
@@ -43,13 +43,10 @@ class Layerwise:
     Args:
         checkpoint: Dense model.
         config: Recursive config made from it (layers are built as the recursive model builds them).
-        windows: Token ids ``[N, T]``; None if the caller embeds its own text.
         device: Device for the layers.
     """
 
-    def __init__(
-        self, checkpoint: DenseCheckpoint, config: RecursiveConfig, windows: Tensor | None, device: str = "cpu"
-    ):
+    def __init__(self, checkpoint: DenseCheckpoint, config: RecursiveConfig, device: str = "cpu"):
         self.checkpoint = checkpoint
         # A private copy, since building layers modifies the config.
         self.config = copy.deepcopy(config)
@@ -57,7 +54,6 @@ class Layerwise:
         self.family = DenseFamily(self.config)
         self.stem = f"{self.family.model_class.base_model_prefix}.layers"
         self.rotary_emb = self._computed(self.family.rotary_emb)
-        self.batches = [] if windows is None else list(windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1])))
         self._cached_arguments: dict[tuple[int, int], dict[str, Any]] = {}
         self.stages, self.writes = self._find_stages()
 
@@ -67,20 +63,26 @@ class Layerwise:
         self.family.skeleton._init_weights(module)
         return module
 
-    def embed(self) -> list[Tensor]:
-        """Compute the hidden states before the first layer."""
+    def embed(self, windows: Tensor) -> list[Tensor]:
+        """Compute the hidden states of token ids ``[N, T]`` before the first layer, in batches."""
         module = self._computed(copy.deepcopy(self.family.embed_tokens))
-        weight = self.checkpoint.read(self.checkpoint.embedding_name).to(self.device, torch.float32)
+        # Rows of the text's own tokens: the whole table of a large vocabulary takes more memory than all layers here.
+        tokens, ids = torch.unique(windows, return_inverse=True)
+        weight = self.checkpoint.read(self.checkpoint.embedding_name)[tokens].to(self.device, torch.float32)
         module.weight = nn.Parameter(weight, requires_grad=False)
-        return [module(batch.to(self.device)) for batch in self.batches]
+        module.padding_idx = None  # type: ignore[assignment]  # matters to gradients alone, but is checked
+        batch_size = max(1, TOKENS_PER_BATCH // windows.shape[1])
+        return [module(batch) for batch in ids.to(self.device).split(batch_size)]
 
     def load(self, position: int) -> nn.Module:
         """Load the dense layer at ``position`` in float32."""
+        names = [name for name, _ in self.family.layers[position].named_parameters()]
+        return self.build(position, {n: self.checkpoint.read(f"{self.stem}.{position}.{n}") for n in names})
+
+    def build(self, position: int, parameters: dict[str, Tensor]) -> nn.Module:
+        """Make a layer for ``position`` from its parameters by name, in float32."""
         layer = copy.deepcopy(self.family.layers[position])
-        state = {
-            name: self.checkpoint.read(f"{self.stem}.{position}.{name}").to(self.device, torch.float32)
-            for name, _ in layer.named_parameters()
-        }
+        state = {name: parameter.to(self.device, torch.float32) for name, parameter in parameters.items()}
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False).eval()
 

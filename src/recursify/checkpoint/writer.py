@@ -39,6 +39,7 @@ class ShardedCheckpoint:
         self.folder = folder
         self.tensors = tensors
         self._unwritten = set(tensors)
+        self._unwritten_rows: dict[str, set[int]] = {}
         self._places: dict[str, tuple[Path, int]] = {}
         shards = _split(tensors, max_shard_bytes)
         for number, shard in enumerate(shards, start=1):
@@ -70,14 +71,25 @@ class ShardedCheckpoint:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write ``tensor`` under ``name``, cast to the dtype in the header; a later call replaces an earlier one."""
-        info = self.tensors[name]
-        assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} is not {info.shape}"
-        file, offset = self._places[name]
-        data = tensor.detach().to("cpu", info.dtype).contiguous().reshape(-1).view(torch.uint8)
-        with open(file, "r+b") as stream:
-            stream.seek(offset)
-            stream.write(data.numpy().data)
+        self._write(name, self.tensors[name].shape, 0, tensor)
         self._unwritten.discard(name)
+
+    def write_row(self, name: str, index: int, tensor: Tensor) -> None:
+        """Write ``tensor`` as entry ``index`` of the first dimension of ``name``, as :meth:`write` does."""
+        shape = self.tensors[name].shape
+        self._write(name, shape[1:], index, tensor)
+        rows = self._unwritten_rows.setdefault(name, set(range(shape[0])))
+        rows.discard(index)
+        if not rows:
+            self._unwritten.discard(name)
+
+    def _write(self, name: str, shape: tuple[int, ...], index: int, tensor: Tensor) -> None:
+        assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} is not {shape}"
+        file, offset = self._places[name]
+        data = tensor.detach().to("cpu", self.tensors[name].dtype).contiguous().reshape(-1).view(torch.uint8)
+        with open(file, "r+b") as stream:
+            stream.seek(offset + index * data.numel())
+            stream.write(data.numpy().data)
 
     def read(self, name: str) -> Tensor:
         """Read back a written tensor in the dtype on disk."""

@@ -4,9 +4,10 @@ Two passes over the text, each with one tied group's dense layers and the hidden
 
 1. **Share.** One cursor per recursion walks the dense model, so that the layers of a tied group are loaded together.
    The second moments of their inputs define the norm in which shared weight and residuals are solved jointly
-   (:func:`~recursify.convert.low_rank.share_for_residuals`).
+   (:func:`~recursify.convert.sharing.share_for_residuals`). If drift correction follows, the first ``SHARE_TOKENS``
+   tokens are enough, and the residuals are left to it.
 2. **Correct drift.** The converted model's hidden states are computed next to the dense ones. Each residual is
-   refitted, stage by stage (q/k/v, o, gate/up, down), by reduced-rank regression of the dense layer's outputs on the
+   fitted, stage by stage (q/k/v, o, gate/up, down), by reduced-rank regression of the dense layer's outputs on the
    converted layer's inputs. Where a map writes to the residual stream, its target includes the stream's error so far.
 """
 
@@ -21,20 +22,24 @@ import torch
 from torch import Tensor, nn
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, load_tokenizer
-from recursify.checkpoint.dense_names import Factors, StoredModule
-from recursify.checkpoint.layerwise import TOKENS_PER_BATCH, Layerwise
+from recursify.checkpoint.dense_names import Factors, StoredModule, merge_factors
+from recursify.checkpoint.layerwise import Layerwise
 from recursify.checkpoint.writer import ShardedCheckpoint
 from recursify.evaluation.text import Text, num_context, text_start, token_windows
 from recursify.progress import Progress
 
 from .fisher import fisher_information
 from .initialization import average
-from .low_rank import TiedNorms, WeightedNorm, regress, share, share_for_residuals
 from .plan import ConversionPlan, find_rank_allocation
 from .relaxation import find_relaxation
+from .sharing import share, share_for_residuals
+from .weighted_norm import TiedNorms, WeightedNorm, input_norm, second_moment
 
 MIN_WINDOWS = 2
 """Smallest number of token windows that calibration accepts."""
+
+SHARE_TOKENS = 4096
+"""Number of tokens that shared weights are fitted to where drift correction fits the residuals to all."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Calibration:
             min_windows=MIN_WINDOWS,
             vocab_size=plan.config.vocab_size,
         )
-        self.dense = Layerwise(checkpoint, plan.config, self.windows, settings.device)
+        self.dense = Layerwise(checkpoint, plan.config, settings.device)
 
     @torch.no_grad()
     def allocate_ranks(self) -> ConversionPlan:
@@ -93,27 +98,31 @@ class Calibration:
     @torch.no_grad()
     def run(self, output: ShardedCheckpoint) -> dict[str, Any]:
         """Fit and write every shared weight and residual; returns the entry ``calibration`` of ``recursify.json``."""
-        starts = self._walk_to_starts()
-        for linears in self._tied_linears(starts, "share"):
+        share_windows = self.windows
+        if self.corrects_drift:
+            share_windows = share_windows[: max(MIN_WINDOWS, SHARE_TOKENS // share_windows.shape[1])]
+        for linears in self._tied_linears(share_windows, "share"):
             self._write_linears(output, linears)
-        corrects_drift = (
-            self.plan.settings.drift_correction
-            and self.plan.has_residuals
-            and find_relaxation(self.plan.settings.relaxation).needs_text
-        )
-        if corrects_drift:
-            self._correct_drift(output, starts[0])
+        if self.corrects_drift:
+            self._correct_drift(output)
         return {
             "text": self.text.name,
             "num_tokens": self.windows.numel(),
             "window": self.windows.shape[1],
             "window_start": self.tokenizer.convert_ids_to_tokens(text_start(self.tokenizer)),
-            "drift_correction": corrects_drift,
+            "drift_correction": self.corrects_drift,
         }
+
+    @property
+    def corrects_drift(self) -> bool:
+        """Drift correction fits the residuals."""
+        settings = self.plan.settings
+        fits_residuals = self.plan.has_residuals and find_relaxation(settings.relaxation).needs_text
+        return settings.drift_correction and fits_residuals
 
     def tied_linears(self, stage_name: str) -> Iterator[TiedLinears]:
         """Tied linear maps of the shared block with their input norms; ``stage_name`` is for progress."""
-        return self._tied_linears(self._walk_to_starts(), stage_name)
+        return self._tied_linears(self.windows, stage_name)
 
     def curvatures(self, module: StoredModule) -> list[Tensor]:
         """Fisher information of a module's dense weights by depth, each ``[O, I]``."""
@@ -128,7 +137,7 @@ class Calibration:
 
     # --- Pass 1: share -------------------------------------------------------------------------------------------
 
-    def _walk_to_starts(self) -> list[list[Tensor]]:
+    def _walk_to_starts(self, windows: Tensor) -> list[list[Tensor]]:
         """Dense hidden states at the start of each cursor; the first one starts where the block does.
 
         In a cycle, cursor ``d`` starts at recursion ``d``; in a sequence one cursor visits all depths of a tied group
@@ -137,19 +146,22 @@ class Calibration:
         first_positions = self.layout.positions(0)
         if self.layout.order == "sequence":
             first_positions = first_positions[:1]
-        hidden = self.dense.embed()
+        hidden = self.dense.embed(windows)
         starts = []
         for position in range(first_positions[-1] + 1):
             if position in first_positions:
                 starts.append(hidden)
             if position < first_positions[-1]:
-                layer = self.dense.load(position)
-                hidden = [self.dense.run(layer, position, batch) for batch in hidden]
+                hidden = self._walk(position, hidden)
                 self.progress("walk", position + 1, first_positions[-1])
         return starts
 
-    def _tied_linears(self, starts: list[list[Tensor]], stage_name: str) -> Iterator[TiedLinears]:
-        cursors = list(starts)
+    def _walk(self, position: int, hidden: list[Tensor]) -> list[Tensor]:
+        layer = self.dense.load(position)
+        return [self.dense.run(layer, position, batch) for batch in hidden]
+
+    def _tied_linears(self, windows: Tensor, stage_name: str) -> Iterator[TiedLinears]:
+        cursors = self._walk_to_starts(windows)
         for index in range(self.layout.block_size):
             layers, moments = [], []
             for depth, position in enumerate(self.layout.positions(index)):
@@ -162,7 +174,7 @@ class Calibration:
             for stage in self.dense.stages:
                 norms = TiedNorms(WeightedNorm(moment.pop(stage[0])) for moment in moments)
                 for path in stage:
-                    yield TiedLinears(modules[path], [_weight(layer, path).cpu() for layer in layers], norms)
+                    yield TiedLinears(modules[path], [_weight(layer, path) for layer in layers], norms)
             self.progress(stage_name, index + 1, self.layout.block_size)
 
     def _run_and_measure(
@@ -176,11 +188,11 @@ class Calibration:
             output, inputs = self.dense.observe(layer, position, batch, paths)
             outputs.append(output)
             for path, rows in inputs.items():
-                moments[path] = moments.get(path, 0) + _sum_of_products(rows, rows)
+                moments[path] = moments.get(path, 0) + second_moment(rows)
         return outputs, moments
 
     def _write_linears(self, output: ShardedCheckpoint, linears: TiedLinears) -> None:
-        """Write one shared weight, and the residuals of the weight as it was rounded on disk."""
+        """Write one shared weight, and the residuals, unless drift correction does."""
         module, weights, norms = linears.module, linears.weights, linears.norms
         settings = self.plan.settings
         factors = find_relaxation(settings.relaxation).factors
@@ -197,17 +209,23 @@ class Calibration:
             shared = average(weights, self.curvatures(module))
         else:
             shared = self.plan.initial_weight(self.checkpoint, module, self.generator)
-        module.write_linear(output, shared, weights, fit)
+        if self.corrects_drift:
+            output.write(module.shared_weight, shared)
+        else:
+            module.write_linear(output, shared, weights, fit)
 
     # --- Pass 2: correct drift -----------------------------------------------------------------------------------
 
-    def _correct_drift(self, output: ShardedCheckpoint, start: list[Tensor]) -> None:
+    def _correct_drift(self, output: ShardedCheckpoint) -> None:
         layout = self.layout
-        # The whole text at once: a stage is refitted, and the layer goes on with what it was refitted to.
-        dense_hidden = hidden = torch.cat(start)
         first = layout.num_prelude_layers
         # The coda is not refitted: refitted at full rank it learns the calibration text, and held-out perplexity rises.
         last = layout.num_layers - layout.num_coda_layers - 1
+        start = self.dense.embed(self.windows)
+        for position in range(first):
+            start = self._walk(position, start)
+        # The whole text at once: a stage is refitted, and the layer goes on with what it was refitted to.
+        dense_hidden = hidden = torch.cat(start)
         for position in range(first, last + 1):
             dense, converted = self.dense.load(position), self._load_converted(output, position)
             seen: dict[int, StageInputs] = {}
@@ -230,41 +248,46 @@ class Calibration:
         inputs: Tensor,
         stream: Tensor | None,
     ) -> None:
-        """Refit the residuals of a stage of the converted layer, given its inputs and the dense layer's."""
+        """Fit the residuals of a stage of the converted layer, given its inputs and the dense layer's.
+
+        The target is the map ``M`` nearest to ``W`` of ``min Σ ‖W y + e − M x‖²``, ``y`` and ``x`` the inputs of the
+        dense and the converted layer, ``e`` the difference of their residual streams.
+        """
         dense, ref = seen.pop(stage), self.layout.layer_ref(position)
         modules = {module.path: module for module in self.plan.names.stored_modules(ref.index)}
         paths = [path for path in self.dense.stages[stage] if modules[path].rank]
         if not paths:
             return
-        norm = WeightedNorm(_sum_of_products(inputs, inputs))
-        cross, drift = _sum_of_products(dense.inputs, inputs), None
-        if dense.stream is not None and stream is not None:
-            drift = _sum_of_products(dense.stream - stream, inputs)
+        norm, difference = input_norm(inputs), dense.inputs - inputs
+        # Maps that share inputs share the regression on them.
+        regression = norm.fit(difference, inputs).to(inputs.dtype) if len(paths) > 1 else None
         for path in paths:
-            module = modules[path]
-            target = regress(_weight(layers[0], path).cpu(), cross, norm, drift)
-            shared = output.read(module.shared_weight).double()
-            module.rewrite_factors(output, ref.depth, norm.low_rank(target - shared, module.rank))
-            _weight(layers[1], path).copy_(module.read(output, "weight", ref.depth))
+            weight, module = _weight(layers[0], path), modules[path]
+            if regression is not None:
+                correction = weight @ regression
+            else:
+                errors = difference @ weight.mT
+                if dense.stream is not None and stream is not None:
+                    errors += dense.stream - stream
+                correction = norm.fit(errors, inputs).to(inputs.dtype)
+            converted = _weight(layers[1], path)  # the shared weight until here
+            b, a = norm.low_rank(weight + correction - converted, module.rank)
+            factors = b.to(self.plan.config.dtype), a.to(self.plan.config.dtype)
+            module.write_factors(output, ref.depth, factors)
+            converted.copy_(merge_factors(converted, factors))
 
     def _load_converted(self, output: ShardedCheckpoint, position: int) -> nn.Module:
-        """Load the converted layer at ``position`` as a dense one: residuals merged, norms as written."""
+        """Load the converted layer at ``position`` as a dense one, without residuals."""
         ref = self.layout.layer_ref(position)
-        layer = self.dense.load(position)
+        parameters = {}
         for module in self.plan.names.stored_modules(ref.index):
             for parameter in module.parameters:
-                stored = module.read(output, parameter, ref.depth)
-                layer.get_parameter(f"{module.path}.{parameter}").copy_(stored)
-        return layer
+                is_shared = module.is_linear and parameter == "weight"
+                parameters[f"{module.path}.{parameter}"] = (
+                    output.read(module.shared_weight) if is_shared else module.read(output, parameter, ref.depth)
+                )
+        return self.dense.build(position, parameters)
 
 
 def _weight(layer: nn.Module, path: str) -> Tensor:
     return layer.get_parameter(f"{path}.weight")
-
-
-def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
-    """``Σ l rᵀ`` over rows ``[n, I]``, ``[I, I]``: products in float32, summed over batches in float64."""
-    total = torch.zeros((), dtype=torch.float64)
-    for some, others in zip(left.split(TOKENS_PER_BATCH), right.split(TOKENS_PER_BATCH), strict=True):
-        total = total + (some.mT @ others).double().cpu()
-    return total

@@ -135,7 +135,7 @@ class LayerFitter:
     ):
         self.settings, self.progress, self.log = run.settings, run.progress, log
         settings, device = run.settings, str(run.state.device)
-        self.dense = Layerwise(teacher, run.config, None, device)
+        self.dense = Layerwise(teacher, run.config, device)
         # The layers of both models are made from one config, so that they take the same masks.
         names = DenseNames(self.dense.config)
         self.layout = names.layout

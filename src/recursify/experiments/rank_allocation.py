@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recursify.convert.calibration import Calibration, TiedLinears
 from recursify.convert.initialization import average
-from recursify.convert.low_rank import share
+from recursify.convert.sharing import share
 
 
 def tail(calibration: Calibration) -> dict[str, int]:

@@ -1,0 +1,168 @@
+"""Norms of the errors of a linear map, weighted by the inputs that it receives on a text, and regression on them.
+
+Shapes: O/I output/input features of a linear map, n tokens, r rank, R recursions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from .low_rank import Factors, find_factors, full_rank_factors, is_small_rank, leading_eigenvectors, scale_factors
+
+RIDGE = 1e-3
+"""Ridge added to second moments of unit mean diagonal, so that directions absent from the text keep a small weight."""
+
+FIT_RIDGE = 0.1
+"""Ridge of regressions, which draws them towards the dense weights: with ``RIDGE`` they learn the calibration text.
+SmolLM2-135M calibrated on 4,096 tokens: held-out perplexity 40.5 with 1e-3, 28.9 with 0.1."""
+
+BLOCK = 512
+"""Columns per block of a symmetric product."""
+
+
+class InputNorm(Protocol):
+    """Norm ``‖E‖² = tr(E C Eᵀ)`` of an error ``E [O, I]``, with ``C [I, I]`` the second moment of the inputs."""
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """``matrix [O, I] @ C``."""
+
+    def low_rank(self, matrix: Tensor, rank: int) -> Factors:
+        """Factors ``B [O, r]``, ``A [r, I]`` nearest to ``matrix [O, I]``."""
+
+    def fit(self, errors: Tensor, inputs: Tensor) -> Tensor:
+        """Ridge regression ``D [O, I]`` of ``errors [n, O]`` on the norm's own ``inputs [n, I]``."""
+
+
+def input_norm(inputs: Tensor) -> InputNorm:
+    """Norm of ``inputs [n, I]``, in token space where tokens are fewer than input features."""
+    return TokenNorm(inputs) if len(inputs) < inputs.shape[1] else WeightedNorm(second_moment(inputs))
+
+
+def second_moment(inputs: Tensor) -> Tensor:
+    """``Σ x xᵀ [I, I]`` of the rows of ``inputs [n, I]``, in their dtype: the blocks on and above the diagonal."""
+    width = inputs.shape[1]
+    moment = inputs.new_empty(width, width)
+    for start in range(0, width, BLOCK):
+        rows = slice(start, start + BLOCK)
+        products = inputs[:, rows].mT @ inputs[:, start:]
+        moment[rows, start:] = products
+        moment[start:, rows] = products.mT
+    return moment
+
+
+class WeightedNorm:
+    """Norm ``‖E‖² = tr(E C Eᵀ)`` of an error ``E [O, I]`` of a linear map whose inputs have second moment ``C``.
+
+    Args:
+        moment: ``C = Σ x xᵀ``, ``[I, I]``, any scale, float32 or better. It is scaled to unit mean diagonal, so that
+            tied layers count equally whatever the scale of their inputs, and given a ridge of ``RIDGE``.
+    """
+
+    def __init__(self, moment: Tensor):
+        self.scale = _unit_scale(moment.diagonal().double().sum(), len(moment))
+        self.moment = moment / self.scale
+        """Scaled ``C`` plus the ridge, ``[I, I]``, in the dtype given."""
+        self.moment.diagonal().add_(RIDGE)
+
+    @classmethod
+    def total(cls, norms: Sequence[WeightedNorm]) -> Self:
+        """Sum of norms, as they are scaled."""
+        norm = cls.__new__(cls)
+        norm.scale, norm.moment = 1.0, sum((each.moment for each in norms[1:]), norms[0].moment)
+        return norm
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """Lower triangular ``S [I, I]`` with ``C = S Sᵀ``, float64."""
+        return torch.linalg.cholesky(self.moment.double())
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """``matrix [O, I] @ C``, in the better dtype of the two."""
+        dtype = torch.promote_types(matrix.dtype, self.moment.dtype)
+        return matrix.to(dtype) @ self.moment.to(dtype)
+
+    def over(self, matrix: Tensor) -> Tensor:
+        """``matrix [O, I] @ C⁻¹``, float64."""
+        return torch.cholesky_solve(matrix.double().mT, self.factor).mT
+
+    def error(self, difference: Tensor) -> float:
+        """Squared output error ``tr(E C Eᵀ)`` of ``E [O, I]``."""
+        return float((self.times(difference) * difference).double().sum())
+
+    def low_rank(self, matrix: Tensor, rank: int) -> Factors:
+        """Factors ``B = U Σ [O, r]``, ``A = Σ⁻¹ Uᵀ M [r, I]`` nearest to ``matrix M``, where ``M S = U Σ Vᵀ``.
+
+        ``U`` are the leading eigenvectors of ``M C Mᵀ``.
+        """
+        if matrix.shape[0] <= matrix.shape[1] or is_small_rank(matrix, rank):
+            return find_factors(matrix, self.times, rank)
+        if rank >= min(matrix.shape):
+            return full_rank_factors(matrix)
+        matrix = matrix.double()
+        squares, right = leading_eigenvectors(self._gram(matrix), rank)
+        return scale_factors(matrix, squares, matrix @ (self.factor @ right) / squares.clamp_min(1e-300).sqrt())
+
+    def fit(self, errors: Tensor, inputs: Tensor) -> Tensor:
+        """Map ``D [O, I]`` of ``min_D Σ ‖e − D x‖² / scale + FIT_RIDGE ‖D‖²``, float64.
+
+        Args:
+            errors: ``e``, ``[n, O]``.
+            inputs: ``x``, ``[n, I]``, of which this is the norm.
+        """
+        moment = self.moment.to(torch.float64, copy=True)
+        moment.diagonal().add_(FIT_RIDGE - RIDGE)
+        cross = (errors.mT @ inputs).double() / self.scale
+        return torch.cholesky_solve(cross.mT, torch.linalg.cholesky(moment)).mT
+
+    def squared_singular_values(self, matrix: Tensor) -> Tensor:
+        """Squared singular values of ``matrix S``, descending: the error that each further rank removes."""
+        return torch.linalg.eigvalsh(self._gram(matrix.double())).flip(0).clamp_min(0)
+
+    def _gram(self, matrix: Tensor) -> Tensor:
+        """Smaller Gram matrix of ``M S``: ``M C Mᵀ [O, O]``, or ``Sᵀ Mᵀ M S [I, I]`` where ``O > I``."""
+        if matrix.shape[0] <= matrix.shape[1]:
+            return self.times(matrix) @ matrix.mT
+        whitened = matrix @ self.factor
+        return whitened.mT @ whitened
+
+
+class TokenNorm:
+    """:class:`WeightedNorm` of few inputs ``x [n, I]``, ``n < I``, without the matrix ``C = XᵀX / scale + RIDGE``."""
+
+    def __init__(self, inputs: Tensor):
+        self.inputs = inputs
+        self.scale = _unit_scale(inputs.square().sum(dtype=torch.float64), inputs.shape[1])
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """``matrix [O, I] @ C``, in the inputs' dtype."""
+        matrix = matrix.to(self.inputs.dtype)
+        return ((matrix @ self.inputs.mT) @ self.inputs) / self.scale + RIDGE * matrix
+
+    def low_rank(self, matrix: Tensor, rank: int) -> Factors:
+        """Factors as of :meth:`WeightedNorm.low_rank`."""
+        return find_factors(matrix, self.times, rank)
+
+    def fit(self, errors: Tensor, inputs: Tensor) -> Tensor:
+        """:meth:`WeightedNorm.fit` as ``D = Eᵀ (X Xᵀ + FIT_RIDGE scale)⁻¹ X``, ``[O, I]``."""
+        products = second_moment(inputs.mT).double()
+        products.diagonal().add_(FIT_RIDGE * self.scale)
+        solved = torch.cholesky_solve(errors.double(), torch.linalg.cholesky(products))
+        return solved.mT.to(inputs.dtype) @ inputs
+
+
+class TiedNorms(list[WeightedNorm]):
+    """Norms of the inputs of tied maps, by depth. The maps of a stage share them, and so the factor of their sum."""
+
+    @cached_property
+    def total(self) -> WeightedNorm:
+        """Sum of the norms."""
+        return WeightedNorm.total(self)
+
+
+def _unit_scale(trace: Tensor, width: int) -> float:
+    return float((trace / width).clamp_min(1e-30))
