@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -130,7 +131,7 @@ def run_smollm2(arguments: argparse.Namespace) -> None:
 
 def run_shape(arguments: argparse.Namespace) -> None:
     """Convert one tied group and two of the 8B shape, and extrapolate to all layers."""
-    (threads,), groups = arguments.threads[:1], (NUM_LAYERS - 2) // 2
+    threads, groups = arguments.threads[0], (NUM_LAYERS - 2) // 2
     settings = {**ENDS, "calibration_tokens": arguments.tokens}
     measured: dict[int, Figures] = {}
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
@@ -138,11 +139,11 @@ def run_shape(arguments: argparse.Namespace) -> None:
             dense = Path(scratch) / f"dense-{count}"
             write_checkpoint(dense, SHAPE_8B, 2 + 2 * count)
             cost, stages = convert(dense, Path(scratch) / "model", settings, threads=threads, source=ROOT)
-            predicted = predict(dense, settings)
+            predicted = predict(dense, settings, threads)
             measured[count] = {**vars(cost), "stages": stages, "predicted": predicted}
             print(json.dumps(measured[count], indent=2), file=sys.stderr, flush=True)
         write_headers(Path(scratch) / "whole", SHAPE_8B, NUM_LAYERS)
-        predicted = predict(Path(scratch) / "whole", settings)
+        predicted = predict(Path(scratch) / "whole", settings, threads)
     whole = {
         name: measured[1][name] + (groups - 1) * (measured[2][name] - measured[1][name])
         for name in ("wall_seconds", "cpu_seconds", "peak_bytes")
@@ -163,14 +164,16 @@ def run_shape(arguments: argparse.Namespace) -> None:
     print(json.dumps(figures, indent=2))
 
 
-def predict(dense: Path, settings: dict[str, Any]) -> Any:
-    """Cost that the plan of a conversion estimates, as ``--dry-run --json`` prints it."""
-    command = [sys.executable, "-m", "recursify", "convert", str(dense), "--dry-run", "--json"]
+def predict(dense: Path, settings: dict[str, Any], threads: int) -> dict[str, float] | None:
+    """Cost on the CPU that the plan of a conversion estimates, as ``--dry-run --json`` prints it."""
+    command = [sys.executable, "-m", "recursify", "convert", str(dense), "--dry-run", "--json", "--no-check"]
     options = {"num_prelude_layers": "--prelude", "num_coda_layers": "--coda", "num_recursions": "--recursions"}
     for name, value in settings.items():
         command += [options.get(name, f"--{name.replace('_', '-')}"), str(value)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout).get("cost")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    costs = json.loads(done.stdout).get("costs", [])
+    return next((cost for cost in costs if cost["device"] == "cpu"), None)
 
 
 def read_arguments() -> argparse.Namespace:
