@@ -6,12 +6,15 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from helpers.tiny_models import random_ids
+from helpers.tiny_models import random_ids, save_tiny
 from recursify.checkpoint.dense_checkpoint import open_checkpoint
+from recursify.convert import pipeline
 from recursify.convert.pipeline import convert_model, plan_conversion
 from recursify.convert.settings import ConversionSettings
 from recursify.errors import OutputError, PlanError, SettingsError
+from recursify.evaluation.perplexity import compare
 from recursify.modeling import RecursiveForCausalLM
 
 TINY = {"lora_rank": 4, "calibration_data": ()}
@@ -93,3 +96,21 @@ def test_one_recursion_is_the_dense_model(tiny_llama, tmp_path):
         assert torch.equal(model(ids).logits, open_checkpoint(tiny_llama).load_model()(ids).logits)
     with pytest.raises(PlanError, match="Unknown rank allocation 'even'"):
         plan_conversion(tiny_llama, num_recursions=1, rank_allocation="even")
+
+
+def test_check_of_float16(tmp_path):
+    """The figures of the float16 weights of both models, computed in float32."""
+    save_tiny(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float16)
+    dense.save_pretrained(tmp_path / "dense")
+    result = convert_model(tmp_path / "dense", tmp_path / "out", **TINY)
+    assert result.plan.config.dtype == torch.float16
+    dense.float().save_pretrained(tmp_path / "dense")
+    figures = result.check.comparison
+    control = open_checkpoint(tmp_path / "dense").load_model()
+    windows = pipeline._read_check_text(open_checkpoint(tmp_path / "dense")).windows
+    model = RecursiveForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    expected = compare(model, control, windows)
+    assert figures.model.loss == pytest.approx(expected.model.loss, rel=1e-6)
+    assert figures.control.loss == pytest.approx(expected.control.loss, rel=1e-6)
+    assert figures.kl == pytest.approx(expected.kl, rel=1e-4)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, load_tokenizer, open_checkpoint
 from recursify.checkpoint.dense_families import SUPPORTED_FAMILIES
 from recursify.checkpoint.record import update_record
 from recursify.checkpoint.vocabulary import require_known_tokens
-from recursify.evaluation.fingerprint import take_fingerprint
+from recursify.evaluation.fingerprint import in_float32, take_fingerprint
 from recursify.evaluation.perplexity import Comparison, compare, precompute_states
 from recursify.evaluation.text import Text, default_text, num_context, read_text, token_windows
 from recursify.modeling import RecursiveForCausalLM
@@ -194,11 +196,13 @@ def _check(checkpoint: DenseCheckpoint, target: Path, text: _CheckText | None, p
         windows = torch.randint(0, vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     else:
         windows = text.windows
-    dense = checkpoint.stream_model()
-    precompute_states(dense, windows, progress=progress)
-    model = RecursiveForCausalLM.from_pretrained(target).eval()
     context = 1 if text is None else num_context(text.tokenizer)
-    comparison = compare(model, dense, windows, num_context=context, progress=progress)
+    dense = checkpoint.stream_model()
+    with _on_cpu(dense):
+        precompute_states(dense, windows, progress=progress)
+        model = RecursiveForCausalLM.from_pretrained(target).eval()
+        with _on_cpu(model):
+            comparison = compare(model, dense, windows, num_context=context, progress=progress)
     del dense
     entries: dict[str, Any] = {}
     name, sample = "random tokens (the model has no tokenizer)", ""
@@ -208,3 +212,8 @@ def _check(checkpoint: DenseCheckpoint, target: Path, text: _CheckText | None, p
         entries["evaluation"] = [comparison.as_evaluation(name)]
     update_record(target, **entries, fingerprint=take_fingerprint(model))
     return ConversionCheck(comparison, name, sample)
+
+
+def _on_cpu(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Context in which ``model`` runs fast on a CPU: many multiply float16 at a fifth of the speed of float32."""
+    return in_float32(model) if model.dtype == torch.float16 else nullcontext()

@@ -38,7 +38,7 @@ class Fingerprint(TypedDict):
 def take_fingerprint(model: PreTrainedModel) -> Fingerprint:
     """Compute the fingerprint of a recursive ``model`` on the CPU, in float32 whatever its dtype."""
     ids = torch.randint(0, model.config.vocab_size, (1, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
-    with _in_float32(model):
+    with in_float32(model):
         logits = model(input_ids=ids, num_recursions=model.config.num_recursions, use_cache=False).logits
     best = logits.float().log_softmax(-1).max(-1)
     choices, log_probabilities = best.indices[0].tolist(), best.values[0].tolist()
@@ -46,7 +46,7 @@ def take_fingerprint(model: PreTrainedModel) -> Fingerprint:
 
 
 @contextmanager
-def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
     """Context in which each module with weights of its own is cast to float32 while it runs, and back after that.
 
     It computes what ``model.float()`` does, with one module in float32 at a time.
