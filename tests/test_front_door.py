@@ -133,7 +133,7 @@ def test_typed(name):
             assert f"{parameter.name}:" in documented, f"{name}({parameter.name})"
     assert signature.return_annotation is not signature.empty
     positional = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert set(positional) <= {"model", "output", "source", "prompt", "tasks", "repo_id"}
+    assert set(positional) <= {"model", "output", "source", "prompt", "tasks", "repo_id", "plan"}
 
 
 @pytest.mark.parametrize("name", [name for name in recursify.__all__ if inspect.isclass(getattr(recursify, name))])

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from recursify.bench.settings import BenchSettings
     from recursify.checkpoint.description import ModelDescription, inspect_model
     from recursify.checkpoint.loading import load_model
+    from recursify.convert.cost import CostEstimate, estimate_costs
     from recursify.convert.export import ExportResult, export_model
     from recursify.convert.pipeline import ConversionResult, convert_model, plan_conversion
     from recursify.convert.plan import ConversionPlan
@@ -63,6 +64,7 @@ MODULES = {
     "recursify.bench.settings": ["BenchSettings"],
     "recursify.checkpoint.description": ["ModelDescription", "inspect_model"],
     "recursify.checkpoint.loading": ["load_model"],
+    "recursify.convert.cost": ["CostEstimate", "estimate_costs"],
     "recursify.convert.export": ["ExportResult", "export_model"],
     "recursify.convert.pipeline": ["ConversionResult", "convert_model", "plan_conversion"],
     "recursify.convert.plan": ["ConversionPlan"],
@@ -99,6 +101,7 @@ __all__ = [
     "ConversionPlan",
     "ConversionResult",
     "ConversionSettings",
+    "CostEstimate",
     "Engine",
     "EngineConfig",
     "EngineError",
@@ -135,6 +138,7 @@ __all__ = [
     "benchmark_model",
     "calibrate_exits",
     "convert_model",
+    "estimate_costs",
     "evaluate_model",
     "evaluate_tasks",
     "export_model",

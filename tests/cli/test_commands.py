@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -76,6 +77,7 @@ def test_convert_reports_and_suggests(models, tmp_path, capsys):
     assert "agreement   100.0%" in out
     assert f"recursify generate {tmp_path / 'out'}" in out
     assert "parameters" in err
+    assert "cost on cpu" in err
 
 
 def test_convert_json(models, tmp_path, capsys):
@@ -89,9 +91,14 @@ def test_convert_json(models, tmp_path, capsys):
 def test_dry_run_writes_nothing(models, tmp_path, capsys):
     """The plan on stdout, as text or JSON."""
     assert run("convert", models / "dense", "--dry-run", *TINY) == 0
-    assert "1 + (2 layers × 2) + 1" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 + (2 layers × 2) + 1" in out
+    assert re.search(r"\n  cost on cpu     about \d+ s, \d\.\d GB of memory, 0\.0 GB on disk\n", out)
     assert run("convert", models / "dense", "-o", tmp_path / "out", "--dry-run", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["layout"]["num_recursions"] == 2
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["layout"]["num_recursions"] == 2
+    assert plan["costs"][0].keys() == {"device", "seconds", "peak_bytes", "disk_bytes"}
+    assert plan["costs"][0]["disk_bytes"] == plan["recursive"]["num_bytes"]
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,16 +47,26 @@ def command(
     source: dict[str, Any] = {"settings": settings, "revision": revision, "trust_remote_code": trust_remote_code}
     if dry_run:
         plan = recursify.plan_conversion(model, **source)
-        print_json(plan.to_dict()) if json else print_data(str(plan))
+        costs = recursify.estimate_costs(plan, check=check)
+        facts = {**plan.to_dict(), "costs": [asdict(cost) for cost in costs]}
+        print_json(facts) if json else print_data(_text(plan, costs))
         return
     if output is None:
         raise typer.BadParameter("give the folder to write, or --dry-run", param_hint="--output / -o")
     with progress_report() as progress:
-        show = None if json else lambda plan: talk.print(str(plan))
+
+        def show(plan: recursify.ConversionPlan) -> None:
+            talk.print(_text(plan, recursify.estimate_costs(plan, devices=[settings.device], check=check)))
+
         result = recursify.convert_model(
-            model, output, **source, check=check, overwrite=overwrite, on_plan=show, progress=progress
+            model, output, **source, check=check, overwrite=overwrite, on_plan=None if json else show, progress=progress
         )
     print_json(result.to_dict()) if json else print_data(_summary(result))
+
+
+def _text(plan: recursify.ConversionPlan, costs: list[recursify.CostEstimate]) -> str:
+    lines = [f"  {f'cost on {cost.device}':<15s} {cost}" for cost in costs]
+    return "\n".join([str(plan), *lines])
 
 
 def _summary(result: recursify.ConversionResult) -> str:
