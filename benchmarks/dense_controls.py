@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from recursify.convert.low_rank import WeightedNorm, truncated_svd
+from recursify.convert.low_rank import truncated_svd
+from recursify.convert.weighted_norm import InputNorm, input_norm
 
 NUM_ENDS = 4
 """First and last layers that :func:`drop_layers` keeps: the most important ones, which the recursive rows keep, too."""
@@ -149,16 +150,15 @@ class _Factorization:
         self.num_factored = 0
         self._found: dict[nn.Linear, Tensor] = {}
         self._inputs: Tensor | None = None  # kept alive, so that identity means the same tensor
-        self._norm: WeightedNorm | None = None
+        self._norm: InputNorm | None = None
 
     def add(self, linear: nn.Linear, arguments: tuple[Tensor, ...]) -> None:
         """Factorize a map in the norm of its inputs; maps that are fed one tensor (q/k/v, gate/up) share the norm."""
         if self.rank * sum(linear.weight.shape) >= linear.weight.numel():
             return
         if self._inputs is not arguments[0]:
-            rows = arguments[0].flatten(0, -2)
             self._inputs, self._norm = arguments[0], None  # the norm before this one is released first
-            self._norm = WeightedNorm((rows.mT @ rows).double())
+            self._norm = input_norm(arguments[0].flatten(0, -2))
         assert self._norm is not None
         left, right = self._norm.low_rank(linear.weight, self.rank)
         self._found[linear] = (left @ right).to(linear.weight)
