@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,10 +43,10 @@ def figures_of(cost: Cost) -> dict[str, float]:
     }
 
 
-def dry_run(model: str, repeats: int) -> list[dict[str, Any]]:
-    """Cost of ``recursify convert MODEL --dry-run``."""
+def dry_run(model: str, repeats: int, source: Path) -> list[dict[str, Any]]:
+    """Cost of ``recursify convert MODEL --dry-run`` of a checkout."""
     command = [sys.executable, "-c", COMMAND, "convert", model, "--dry-run", "--prelude", "4", "--coda", "4"]
-    environment = {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+    environment = {"PYTHONPATH": str(source / "src"), "HF_HUB_OFFLINE": "1"}
     return [figures_of(run(command, environment)) for _ in range(repeats)]
 
 
@@ -55,6 +56,12 @@ def convert_once(model: str, folder: Path, settings: dict[str, Any], threads: in
     cost, stages = convert(model, folder, settings, threads=threads, source=ROOT)
     by_stage = {name: figures_of(Cost(**figures)) for name, figures in stages.items()}
     return {**figures_of(cost), "threads": threads, "settings": settings, "stages": by_stage}
+
+
+def commit(checkout: Path) -> str:
+    """Short commit of a checkout."""
+    command = ["git", "-C", str(checkout), "rev-parse", "--short=10", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def record(output: Path, entry: str, figures: Any, model: Path) -> None:
@@ -78,6 +85,7 @@ def read_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("dry-run", help="time and memory of --dry-run")
     plan.add_argument("--repeats", type=int, default=3)
+    plan.add_argument("--baseline", type=Path, help="checkout to measure in place of this one")
     once = commands.add_parser("convert", help="time and memory of a conversion, by stage")
     once.add_argument("--rank", type=int, default=256)
     once.add_argument("--tokens", type=int, default=CALIBRATION_TOKENS)
@@ -95,12 +103,14 @@ def main() -> None:
     model = arguments.model or str(fetch_large_model(arguments.cache))
     costs = arguments.results / "large_model_cost.json"
     if arguments.command == "dry-run":
-        record(costs, "dry_run", dry_run(model, arguments.repeats), Path(model))
+        source = (arguments.baseline or ROOT).resolve()
+        figures = dry_run(model, arguments.repeats, source)
+        record(costs, f"dry_run_{commit(source)}", figures, Path(model))
     elif arguments.command == "convert":
         folder = arguments.cache / "large_model_conversion"
         settings = {"lora_rank": arguments.rank, "calibration_tokens": arguments.tokens}
         figures = convert_once(model, folder, settings, arguments.threads)
-        record(costs, f"convert_{arguments.threads}_threads", figures, Path(model))
+        record(costs, f"convert_{arguments.threads}_threads_{commit(ROOT)}", figures, Path(model))
         shutil.rmtree(folder)
     else:
         from large_model_quality import write_table  # imports torch, whose size the measured processes would inherit
