@@ -42,10 +42,10 @@ def estimate(plan, **options) -> CostEstimate:
 
 
 def test_layer_pass_by_hand():
-    """Two operations per weight and token; queries with keys and weights with values, over the whole window."""
+    """Two operations per weight and token; queries with keys and weights with values, over the window; and outputs."""
     layer = LayerShape([[MapShape(8, 4, 0), MapShape(2, 4, 0)], [MapShape(4, 8, 0)]], attention=6)
     assert layer.size == 32 + 8 + 32
-    assert layer.run(10, 5) == Work(2 * 10 * 72 + 2 * (2 * 10 * 5 * 6))
+    assert layer.run(10, 5) == Work(2 * 10 * 72 + 2 * (2 * 10 * 5 * 6) + cost.ELEMENT * 10 * (8 + 2 + 4))
 
 
 @pytest.mark.parametrize(("width", "columns"), [(600, 600 + 512), (100, 100 + 100)])

@@ -39,6 +39,10 @@ of a matrix product's: measured in LAPACK on one thread, 576 to 2,048 wide."""
 LOGIT = 1000.0
 """Operations per logit of a comparison, which takes the time of reading and writing it several times."""
 
+ELEMENT = 250.0
+"""Operations per output of a layer's linear maps, for activations, norms and copies: the time that passes of SmolLM2's
+layers over 16,384 tokens take beyond their products."""
+
 PROCESS_BYTES = 650_000_000
 """Memory of a process that has imported torch and transformers."""
 
@@ -118,7 +122,8 @@ class LayerShape:
 
     def run(self, tokens: int, length: int) -> Work:
         """One pass over ``tokens`` in windows of ``length``."""
-        return Work(2.0 * tokens * (self.size + 2 * length * self.attention))
+        products = 2.0 * (self.size + 2 * length * self.attention)
+        return Work(tokens * (products + ELEMENT * sum(shape.outputs for shape in self.maps)))
 
 
 Speed = Callable[[torch.dtype, str], float]
