@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from recursify.checkpoint.loading import load_model
     from recursify.convert.cost import CostEstimate, estimate_costs
     from recursify.convert.export import ExportResult, export_model
-    from recursify.convert.pipeline import ConversionResult, convert_model, plan_conversion
+    from recursify.convert.layout_plan import LayoutPlan
+    from recursify.convert.layout_search import LayoutChoice
+    from recursify.convert.pipeline import ConversionResult, convert_model, plan_conversion, plan_layouts
     from recursify.convert.plan import ConversionPlan
     from recursify.convert.settings import ConversionSettings
     from recursify.engine.config import EngineConfig
@@ -66,7 +68,9 @@ MODULES = {
     "recursify.checkpoint.loading": ["load_model"],
     "recursify.convert.cost": ["CostEstimate", "estimate_costs"],
     "recursify.convert.export": ["ExportResult", "export_model"],
-    "recursify.convert.pipeline": ["ConversionResult", "convert_model", "plan_conversion"],
+    "recursify.convert.layout_plan": ["LayoutPlan"],
+    "recursify.convert.layout_search": ["LayoutChoice"],
+    "recursify.convert.pipeline": ["ConversionResult", "convert_model", "plan_conversion", "plan_layouts"],
     "recursify.convert.plan": ["ConversionPlan"],
     "recursify.convert.settings": ["ConversionSettings"],
     "recursify.engine.config": ["EngineConfig"],
@@ -114,6 +118,8 @@ __all__ = [
     "GenerationResult",
     "GenerationSettings",
     "HubError",
+    "LayoutChoice",
+    "LayoutPlan",
     "ModelDescription",
     "OutputError",
     "ParityError",
@@ -146,6 +152,7 @@ __all__ = [
     "inspect_model",
     "load_model",
     "plan_conversion",
+    "plan_layouts",
     "push_model",
     "serve_model",
     "uptrain_model",

@@ -17,6 +17,7 @@ from recursify.cli.app import main
 from recursify.modeling import RecursiveForCausalLM
 
 COMMANDS = (
+    "plan",
     "convert",
     "uptrain",
     "calibrate-exits",

@@ -67,6 +67,7 @@ CHAINED = (ROOT / "README.md", DOCS / "quickstart.md")
 
 SHORT = {
     "convert": ["--calibration-tokens", 1024],
+    "plan": ["--calibration-tokens", 1024],
     "uptrain": ["--max-tokens", 256, "--length", 64, "--batch-size", 2],
     "perplexity": ["--max-tokens", 512],
     "generate": ["--max-new-tokens", 4],

@@ -13,6 +13,7 @@ import recursify
 from recursify.errors import RecursifyError
 
 COMMANDS = {
+    "plan": "Predict the best layouts of a model by size.",
     "convert": "Convert a pretrained model into a recursive one.",
     "uptrain": "Train a recursive model on your own data.",
     "calibrate-exits": "Choose exit thresholds for a target agreement.",

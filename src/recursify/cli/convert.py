@@ -26,6 +26,8 @@ Convert a pretrained model into a recursive one.
 
 `recursify convert ./Qwen3-0.6B -o qwen-r4 --recursions 4 --calibration-data notes.md --calibration-data chats.jsonl`
 
+`recursify convert smollm2-135m -o smollm2-small --target-size 0.75`
+
 `recursify convert Qwen/Qwen3-0.6B --recursions 4 --dry-run`
 """
 
@@ -46,7 +48,8 @@ def command(
 ) -> None:
     source: dict[str, Any] = {"settings": settings, "revision": revision, "trust_remote_code": trust_remote_code}
     if dry_run:
-        plan = recursify.plan_conversion(model, **source)
+        with progress_report() as progress:
+            plan = recursify.plan_conversion(model, **source, progress=progress)
         costs = recursify.estimate_costs(plan, check=check)
         facts = {**plan.to_dict(), "costs": [asdict(cost) for cost in costs]}
         print_json(facts) if json else print_data(_text(plan, costs))

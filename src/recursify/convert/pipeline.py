@@ -16,6 +16,7 @@ from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, load_tokenize
 from recursify.checkpoint.dense_families import SUPPORTED_FAMILIES
 from recursify.checkpoint.record import update_record
 from recursify.checkpoint.vocabulary import require_known_tokens
+from recursify.errors import PlanError
 from recursify.evaluation.fingerprint import in_float32, take_fingerprint
 from recursify.evaluation.perplexity import Comparison, compare, precompute_states
 from recursify.evaluation.text import Text, default_text, num_context, read_text, token_windows
@@ -24,6 +25,7 @@ from recursify.progress import Progress, silent
 from recursify.settings import require_device, resolve_settings
 
 from .converter import write_recursive_model
+from .layout_plan import LayoutPlan, fill_budget, make_layout_plan
 from .parity import require_family_parity
 from .plan import ConversionPlan, make_plan
 from .settings import ConversionSettings
@@ -81,6 +83,7 @@ def plan_conversion(
     settings: ConversionSettings | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    progress: Progress = silent,
     **options: Any,
 ) -> ConversionPlan:
     """Plan a conversion without writing anything.
@@ -90,13 +93,42 @@ def plan_conversion(
         settings: Settings; give these or ``options``.
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Permission to run Python code of the model's folder.
+        progress: Callback for progress; only a choice of the layout for a budget takes long.
         options: Fields of :class:`~recursify.convert.settings.ConversionSettings`.
 
     Raises:
         RecursifyError: The model, the settings or the text cannot be used.
     """
-    _, plan, _ = _prepare(model, resolve_settings(ConversionSettings, settings, options), revision, trust_remote_code)
+    settings = resolve_settings(ConversionSettings, settings, options)
+    _, plan, _ = _prepare(model, settings, revision, trust_remote_code, progress)
     return plan
+
+
+def plan_layouts(
+    model: str | Path,
+    *,
+    settings: ConversionSettings | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = silent,
+    **options: Any,
+) -> LayoutPlan:
+    """Predict the best layouts of a dense model by size, from one measuring pass; nothing is written.
+
+    Args:
+        model: Dense model: a folder of safetensors, a ``.gguf`` file, or a Hub id.
+        settings: Settings, of which budget, calibration and device are used; give these or ``options``.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Permission to run Python code of the model's folder.
+        progress: Callback for progress.
+        options: Fields of :class:`~recursify.convert.settings.ConversionSettings`.
+
+    Raises:
+        RecursifyError: The model, the settings or the text cannot be used, or no layout meets the budget.
+    """
+    settings = resolve_settings(ConversionSettings, settings, options)
+    checkpoint, text = _open(model, settings, revision, trust_remote_code)
+    return make_layout_plan(checkpoint, settings, _require_text(text), progress)
 
 
 def convert_model(
@@ -130,7 +162,7 @@ def convert_model(
         RecursifyError: The model, the settings, the text or the output cannot be used; nothing was written.
     """
     target, settings = Path(output), resolve_settings(ConversionSettings, settings, options)
-    checkpoint, plan, text = _prepare(model, settings, revision, trust_remote_code)
+    checkpoint, plan, text = _prepare(model, settings, revision, trust_remote_code, progress)
     if on_plan is not None:
         on_plan(plan)
     check_text = _read_check_text(checkpoint) if check else None
@@ -140,21 +172,41 @@ def convert_model(
 
 
 def _prepare(
-    model: str | Path, settings: ConversionSettings, revision: str | None, trust_remote_code: bool
+    model: str | Path,
+    settings: ConversionSettings,
+    revision: str | None,
+    trust_remote_code: bool,
+    progress: Progress,
 ) -> tuple[DenseCheckpoint, ConversionPlan, Text | None]:
     """Open the dense model, plan its conversion and read the calibration text that the plan needs."""
-    require_device(settings.device)
-    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
-    text = None
-    if settings.calibration_data is None:
-        # By default, a model without a tokenizer is converted without calibration.
-        text = default_text("calibration") if checkpoint.has_tokenizer else None
-    elif settings.calibration_data:
-        text = read_text(settings.calibration_data)
+    checkpoint, text = _open(model, settings, revision, trust_remote_code)
+    if settings.has_budget:
+        settings = fill_budget(checkpoint, settings, _require_text(text), progress)
     plan = make_plan(checkpoint, settings, has_text=text is not None)
     if checkpoint.config.model_type not in SUPPORTED_FAMILIES:
         require_family_parity(checkpoint.config)
     return checkpoint, plan, text if plan.needs_text else None
+
+
+def _open(
+    model: str | Path, settings: ConversionSettings, revision: str | None, trust_remote_code: bool
+) -> tuple[DenseCheckpoint, Text | None]:
+    """Open the dense model, and the calibration text of the settings."""
+    require_device(settings.device)
+    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
+    if settings.calibration_data is None:
+        # By default, a model without a tokenizer is converted without calibration.
+        return checkpoint, default_text("calibration") if checkpoint.has_tokenizer else None
+    return checkpoint, read_text(settings.calibration_data) if settings.calibration_data else None
+
+
+def _require_text(text: Text | None) -> Text:
+    if text is None:
+        raise PlanError(
+            "Choosing a layout needs a tokenizer and text to measure on. Give a model with a tokenizer, and leave out "
+            "--calibration-data none."
+        )
+    return text
 
 
 @dataclass(frozen=True)

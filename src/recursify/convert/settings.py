@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Lt
 from pydantic import BeforeValidator, NonNegativeInt, PositiveInt
 
+from recursify.errors import SettingsError
 from recursify.settings import Dtype, Option, Settings, Strings
 
 FULL_RANK = 2**31 - 1
@@ -44,6 +45,12 @@ class ConversionSettings(Settings):
     num_coda_layers: Annotated[NonNegativeInt | None, Option("--coda")] = None
     """Number of unshared layers after the block. Without it, the sharing scheme's own number."""
 
+    target_size: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Budget of stored parameters as a fraction of the dense model's, for which prelude, coda, recursions, order and
+    ranks are chosen (recursify plan shows the choice)."""
+    target_parameters: PositiveInt | None = None
+    """The same budget as a number of parameters."""
+
     initialization: Annotated[str, Option("--init")] = "auto"
     """Initialization of the shared weights: calibrated, average, stepwise, lower, upper, random_choice, random or
     fisher. auto: calibrated with text, else average (stepwise for rank 0)."""
@@ -74,3 +81,17 @@ class ConversionSettings(Settings):
     """Device that runs the dense layers during calibration; matrix decompositions run on the CPU, in float64."""
     drift_correction: bool = True
     """Refit every residual on the inputs that the converted model produces (calibrated relaxation only)."""
+
+    @property
+    def has_budget(self) -> bool:
+        """True if the layout is to be chosen for a number of parameters."""
+        return self.target_size is not None or self.target_parameters is not None
+
+    def __post_init__(self) -> None:
+        if not self.has_budget:
+            return
+        if self.target_size is not None and self.target_parameters is not None:
+            raise SettingsError("target_size and target_parameters are two budgets. Give one of them.")
+        chosen = ("sharing", "num_prelude_layers", "num_coda_layers", "lora_rank_pattern")
+        if given := [name for name in chosen if getattr(self, name)]:
+            raise SettingsError(f"A target size chooses the layout and its ranks. Leave out {', '.join(given)}.")
