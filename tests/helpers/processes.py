@@ -27,6 +27,24 @@ def uptrain(source: Path, output: Path, settings: Any, *, die_at_tokens: int | N
     uptrain_model(source, output, settings=settings, progress=progress, **options)
 
 
+def convert(source: Path, output: Path, *, die_at_write: int | None = None, **options: Any) -> None:
+    """Convert with ``convert_model``; ``kill -9`` the process when it writes that tensor, counted from 1."""
+    from recursify.checkpoint.writer import ShardedCheckpoint
+    from recursify.convert.pipeline import convert_model
+
+    write, written = ShardedCheckpoint._write, 0
+
+    def count(*arguments: Any) -> None:
+        nonlocal written
+        written += 1
+        if written == die_at_write:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(*arguments)
+
+    ShardedCheckpoint._write = count
+    convert_model(source, output, check=False, **options)
+
+
 def start_run(
     log: Path,
     *arguments: Any,

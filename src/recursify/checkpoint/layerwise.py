@@ -71,8 +71,12 @@ class Layerwise:
         weight = self.checkpoint.read(self.checkpoint.embedding_name)[tokens].to(self.device, torch.float32)
         module.weight = nn.Parameter(weight, requires_grad=False)
         module.padding_idx = None  # type: ignore[assignment]  # matters to gradients alone, but is checked
-        batch_size = max(1, TOKENS_PER_BATCH // windows.shape[1])
-        return [module(batch) for batch in ids.to(self.device).split(batch_size)]
+        return self.split(module(ids.to(self.device)))
+
+    def split(self, hidden: Tensor) -> list[Tensor]:
+        """Batches of about ``TOKENS_PER_BATCH`` tokens of hidden states ``[N, T, D]``, each in its own memory."""
+        batches = hidden.to(self.device).split(max(1, TOKENS_PER_BATCH // hidden.shape[1]))
+        return [batch.clone() for batch in batches]
 
     def load(self, position: int) -> nn.Module:
         """Load the dense layer at ``position`` in float32."""

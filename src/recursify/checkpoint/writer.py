@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,12 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recursify.errors import OutputError
+from recursify.errors import OutputError, RecursifyError
 
 from .shards import DTYPES, INDEX_FILE, SINGLE_FILE, TensorInfo
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Shard size, as in ``save_pretrained``."""
+
+UNFINISHED_FILE = "unfinished.safetensors"
+"""File of a scratch folder that an interrupted run can be resumed from."""
+
+logger = logging.getLogger(__name__)
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -33,25 +39,35 @@ class ShardedCheckpoint:
         folder: Existing folder without weights.
         tensors: Tensors to be written, in the order on disk.
         max_shard_bytes: Size limit of a shard.
+        unwritten: Value of the attribute when an interrupted run wrote into the same folder, to go on with its shards.
+
+    Attributes:
+        unwritten: Names of the tensors that were not written yet, with an index in brackets for single rows.
     """
 
-    def __init__(self, folder: Path, tensors: dict[str, TensorInfo], *, max_shard_bytes: int = MAX_SHARD_BYTES):
+    def __init__(
+        self,
+        folder: Path,
+        tensors: dict[str, TensorInfo],
+        *,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        unwritten: set[str] | None = None,
+    ):
         self.folder = folder
         self.tensors = tensors
-        self._unwritten = set(tensors)
-        self._unwritten_rows: dict[str, set[int]] = {}
+        self.unwritten = set(tensors) if unwritten is None else unwritten
         self._places: dict[str, tuple[Path, int]] = {}
         shards = _split(tensors, max_shard_bytes)
         for number, shard in enumerate(shards, start=1):
             name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._write_header(folder / name, shard)
+            self._write_header(folder / name, shard, keep=unwritten is not None)
         if len(shards) > 1:
             weight_map = {name: self._places[name][0].name for name in tensors}
             total = sum(info.num_bytes for info in tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    def _write_header(self, file: Path, names: list[str]) -> None:
+    def _write_header(self, file: Path, names: list[str], *, keep: bool) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         starts, offset = {}, 0
         for name in names:
@@ -64,24 +80,25 @@ class ShardedCheckpoint:
             }
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
-        with open(file, "wb") as stream:
-            stream.write(len(encoded).to_bytes(8, "little") + encoded)
-            stream.truncate(8 + len(encoded) + offset)
+        if not keep:
+            with open(file, "wb") as stream:
+                stream.write(len(encoded).to_bytes(8, "little") + encoded)
+                stream.truncate(8 + len(encoded) + offset)
         self._places |= {name: (file, 8 + len(encoded) + start) for name, start in starts.items()}
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write ``tensor`` under ``name``, cast to the dtype in the header; a later call replaces an earlier one."""
         self._write(name, self.tensors[name].shape, 0, tensor)
-        self._unwritten.discard(name)
+        self.unwritten.discard(name)
 
     def write_row(self, name: str, index: int, tensor: Tensor) -> None:
         """Write ``tensor`` as entry ``index`` of the first dimension of ``name``, as :meth:`write` does."""
         shape = self.tensors[name].shape
         self._write(name, shape[1:], index, tensor)
-        rows = self._unwritten_rows.setdefault(name, set(range(shape[0])))
-        rows.discard(index)
-        if not rows:
-            self._unwritten.discard(name)
+        if name in self.unwritten:
+            self.unwritten.remove(name)
+            self.unwritten.update(f"{name}[{row}]" for row in range(shape[0]))
+        self.unwritten.discard(f"{name}[{index}]")
 
     def _write(self, name: str, shape: tuple[int, ...], index: int, tensor: Tensor) -> None:
         assert tuple(tensor.shape) == shape, f"{name}: {tuple(tensor.shape)} is not {shape}"
@@ -93,7 +110,7 @@ class ShardedCheckpoint:
 
     def read(self, name: str) -> Tensor:
         """Read back a written tensor in the dtype on disk."""
-        assert name not in self._unwritten, f"{name} was never written"
+        assert name not in self.unwritten, f"{name} was never written"
         file, offset = self._places[name]
         info = self.tensors[name]
         data = torch.empty(info.num_bytes, dtype=torch.uint8)
@@ -102,9 +119,15 @@ class ShardedCheckpoint:
             stream.readinto(data.numpy().data)
         return data.view(info.dtype).reshape(info.shape)
 
+    def sync(self) -> None:
+        """Wait until all tensors so far are on the disk."""
+        for file in {file for file, _ in self._places.values()}:
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+
     def finish(self) -> None:
         """Assert that every tensor was written."""
-        assert not self._unwritten, f"never written: {sorted(self._unwritten)[:5]}"
+        assert not self.unwritten, f"never written: {sorted(self.unwritten)[:5]}"
 
 
 def _split(tensors: dict[str, TensorInfo], max_shard_bytes: int) -> list[list[str]]:
@@ -147,18 +170,24 @@ def check_target(target: Path, source: Path | None, *, overwrite: bool, num_byte
 
 
 @contextmanager
-def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
     """Scratch folder that is renamed to ``target`` at the end of the block, and removed after an exception.
 
-    A killed process leaves a dot-folder, which the next run for the same target removes. To replace a model, the old
+    A killed process leaves a dot-folder, which the next run for the same target removes or, with ``resume``, goes on
+    with. So does an interruption or a full disk, if the folder has an ``UNFINISHED_FILE``. To replace a model, the old
     one is moved aside first; if the process is killed at that point, the next run restores it.
+
+    Raises:
+        OutputError: With ``resume``, there is no interrupted run.
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    _recover(target)
     scratch = target.parent / f".{target.name}.recursify-{os.getpid()}"
     aside = target.parent / f".{target.name}.replaced-{os.getpid()}"
-    scratch.mkdir()
+    if resume:
+        _find_unfinished(target).rename(scratch)
+    _recover(target, keep=scratch if resume else None)
+    scratch.mkdir(exist_ok=resume)
     try:
         yield scratch
         for file in filter(Path.is_file, scratch.rglob("*")):
@@ -169,11 +198,27 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             target.rename(aside)
         scratch.rename(target)
         shutil.rmtree(aside, ignore_errors=True)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    except BaseException as error:
+        is_permanent = isinstance(error, RecursifyError) and not isinstance(error, OutputError)
+        if is_permanent or not (scratch / UNFINISHED_FILE).exists():
+            shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            logger.warning("'%s' is unfinished. Go on with --resume, or start again without it.", target)
+        raise
 
 
-def _recover(target: Path) -> None:
+def _find_unfinished(target: Path) -> Path:
+    """Scratch folder of an interrupted run for ``target``."""
+    for scratch in target.parent.glob(f".{target.name}.recursify-*"):
+        if (scratch / UNFINISHED_FILE).exists() and _is_stale(scratch):
+            return scratch
+    raise OutputError(
+        f"'{target}' has no interrupted conversion to resume: none was started, or it had not finished its first "
+        f"layer. Omit --resume to start one."
+    )
+
+
+def _recover(target: Path, keep: Path | None = None) -> None:
     """Remove scratch folders of killed runs for ``target``, and restore a model that one had moved aside."""
     for aside in target.parent.glob(f".{target.name}.replaced-*"):
         if target.exists():
@@ -181,9 +226,14 @@ def _recover(target: Path) -> None:
         else:
             aside.rename(target)
     for scratch in target.parent.glob(f".{target.name}.recursify-*"):
-        pid = scratch.name.rpartition("-")[2]
-        if pid == str(os.getpid()) or not _is_running(int(pid)):
+        if scratch != keep and _is_stale(scratch):
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _is_stale(scratch: Path) -> bool:
+    """Tell whether the run that a scratch folder belongs to has ended."""
+    pid = int(scratch.name.rpartition("-")[2])
+    return pid == os.getpid() or not _is_running(pid)
 
 
 def _is_running(pid: int) -> bool:

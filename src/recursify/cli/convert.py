@@ -43,6 +43,9 @@ def command(
     check: CheckOption = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     overwrite: OverwriteOption = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted conversion into the output folder.")
+    ] = False,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -62,7 +65,14 @@ def command(
             talk.print(_text(plan, recursify.estimate_costs(plan, devices=[settings.device], check=check)))
 
         result = recursify.convert_model(
-            model, output, **source, check=check, overwrite=overwrite, on_plan=None if json else show, progress=progress
+            model,
+            output,
+            **source,
+            check=check,
+            overwrite=overwrite,
+            resume=resume,
+            on_plan=None if json else show,
+            progress=progress,
         )
     print_json(result.to_dict()) if json else print_data(_summary(result))
 

@@ -6,34 +6,40 @@ Two passes over the text, each with one tied group's dense layers and the hidden
    The second moments of their inputs define the norm in which shared weight and residuals are solved jointly
    (:func:`~recursify.convert.sharing.share_for_residuals`). If drift correction follows, the first ``SHARE_TOKENS``
    tokens are enough, and the residuals are left to it.
-2. **Correct drift.** The converted model's hidden states are computed next to the dense ones. Each residual is
-   fitted, stage by stage (q/k/v, o, gate/up, down), by reduced-rank regression of the dense layer's outputs on the
-   converted layer's inputs. Where a map writes to the residual stream, its target includes the stream's error so far.
+2. **Correct drift.** The residuals are fitted to the inputs that the converted model produces
+   (:mod:`~recursify.convert.drift_correction`).
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint, load_tokenizer
-from recursify.checkpoint.dense_names import Factors, StoredModule, merge_factors
+from recursify.checkpoint.dense_names import Factors, StoredModule
 from recursify.checkpoint.layerwise import Layerwise
 from recursify.checkpoint.writer import ShardedCheckpoint
 from recursify.evaluation.text import Text, num_context, text_start, token_windows
 from recursify.progress import Progress
 
+from . import drift_correction
+from .drift_correction import DriftCorrection
 from .fisher import fisher_information
 from .initialization import average
 from .plan import ConversionPlan, find_rank_allocation
 from .relaxation import find_relaxation
 from .sharing import share, share_for_residuals
-from .weighted_norm import TiedNorms, WeightedNorm, input_norm, second_moment
+from .unfinished import UnfinishedConversion
+from .weighted_norm import TiedNorms, WeightedNorm, second_moment
+
+STAGE = "share"
+"""Name of the first pass for progress."""
 
 MIN_WINDOWS = 2
 """Smallest number of token windows that calibration accepts."""
@@ -49,14 +55,6 @@ class TiedLinears:
     module: StoredModule
     weights: list[Tensor]
     norms: TiedNorms
-
-
-@dataclass(frozen=True)
-class StageInputs:
-    """Inputs ``[n, I]`` of a layer's stage on a text, and the residual stream ``[n, D]`` that it writes to, if any."""
-
-    inputs: Tensor
-    stream: Tensor | None
 
 
 class Calibration:
@@ -96,21 +94,27 @@ class Calibration:
         return self.plan
 
     @torch.no_grad()
-    def run(self, output: ShardedCheckpoint) -> dict[str, Any]:
+    def run(self, output: ShardedCheckpoint, unfinished: UnfinishedConversion) -> dict[str, Any]:
         """Fit and write every shared weight and residual; returns the entry ``calibration`` of ``recursify.json``."""
-        share_windows = self.windows
+        if unfinished.stage != drift_correction.STAGE:
+            self._share(output, unfinished)
         if self.corrects_drift:
-            share_windows = share_windows[: max(MIN_WINDOWS, SHARE_TOKENS // share_windows.shape[1])]
-        for linears in self._tied_linears(share_windows, "share"):
-            self._write_linears(output, linears)
-        if self.corrects_drift:
-            self._correct_drift(output)
+            DriftCorrection(self.dense, self.plan, output, self.progress).run(self.windows, unfinished)
         return {
             "text": self.text.name,
             "num_tokens": self.windows.numel(),
             "window": self.windows.shape[1],
             "window_start": self.tokenizer.convert_ids_to_tokens(text_start(self.tokenizer)),
             "drift_correction": self.corrects_drift,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What must not change when the conversion is resumed."""
+        return {
+            "source": self.plan.source,
+            **self.plan.settings.to_dict(),
+            "text": f"{self.text.name} ({zlib.crc32(self.windows.numpy().tobytes()):08x})",
+            "torch": torch.__version__,
         }
 
     @property
@@ -122,7 +126,10 @@ class Calibration:
 
     def tied_linears(self, stage_name: str) -> Iterator[TiedLinears]:
         """Tied linear maps of the shared block with their input norms; ``stage_name`` is for progress."""
-        return self._tied_linears(self.windows, stage_name)
+        cursors = self._walk_to_starts(self.windows)
+        for index in range(self.layout.block_size):
+            yield from self._tied_linears_of(index, cursors)
+            self.progress(stage_name, index + 1, self.layout.block_size)
 
     def curvatures(self, module: StoredModule) -> list[Tensor]:
         """Fisher information of a module's dense weights by depth, each ``[O, I]``."""
@@ -134,8 +141,6 @@ class Calibration:
         return fisher_information(
             self.checkpoint, self.plan.names.stem, self.windows, num_context(self.tokenizer), self.progress
         )
-
-    # --- Pass 1: share -------------------------------------------------------------------------------------------
 
     def _walk_to_starts(self, windows: Tensor) -> list[list[Tensor]]:
         """Dense hidden states at the start of each cursor; the first one starts where the block does.
@@ -160,22 +165,34 @@ class Calibration:
         layer = self.dense.load(position)
         return [self.dense.run(layer, position, batch) for batch in hidden]
 
-    def _tied_linears(self, windows: Tensor, stage_name: str) -> Iterator[TiedLinears]:
-        cursors = self._walk_to_starts(windows)
-        for index in range(self.layout.block_size):
-            layers, moments = [], []
-            for depth, position in enumerate(self.layout.positions(index)):
-                cursor = 0 if self.layout.order == "sequence" else depth
-                layer = self.dense.load(position)
-                cursors[cursor], input_moments = self._run_and_measure(layer, position, cursors[cursor])
-                layers.append(layer)
-                moments.append(input_moments)
-            modules = {module.path: module for module in self.plan.names.stored_modules(index) if module.is_linear}
-            for stage in self.dense.stages:
-                norms = TiedNorms(WeightedNorm(moment.pop(stage[0])) for moment in moments)
-                for path in stage:
-                    yield TiedLinears(modules[path], [_weight(layer, path) for layer in layers], norms)
-            self.progress(stage_name, index + 1, self.layout.block_size)
+    def _share(self, output: ShardedCheckpoint, unfinished: UnfinishedConversion) -> None:
+        """Fit the shared weights, from the last finished layer on, and the residuals, unless drift correction does."""
+        windows = self.windows
+        if self.corrects_drift:
+            windows = windows[: max(MIN_WINDOWS, SHARE_TOKENS // windows.shape[1])]
+        done, states = unfinished.resume_at(STAGE) or (0, [])
+        cursors = [self.dense.split(state) for state in states] or self._walk_to_starts(windows)
+        for index in range(done, self.layout.block_size):
+            for linears in self._tied_linears_of(index, cursors):
+                self._write_linears(output, linears)
+            unfinished.save(STAGE, index + 1, [torch.cat(cursor) for cursor in cursors], output)
+            self.progress(STAGE, index + 1, self.layout.block_size)
+
+    def _tied_linears_of(self, index: int, cursors: list[list[Tensor]]) -> Iterator[TiedLinears]:
+        """Tied linear maps of one block layer; the cursors walk past its dense layers."""
+        layers, moments = [], []
+        for depth, position in enumerate(self.layout.positions(index)):
+            cursor = 0 if self.layout.order == "sequence" else depth
+            layer = self.dense.load(position)
+            cursors[cursor], input_moments = self._run_and_measure(layer, position, cursors[cursor])
+            layers.append(layer)
+            moments.append(input_moments)
+        modules = {module.path: module for module in self.plan.names.stored_modules(index) if module.is_linear}
+        for stage in self.dense.stages:
+            norms = TiedNorms(WeightedNorm(moment.pop(stage[0])) for moment in moments)
+            for path in stage:
+                weights: list[Tensor] = [layer.get_parameter(f"{path}.weight") for layer in layers]
+                yield TiedLinears(modules[path], weights, norms)
 
     def _run_and_measure(
         self, layer: nn.Module, position: int, hidden: list[Tensor]
@@ -213,81 +230,3 @@ class Calibration:
             output.write(module.shared_weight, shared)
         else:
             module.write_linear(output, shared, weights, fit)
-
-    # --- Pass 2: correct drift -----------------------------------------------------------------------------------
-
-    def _correct_drift(self, output: ShardedCheckpoint) -> None:
-        layout = self.layout
-        first = layout.num_prelude_layers
-        # The coda is not refitted: refitted at full rank it learns the calibration text, and held-out perplexity rises.
-        last = layout.num_layers - layout.num_coda_layers - 1
-        start = self.dense.embed(self.windows)
-        for position in range(first):
-            start = self._walk(position, start)
-        # The whole text at once: a stage is refitted, and the layer goes on with what it was refitted to.
-        dense_hidden = hidden = torch.cat(start)
-        for position in range(first, last + 1):
-            dense, converted = self.dense.load(position), self._load_converted(output, position)
-            seen: dict[int, StageInputs] = {}
-
-            def record(stage: int, inputs: Tensor, stream: Tensor | None, seen: Any = seen) -> None:
-                seen[stage] = StageInputs(inputs, stream)
-
-            dense_hidden = self.dense.run_in_stages(dense, position, dense_hidden, record)
-            refit = partial(self._refit_stage, output, (dense, converted), position, seen)
-            hidden = self.dense.run_in_stages(converted, position, hidden, refit)
-            self.progress("correct", position - first + 1, last - first + 1)
-
-    def _refit_stage(
-        self,
-        output: ShardedCheckpoint,
-        layers: tuple[nn.Module, nn.Module],
-        position: int,
-        seen: dict[int, StageInputs],
-        stage: int,
-        inputs: Tensor,
-        stream: Tensor | None,
-    ) -> None:
-        """Fit the residuals of a stage of the converted layer, given its inputs and the dense layer's.
-
-        The target is the map ``M`` nearest to ``W`` of ``min Σ ‖W y + e − M x‖²``, ``y`` and ``x`` the inputs of the
-        dense and the converted layer, ``e`` the difference of their residual streams.
-        """
-        dense, ref = seen.pop(stage), self.layout.layer_ref(position)
-        modules = {module.path: module for module in self.plan.names.stored_modules(ref.index)}
-        paths = [path for path in self.dense.stages[stage] if modules[path].rank]
-        if not paths:
-            return
-        norm, difference = input_norm(inputs), dense.inputs - inputs
-        # Maps that share inputs share the regression on them.
-        regression = norm.fit(difference, inputs).to(inputs.dtype) if len(paths) > 1 else None
-        for path in paths:
-            weight, module = _weight(layers[0], path), modules[path]
-            if regression is not None:
-                correction = weight @ regression
-            else:
-                errors = difference @ weight.mT
-                if dense.stream is not None and stream is not None:
-                    errors += dense.stream - stream
-                correction = norm.fit(errors, inputs).to(inputs.dtype)
-            converted = _weight(layers[1], path)  # the shared weight until here
-            b, a = norm.low_rank(weight + correction - converted, module.rank)
-            factors = b.to(self.plan.config.dtype), a.to(self.plan.config.dtype)
-            module.write_factors(output, ref.depth, factors)
-            converted.copy_(merge_factors(converted, factors))
-
-    def _load_converted(self, output: ShardedCheckpoint, position: int) -> nn.Module:
-        """Load the converted layer at ``position`` as a dense one, without residuals."""
-        ref = self.layout.layer_ref(position)
-        parameters = {}
-        for module in self.plan.names.stored_modules(ref.index):
-            for parameter in module.parameters:
-                is_shared = module.is_linear and parameter == "weight"
-                parameters[f"{module.path}.{parameter}"] = (
-                    output.read(module.shared_weight) if is_shared else module.read(output, parameter, ref.depth)
-                )
-        return self.dense.build(position, parameters)
-
-
-def _weight(layer: nn.Module, path: str) -> Tensor:
-    return layer.get_parameter(f"{path}.weight")

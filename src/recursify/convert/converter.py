@@ -21,6 +21,7 @@ from .calibration import Calibration
 from .initialization import average
 from .plan import ConversionPlan
 from .relaxation import find_relaxation
+from .unfinished import UnfinishedConversion
 
 
 def write_recursive_model(
@@ -30,11 +31,13 @@ def write_recursive_model(
     *,
     text: Text | None,
     overwrite: bool,
+    resume: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """Write the recursive model that ``plan`` describes into ``target``, which appears when it is complete.
 
-    The calibration ``text`` is required if ``plan.needs_text``.
+    The calibration ``text`` is required if ``plan.needs_text``. With ``resume``, an interrupted conversion into the
+    same target goes on at its last finished layer.
 
     Returns:
         Contents of ``recursify.json``.
@@ -45,13 +48,14 @@ def write_recursive_model(
         TextError: The text is too short.
     """
     check_target(target, checkpoint.location, overwrite=overwrite, num_bytes=int(plan.recursive.num_bytes * 1.02))
-    with atomic_folder(target, overwrite=overwrite) as folder:
-        calibration = None
+    with atomic_folder(target, overwrite=overwrite, resume=resume) as folder:
+        calibration = unfinished = None
         if plan.needs_text:
             assert text is not None, "make_plan refuses plans that need text without it"
             calibration = Calibration(checkpoint, plan, text, progress)
+            unfinished = UnfinishedConversion(folder, calibration.facts(), calibration.generator)
             plan = calibration.allocate_ranks()
-        output = ShardedCheckpoint(folder, plan.tensors)
+        output = ShardedCheckpoint(folder, plan.tensors, unwritten=None if unfinished is None else unfinished.unwritten)
         _write_unshared(checkpoint, plan, output, progress)
         if calibration is None:
             _write_block(checkpoint, plan, output, progress)
@@ -62,11 +66,13 @@ def write_recursive_model(
             "base": asdict(checkpoint.origin()),
             "plan": plan.to_dict(),
             "settings": plan.settings.to_dict(),
-            "calibration": {} if calibration is None else calibration.run(output),
+            "calibration": calibration.run(output, unfinished) if calibration and unfinished else {},
             "evaluation": [],
             "history": [],
         }
         output.finish()
+        if unfinished is not None:
+            unfinished.finish()
         checkpoint.save_auxiliary_files(folder)
         write_model_files(folder, plan.config, record)
     return record

@@ -140,6 +140,7 @@ def convert_model(
     trust_remote_code: bool = False,
     check: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
     on_plan: Callable[[ConversionPlan], None] | None = None,
     progress: Progress = silent,
     **options: Any,
@@ -154,6 +155,7 @@ def convert_model(
         trust_remote_code: Permission to run code from the model's folder.
         check: Compare the result with the dense model on held-out text. Each is loaded into memory in turn.
         overwrite: Replace an existing ``output``.
+        resume: Go on with an interrupted conversion into ``output`` at its last finished layer.
         on_plan: Callback that receives the plan before the conversion starts.
         progress: Callback for progress.
         **options: Fields of :class:`~recursify.convert.settings.ConversionSettings`.
@@ -166,7 +168,9 @@ def convert_model(
     if on_plan is not None:
         on_plan(plan)
     check_text = _read_check_text(checkpoint) if check else None
-    record = write_recursive_model(checkpoint, plan, target, text=text, overwrite=overwrite, progress=progress)
+    record = write_recursive_model(
+        checkpoint, plan, target, text=text, overwrite=overwrite, resume=resume, progress=progress
+    )
     checked = _check(checkpoint, target, check_text, progress) if check else None
     return ConversionResult(target, plan, record, checked)
 
