@@ -109,7 +109,7 @@ class Calibration:
         }
 
     def facts(self) -> dict[str, Any]:
-        """What must not change when the conversion is resumed."""
+        """Facts that must not change when the conversion is resumed."""
         return {
             "source": self.plan.source,
             **self.plan.settings.to_dict(),
