@@ -60,6 +60,18 @@ def test_stages_are_found(family, tmp_path):
     assert layers.writes == ([False] * 4 if sandwiched else [False, True, False, True])
 
 
+def test_windows_of_any_length_run(tmp_path):
+    """One long window per batch, then a shorter one: masks and positions are those of its own length."""
+    dense = save_tiny(tmp_path / "dense")
+    config = RecursiveConfig.from_dense(dense.config, LayerLayout.fold(6, 2, "cycle"))
+    layers = Layerwise(open_checkpoint(str(tmp_path / "dense")), config)
+    for length in (23, 5):
+        ids = random_ids(1, length)
+        with torch.no_grad():
+            (hidden,) = (layers.run(layers.load(0), 0, batch) for batch in layers.embed(ids))
+            assert torch.equal(hidden, dense(ids, output_hidden_states=True).hidden_states[1])
+
+
 @pytest.mark.parametrize(("recursions", "sharing"), [(2, "cycle"), (2, "middle_sequence"), (3, "cycle")])
 def test_calibrated_beats_published(tmp_path, held_out, recursions, sharing):
     """On unseen text, and drift correction adds to it."""

@@ -54,7 +54,7 @@ class Layerwise:
         self.family = DenseFamily(self.config)
         self.stem = f"{self.family.model_class.base_model_prefix}.layers"
         self.rotary_emb = self._computed(self.family.rotary_emb)
-        self._cached_arguments: dict[tuple[int, int], dict[str, Any]] = {}
+        self._cached_arguments: dict[tuple[torch.Size, int], dict[str, Any]] = {}
         self.stages, self.writes = self._find_stages()
 
     def _computed(self, module: nn.Module) -> nn.Module:
@@ -96,7 +96,7 @@ class Layerwise:
         """Run a layer, ``[b, T, D] -> [b, T, D]``; a packed document begins where ``position_ids [b, T]`` restart."""
         if position_ids is not None:
             return layer(hidden, **self._arguments(position, hidden, position_ids))
-        key = (hidden.shape[0], position)
+        key = (hidden.shape[:2], position)
         if key not in self._cached_arguments:
             positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
             # One entry at a time, since masks are as large as hidden states.
