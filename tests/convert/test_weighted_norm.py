@@ -9,7 +9,7 @@ from recursify.convert import low_rank
 from recursify.convert.low_rank import find_factors, iterate_subspace, leading_eigenvectors
 from recursify.convert.weighted_norm import (
     BLOCK,
-    FIT_RIDGE,
+    PRIOR_TOKENS,
     TokenNorm,
     WeightedNorm,
     input_norm,
@@ -53,7 +53,7 @@ def test_regression_is_least_squares_with_a_ridge(num_tokens):
     """The map of ``fit`` solves the problem with one further row per input feature."""
     inputs, errors = draw(num_tokens, 30), draw(num_tokens, 9, seed=1)
     norm = input_norm(inputs)
-    ridge = (FIT_RIDGE * inputs.square().sum() / 30).sqrt() * torch.eye(30, dtype=torch.float64)
+    ridge = (PRIOR_TOKENS / num_tokens * inputs.square().sum() / 30).sqrt() * torch.eye(30, dtype=torch.float64)
     rows, targets = torch.cat([inputs, ridge]), torch.cat([errors, torch.zeros(30, 9, dtype=torch.float64)])
     torch.testing.assert_close(norm.fit(errors, inputs), torch.linalg.lstsq(rows, targets).solution.mT)
 
