@@ -13,13 +13,15 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
-from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import recursify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MODEL = "smollm2-135m"
 LAYOUT = {"num_recursions": 2, "num_prelude_layers": 4, "num_coda_layers": 4, "lora_rank": 64}
