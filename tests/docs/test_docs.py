@@ -461,9 +461,7 @@ def test_demo_prints_one_table(desk):
         numbers = line.removeprefix(title).split()
         assert float(numbers[-1]) > 0
         assert len(numbers) == (5 if title == "dense" else 7)
-    lines = [
-        line for line in printed.stderr.splitlines() if "new PAD/BOS/EOS tokens" not in line
-    ]
+    lines = [line for line in printed.stderr.splitlines() if "new PAD/BOS/EOS tokens" not in line]
     assert [line.partition(": done")[0] for line in lines] == [*titles, "speed"]
     assert (desk / "kept" / "recursify.json").exists()
 
