@@ -7,6 +7,7 @@ Where a map writes to the residual stream, its target includes the stream's erro
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +30,7 @@ STAGE = "correct"
 
 @dataclass(frozen=True)
 class StageInputs:
-    """Inputs ``[n, I]`` of a layer's stage on a text, and the residual stream ``[n, D]`` that it writes to, if any."""
+    """Inputs ``[n, I]`` of a layer's stage, and the residual stream ``[n, D]`` that it writes to, if any."""
 
     inputs: Tensor
     stream: Tensor | None
@@ -57,17 +58,17 @@ class DriftCorrection:
         first = self.layout.num_prelude_layers
         # The coda is not refitted: refitted at full rank it learns the calibration text, and held-out perplexity rises.
         last = self.layout.num_layers - self.layout.num_coda_layers - 1
-        done, states = unfinished.resume_at(STAGE) or (first, self._start(windows))
-        # The whole text at once: a stage is refitted, and the layer goes on with what it was refitted to.
-        dense_hidden, hidden = states
+        done, (dense_hidden, hidden) = unfinished.resume_at(STAGE) or (first, self._start(windows))
         for position in range(done, last + 1):
             dense, converted = self.dense.load(position), self._load_converted(position)
-            seen: dict[int, StageInputs] = {}
+            seen: dict[int, list[StageInputs]] = defaultdict(list)
 
             def record(stage: int, inputs: Tensor, stream: Tensor | None, seen: Any = seen) -> None:
-                seen[stage] = StageInputs(inputs, stream)
+                seen[stage].append(StageInputs(inputs, stream))
 
-            dense_hidden = self.dense.run_in_stages(dense, position, dense_hidden, record)
+            batches = self.dense.split(dense_hidden)
+            dense_hidden = torch.cat([self.dense.run_in_stages(dense, position, batch, record) for batch in batches])
+            # The whole text at once: a stage is refitted, and the layer goes on with what it was refitted to.
             refit = partial(self._refit_stage, (dense, converted), position, seen)
             hidden = self.dense.run_in_stages(converted, position, hidden, refit)
             unfinished.save(STAGE, position + 1, [dense_hidden, hidden], self.output)
@@ -85,22 +86,23 @@ class DriftCorrection:
         self,
         layers: tuple[nn.Module, nn.Module],
         position: int,
-        seen: dict[int, StageInputs],
+        seen: dict[int, list[StageInputs]],
         stage: int,
         inputs: Tensor,
         stream: Tensor | None,
     ) -> None:
-        """Fit the residuals of a stage of the converted layer, given its inputs and the dense layer's.
+        """Fit the residuals of a stage of the converted layer, given its inputs and the dense layer's in batches.
 
         The target is the map ``M`` nearest to ``W`` of ``min Σ ‖W y + e − M x‖²``, ``y`` and ``x`` the inputs of the
         dense and the converted layer, ``e`` the difference of their residual streams.
         """
-        dense, ref = seen.pop(stage), self.layout.layer_ref(position)
+        dense_batches, ref = seen.pop(stage), self.layout.layer_ref(position)
         modules = {module.path: module for module in self.plan.names.stored_modules(ref.index)}
         paths = [path for path in self.dense.stages[stage] if modules[path].rank]
         if not paths:
             return
-        norm, difference = input_norm(inputs), dense.inputs - inputs
+        norm, difference = input_norm(inputs), torch.cat([batch.inputs for batch in dense_batches]).sub_(inputs)
+        drift = [batch.stream for batch in dense_batches if batch.stream is not None]
         # Maps that share inputs share the regression on them.
         regression = norm.fit(difference, inputs).to(inputs.dtype) if len(paths) > 1 else None
         for path in paths:
@@ -109,8 +111,8 @@ class DriftCorrection:
                 correction = weight @ regression
             else:
                 errors = difference @ weight.mT
-                if dense.stream is not None and stream is not None:
-                    errors += dense.stream - stream
+                if drift and stream is not None:
+                    errors += torch.cat(drift).sub_(stream)
                 correction = norm.fit(errors, inputs).to(inputs.dtype)
             # ``converted`` is the shared weight until here.
             b, a = norm.low_rank(weight + correction - converted, modules[path].rank)
