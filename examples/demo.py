@@ -155,10 +155,7 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL, help="another dense model [%(default)s]")
     parser.add_argument("--output", type=Path, help="keep the calibrated model here")
     arguments = parser.parse_args()
-    for name in (
-        "torchao",
-        "torch.utils._pytree",
-    ):  # both warn as they are imported, where torchao is installed
+    for name in ("torchao", "torch.utils._pytree"):  # both warn as they are imported, where torchao is installed
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -169,6 +169,15 @@ def test_text_too_short(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_too_few_tokens_are_named(tmp_path):
+    """The number of tokens is to blame, not the text."""
+    save_tiny(tmp_path / "dense")
+    message = r"64 tokens are fewer than 2 windows of 64\. Use at least 128 tokens, or shorter windows"
+    with pytest.raises(TextError, match=message):
+        convert_tiny(tmp_path / "dense", tmp_path / "out", **{**SMALL, "calibration_tokens": 64})
+    assert not (tmp_path / "out").exists()
+
+
 def test_calibration_without_text_is_refused(tmp_path):
     """Asked for by name, and no text allowed."""
     save_tiny(tmp_path / "dense")

@@ -127,14 +127,20 @@ def token_windows(
     step = length - len(start)
     if step < 1:
         raise TextError(f"A window of {length} tokens has no room after the {len(start)} that begin a text. Use more.")
+    most = None if max_tokens is None else max(max_tokens // length, 1)
+    if most is not None and most < min_windows:
+        raise TextError(
+            f"{max_tokens} tokens are fewer than {min_windows} windows of {length}. Use at least {min_windows * length} "
+            f"tokens, or shorter windows."
+        )
     # Tokens are far shorter than 16 characters on average, so a large corpus need not be tokenized whole.
     joined = "\n\n".join(text.documents)
     if max_tokens is not None:
         joined = joined[: 16 * max_tokens]
     ids = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // step
-    if max_tokens is not None:
-        count = min(count, max(max_tokens // length, 1))
+    if most is not None:
+        count = min(count, most)
     if count < min_windows:
         raise TextError(
             f"{text.name} is too short: {len(ids)} tokens, and {min_windows} windows of {step} are needed. Give more "
