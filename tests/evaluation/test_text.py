@@ -13,6 +13,7 @@ from helpers.tiny_models import byte_tokenizer, convert_tiny, save_tiny, tiny_de
 from recursify.bench.plan import BenchPlan
 from recursify.bench.settings import BenchSettings
 from recursify.checkpoint.dense_checkpoint import open_checkpoint
+from recursify.checkpoint.layerwise import Layerwise
 from recursify.convert.calibration import Calibration
 from recursify.convert.pipeline import convert_model
 from recursify.convert.plan import make_plan
@@ -93,7 +94,7 @@ def test_conversion_is_checked_with_bos(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"initialization": "fisher", "relaxation": "svd"}])
-def test_calibration_sees_bos(tmp_path, settings):
+def test_calibration_sees_bos(tmp_path, monkeypatch, settings):
     """Its moments are those of the windows with BOS, on the dense and on the converted side."""
     tiny_dense("llama").save_pretrained(tmp_path / "dense")
     byte_tokenizer("<s> $A").save_pretrained(tmp_path / "dense")
@@ -104,7 +105,11 @@ def test_calibration_sees_bos(tmp_path, settings):
     assert calibration.windows.shape == (8, 32)
     assert calibration.windows[:, 0].tolist() == [1] * 8
     assert 1 not in calibration.windows[:, 1:]
-    assert torch.equal(torch.cat(calibration.dense.batches), calibration.windows)
+    embedded, embed = [], Layerwise.embed
+    monkeypatch.setattr(Layerwise, "embed", lambda dense, windows: embedded.append(windows) or embed(dense, windows))
+    with torch.no_grad():
+        next(calibration.tied_linears("measure"))
+    assert torch.equal(torch.cat(embedded), calibration.windows)
 
 
 def test_exits_are_calibrated_on_tokens_of_the_text():

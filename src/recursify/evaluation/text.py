@@ -130,8 +130,8 @@ def token_windows(
     most = None if max_tokens is None else max(max_tokens // length, 1)
     if most is not None and most < min_windows:
         raise TextError(
-            f"{max_tokens} tokens are fewer than {min_windows} windows of {length}. Use at least {min_windows * length} "
-            f"tokens, or shorter windows."
+            f"{max_tokens} tokens are fewer than {min_windows} windows of {length}. Use at least "
+            f"{min_windows * length} tokens, or shorter windows."
         )
     # Tokens are far shorter than 16 characters on average, so a large corpus need not be tokenized whole.
     joined = "\n\n".join(text.documents)
