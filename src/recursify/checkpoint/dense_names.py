@@ -103,7 +103,8 @@ class StoredModule:
         output.write(self.shared_weight, shared)
         if self.rank:
             shared = output.read(self.shared_weight).float()
-            factors = [fit(depth, weight.float() - shared, self.rank) for depth, weight in enumerate(weights)]
+            residuals = (weight.float() - shared.to(weight.device) for weight in weights)
+            factors = [fit(depth, residual, self.rank) for depth, residual in enumerate(residuals)]
             output.write(f"{self.name}.lora_b", torch.stack([b for b, _ in factors]))
             output.write(f"{self.name}.lora_a", torch.stack([a for _, a in factors]))
 

@@ -223,7 +223,7 @@ class Calibration:
             fits_residuals = factors is None and module.rank > 0
             shared = share_for_residuals(weights, norms, module.rank) if fits_residuals else share(weights, norms)
         elif settings.initialization == "fisher":
-            shared = average(weights, self.curvatures(module))
+            shared = average([weight.cpu() for weight in weights], self.curvatures(module))
         else:
             shared = self.plan.initial_weight(self.checkpoint, module, self.generator)
         if self.corrects_drift:

@@ -58,7 +58,8 @@ class DriftCorrection:
         first = self.layout.num_prelude_layers
         # The coda is not refitted: refitted at full rank it learns the calibration text, and held-out perplexity rises.
         last = self.layout.num_layers - self.layout.num_coda_layers - 1
-        done, (dense_hidden, hidden) = unfinished.resume_at(STAGE) or (first, self._start(windows))
+        done, states = unfinished.resume_at(STAGE) or (first, self._start(windows))
+        dense_hidden, hidden = (state.to(self.dense.device) for state in states)
         for position in range(done, last + 1):
             dense, converted = self.dense.load(position), self._load_converted(position)
             seen: dict[int, list[StageInputs]] = defaultdict(list)

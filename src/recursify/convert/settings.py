@@ -78,7 +78,7 @@ class ConversionSettings(Settings):
     calibration_length: Annotated[int, Ge(2)] = 512
     """Tokens per calibration sequence."""
     device: str = "cpu"
-    """Device that runs the dense layers during calibration; matrix decompositions run on the CPU, in float64."""
+    """Device of the calibration: the layers that it runs, and the algebra on their weights."""
     drift_correction: bool = True
     """Refit every residual on the inputs that the converted model produces (calibrated relaxation only)."""
 
