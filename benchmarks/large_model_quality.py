@@ -273,10 +273,10 @@ def report(rows: dict[Any, Figures]) -> str:
             figures += [f"{float(row[f'{text}_top1_agreement']):.1%}", f"{float(row[f'{text}_kl']):.3f}"]
         lines.append([*figures, f"{row['solved']} of {row['tasks']}"])
     return (
-        "# A 1.5B model\n\n"
+        "# A larger model\n\n"
         "Made by `python benchmarks/large_model.py quality`; figures in `large_model.csv`, continuations of five "
         "prompts in `large_model_samples.json`.\n\n"
-        "Qwen2.5-Coder-1.5B-Instruct, **no training**. The dense model is a Q4_K_M file. Its dequantized weights are "
+        "`Qwen2.5-Coder-1.5B-Instruct`, **no training**. The dense model is a Q4_K_M file. Its dequantized weights are "
         "the reference of agreement and KL, and what all other rows are made from; so the dense rows that are "
         "quantized again are worse than a quantization of the original weights. Recursive models are stored in "
         "float16 where no quantization is named. Calibrated on the help topics of CPython, every fifth of which is "
