@@ -17,7 +17,8 @@ from recursify.convert.layout_search import LayoutSearch, candidate_layouts
 from recursify.convert.pipeline import convert_model, plan_conversion
 from recursify.convert.settings import ConversionSettings
 from recursify.convert.sharing import share
-from recursify.convert.weighted_norm import TiedNorms, WeightedNorm
+from recursify.convert.sharing_errors import RIDGE
+from recursify.convert.weighted_norm import PRIOR_TOKENS, TiedNorms, WeightedNorm
 from recursify.errors import PlanError, SettingsError
 from recursify.evaluation.text import default_text
 from recursify.progress import silent
@@ -69,7 +70,7 @@ def test_costs_are_those_of_the_shared_weights(searched):
     group, measurement = (1, 4), searched.errors.measurement
     samples = [measurement.layers[position] for position in group]
     for stage in measurement.stages:
-        norms = TiedNorms(WeightedNorm(sample.moments[stage[0]]) for sample in samples)
+        norms = TiedNorms(WeightedNorm(sample.moments[stage[0]], round(PRIOR_TOKENS / RIDGE)) for sample in samples)
         features = measurement.shapes[stage[0]][1]
         fitted = 1 - features / (len(group) * measurement.num_tokens)
         for path in stage:

@@ -14,6 +14,9 @@ from recursify.convert.sharing import share, share_for_residuals
 from recursify.convert.weighted_norm import TiedNorms, WeightedNorm
 from recursify.errors import PlanError
 
+NUM_TOKENS = 2**20
+"""Number of tokens by which a norm's ridge is small."""
+
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -38,7 +41,7 @@ def test_truncated_svd_error_is_the_tail(rank):
 @pytest.mark.parametrize("shape", [(20, 31), (31, 20), (17, 17)])
 def test_weighted_low_rank_is_optimal(shape):
     """In the weighted norm, the error equals the tail of the spectrum, and plain SVD is no better."""
-    matrix, norm = draw(*shape), WeightedNorm(moment(shape[1], seed=1))
+    matrix, norm = draw(*shape), WeightedNorm(moment(shape[1], seed=1), NUM_TOKENS)
     for rank in (1, 7, min(shape)):
         left, right = norm.low_rank(matrix, rank)
         error = norm.error(matrix - left @ right)
@@ -50,7 +53,7 @@ def test_weighted_low_rank_is_optimal(shape):
 
 def test_white_inputs_make_the_norm_plain():
     """With uncorrelated inputs, calibrated equals published: the mean, and the truncated SVD."""
-    norm = WeightedNorm(torch.eye(12, dtype=torch.float64))
+    norm = WeightedNorm(torch.eye(12, dtype=torch.float64), NUM_TOKENS)
     weights = [draw(9, 12, seed=s) for s in range(3)]
     torch.testing.assert_close(share(weights, TiedNorms([norm] * 3)), sum(weights) / 3)
     left, right = norm.low_rank(weights[0], 4)
@@ -61,7 +64,7 @@ def test_white_inputs_make_the_norm_plain():
 def test_shared_weight_minimizes_the_weighted_error():
     """No perturbation of the shared weight lowers the sum of errors."""
     weights = [draw(9, 12, seed=s) for s in range(2)]
-    norms = TiedNorms(WeightedNorm(moment(12, seed=s)) for s in range(2))
+    norms = TiedNorms(WeightedNorm(moment(12, seed=s), NUM_TOKENS) for s in range(2))
     shared = share(weights, norms)
     best = sum(norm.error(w - shared) for w, norm in zip(weights, norms, strict=True))
     for seed in range(5):
@@ -81,7 +84,7 @@ def joint_error(weights, norms, shared, rank) -> float:
 def test_sharing_with_residuals_in_mind_beats_averaging_first(num_depths):
     """And more sweeps never raise the error."""
     weights = [draw(24, 30, seed=s) for s in range(num_depths)]
-    norms = TiedNorms(WeightedNorm(moment(30, seed=s)) for s in range(num_depths))
+    norms = TiedNorms(WeightedNorm(moment(30, seed=s), NUM_TOKENS) for s in range(num_depths))
     averaged = joint_error(weights, norms, share(weights, norms), 4)
     errors = [
         joint_error(weights, norms, share_for_residuals(weights, norms, 4, num_sweeps=sweeps), 4)
@@ -93,7 +96,7 @@ def test_sharing_with_residuals_in_mind_beats_averaging_first(num_depths):
 
 def test_two_residuals_cover_twice_the_rank():
     """Two layers that differ by rank 2r are recovered exactly by two residuals of rank r."""
-    base, norm = draw(24, 30), WeightedNorm(moment(30, seed=1))
+    base, norm = draw(24, 30), WeightedNorm(moment(30, seed=1), NUM_TOKENS)
     difference = draw(24, 8, seed=2) @ draw(8, 30, seed=3)
     weights = [base, base + difference]
     norms = TiedNorms([norm, norm])

@@ -38,7 +38,7 @@ def test_few_tokens_are_kept_as_they_are():
 def test_token_space_is_feature_space(outputs):
     """Products, factors and regressions of the same inputs."""
     inputs, errors, matrix = draw(13, 30), draw(13, outputs, seed=1), draw(outputs, 30, seed=2)
-    tokens, features = TokenNorm(inputs), WeightedNorm(second_moment(inputs))
+    tokens, features = TokenNorm(inputs), WeightedNorm(second_moment(inputs), len(inputs))
     assert tokens.scale == pytest.approx(features.scale)
     torch.testing.assert_close(tokens.times(matrix), features.times(matrix))
     torch.testing.assert_close(tokens.fit(errors, inputs), features.fit(errors, inputs))

@@ -181,6 +181,7 @@ class Calibration:
     def _tied_linears_of(self, index: int, cursors: list[list[Tensor]]) -> Iterator[TiedLinears]:
         """Tied linear maps of one block layer; the cursors walk past its dense layers."""
         layers, moments = [], []
+        num_tokens = sum(batch.shape[:2].numel() for batch in cursors[0])
         for depth, position in enumerate(self.layout.positions(index)):
             cursor = 0 if self.layout.order == "sequence" else depth
             layer = self.dense.load(position)
@@ -189,7 +190,7 @@ class Calibration:
             moments.append(input_moments)
         modules = {module.path: module for module in self.plan.names.stored_modules(index) if module.is_linear}
         for stage in self.dense.stages:
-            norms = TiedNorms(WeightedNorm(moment.pop(stage[0])) for moment in moments)
+            norms = TiedNorms(WeightedNorm(moment.pop(stage[0]), num_tokens) for moment in moments)
             for path in stage:
                 weights: list[Tensor] = [layer.get_parameter(f"{path}.weight") for layer in layers]
                 yield TiedLinears(modules[path], weights, norms)

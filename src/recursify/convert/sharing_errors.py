@@ -17,7 +17,9 @@ from torch import Tensor
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint
 
 from .layout_measurement import DenseMeasurement
-from .weighted_norm import RIDGE
+
+RIDGE = 1e-3
+"""Ridge of second moments of unit mean diagonal, so that directions absent from the text keep a small weight."""
 
 COPY_TOLERANCE = 1e-8
 """Error of sharing, relative to the energy of the output, below which two layers are copies of one another."""

@@ -14,13 +14,10 @@ from torch import Tensor
 
 from .low_rank import Factors, find_factors, full_rank_factors, is_small_rank, leading_eigenvectors, scale_factors
 
-RIDGE = 1e-3
-"""Ridge added to second moments of unit mean diagonal, so that directions absent from the text keep a small weight."""
-
 PRIOR_TOKENS = 2048
-"""Number of tokens of white input that the pull of a regression towards the dense map counts as. Without it regressions
-learn the calibration text. SmolLM2-135M, held-out perplexity after 4,096 tokens: 40.5 with a ridge of 1e-3, 28.9 with
-0.1, 28.0 with 1; after 16,384 tokens: 26.8 with 1e-3, 24.5 with 0.1, 24.7 with 0.4."""
+"""Number of tokens of white input that are added to a text's second moments. Without them shared weights and
+regressions learn the calibration text: on SmolLM2-135M after 4,096 tokens, held-out perplexity is 40.5 with a ridge of
+1e-3, 25.6 with 0.1 and with 0.5."""
 
 BLOCK = 512
 """Columns per block of a symmetric product."""
@@ -41,7 +38,8 @@ class InputNorm(Protocol):
 
 def input_norm(inputs: Tensor) -> InputNorm:
     """Norm of ``inputs [n, I]``, in token space where tokens are fewer than input features."""
-    return TokenNorm(inputs) if len(inputs) < inputs.shape[1] else WeightedNorm(second_moment(inputs))
+    is_wide = len(inputs) < inputs.shape[1]
+    return TokenNorm(inputs) if is_wide else WeightedNorm(second_moment(inputs), len(inputs))
 
 
 def second_moment(inputs: Tensor) -> Tensor:
@@ -61,14 +59,15 @@ class WeightedNorm:
 
     Args:
         moment: ``C = Σ x xᵀ``, ``[I, I]``, any scale, float32 or better. It is scaled to unit mean diagonal, so that
-            tied layers count equally whatever the scale of their inputs, and given a ridge of ``RIDGE``.
+            tied layers count equally whatever the scale of their inputs, and given a ridge of ``PRIOR_TOKENS / n``.
+        num_tokens: Number ``n`` of inputs.
     """
 
-    def __init__(self, moment: Tensor):
+    def __init__(self, moment: Tensor, num_tokens: int):
         self.scale = _unit_scale(moment.diagonal().double().sum(), len(moment))
         self.moment = moment / self.scale
         """Scaled ``C`` plus the ridge, ``[I, I]``, in the dtype given."""
-        self.moment.diagonal().add_(RIDGE)
+        self.moment.diagonal().add_(PRIOR_TOKENS / num_tokens)
 
     @classmethod
     def total(cls, norms: Sequence[WeightedNorm]) -> Self:
@@ -109,16 +108,13 @@ class WeightedNorm:
         return scale_factors(matrix, squares, matrix @ (self.factor @ right) / squares.clamp_min(1e-300).sqrt())
 
     def fit(self, errors: Tensor, inputs: Tensor) -> Tensor:
-        """Map ``D [O, I]`` of ``min_D Σ ‖e − D x‖² / scale + PRIOR_TOKENS / n ‖D‖²``, float64.
+        """Map ``D [O, I]`` of ``min_D Σ ‖e − D x‖² / scale + PRIOR_TOKENS / n ‖D‖²``, float64: ridge regression.
 
         Args:
             errors: ``e``, ``[n, O]``.
             inputs: ``x``, ``[n, I]``, of which this is the norm.
         """
-        moment = self.moment.to(torch.float64, copy=True)
-        moment.diagonal().add_(PRIOR_TOKENS / len(inputs) - RIDGE)
-        cross = (errors.mT @ inputs).double() / self.scale
-        return torch.cholesky_solve(cross.mT, torch.linalg.cholesky(moment)).mT
+        return self.over((errors.mT @ inputs).double() / self.scale)
 
     def squared_singular_values(self, matrix: Tensor) -> Tensor:
         """Squared singular values of ``matrix S``, descending: the error that each further rank removes."""
@@ -133,25 +129,26 @@ class WeightedNorm:
 
 
 class TokenNorm:
-    """:class:`WeightedNorm` of few inputs ``x [n, I]``, ``n < I``, without the matrix ``C = XᵀX / scale + RIDGE``."""
+    """:class:`WeightedNorm` of few inputs ``x [n, I]``, ``n < I``, without the matrix ``C = XᵀX / scale + ridge``."""
 
     def __init__(self, inputs: Tensor):
         self.inputs = inputs
         self.scale = _unit_scale(inputs.square().sum(dtype=torch.float64), inputs.shape[1])
+        self.ridge = PRIOR_TOKENS / len(inputs)
 
     def times(self, matrix: Tensor) -> Tensor:
         """``matrix [O, I] @ C``, in the inputs' dtype."""
         matrix = matrix.to(self.inputs.dtype)
-        return ((matrix @ self.inputs.mT) @ self.inputs) / self.scale + RIDGE * matrix
+        return ((matrix @ self.inputs.mT) @ self.inputs) / self.scale + self.ridge * matrix
 
     def low_rank(self, matrix: Tensor, rank: int) -> Factors:
         """Factors as of :meth:`WeightedNorm.low_rank`."""
         return find_factors(matrix, self.times, rank)
 
     def fit(self, errors: Tensor, inputs: Tensor) -> Tensor:
-        """:meth:`WeightedNorm.fit` as ``D = Eᵀ (X Xᵀ + scale PRIOR_TOKENS / n)⁻¹ X``, ``[O, I]``."""
+        """:meth:`WeightedNorm.fit` as ``D = Eᵀ (X Xᵀ + ridge scale)⁻¹ X``, ``[O, I]``."""
         products = second_moment(inputs.mT).double()
-        products.diagonal().add_(self.scale * PRIOR_TOKENS / len(inputs))
+        products.diagonal().add_(self.ridge * self.scale)
         solved = torch.cholesky_solve(errors.double(), torch.linalg.cholesky(products))
         return solved.mT.to(inputs.dtype) @ inputs
 
