@@ -103,6 +103,11 @@ class Layerwise:
             self._cached_arguments = {key: self._arguments(position, hidden, positions)}
         return layer(hidden, **self._cached_arguments[key])
 
+    def pass_layer(self, position: int, hidden: list[Tensor]) -> list[Tensor]:
+        """Load the layer at ``position``, run it on batches ``[b, T, D]``, and release it."""
+        layer = self.load(position)
+        return [self.run(layer, position, batch) for batch in hidden]
+
     def observe(
         self, layer: nn.Module, position: int, hidden: Tensor, paths: list[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:

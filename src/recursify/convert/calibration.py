@@ -28,7 +28,7 @@ from recursify.checkpoint.writer import ShardedCheckpoint
 from recursify.evaluation.text import Text, num_context, text_start, token_windows
 from recursify.progress import Progress
 
-from . import drift_correction
+from .drift_correction import STAGE as CORRECTION_STAGE
 from .drift_correction import DriftCorrection
 from .fisher import fisher_information
 from .initialization import average
@@ -96,16 +96,16 @@ class Calibration:
     @torch.no_grad()
     def run(self, output: ShardedCheckpoint, unfinished: UnfinishedConversion) -> dict[str, Any]:
         """Fit and write every shared weight and residual; returns the entry ``calibration`` of ``recursify.json``."""
-        if unfinished.stage != drift_correction.STAGE:
+        if unfinished.stage != CORRECTION_STAGE:
             self._share(output, unfinished)
-        if self.corrects_drift:
+        if self.plan.corrects_drift:
             DriftCorrection(self.dense, self.plan, output, self.progress).run(self.windows, unfinished)
         return {
             "text": self.text.name,
             "num_tokens": self.windows.numel(),
             "window": self.windows.shape[1],
             "window_start": self.tokenizer.convert_ids_to_tokens(text_start(self.tokenizer)),
-            "drift_correction": self.corrects_drift,
+            "drift_correction": self.plan.corrects_drift,
         }
 
     def facts(self) -> dict[str, Any]:
@@ -116,13 +116,6 @@ class Calibration:
             "text": f"{self.text.name} ({zlib.crc32(self.windows.numpy().tobytes()):08x})",
             "torch": torch.__version__,
         }
-
-    @property
-    def corrects_drift(self) -> bool:
-        """Drift correction fits the residuals."""
-        settings = self.plan.settings
-        fits_residuals = self.plan.has_residuals and find_relaxation(settings.relaxation).needs_text
-        return settings.drift_correction and fits_residuals
 
     def tied_linears(self, stage_name: str) -> Iterator[TiedLinears]:
         """Tied linear maps of the shared block with their input norms; ``stage_name`` is for progress."""
@@ -157,18 +150,14 @@ class Calibration:
             if position in first_positions:
                 starts.append(hidden)
             if position < first_positions[-1]:
-                hidden = self._walk(position, hidden)
+                hidden = self.dense.pass_layer(position, hidden)
                 self.progress("walk", position + 1, first_positions[-1])
         return starts
-
-    def _walk(self, position: int, hidden: list[Tensor]) -> list[Tensor]:
-        layer = self.dense.load(position)
-        return [self.dense.run(layer, position, batch) for batch in hidden]
 
     def _share(self, output: ShardedCheckpoint, unfinished: UnfinishedConversion) -> None:
         """Fit the shared weights, from the last finished layer on, and the residuals, unless drift correction does."""
         windows = self.windows
-        if self.corrects_drift:
+        if self.plan.corrects_drift:
             windows = windows[: max(MIN_WINDOWS, SHARE_TOKENS // windows.shape[1])]
         done, states = unfinished.resume_at(STAGE) or (0, [])
         cursors = [self.dense.split(state) for state in states] or self._walk_to_starts(windows)
@@ -227,7 +216,7 @@ class Calibration:
             shared = average([weight.cpu() for weight in weights], self.curvatures(module))
         else:
             shared = self.plan.initial_weight(self.checkpoint, module, self.generator)
-        if self.corrects_drift:
+        if self.plan.corrects_drift:
             output.write(module.shared_weight, shared)
         else:
             module.write_linear(output, shared, weights, fit)

@@ -212,14 +212,9 @@ def _tokens(plan: ConversionPlan) -> tuple[int, int]:
     return plan.settings.calibration_tokens, length
 
 
-def _corrects_drift(plan: ConversionPlan) -> bool:
-    fits_residuals = plan.has_residuals and find_relaxation(plan.settings.relaxation).needs_text
-    return plan.settings.drift_correction and fits_residuals
-
-
 def _share_tokens(plan: ConversionPlan) -> int:
     tokens, _ = _tokens(plan)
-    return min(tokens, SHARE_TOKENS) if _corrects_drift(plan) else tokens
+    return min(tokens, SHARE_TOKENS) if plan.corrects_drift else tokens
 
 
 def share_work(plan: ConversionPlan, layers: list[LayerShape]) -> Work:
@@ -235,7 +230,7 @@ def share_work(plan: ConversionPlan, layers: list[LayerShape]) -> Work:
             work += moment_work(tokens, stage[0].inputs) * layout.num_recursions
             if fits:
                 work += share_stage_work(stage, layout.num_recursions, fits_residuals=fits_residuals)
-            if not _corrects_drift(plan):
+            if not plan.corrects_drift:
                 for shape in stage:
                     work += low_rank_work(shape, shape.rank) * layout.num_recursions
     return work
@@ -259,7 +254,7 @@ def share_stage_work(stage: list[MapShape], recursions: int, *, fits_residuals: 
 
 def drift_work(plan: ConversionPlan, layers: list[LayerShape]) -> Work:
     """Operations of the second pass: the prelude, and each block position dense and converted, with refitted stages."""
-    if not _corrects_drift(plan):
+    if not plan.corrects_drift:
         return Work()
     tokens, length = _tokens(plan)
     work = layers[0].run(tokens, length) * plan.layout.num_prelude_layers
@@ -350,7 +345,7 @@ def _share_bytes(plan: ConversionPlan, layers: list[LayerShape]) -> int:
 
 def _drift_bytes(plan: ConversionPlan, layers: list[LayerShape]) -> int:
     """Hidden states of both models, two layers, the dense inputs of all stages, the MLP's activations, and a solve."""
-    if not _corrects_drift(plan):
+    if not plan.corrects_drift:
         return 0
     (tokens, _), hidden = _tokens(plan), plan.config.hidden_size
     layer = max(layers, key=lambda layer: layer.size)

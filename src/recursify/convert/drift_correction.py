@@ -79,8 +79,7 @@ class DriftCorrection:
         """Hidden states ``[N, T, D]`` of the dense and of the converted model before the block: the same."""
         hidden = self.dense.embed(windows)
         for position in range(self.layout.num_prelude_layers):
-            layer = self.dense.load(position)
-            hidden = [self.dense.run(layer, position, batch) for batch in hidden]
+            hidden = self.dense.pass_layer(position, hidden)
         return [torch.cat(hidden)] * 2
 
     def _refit_stage(

@@ -205,9 +205,10 @@ class LayoutSearch:
 
 
 def candidate_layouts(num_layers: int) -> Iterator[LayerLayout]:
-    """All layouts of 2 to 4 recursions in both orders; every other one, or fewer, where there are more than 40 layers.
+    """Iterate over the layouts of 2 to 4 recursions in both orders.
 
-    A block of few layers in ``sequence`` ties neighbours and nothing else.
+    Every other one, or fewer, are taken where there are more than 40 layers. A block of few layers in ``sequence`` ties
+    neighbours and nothing else.
     """
     stride = math.ceil(num_layers / 40)
     for recursions in RECURSIONS:

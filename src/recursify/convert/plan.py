@@ -103,6 +103,12 @@ class ConversionPlan:
             or find_rank_allocation(self.settings.rank_allocation) is not None
         )
 
+    @property
+    def corrects_drift(self) -> bool:
+        """True if drift correction fits the residuals."""
+        fits_residuals = self.has_residuals and find_relaxation(self.settings.relaxation).needs_text
+        return self.settings.drift_correction and fits_residuals
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data, as ``recursify convert --dry-run --json`` prints it."""
         layout = self.layout
