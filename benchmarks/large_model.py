@@ -3,7 +3,7 @@
 ::
 
     python benchmarks/large_model.py dry-run
-    python benchmarks/large_model.py convert --threads 2
+    python benchmarks/large_model.py --threads 2 convert
     python benchmarks/large_model.py quality --rows dense,q8_0,q4_0
 
 The model is fetched once (``large_model_file.py``). ``dry-run`` and ``convert`` measure whole processes; their figures
@@ -17,14 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from large_model_file import DEFAULT_CACHE, fetch_large_model, sha256
+from large_model_file import DEFAULT_CACHE, converted_folder, fetch_large_model, sha256
 from measured_process import Cost, convert, run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,11 +106,10 @@ def main() -> None:
         figures = dry_run(model, arguments.repeats, source)
         record(costs, f"dry_run_{commit(source)}", figures, Path(model))
     elif arguments.command == "convert":
-        folder = arguments.cache / "large_model_conversion"
+        folder = converted_folder(arguments.cache, model, f"r{arguments.rank}", arguments.tokens)
         settings = {"lora_rank": arguments.rank, "calibration_tokens": arguments.tokens}
         figures = convert_once(model, folder, settings, arguments.threads)
         record(costs, f"convert_{arguments.threads}_threads_{commit(ROOT)}", figures, Path(model))
-        shutil.rmtree(folder)
     else:
         from large_model_quality import write_table  # imports torch, whose size the measured processes would inherit
 

@@ -88,3 +88,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def converted_folder(cache: Path, model: str, name: str, num_tokens: int) -> Path:
+    """Folder in the cache of a conversion of ``model`` with the settings of a row, calibrated on ``num_tokens``."""
+    return cache / f"{Path(model).stem}-{name}-{num_tokens}"

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from coding_tasks import NEW_TOKENS, TASKS, complete, passes
 from dense_controls import count_parameters, drop_layers, factorize_
 from keyed_results import Figures, KeyedResults, markdown_table, short
+from large_model_file import converted_folder
 from measured_process import peak_bytes, reset_peak
 from quality import PROMPTS, commit
 from quantized_weights import quantize_
@@ -208,7 +209,7 @@ class Bench:
         """Folder of the converted model of ``row``, which rows of other quantizations share."""
         assert row.settings is not None
         name = row.name.removesuffix(f"-{(row.quantization or '').lower()}")
-        folder = self.cache / f"{Path(self.model).stem}-{name}-{self.calibration_tokens}"
+        folder = converted_folder(self.cache, self.model, name, self.calibration_tokens)
         if not folder.exists():
             options = {**row.settings, "calibration_tokens": self.calibration_tokens}
             convert_model(self.model, folder, check=False, progress=_say_progress, **options)

@@ -80,11 +80,10 @@ def joint_error(weights, norms, shared, rank) -> float:
     return total
 
 
-@pytest.mark.parametrize("num_depths", [2, 3])
-def test_sharing_with_residuals_in_mind_beats_averaging_first(num_depths):
+def test_sharing_with_residuals_in_mind_beats_averaging_first():
     """And more sweeps never raise the error."""
-    weights = [draw(24, 30, seed=s) for s in range(num_depths)]
-    norms = TiedNorms(WeightedNorm(moment(30, seed=s), NUM_TOKENS) for s in range(num_depths))
+    weights = [draw(24, 30, seed=s) for s in range(3)]
+    norms = TiedNorms(WeightedNorm(moment(30, seed=s), NUM_TOKENS) for s in range(3))
     averaged = joint_error(weights, norms, share(weights, norms), 4)
     errors = [
         joint_error(weights, norms, share_for_residuals(weights, norms, 4, num_sweeps=sweeps), 4)
@@ -92,6 +91,31 @@ def test_sharing_with_residuals_in_mind_beats_averaging_first(num_depths):
     ]
     assert errors[0] < averaged
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in pairwise(errors))
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((24, 30), 4), ((30, 24), 4), ((61, 40), 2), ((9, 12), 5)])
+def test_two_layers_are_shared_at_the_optimum(shape, rank):
+    """The error is the tail of the difference's spectrum after 2r, and alternating minimization cannot lower it."""
+    weights = [draw(*shape, seed=s) for s in range(2)]
+    norms = TiedNorms(WeightedNorm(moment(shape[1], seed=s), NUM_TOKENS) for s in range(2))
+    shared = share_for_residuals(weights, norms, rank)
+    error = joint_error(weights, norms, shared, rank)
+    difference = weights[0] - weights[1]
+    tail = float(norms.difference.squared_singular_values(difference)[2 * rank :].sum())
+    assert error == pytest.approx(tail, rel=1e-3, abs=1e-9)
+    for _ in range(3):
+        residuals = [norm.low_rank(weight - shared, rank) for weight, norm in zip(weights, norms, strict=True)]
+        without = [weight - b @ a for weight, (b, a) in zip(weights, residuals, strict=True)]
+        shared = share(without, norms)
+    assert joint_error(weights, norms, shared, rank) >= tail * (1 - 1e-3) - 1e-9
+
+
+def test_the_norm_of_a_difference_is_the_error_of_the_best_shared_weight():
+    weights = [draw(9, 12, seed=s) for s in range(2)]
+    norms = TiedNorms(WeightedNorm(moment(12, seed=s), NUM_TOKENS) for s in range(2))
+    shared = share(weights, norms)
+    error = sum(norm.error(weight - shared) for weight, norm in zip(weights, norms, strict=True))
+    assert norms.difference.error(weights[0] - weights[1]) == pytest.approx(error)
 
 
 def test_two_residuals_cover_twice_the_rank():

@@ -245,10 +245,11 @@ def share_stage_work(stage: list[MapShape], recursions: int, *, fits_residuals: 
         if not fits_residuals or not shape.rank or recursions == 1:
             continue
         refit = Work(float64=recursions * shape.rank * ((2 + SOLVE) * inputs**2 + 2 * shape.size))
-        num_sweeps = 1 if recursions == 2 else 4
-        work += (low_rank_work(shape, shape.rank) + refit) * (num_sweeps * recursions)
         if recursions == 2:
             work += low_rank_work(shape, 2 * shape.rank) + refit
+            work += Work(2.0 * shape.outputs * inputs**2, SOLVE * shape.outputs * inputs**2)
+        else:
+            work += (low_rank_work(shape, shape.rank) + refit) * (4 * recursions)
     return work
 
 

@@ -73,7 +73,7 @@ class ConversionSettings(Settings):
     calibration_data: Annotated[Strings | None, BeforeValidator(_no_data)] = None
     """Text to calibrate on (txt, md, jsonl, json, csv, tsv, parquet, or a folder), or none. Without it, Python's own
     help topics."""
-    calibration_tokens: PositiveInt = 16384
+    calibration_tokens: PositiveInt = 8192
     """Number of calibration tokens."""
     calibration_length: Annotated[int, Ge(2)] = 512
     """Tokens per calibration sequence."""

@@ -161,6 +161,36 @@ class TiedNorms(list[WeightedNorm]):
         """Sum of the norms."""
         return WeightedNorm.total(self)
 
+    @cached_property
+    def difference(self) -> DifferenceNorm:
+        """Norm of the difference of two tied maps."""
+        return DifferenceNorm(self)
+
+
+class DifferenceNorm(WeightedNorm):
+    """Norm of the difference ``E = W_0 − W_1`` of two tied maps: their error at the shared map nearest to both.
+
+    ``min_W ‖W_0 − W‖²_0 + ‖W_1 − W‖²_1 = tr(E P Eᵀ)`` with the parallel sum ``P = C_0 (C_0 + C_1)⁻¹ C_1``.
+    """
+
+    def __init__(self, norms: TiedNorms):
+        self.norms = norms
+        self.scale = 1.0
+
+    @cached_property
+    def moment(self) -> Tensor:  # type: ignore[override]
+        """``P [I, I]``, which only maps of more outputs than inputs need."""
+        moment = self.times(
+            torch.eye(len(self.norms[0].moment), dtype=torch.float64, device=self.norms[0].moment.device)
+        )
+        return (moment + moment.mT) / 2
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """``matrix [O, I] @ P``, in the better dtype of matrix and moments."""
+        first, second = self.norms
+        product = first.times(matrix)
+        return second.times(self.norms.total.over(product).to(product.dtype))
+
 
 def _unit_scale(trace: Tensor, width: int) -> float:
     return float((trace / width).clamp_min(1e-30))
