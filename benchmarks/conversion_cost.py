@@ -4,13 +4,13 @@
 
     git worktree add ../before 39a0e3c
     python benchmarks/conversion_cost.py smollm2 --baseline ../before
-    python benchmarks/conversion_cost.py shape --tokens 2048
+    python benchmarks/conversion_cost.py shape
 
-Whole processes are measured, without the check at the end. ``smollm2`` converts with default settings, two recursions
-and three, rank 64 and 128, one thread and two; the checkouts take turns, and both results are evaluated by this one
-on the same held-out text. ``shape`` writes random Llama layers of the 8B shape (hidden size 4,096, MLP 14,336, 8 of
-32 heads for keys), converts models of one and of two tied groups, and extrapolates by their difference to 32 layers;
-beside that stands what the plan of the 32-layer model predicts (of which only headers are written).
+Whole processes are measured, without the check at the end. ``smollm2`` converts with each checkout's default settings,
+two recursions and three, rank 64 and 128, one thread and two; the checkouts take turns, and both results are evaluated
+by this one on the same held-out text. ``shape`` writes random Llama layers of the 8B shape (hidden size 4,096, MLP
+14,336, 8 of 32 heads for keys), converts models of one and of two tied groups, and extrapolates by their difference to
+32 layers; beside that stands what the plan of the 32-layer model predicts (of which only headers are written).
 """
 
 from __future__ import annotations
@@ -32,14 +32,24 @@ from random_checkpoint import Shape, write_checkpoint, write_headers
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL = "smollm2-135m"
-NUM_TOKENS = 16384
 LAYOUTS: dict[int, dict[str, Any]] = {
     2: {"num_recursions": 2, "num_prelude_layers": 4, "num_coda_layers": 4},
     3: {"num_recursions": 3, "sharing": "cycle"},
 }
 RANKS = (64, 128)
 THREADS = (1, 2)
-COLUMNS = ["recursions", "rank", "threads", "checkout", "cpu_seconds", "wall_seconds", "peak_mb", "perplexity", "date"]
+COLUMNS = [
+    "recursions",
+    "rank",
+    "threads",
+    "checkout",
+    "tokens",
+    "cpu_seconds",
+    "wall_seconds",
+    "peak_mb",
+    "perplexity",
+    "date",
+]
 
 EVALUATE = """
 import sys, recursify
@@ -67,16 +77,21 @@ def evaluate(folder: Path, num_tokens: int) -> float:
 
 def measure(checkout: Path, recursions: int, rank: int, threads: int, arguments: argparse.Namespace) -> Figures:
     """Convert once with the code of a checkout, and evaluate the result."""
-    settings = {**LAYOUTS[recursions], "lora_rank": rank, "calibration_tokens": arguments.tokens}
+    settings = {**LAYOUTS[recursions], "lora_rank": rank}
+    if arguments.tokens is not None:
+        settings["calibration_tokens"] = arguments.tokens
     with tempfile.TemporaryDirectory() as scratch:
-        cost, stages = convert(MODEL, Path(scratch) / "model", settings, threads=threads, source=checkout)
-        perplexity = evaluate(Path(scratch) / "model", arguments.evaluation_tokens)
+        folder = Path(scratch) / "model"
+        cost, stages = convert(MODEL, folder, settings, threads=threads, source=checkout)
+        tokens = json.loads((folder / "recursify.json").read_text(encoding="utf-8"))["calibration"]["num_tokens"]
+        perplexity = evaluate(folder, arguments.evaluation_tokens)
     print({name: round(figures["cpu_seconds"], 1) for name, figures in stages.items()}, file=sys.stderr)
     return {
         "recursions": recursions,
         "rank": rank,
         "threads": threads,
         "checkout": commit(checkout),
+        "tokens": tokens,
         "cpu_seconds": round(cost.cpu_seconds, 1),
         "wall_seconds": round(cost.wall_seconds, 1),
         "peak_mb": round(cost.peak_bytes / 1e6),
@@ -92,12 +107,13 @@ def key_of(row: Figures) -> tuple[int, int, int, str]:
 
 def report(rows: dict[Any, Figures]) -> str:
     """The table in Markdown."""
-    head = ["recursions, rank", "threads", "commit", "CPU s", "wall s", "peak MB", "perplexity"]
+    head = ["recursions, rank", "threads", "commit", "tokens", "CPU s", "wall s", "peak MB", "perplexity"]
     lines = [
         [
             f"{row['recursions']}, {row['rank']}",
             str(row["threads"]),
             row["checkout"],
+            f"{int(row['tokens']):,}",
             f"{float(row['cpu_seconds']):,.0f}",
             f"{float(row['wall_seconds']):,.0f}",
             f"{float(row['peak_mb']):,.0f}",
@@ -107,15 +123,15 @@ def report(rows: dict[Any, Figures]) -> str:
     ]
     return (
         "# What a conversion costs in time and memory\n\nMade by `python benchmarks/conversion_cost.py smollm2`: "
-        "SmolLM2-135M, default settings, without the check at the end; two recursions with four layers unshared at "
-        "each end, three over all layers. Seconds and memory are those of the whole process; perplexity is on held-out "
-        f"help topics of CPython.\n\n{markdown_table(head, lines)}\n"
+        "SmolLM2-135M, each commit's default settings, without the check at the end; two recursions with four layers "
+        "unshared at each end, three over all layers. Seconds and memory are those of the whole process; perplexity is "
+        f"on held-out help topics of CPython.\n\n{markdown_table(head, lines)}\n"
     )
 
 
 def run_smollm2(arguments: argparse.Namespace) -> None:
     """Measure all cases; the checkouts take turns."""
-    setup = {"model": MODEL, "tokens": arguments.tokens, "evaluation_tokens": arguments.evaluation_tokens}
+    setup = {"model": MODEL, "tokens": arguments.tokens or "default", "evaluation_tokens": arguments.evaluation_tokens}
     output = arguments.results / "conversion_cost.csv"
     results = KeyedResults(output, COLUMNS, key_of, setup, report)
     checkouts = [ROOT, *([arguments.baseline.resolve()] if arguments.baseline else [])]
@@ -184,11 +200,12 @@ def read_arguments() -> argparse.Namespace:
     smollm2.add_argument("--baseline", type=Path, help="checkout to compare with")
     smollm2.add_argument("--recursions", type=int, nargs="+", default=sorted(LAYOUTS), choices=sorted(LAYOUTS))
     smollm2.add_argument("--ranks", type=int, nargs="+", default=RANKS)
-    smollm2.add_argument("--evaluation-tokens", type=int, default=8192)
+    smollm2.add_argument("--tokens", type=int, help="calibration tokens [each checkout's default]")
+    smollm2.add_argument("--evaluation-tokens", type=int, default=16384)
     shape = commands.add_parser("shape", help="random layers of the 8B shape")
+    shape.add_argument("--tokens", type=int, default=2048, help="calibration tokens [%(default)s]")
     shape.add_argument("--scratch", type=Path, help="folder for the checkpoints (9 GB) [the system's]")
     for command in (smollm2, shape):
-        command.add_argument("--tokens", type=int, default=NUM_TOKENS, help="calibration tokens [%(default)s]")
         command.add_argument("--threads", type=int, nargs="+", default=THREADS)
         command.add_argument("--results", type=Path, default=RESULTS, help="folder of the results [%(default)s]")
     return parser.parse_args()

@@ -12,13 +12,13 @@ from helpers.command_line import run
 from helpers.tiny_models import byte_tokenizer, save_tiny, tiny_dense
 from recursify import plan_layouts
 from recursify.checkpoint.dense_checkpoint import open_checkpoint
+from recursify.convert.calibration import SHARE_TOKENS
 from recursify.convert.layout_plan import search_layouts
 from recursify.convert.layout_search import LayoutSearch, candidate_layouts
 from recursify.convert.pipeline import convert_model, plan_conversion
 from recursify.convert.settings import ConversionSettings
 from recursify.convert.sharing import share
-from recursify.convert.sharing_errors import RIDGE
-from recursify.convert.weighted_norm import PRIOR_TOKENS, TiedNorms, WeightedNorm
+from recursify.convert.weighted_norm import TiedNorms, WeightedNorm
 from recursify.errors import PlanError, SettingsError
 from recursify.evaluation.text import default_text
 from recursify.progress import silent
@@ -66,20 +66,18 @@ def test_layers_that_are_equal_are_tied(tmp_path, order, layout, kind):
 
 
 def test_costs_are_those_of_the_shared_weights(searched):
-    """The cost of a group is the error of the weight that conversion would share, corrected for its fit."""
+    """The cost of a group is the error of the weight that conversion would share."""
     group, measurement = (1, 4), searched.errors.measurement
     samples = [measurement.layers[position] for position in group]
     for stage in measurement.stages:
-        norms = TiedNorms(WeightedNorm(sample.moments[stage[0]], round(PRIOR_TOKENS / RIDGE)) for sample in samples)
-        features = measurement.shapes[stage[0]][1]
-        fitted = 1 - features / (len(group) * measurement.num_tokens)
+        norms = TiedNorms(WeightedNorm(sample.moments[stage[0]], SHARE_TOKENS) for sample in samples)
         for path in stage:
             weights = [sample.rows[path] for sample in samples]
             shared = share(weights, norms).float()
             expected = 0.0
             for sample, weight in zip(samples, weights, strict=True):
                 errors = sample.inputs[stage[0]].float() @ (weight - shared).mT
-                expected += float(errors.square().mean(1) @ sample.costs[path]) / fitted
+                expected += float(errors.square().mean(1) @ sample.costs[path])
             assert searched.errors.cost(group)[path] == pytest.approx(expected, rel=1e-2)
 
 

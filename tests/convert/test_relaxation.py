@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -116,6 +118,19 @@ def test_the_norm_of_a_difference_is_the_error_of_the_best_shared_weight():
     shared = share(weights, norms)
     error = sum(norm.error(weight - shared) for weight, norm in zip(weights, norms, strict=True))
     assert norms.difference.error(weights[0] - weights[1]) == pytest.approx(error)
+
+
+def test_norms_are_released_with_their_last_reference():
+    """No cycle keeps them until the garbage collector runs: those of one wide map are gigabytes."""
+    norms = TiedNorms(WeightedNorm(moment(12, seed=s), NUM_TOKENS) for s in range(2))
+    share_for_residuals([draw(12, 12, seed=s) for s in range(2)], norms, 2)
+    references = [weakref.ref(norm) for norm in (*norms, norms.total, norms.difference)]
+    gc.disable()
+    try:
+        del norms
+        assert all(reference() is None for reference in references)
+    finally:
+        gc.enable()
 
 
 def test_two_residuals_cover_twice_the_rank():

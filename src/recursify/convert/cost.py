@@ -241,10 +241,10 @@ def share_stage_work(stage: list[MapShape], recursions: int, *, fits_residuals: 
     inputs = stage[0].inputs
     work = Work(float64=CHOLESKY * inputs**3)
     for shape in stage:
-        work += Work(float64=(2 * recursions + SOLVE) * shape.outputs * inputs**2)
+        work += Work(2.0 * recursions * shape.outputs * inputs**2, SOLVE * shape.outputs * inputs**2)
         if not fits_residuals or not shape.rank or recursions == 1:
             continue
-        refit = Work(float64=recursions * shape.rank * ((2 + SOLVE) * inputs**2 + 2 * shape.size))
+        refit = Work(2.0 * inputs**2, SOLVE * inputs**2 + 2 * shape.size) * (recursions * shape.rank)
         if recursions == 2:
             work += low_rank_work(shape, 2 * shape.rank) + refit
             work += Work(2.0 * shape.outputs * inputs**2, SOLVE * shape.outputs * inputs**2)
@@ -299,8 +299,7 @@ def low_rank_work(shape: MapShape, rank: int, tokens: int | None = None) -> Work
     if rank == 0 or rank >= smaller:
         return Work()
     if not is_small_rank(torch.empty(outputs, inputs, device="meta"), rank):
-        products = 2.0 * outputs * inputs**2 + 2.0 * smaller * shape.size
-        return Work(float64=products + EIGEN * smaller**3)
+        return Work(2.0 * outputs * inputs**2, 2.0 * smaller * shape.size + EIGEN * smaller**3)
     columns = min(rank + OVERSAMPLING, smaller)
     product = 4.0 * shape.size * tokens if tokens else 2.0 * outputs * inputs**2
     has_gram = outputs <= inputs

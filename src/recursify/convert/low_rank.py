@@ -80,8 +80,8 @@ def find_factors(matrix: Tensor, times: Callable[[Tensor], Tensor], rank: int) -
         found = iterate_subspace(narrow, times(narrow).float(), rank)
         if found is not None:
             return scale_factors(narrow, *found)
-    matrix = matrix.double()
-    return scale_factors(matrix, *leading_eigenvectors(times(matrix).double() @ matrix.mT, rank))
+    gram = times(matrix).double() @ matrix.double().mT
+    return scale_factors(matrix.double(), *leading_eigenvectors(gram, rank))
 
 
 def scale_factors(matrix: Tensor, squares: Tensor, vectors: Tensor) -> Factors:

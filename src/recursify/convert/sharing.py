@@ -14,7 +14,7 @@ from .weighted_norm import TiedNorms
 def share(weights: list[Tensor], norms: TiedNorms) -> Tensor:
     """Map nearest to all ``weights [O, I]`` in their norms: ``(Σ W_ℓ C_ℓ)(Σ C_ℓ)⁻¹``, float64."""
     pairs = zip(weights, norms, strict=True)
-    return norms.total.over(sum((norm.times(weight.double()) for weight, norm in pairs), torch.zeros(())))
+    return norms.total.over(sum((norm.times(weight) for weight, norm in pairs), torch.zeros(())))
 
 
 def share_for_residuals(weights: list[Tensor], norms: TiedNorms, rank: int, *, num_sweeps: int = 4) -> Tensor:
@@ -39,7 +39,7 @@ def share_for_residuals(weights: list[Tensor], norms: TiedNorms, rank: int, *, n
     if rank == 0 or len(weights) == 1:
         return mean
     if len(weights) == 2:
-        b, a = norms.difference.low_rank(weights[0].double() - weights[1].double(), min(2 * rank, *mean.shape))
+        b, a = norms.difference.low_rank(weights[0] - weights[1], min(2 * rank, *mean.shape))
         return _without(mean, [(b[:, 0::2], a[0::2]), (-b[:, 1::2], a[1::2])], norms)
     residuals: list[Factors | None] = [None] * len(weights)
     shared = mean
@@ -54,5 +54,5 @@ def _without(mean: Tensor, residuals: Sequence[Factors | None], norms: TiedNorms
     """Map nearest to all weights less their residuals: ``mean − Σ B_ℓ (A_ℓ C_ℓ)(Σ C_ℓ)⁻¹``, a solve of few rows."""
     pairs = [(factors, norm) for factors, norm in zip(residuals, norms, strict=True) if factors is not None]
     left = torch.cat([b.double() for (b, _), _ in pairs], dim=1)
-    right = torch.cat([norm.times(a.double()) for (_, a), norm in pairs])
+    right = torch.cat([norm.times(a) for (_, a), norm in pairs])
     return mean - left @ norms.total.over(right)

@@ -1,10 +1,8 @@
 """Errors of tied linear maps by rank, predicted from a sample without solving for the residuals.
 
-For two tied maps the joint problem of shared weight and residuals has a closed form: with ``D = W_0 − W_1`` and the
-norms' parallel sum ``P = C_0 (C_0 + C_1)⁻¹ C_1``, the least error is the tail of the singular values of ``D`` in the
-norm ``P`` after the first ``2 r``. But for a factor, ``W_0 − W`` has nearly the same ones, for the best ``W`` without
-residuals, so that the curve by rank needs one eigenproblem. For ``R`` tied maps, ``r`` ranks each remove
-``r R / (R − 1)`` directions of a common subspace, of which the shared weight holds one map's part.
+For two tied maps the least error is the tail of the singular values of ``W_0 − W_1`` after the first ``2 r``, in the
+norm of a difference (:class:`~recursify.convert.weighted_norm.DifferenceNorm`). For ``R`` tied maps, ``r`` ranks each
+remove ``r R / (R − 1)`` directions of a common subspace, of which the shared weight holds one map's part.
 """
 
 from __future__ import annotations
@@ -16,10 +14,10 @@ from torch import Tensor
 
 from recursify.checkpoint.dense_checkpoint import DenseCheckpoint
 
+from .calibration import SHARE_TOKENS
 from .layout_measurement import DenseMeasurement
-
-RIDGE = 1e-3
-"""Ridge of second moments of unit mean diagonal, so that directions absent from the text keep a small weight."""
+from .sharing import share
+from .weighted_norm import PRIOR_TOKENS, TiedNorms, WeightedNorm
 
 COPY_TOLERANCE = 1e-8
 """Error of sharing, relative to the energy of the output, below which two layers are copies of one another."""
@@ -71,32 +69,25 @@ class SharingErrors:
         return costs
 
     def _shared_errors(self, group: Group, path: str, weights: list[Tensor]) -> list[Tensor]:
-        """Output errors ``[O, n]`` of the best shared weight, by depth, corrected for having been fitted to them."""
+        """Output errors ``[O, n]`` of the best shared weight, by depth."""
         samples = [self.measurement.layers[position] for position in group]
         inputs = [sample.inputs[path].float() for sample in samples]
         if path in samples[0].moments:
-            differences = self._differences(group, path, weights)
-            freedom = inputs[0].shape[1] / (len(group) * self.measurement.num_tokens)
-            return [d @ x.mT / (1 - freedom) ** 0.5 for d, x in zip(differences, inputs, strict=True)]
+            shared = share(weights, self._norms(group, path)).float()
+            return [(weight - shared) @ x.mT for weight, x in zip(weights, inputs, strict=True)]
         # More features than tokens: in token space, with the error on each token of a fit to the others.
         stacked = torch.cat(inputs)
         kernel = stacked @ stacked.mT
-        kernel.diagonal().add_(RIDGE * len(stacked))
+        kernel.diagonal().add_(PRIOR_TOKENS / SHARE_TOKENS * len(stacked))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel))
         mean = torch.stack(weights).mean(0)
         targets = torch.cat([(weight - mean) @ x.mT for weight, x in zip(weights, inputs, strict=True)], dim=1)
         return list((targets @ inverse / inverse.diagonal()).split(len(inputs[0]), dim=1))
 
-    def _differences(self, group: Group, path: str, weights: list[Tensor]) -> list[Tensor]:
-        """Differences of ``weights [O, I]`` from their best shared weight, by depth, from moments."""
-        moments = [self.measurement.layers[position].moments[path] for position in group]
-        total = sum(moments[1:], moments[0].clone())
-        total.diagonal().add_(RIDGE * len(group) * self.measurement.num_tokens)
-        mean = torch.stack(weights).mean(0)
-        pairs = zip(weights, moments, strict=True)
-        target = sum(((weight - mean) @ moment for weight, moment in pairs), torch.zeros_like(mean))
-        shared = mean + torch.cholesky_solve(target.mT, torch.linalg.cholesky(total)).mT
-        return [weight - shared for weight in weights]
+    def _norms(self, group: Group, path: str) -> TiedNorms:
+        """Norms of the inputs of a tied group, as a conversion on ``SHARE_TOKENS`` tokens has them."""
+        layers = self.measurement.layers
+        return TiedNorms(WeightedNorm(layers[position].moments[path], SHARE_TOKENS) for position in group)
 
     @cached_property
     def _curves(self) -> dict[tuple[int, int], dict[str, Tensor]]:
@@ -110,23 +101,20 @@ class SharingErrors:
                 name = "{}.{}.{}.weight"
                 weights = [self.checkpoint.read(name.format(self.stem, position, path)).float() for position in pair]
                 squares = self._squared_singular_values(pair, stage[0], weights)
-                energy = weights[0].square().sum() * self.measurement.num_tokens
                 # Layers that are copies have nothing to remove, and their rounding errors say nothing of ranks.
-                is_copy = squares.sum() < COPY_TOLERANCE * energy
+                is_copy = squares.sum() < COPY_TOLERANCE * weights[0].square().sum()
                 curves[path] = torch.ones(len(squares) + 1) if is_copy else _fractions(squares)
         return curves
 
     def _squared_singular_values(self, pair: tuple[int, int], path: str, weights: list[Tensor]) -> Tensor:
-        """Squared singular values of ``W_0 − W`` in the norm of the first layer's inputs, descending."""
-        moment = self.measurement.layers[pair[0]].moments.get(path)
-        if moment is None:
-            factor = self._shared_errors(pair, path, weights)[0]
-        else:
-            moment = moment.clone()
-            moment.diagonal().add_(RIDGE * self.measurement.num_tokens)
-            factor = self._differences(pair, path, weights)[0] @ torch.linalg.cholesky(moment)
-        smaller = factor if len(factor) <= factor.shape[1] else factor.mT
-        return torch.linalg.eigvalsh(smaller @ smaller.mT).flip(0).clamp_min(0)
+        """Squared singular values of ``W_0 − W_1`` in the norm of a difference, descending, float32."""
+        if path in self.measurement.layers[pair[0]].moments:
+            norm = self._norms(pair, path).difference
+            return norm.squared_singular_values(weights[0] - weights[1]).float()
+        # ``W_0 − W``, for the best ``W`` without residuals, has nearly the same ones but for a factor.
+        errors = self._shared_errors(pair, path, weights)[0]
+        smaller = errors if len(errors) <= errors.shape[1] else errors.mT
+        return torch.linalg.eigvalsh(smaller @ smaller.mT).flip(0).clamp_min(0) / errors.shape[1]
 
 
 def sampled_pairs(num_layers: int) -> list[tuple[int, int]]:

@@ -164,32 +164,35 @@ class TiedNorms(list[WeightedNorm]):
     @cached_property
     def difference(self) -> DifferenceNorm:
         """Norm of the difference of two tied maps."""
-        return DifferenceNorm(self)
+        return DifferenceNorm(*self, total=self.total)
 
 
 class DifferenceNorm(WeightedNorm):
     """Norm of the difference ``E = W_0 − W_1`` of two tied maps: their error at the shared map nearest to both.
 
     ``min_W ‖W_0 − W‖²_0 + ‖W_1 − W‖²_1 = tr(E P Eᵀ)`` with the parallel sum ``P = C_0 (C_0 + C_1)⁻¹ C_1``.
+
+    Args:
+        first: Norm of ``C_0``.
+        second: Norm of ``C_1``.
+        total: Norm of ``C_0 + C_1``.
     """
 
-    def __init__(self, norms: TiedNorms):
-        self.norms = norms
+    def __init__(self, first: WeightedNorm, second: WeightedNorm, *, total: WeightedNorm):
+        self.first, self.second, self.sum = first, second, total
         self.scale = 1.0
 
     @cached_property
     def moment(self) -> Tensor:  # type: ignore[override]
         """``P [I, I]``, which only maps of more outputs than inputs need."""
-        moment = self.times(
-            torch.eye(len(self.norms[0].moment), dtype=torch.float64, device=self.norms[0].moment.device)
-        )
+        identity = torch.eye(len(self.first.moment), dtype=torch.float64, device=self.first.moment.device)
+        moment = self.times(identity)
         return (moment + moment.mT) / 2
 
     def times(self, matrix: Tensor) -> Tensor:
         """``matrix [O, I] @ P``, in the better dtype of matrix and moments."""
-        first, second = self.norms
-        product = first.times(matrix)
-        return second.times(self.norms.total.over(product).to(product.dtype))
+        product = self.first.times(matrix)
+        return self.second.times(self.sum.over(product).to(product.dtype))
 
 
 def _unit_scale(trace: Tensor, width: int) -> float:
